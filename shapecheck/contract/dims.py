@@ -1,0 +1,91 @@
+"""One axis of a tensor, as an expression over the sizes of a call: `320`, `h`, `ceil(h/4)`, `ceil(floor(h/2)/2)`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal, cast
+
+Rounding = Literal["ceil", "floor", "exact"]
+"""How one halving treats an odd size. `exact`: no odd size ever reached it, so its rounding is not known."""
+
+Shape = tuple[int, ...]
+
+_LONGEST_TEXT = 200
+_HALVED = re.compile(r"(?P<rounding>ceil|floor)\((?P<inner>.+)/(?P<divisor>\d+)\)|(?P<exact>.+)/(?P<exact_divisor>\d+)")
+_PLAIN = re.compile(r"(?:(?P<scale>\d+)\*)?(?P<symbol>[a-z_]+)|(?P<constant>\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """`scale * symbol`, halved once for each entry of `halvings`; the plain number `scale` where `symbol` is None."""
+
+    symbol: str | None
+    scale: int = 1
+    halvings: tuple[Rounding, ...] = ()
+
+    @property
+    def stride(self) -> int:
+        """Cells of the symbol's own grid along one cell of this axis."""
+        return 2 ** len(self.halvings)
+
+    def at(self, sizes: Mapping[str, int]) -> int:
+        """The number this axis has for the given symbol sizes.
+
+        Raises ValueError where a halving of unknown rounding would meet an odd size.
+        """
+        size = self.scale * (1 if self.symbol is None else sizes[self.symbol])
+        for rounding in self.halvings:
+            if rounding == "exact" and size % 2:
+                raise ValueError(f"{self} is not known for {self.symbol}={sizes[self.symbol or '']}: {size} is odd")
+            size = (size + 1) // 2 if rounding == "ceil" else size // 2
+        return size
+
+    def __str__(self) -> str:
+        if self.symbol is None:
+            return str(self.scale)
+        text = self.symbol if self.scale == 1 else f"{self.scale}*{self.symbol}"
+        for rounding, run in groupby(self.halvings):
+            ratio = f"{text}/{2 ** len(tuple(run))}"
+            text = ratio if rounding == "exact" else f"{rounding}({ratio})"
+        return text
+
+    @classmethod
+    def parse(cls, text: str) -> Dim:
+        """The inverse of `str`. Raises ValueError naming the text that is no dimension."""
+        if len(text) <= _LONGEST_TEXT:
+            if plain := _PLAIN.fullmatch(text):
+                if plain["constant"]:
+                    return cls(None, int(plain["constant"]))
+                return cls(plain["symbol"], int(plain["scale"] or 1))
+            if halved := _HALVED.fullmatch(text):
+                return cls._parse_halved(halved)
+        raise ValueError(f"not a dimension: {text[:60]!r} (expected forms: 320, h, 8*h, ceil(h/4), ceil(floor(h/2)/2))")
+
+    @classmethod
+    def _parse_halved(cls, match: re.Match[str]) -> Dim:
+        inner = cls.parse(match["inner"] or match["exact"])
+        divisor = int(match["divisor"] or match["exact_divisor"])
+        steps = divisor.bit_length() - 1
+        if inner.symbol is None or steps < 1 or divisor != 2**steps or steps > 16:
+            raise ValueError(f"not a chain of halvings: {match[0]!r}")
+        rounding = cast(Rounding, match["rounding"] or "exact")
+        return cls(inner.symbol, inner.scale, inner.halvings + (rounding,) * steps)
+
+
+BATCH = Dim("batch")
+HEIGHT = Dim("h")
+WIDTH = Dim("w")
+TOKENS = Dim("tokens")
+
+
+def constant(size: int) -> Dim:
+    """An axis that is the same number in every call."""
+    return Dim(None, size)
+
+
+def show(shape: tuple[Dim, ...] | Shape) -> str:
+    """`2×320×64×64`: a shape for a person to read."""
+    return "×".join(map(str, shape)) if shape else "scalar"

@@ -1,0 +1,59 @@
+"""How slots are called: our own names, and the schemes found in files that others exported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shapecheck.contract.errors import ShapecheckError
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """A naming scheme: a prefix and a zero-padded number for the down slots, one name for the mid slot."""
+
+    key: str
+    prefix: str
+    digits: int
+    mid: str
+    origin: str
+
+    def down(self, index: int) -> str:
+        return f"{self.prefix}{index:0{self.digits}d}"
+
+    def names(self, downs: int) -> tuple[str, ...]:
+        """The names of `downs` down slots and the mid slot, in slot order."""
+        return (*map(self.down, range(downs)), self.mid)
+
+    def index(self, name: str) -> int | None:
+        """The number of a down slot, -1 for the mid slot, None for a name that is not of this scheme."""
+        if name == self.mid:
+            return -1
+        match = re.fullmatch(re.escape(self.prefix) + r"([0-9]{1,4})", name)
+        return int(match[1]) if match and name == self.down(int(match[1])) else None
+
+
+SHAPECHECK = Naming("shapecheck", "down_block_residual_", 2, "mid_block_residual", "shapecheck")
+SCHEMES = (
+    SHAPECHECK,
+    Naming("streamdiffusion", "input_control_", 2, "input_control_middle", "StreamDiffusion's TensorRT UNet"),
+    Naming("comfyui", "output_control_", 1, "middle_control_0", "ComfyUI_TensorRT, pull request 90"),
+    Naming("optimum-neuron", "down_block_additional_residuals_", 1, "mid_block_additional_residual", "optimum-neuron"),
+)
+
+
+def scheme(key: str) -> Naming:
+    """The scheme of that key. Raises ShapecheckError listing the known ones."""
+    for naming in SCHEMES:
+        if naming.key == key:
+            return naming
+    raise ShapecheckError(f"no naming scheme {key!r}; known: {', '.join(naming.key for naming in SCHEMES)}")
+
+
+def detect(names: Iterable[str]) -> Naming | None:
+    """The scheme that names the most of these inputs; None where no scheme names any."""
+    given = tuple(names)
+    counts = {naming: sum(naming.index(name) is not None for name in given) for naming in SCHEMES}
+    best = max(counts, key=lambda naming: counts[naming])
+    return best if counts[best] else None

@@ -1,0 +1,141 @@
+"""What a contract and its reports are made of: plain frozen values, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shapecheck.contract.dims import Dim, Rounding, Shape, constant, show
+from shapecheck.contract.geometry import Geometry
+
+Spatial = Literal["full", "pooled"]
+"""`full`: the residual is as large as the skip. `pooled`: it is 1×1 and broadcast over the skip."""
+
+MismatchKind = Literal[
+    "channels", "size", "rounding", "batch", "rank", "broadcast", "dtype", "missing", "surplus", "order", "unused", "input"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One tensor the UNet takes besides the residuals.
+
+    `argument` is where diffusers' forward takes it: `sample`, or `added_cond_kwargs.text_embeds`.
+    """
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: str
+    argument: str
+
+    def shape_at(self, geometry: Geometry) -> Shape:
+        return tuple(dim.at(geometry.sizes) for dim in self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class AddSite:
+    """Where a residual was seen to be added. File and line move with the diffusers release: never compared."""
+
+    owner: str
+    """Path of the module whose forward adds, from the UNet; empty for the UNet itself."""
+    function: str
+    file: str = field(default="", compare=False)
+    line: int = field(default=0, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.file.rsplit('/', 1)[-1]}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One place where a residual is added to a skip."""
+
+    name: str
+    skip: tuple[Dim, ...]
+    """Shape of the UNet tensor the residual is added to: (batch, channels, height, width)."""
+    spatial: Spatial
+    producer: str
+    """Path of the module that produces the skip."""
+    up_block: str
+    """Path of the block that consumes the sum; empty where none was seen."""
+    adds: tuple[AddSite, ...]
+
+    @property
+    def channels(self) -> int:
+        return self.skip[1].at({})
+
+    @property
+    def stride(self) -> int:
+        """Latent cells a slot cell covers along each side."""
+        return self.skip[-2].stride
+
+    @property
+    def roundings(self) -> tuple[Rounding, ...]:
+        """How each halving down to this slot treats an odd height, outermost first."""
+        return self.skip[-2].halvings
+
+    @property
+    def shape(self) -> tuple[Dim, ...]:
+        """Shape of the residual this slot takes."""
+        return self.skip if self.spatial == "full" else (*self.skip[:2], constant(1), constant(1))
+
+    def shape_at(self, geometry: Geometry) -> Shape:
+        """(batch, channels, height, width) of the residual, height and width in slot cells."""
+        return tuple(dim.at(geometry.sizes) for dim in self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """One disagreement: where, what was observed, what was expected, and the likely cause in words."""
+
+    kind: MismatchKind
+    where: str
+    observed: Shape | str
+    expected: Shape | str
+    geometry: Geometry | None = None
+    unet_module: str = ""
+    controlnet_module: str = ""
+    cause: str = ""
+
+    def __str__(self) -> str:
+        sides = ", ".join(
+            f"{side} {module}"
+            for side, module in (("UNet", self.unet_module), ("ControlNet", self.controlnet_module))
+            if module
+        )
+        place = f"{self.where} ({sides})" if sides else self.where
+        at = f" at {self.geometry}" if self.geometry else ""
+        cause = f"; {self.cause}" if self.cause else ""
+        return f"{place}: {self.kind}: got {_told(self.observed)}, expected {_told(self.expected)}{at}{cause}"
+
+
+@dataclass(frozen=True, slots=True)
+class ControlNetInfo:
+    """One ControlNet that was observed beside the UNet."""
+
+    source: str
+    class_name: str
+    base_channels: int
+    cross_attention_dim: int | None
+    pooled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What was known when the contract was written. Never part of equality or of the digest."""
+
+    source: str = ""
+    vae_factor: int = 8
+    """Pixels a latent cell covers along each side."""
+    native: tuple[int, int] | None = None
+    """Latent height and width of the model's own `sample_size`."""
+    parameters: int | None = None
+    controlnets: tuple[ControlNetInfo, ...] = ()
+    handover: tuple[str, ...] = ()
+    """What happened to the residuals between the ControlNet and the UNet, in words."""
+    notes: tuple[str, ...] = ()
+    versions: tuple[tuple[str, str], ...] = ()
+
+
+def _told(value: Shape | str) -> str:
+    return value if isinstance(value, str) else show(value)

@@ -1,0 +1,140 @@
+"""A contract as JSON: strict on the way in, so that a contract that loads is one that was saved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, get_args
+
+from shapecheck.contract.config import Config
+from shapecheck.contract.dims import Dim
+from shapecheck.contract.errors import ShapecheckError
+from shapecheck.contract.records import AddSite, ControlNetInfo, Header, Input, Slot, Spatial
+
+if TYPE_CHECKING:
+    from shapecheck.contract.contract import Contract
+
+SCHEMA = 1
+_LARGEST_TEXT = 4 * 2**20
+
+
+def identity(contract: Contract) -> dict[str, Any]:
+    """The part that counts in equality, as JSON values."""
+    return {
+        "unet": contract.unet,
+        "divisor": contract.divisor,
+        "inputs": [_input(each) for each in contract.inputs],
+        "slots": [_slot(each, sites=False) for each in contract.slots],
+        "config": contract.config.to_json(),
+    }
+
+
+def digest(contract: Contract) -> str:
+    """`sha256:…` of the identity, the same on every machine and release."""
+    text = json.dumps(identity(contract), sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def dumps(contract: Contract) -> str:
+    """JSON text of the whole contract, header included, stable from run to run."""
+    record = {"shapecheck_contract": SCHEMA, "digest": digest(contract), "header": _header(contract.header)}
+    record |= identity(contract) | {"slots": [_slot(each, sites=True) for each in contract.slots]}
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+def fields(text: str) -> tuple[dict[str, Any], str]:
+    """The arguments of the Contract in `text`, and the digest it claims. Raises ShapecheckError on anything else."""
+    if len(text) > _LARGEST_TEXT:
+        raise ShapecheckError(f"not a contract: {len(text)} characters, more than the {_LARGEST_TEXT} allowed")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ShapecheckError(f"not a contract: not JSON ({error})") from None
+    if not isinstance(record, dict) or "shapecheck_contract" not in record:
+        raise ShapecheckError("not a contract: no key 'shapecheck_contract'; `shapecheck probe MODEL --format json` writes one")
+    if record["shapecheck_contract"] != SCHEMA:
+        raise ShapecheckError(
+            f"contract of schema {record['shapecheck_contract']!r}; this release reads schema {SCHEMA}: probe the model again"
+        )
+    try:
+        return _read(record), _text(record["digest"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise ShapecheckError(f"a damaged contract: {type(error).__name__}: {error}") from None
+
+
+def _input(each: Input) -> dict[str, Any]:
+    return {"name": each.name, "shape": list(map(str, each.shape)), "dtype": each.dtype, "argument": each.argument}
+
+
+def _slot(slot: Slot, *, sites: bool) -> dict[str, Any]:
+    adds = [asdict(add) if sites else {"owner": add.owner, "function": add.function} for add in slot.adds]
+    return {
+        "name": slot.name,
+        "channels": slot.channels,
+        "stride": slot.stride,
+        "skip": list(map(str, slot.skip)),
+        "spatial": slot.spatial,
+        "producer": slot.producer,
+        "up_block": slot.up_block,
+        "adds": adds,
+    }
+
+
+def _header(header: Header) -> dict[str, Any]:
+    return asdict(header) | {"versions": dict(header.versions)}
+
+
+def _read(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "unet": _text(record["unet"]),
+        "inputs": tuple(map(_read_input, record["inputs"])),
+        "slots": tuple(map(_read_slot, record["slots"])),
+        "config": Config(record["config"]),
+        "divisor": int(record["divisor"]),
+        "header": _read_header(record["header"]),
+    }
+
+
+def _read_input(record: Mapping[str, Any]) -> Input:
+    name, dtype, argument = (_text(record[key]) for key in ("name", "dtype", "argument"))
+    return Input(name, _dims(record["shape"]), dtype, argument)
+
+
+def _read_slot(record: Mapping[str, Any]) -> Slot:
+    if record["spatial"] not in get_args(Spatial):
+        raise ValueError(f"spatial kind {record['spatial']!r} is none of {', '.join(get_args(Spatial))}")
+    slot = Slot(
+        name=_text(record["name"]),
+        skip=_dims(record["skip"]),
+        spatial=record["spatial"],
+        producer=_text(record["producer"]),
+        up_block=_text(record["up_block"]),
+        adds=tuple(AddSite(**add) for add in record["adds"]),
+    )
+    if len(slot.skip) != 4 or slot.skip[1].symbol is not None:
+        raise ValueError(f"slot {slot.name}: a skip is (batch, channels, height, width), got {record['skip']}")
+    if (slot.channels, slot.stride) != (record["channels"], record["stride"]):
+        raise ValueError(f"slot {slot.name}: channels and stride do not agree with its shape {record['skip']}")
+    return slot
+
+
+def _read_header(record: Mapping[str, Any]) -> Header:
+    values = dict(record)
+    values["native"] = tuple(values["native"]) if values["native"] else None
+    values["controlnets"] = tuple(ControlNetInfo(**each) for each in values["controlnets"])
+    values["versions"] = tuple(sorted(values["versions"].items()))
+    for key in ("handover", "notes"):
+        values[key] = tuple(map(_text, values[key]))
+    return Header(**values)
+
+
+def _dims(texts: list[str]) -> tuple[Dim, ...]:
+    return tuple(Dim.parse(_text(text)) for text in texts)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {value!r}")
+    return value

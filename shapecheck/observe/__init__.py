@@ -1,0 +1,1 @@
+"""How a contract is learnt: real modules, run and watched."""

@@ -1,0 +1,86 @@
+"""The border to diffusers: real modules built from a configuration on the meta device, without memory for weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import nn
+
+from shapecheck.contract import ShapecheckError
+from shapecheck.observe.configs import ModelSource
+
+_MOST_LAYERS = 128
+_LAYER_KEYS = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
+
+
+def build(source: ModelSource) -> nn.Module:
+    """The module the configuration describes, on the meta device, in eval mode.
+
+    Raises ShapecheckError where diffusers cannot build it.
+    """
+    model: Any = UNet2DConditionModel if source.role == "unet" else ControlNetModel
+    _refuse_absurd(source)
+    try:
+        with _quiet(), torch.device("meta"):
+            module: nn.Module = model.from_config(_without_shadow_class(source.config, source.class_name))
+    except Exception as error:  # the configuration is the user's: whatever diffusers makes of it is told to the user
+        raise ShapecheckError(f"diffusers cannot build a {source.class_name} from {source.origin}: {error}") from None
+    return module.eval()
+
+
+def implied_controlnet(unet: nn.Module) -> nn.Module:
+    """The ControlNet diffusers derives from a UNet, on the meta device, in eval mode.
+
+    Raises ShapecheckError with diffusers' own reason where it cannot: no mid block, lists of layers, …
+    """
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ShapecheckError(f"a {type(unet).__name__} implies no ControlNet; name one with controlnet=")
+    try:
+        with _quiet(), torch.device("meta"):
+            return ControlNetModel.from_unet(unet, load_weights_from_unet=False).eval()
+    except Exception as error:  # from_unet fails in many ways, none of them documented
+        raise ShapecheckError(f"diffusers cannot build the ControlNet this UNet implies: {error}") from None
+
+
+def ignored_keys(source: ModelSource) -> tuple[str, ...]:
+    """Keys of the configuration that diffusers' class does not know and drops."""
+    model = UNet2DConditionModel if source.role == "unet" else ControlNetModel
+    known = model._get_init_keys(model)
+    return tuple(sorted(key for key in source.config if not key.startswith("_") and key not in known))
+
+
+def _refuse_absurd(source: ModelSource) -> None:
+    """A configuration can ask for a billion layers, which would only fill the memory."""
+    for key in _LAYER_KEYS:
+        if largest := max(_numbers(source.config.get(key)), default=0):
+            if largest > _MOST_LAYERS:
+                raise ShapecheckError(f"{source.origin}: {key} asks for {largest} layers; more than {_MOST_LAYERS} is refused")
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, int):
+        yield value
+
+
+def _without_shadow_class(config: Mapping[str, Any], class_name: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")} | {"_class_name": class_name}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence diffusers' log on unknown and deprecated config keys; we report those ourselves."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,23 @@
+"""Which well-known models a contract is one of: all that fit, none claimed falsely."""
+
+from __future__ import annotations
+
+from shapecheck import presets
+from shapecheck.contract import Contract
+
+_NOT_ARCHITECTURE = ("sample_size", "upcast_attention", "dropout")
+
+
+def families(contract: Contract) -> tuple[str, ...]:
+    """The presets whose architecture this is; more than one where they differ only in size, precision or training."""
+    return tuple(name for name, known in presets.contracts().items() if architecture(known) == architecture(contract))
+
+
+def architecture(contract: Contract) -> tuple[object, ...]:
+    """What two models share when one's ControlNets, exports and engines are built like the other's.
+
+    Leaves out the native size and numeric settings; an absent setting and a false one are the same.
+    """
+    config = {key: value for key, value in contract.config.items() if key not in _NOT_ARCHITECTURE and value}
+    slots = tuple((slot.name, slot.skip, slot.producer) for slot in contract.slots)
+    return contract.unet, contract.inputs, slots, tuple(config.items())
