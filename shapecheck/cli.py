@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
@@ -16,8 +16,10 @@ from shapecheck import ContractError, ShapecheckError, __version__
 if TYPE_CHECKING:
     from shapecheck.observe.request import Request
 
-FORMATS = ("human", "json", "markdown")
-_format = click.option("--format", "form", type=click.Choice(FORMATS), default="human", show_default=True, help="How to print.")
+Form = Literal["human", "json", "markdown"]
+_format = click.option(
+    "--format", "form", type=click.Choice(get_args(Form)), default="human", show_default=True, help="How to print."
+)
 
 
 class _Commands(click.Group):
@@ -63,7 +65,7 @@ def probe(
     latent: str | None,
     batch: int,
     offline: bool,
-    form: str,
+    form: Form,
     output: Path | None,
 ) -> int:
     """Observe MODEL and its ControlNet, and print the exact slot table.
@@ -86,8 +88,7 @@ def probe(
     if form == "json":
         text = report.as_json(finding.contract, finding.mismatches, finding.geometry)
     else:
-        shape = "markdown" if form == "markdown" else "human"
-        text = report.told(finding.contract, finding.mismatches, finding.geometry, form=shape, claim=request.claim is not None)
+        text = report.told(finding.contract, finding.mismatches, finding.geometry, form=form, claim=request.claim is not None)
     _write(text, output)
     return ContractError.exit_status if finding.mismatches else 0
 
@@ -104,7 +105,7 @@ def presets(form: str) -> int:
 
 @main.result_callback()
 @click.pass_context
-def _exit(ctx: click.Context, status: int, **_: object) -> None:
+def _exit(ctx: click.Context, /, status: int, **_: object) -> None:
     ctx.exit(status)
 
 
@@ -123,11 +124,15 @@ def _request(model: str, controlnets: tuple[str, ...], size: str | None, latent:
     return requests.Request(model, controlnets, size_px, cells, batch)
 
 
+def _say_nothing(_: str) -> None:
+    """Progress where nobody watches."""
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Tell on stderr what is being done, one line overwritten, where a person is watching."""
     if not sys.stderr.isatty():
-        yield lambda step: None
+        yield _say_nothing
         return
     try:
         yield lambda step: click.echo(f"\r\x1b[2K{step} …", err=True, nl=False)

@@ -37,12 +37,13 @@ def compare(
 
 
 def _diagnosis(expected: Shape, given: Shape, table: Mapping[str, Shape]) -> tuple[MismatchKind, str]:
-    """The kind of a disagreement in one slot, and what the slot's own neighbourhood says of it."""
+    """The kind of a disagreement in one slot, and what the other slots say of it."""
     if len(given) != len(expected):
         return "rank", f"{len(given)} axes where (batch, channels, height, width) are needed"
+    owners = [name for name, shape in table.items() if shape == given]
+    belongs = f"this is the shape of {_listed(owners)}" if owners else ""
     if given[1] != expected[1]:
-        fits = [name for name, shape in table.items() if shape == given]
-        return "channels", f"this shape belongs to {', '.join(fits)}" if fits else ""
+        return "channels", belongs
     if given[0] != expected[0]:
         return "batch", "PyTorch broadcasts a batch of 1 in silence" if given[0] == 1 else ""
     if given[2:] == expected[2:][::-1]:
@@ -51,4 +52,8 @@ def _diagnosis(expected: Shape, given: Shape, table: Mapping[str, Shape]) -> tup
         return "broadcast", "1×1 is broadcast in silence; only pooled slots may do that"
     if all(abs(got - want) <= 1 for got, want in zip(given[2:], expected[2:], strict=True)):
         return "rounding", "off by one: the sizes were halved with another rounding than the UNet's"
-    return "size", ""
+    return "size", belongs
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -109,10 +109,14 @@ def _by_name(shapes: Mapping[str, Any] | Sequence[Any]) -> dict[str, Shape]:
     """Slot name → shape, from any of the forms `Contract.mismatches` takes."""
     if isinstance(shapes, Mapping):
         return {name: _shape(value) for name, value in shapes.items()}
-    pair = len(shapes) == 2 and not hasattr(shapes[0], "shape") and not all(type(size) is int for size in shapes[0])
-    downs, mid = shapes if pair else (shapes[:-1], shapes[-1] if shapes else None)
+    downs, mid = shapes if _is_pair(shapes) else (shapes[:-1], shapes[-1] if shapes else None)
     named = {SHAPECHECK.down(index): _shape(value) for index, value in enumerate(downs)}
     return named if mid is None else named | {SHAPECHECK.mid: _shape(mid)}
+
+
+def _is_pair(shapes: Sequence[Any]) -> bool:
+    """Whether these are (downs, mid) rather than two shapes in a row."""
+    return len(shapes) == 2 and not hasattr(shapes[0], "shape") and not any(isinstance(each, int) for each in shapes[0])
 
 
 def _shape(value: Any) -> Shape:

@@ -29,7 +29,7 @@ class Dim:
     @property
     def stride(self) -> int:
         """Cells of the symbol's own grid along one cell of this axis."""
-        return 2 ** len(self.halvings)
+        return 1 << len(self.halvings)
 
     def at(self, sizes: Mapping[str, int]) -> int:
         """The number this axis has for the given symbol sizes.

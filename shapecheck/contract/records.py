@@ -29,6 +29,7 @@ class Input:
     argument: str
 
     def shape_at(self, geometry: Geometry) -> Shape:
+        """The numbers of the shape at one geometry."""
         return tuple(dim.at(geometry.sizes) for dim in self.shape)
 
 
@@ -62,6 +63,7 @@ class Slot:
 
     @property
     def channels(self) -> int:
+        """Channels of the skip and of the residual."""
         return self.skip[1].at({})
 
     @property

@@ -54,7 +54,7 @@ def _made_for(emitted: Table, inputs: Sequence[Input], config: Mapping[str, Any]
     """The family whose slots and text width these are, unless it is the UNet's own."""
     text = _text_width(inputs)
     fits = {
-        name: _likeness(config, known.config)
+        name: _likeness(inputs, config, known)
         for name, known in presets.contracts().items()
         if _slot_rules(known) == dict(emitted) and _text_width(known.inputs) == text
     }
@@ -63,9 +63,11 @@ def _made_for(emitted: Table, inputs: Sequence[Input], config: Mapping[str, Any]
     return f"this ControlNet was made for {' or '.join(sorted(best))}" if best and not own & best else ""
 
 
-def _likeness(controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> int:
-    """How many settings a ControlNet shares with a UNet."""
-    return sum(key in unet and _plain(value) == _plain(unet[key]) for key, value in controlnet.items())
+def _likeness(inputs: Sequence[Input], config: Mapping[str, Any], unet: Contract) -> tuple[int, int]:
+    """How near a ControlNet is to a UNet: inputs of the UNet it does not take, then settings they share."""
+    lacking = {each.name for each in unet.inputs} - {each.name for each in inputs}
+    shared = sum(key in unet.config and _plain(value) == _plain(unet.config[key]) for key, value in config.items())
+    return -len(lacking), shared
 
 
 def _config_differs(controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> str:

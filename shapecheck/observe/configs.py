@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +17,20 @@ from shapecheck.contract import ShapecheckError
 from shapecheck.observe import hub
 
 Role = Literal["unet", "controlnet"]
-
-LARGEST_CONFIG = 2**20
-"""Bytes; a diffusers config.json has a few thousand."""
+Locate = Callable[[str], Path | None]
+"""From a file's place in a model, such as vae/config.json, to where it lies here; None where the model has none."""
 
 _CLASSES: Mapping[str, Role] = {"UNet2DConditionModel": "unet", "ControlNetModel": "controlnet"}
+_CLASS_OF: Mapping[Role, str] = {role: name for name, role in _CLASSES.items()}
 _PLACES: Mapping[Role, tuple[str, ...]] = {
     "unet": ("unet/config.json", "config.json"),
     "controlnet": ("config.json", "controlnet/config.json"),
 }
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_HUB_ID = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_DEEPEST = 8
+_MOST_CONTROLNETS = 32
+_ADVICE = "give a preset (`shapecheck presets`), a diffusers folder, its config.json or a hub id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class ModelSource:
 
     @property
     def role(self) -> Role:
+        """What the class is to the other one."""
         return _CLASSES[self.class_name]
 
 
@@ -56,14 +62,26 @@ def find(name: str, role: Role, *, offline: bool = False) -> ModelSource:
     """
     if name in presets.names():
         return _from_preset(name, role)
+    if not name.strip():  # Path("") would be the current folder
+        raise ShapecheckError(f"the name of the {role} is empty; {_ADVICE}")
+    try:
+        return _from_outside(name, role, offline)
+    except (OSError, RuntimeError) as error:  # no permission, too long a name, the home of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise ShapecheckError(f"cannot read {_told(name)}: {reason}; {_ADVICE}") from None
+
+
+def _from_outside(name: str, role: Role, offline: bool) -> ModelSource:
     path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_folder(path, name, role)
     if path.exists():
-        return _from_folder(path, name, role) if path.is_dir() else _from_file(path, name, role)
+        return _from_file(path, name, role)
     if _HUB_ID.fullmatch(name) and path.suffix.lower() not in (".json", ".safetensors", *_PICKLES):
         return _from_hub(name, role, offline)
     near = difflib.get_close_matches(name, presets.names(), n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; `shapecheck presets` lists the presets"
-    raise ShapecheckError(f"{name!r} is no preset, no file or folder, and no hub id of the form owner/name{hint}")
+    hint = f"did you mean {' or '.join(near)}? Otherwise {_ADVICE}" if near else _ADVICE
+    raise ShapecheckError(f"{_told(name)} is no preset, no file or folder, and no hub id of the form owner/name; {hint}")
 
 
 def _from_preset(name: str, role: Role) -> ModelSource:
@@ -71,53 +89,111 @@ def _from_preset(name: str, role: Role) -> ModelSource:
     if role == "unet" and preset.kind == "controlnet":
         raise ShapecheckError(f"{name} is a ControlNet; name the UNet as MODEL and give this one as --controlnet {name}")
     notes = () if preset.verified else (f"preset {name} is unverified: {preset.checked}",)
-    class_name = "UNet2DConditionModel" if preset.kind == "unet" else "ControlNetModel"
-    return ModelSource(name, f"preset {name}", class_name, preset.config, preset.vae_factor, notes)
+    return ModelSource(name, f"preset {name}", _CLASS_OF[preset.kind], preset.config, preset.vae_factor, notes)
 
 
 def _from_folder(folder: Path, name: str, role: Role) -> ModelSource:
-    for place in _PLACES[role]:
-        path = folder / place
-        if path.is_file() and (place != "config.json" or not _is_other_role(path, role)):
-            found = _checked(_read_json(path), name, str(path), role)
-            if role == "controlnet":
-                return found
-            return replace(found, vae_factor=_vae_factor(path), controlnets=_neighbours(folder, name))
-    raise ShapecheckError(_nothing_in(folder, role))
-
-
-def _is_other_role(path: Path, role: Role) -> bool:
-    """Whether a folder's own config.json is a model of the other kind, while the wanted one lies in a subfolder."""
-    wanted = path.parent / role / "config.json"
-    return wanted.is_file() and _CLASSES.get(str(_read_json(path).get("_class_name"))) != role
-
-
-def _nothing_in(folder: Path, role: Role) -> str:
-    looked = " and ".join(_PLACES[role])
-    index = folder / "model_index.json"
-    if index.is_file():
-        parts = sorted(key for key, value in _read_json(index).items() if isinstance(value, list))
-        return f"{folder} is a {_read_json(index).get('_class_name')} with {', '.join(parts)}: no {role} among them"
-    present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-    return f"no {looked} in {folder} (it holds {present}); give a diffusers folder or a config.json"
-
-
-def _neighbours(folder: Path, name: str) -> tuple[ModelSource, ...]:
-    """The ControlNets saved with a pipeline: controlnet/, controlnet_1/, …, as MultiControlNetModel saves them."""
-    found = []
-    for subfolder in ("controlnet", *(f"controlnet_{number}" for number in range(1, 32))):
-        path = folder / subfolder / "config.json"
-        if not path.is_file():
-            break
-        found.append(_checked(_read_json(path), f"{name}/{subfolder}", str(path), "controlnet"))
-    return tuple(found)
+    locate = partial(_file_in, folder)
+    source = _first(_PLACES[role], locate, name, role, f"{folder}/")
+    if source is None:
+        raise ShapecheckError(_nothing_in(folder, role))
+    if source.origin == f"{folder}/unet/config.json":
+        return _with_company(source, locate)
+    return _with_vae_near(source, folder)
 
 
 def _from_file(path: Path, name: str, role: Role) -> ModelSource:
     if path.name == "model_index.json":
         return _from_folder(path.parent, name, role)
+    _refuse_weights(path)
+    return _with_vae_near(_source(_read_json(path), name, str(path), role), path.parent)
+
+
+def _from_hub(name: str, role: Role, offline: bool) -> ModelSource:
+    locate = partial(hub.fetch, name, offline=offline)
+    here_first = sorted(_PLACES[role], key=lambda place: not hub.is_cached(name, place))
+    source = _first(here_first, locate, name, role, f"hub {name} ")
+    if source is None:
+        looked = " and no ".join(_PLACES[role])
+        raise ShapecheckError(f"looked for a {_CLASS_OF[role]} in hub repository {name}: it has no {looked}; {_ADVICE}")
+    if not source.origin.endswith(" unet/config.json"):
+        return source
+    try:
+        index = locate("model_index.json")
+        parts = _parts(_read_json(index)) if index else ["vae"]
+        return _with_company(source, lambda place: locate(place) if re.split("[/_]", place)[0] in parts else None)
+    except hub.HubError as error:
+        note = f"{source.vae_factor} pixels a latent cell and no ControlNet in {name} are assumed: {error.reason}"
+        return replace(source, notes=(*source.notes, note))
+
+
+def _first(places: Iterable[str], locate: Locate, name: str, role: Role, origin: str) -> ModelSource | None:
+    """The first place with a model of that role, or None. Raises ShapecheckError where only other models are there."""
+    wrong = ""
+    for place in places:
+        path = locate(place)
+        record = _read_json(path) if path else None
+        if record is not None and _class_of(record) == _CLASS_OF[role]:
+            return _source(record, name, origin + place, role)
+        if record is not None:
+            wrong = wrong or _wrong_class(record, origin + place, role)
+    if wrong:
+        raise ShapecheckError(wrong)
+    return None
+
+
+def _with_company(source: ModelSource, locate: Locate) -> ModelSource:
+    """With the VAE's factor, and the ControlNets saved with it: controlnet/, controlnet_1/, …, as MultiControlNetModel does."""
+    nets = []
+    for number in range(_MOST_CONTROLNETS):
+        subfolder = f"controlnet_{number}" if number else "controlnet"
+        path = locate(f"{subfolder}/config.json")
+        if path is None:
+            break
+        nets.append(_source(_read_json(path), f"{source.name}/{subfolder}", str(path), "controlnet"))
+    return replace(source, vae_factor=_vae_factor(locate("vae/config.json")), controlnets=tuple(nets))
+
+
+def _with_vae_near(source: ModelSource, folder: Path) -> ModelSource:
+    beside = _file_in(folder.absolute().parent, "vae/config.json")
+    return replace(source, vae_factor=_vae_factor(_file_in(folder, "vae/config.json") or beside))
+
+
+def _vae_factor(path: Path | None) -> int:
+    """Pixels a latent cell covers, read off the VAE's config; 8 where there is none."""
+    levels = _read_json(path).get("block_out_channels") if path else None
+    return 2 ** (len(levels) - 1) if isinstance(levels, list) and 1 <= len(levels) <= 8 else 8
+
+
+def _file_in(folder: Path, place: str) -> Path | None:
+    path = folder / place
+    return path if path.is_file() else None
+
+
+def _nothing_in(folder: Path, role: Role) -> str:
+    looked = f"looked for a {_CLASS_OF[role]} in {folder}: no {' and no '.join(_PLACES[role])}"
+    index = _file_in(folder, "model_index.json")
+    if index is None:
+        present = ", ".join(sorted(_told(entry.name) for entry in folder.iterdir())[:8]) or "nothing"
+        return f"{looked}, it holds {present}; {_ADVICE}"
+    record = _read_json(index)
+    parts = _parts(record)
+    if role in parts:
+        return f"{looked}, though its model_index.json lists a {role}: the copy is incomplete; download it again"
+    kind = _told(record.get("_class_name"))
+    return f"{looked}; it is a {kind} with {_told(', '.join(parts)) or 'no parts'}: no {role} among them; {_ADVICE}"
+
+
+def _parts(index: Mapping[str, Any]) -> list[str]:
+    """The components a model_index.json lists; those a pipeline does without are [null, null]."""
+    return sorted(key for key, value in index.items() if isinstance(value, list) and any(value))
+
+
+def _refuse_weights(path: Path) -> None:
+    if not path.is_file():
+        raise ShapecheckError(f"{path} is a pipe, a device or a socket, which are never opened; {_ADVICE}")
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(4)
     if path.suffix.lower() in _PICKLES or start.startswith((b"PK\x03\x04", b"\x80")):
         raise ShapecheckError(
             f"{path} is a pickled checkpoint: opening it would run code it contains, so it is never opened; "
@@ -127,90 +203,76 @@ def _from_file(path: Path, name: str, role: Role) -> ModelSource:
         raise ShapecheckError(
             f"{path} holds weights without a configuration; give the diffusers folder it belongs to, or its config.json"
         )
-    source = _checked(_read_json(path), name, str(path), role)
-    return replace(source, vae_factor=_vae_factor(path))
-
-
-def _from_hub(name: str, role: Role, offline: bool) -> ModelSource:
-    for place in _PLACES[role]:
-        path = hub.fetch(name, place, offline=offline)
-        if path is None:
-            continue
-        record = _read_json(path)
-        if role == "controlnet" and _CLASSES.get(str(record.get("_class_name"))) == "unet":
-            continue
-        vae = hub.fetch(name, "vae/config.json", offline=offline) if place.startswith("unet/") else None
-        factor = _factor_of(_read_json(vae)) if vae else 8
-        return replace(_checked(record, name, f"hub {name} {place}", role), vae_factor=factor)
-    raise ShapecheckError(f"hub repository {name} has no {' and no '.join(_PLACES[role])}")
-
-
-def _vae_factor(config: Path) -> int:
-    """Pixels a latent cell covers, read off the VAE's config beside the UNet's; 8 where there is none."""
-    for folder in (config.parent.parent, config.parent):
-        path = folder / "vae" / "config.json"
-        if path.is_file():
-            return _factor_of(_read_json(path))
-    return 8
-
-
-def _factor_of(vae: Mapping[str, Any]) -> int:
-    levels = vae.get("block_out_channels")
-    return 2 ** (len(levels) - 1) if isinstance(levels, list) and 1 <= len(levels) <= 8 else 8
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        data = file.read(hub.LARGEST_FILE + 1)
+    if len(data) > hub.LARGEST_FILE:
+        raise ShapecheckError(f"{path} is larger than {hub.LARGEST_FILE} bytes: not a config.json; {_ADVICE}")
     try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST_CONFIG + 1)
-    except OSError as error:
-        raise ShapecheckError(f"cannot read {path}: {error.strerror or error}") from None
-    if len(data) > LARGEST_CONFIG:
-        raise ShapecheckError(f"{path} is larger than {LARGEST_CONFIG} bytes: not a config.json")
-    try:
-        record = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ShapecheckError(f"{path} is not text: expected a diffusers config.json") from None
+        record = json.loads(data.decode("utf-8-sig"), parse_constant=_finite, parse_float=_finite)
+        json.dumps(record, ensure_ascii=False).encode("utf-8")  # half a surrogate pair could never be printed again
+        if _depth_exceeds(record, _DEEPEST):
+            raise RecursionError
+    except UnicodeError:
+        raise ShapecheckError(f"{path} is not UTF-8 text, as a diffusers config.json is; {_ADVICE}") from None
     except RecursionError:
-        raise ShapecheckError(f"{path} is nested too deeply to be a config.json") from None
+        raise ShapecheckError(f"{path} is nested too deeply to be a config.json; {_ADVICE}") from None
     except ValueError as error:
-        raise ShapecheckError(f"{path} is not valid JSON: {error}; is the file cut short?") from None
+        raise ShapecheckError(f"{path} is not valid JSON: {error}; is the file cut short? Otherwise {_ADVICE}") from None
     if not isinstance(record, dict):
-        raise ShapecheckError(f"{path} holds a JSON {type(record).__name__}, not the object a config.json is")
+        raise ShapecheckError(f"{path} holds a JSON {type(record).__name__}, not the object a config.json is; {_ADVICE}")
     return record
 
 
-def _checked(record: Mapping[str, Any], name: str, origin: str, role: Role) -> ModelSource:
-    """The source of a config that was read, once its class is known to be the wanted one."""
-    class_name = record.get("_class_name")
-    if "shapecheck_contract" in record:
-        raise ShapecheckError(f"{origin} is a saved contract, not a model; read it with shapecheck.Contract.from_json")
-    if class_name is None and (guess := _class_by_keys(record)):
-        return ModelSource(name, origin, guess, record, notes=(f"no _class_name in {origin}: taken for a {guess} by its keys",))
-    if isinstance(class_name, str) and _CLASSES.get(class_name) == role:
-        return ModelSource(name, origin, class_name, record)
-    raise ShapecheckError(_wrong_class(record, origin, role))
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
 
 
-def _class_by_keys(record: Mapping[str, Any]) -> str | None:
+def _depth_exceeds(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_depth_exceeds(each, levels - 1) for each in inner)
+
+
+def _source(record: Mapping[str, Any], name: str, origin: str, role: Role) -> ModelSource:
+    """The source of a config that was read. Raises ShapecheckError where it is another model's."""
+    class_name = _class_of(record)
+    if class_name is None or class_name != _CLASS_OF[role]:
+        raise ShapecheckError(_wrong_class(record, origin, role))
+    guessed = f"no _class_name in {origin}: taken for a {class_name} by its keys"
+    return ModelSource(name, origin, class_name, record, notes=() if "_class_name" in record else (guessed,))
+
+
+def _class_of(record: Mapping[str, Any]) -> str | None:
+    """The class a config names, or that its keys tell."""
+    if record.get("_class_name") is not None:
+        return _told(record["_class_name"])
     if not {"down_block_types", "block_out_channels", "cross_attention_dim"} <= record.keys():
         return None
     return "UNet2DConditionModel" if "up_block_types" in record else "ControlNetModel"
 
 
 def _wrong_class(record: Mapping[str, Any], origin: str, role: Role) -> str:
-    wanted = next(name for name, its_role in _CLASSES.items() if its_role == role)
-    class_name = record.get("_class_name")
-    if class_name is None:
-        kind = (record.get("architectures") or [record.get("model_type")]) if isinstance(record, dict) else None
-        what = (
-            f"the config of a {kind[0]}"
-            if isinstance(kind, list) and kind and kind[0]
-            else "no diffusers config (no _class_name)"
-        )
-        return f"{origin} is {what}; expected a {wanted}"
-    if _CLASSES.get(str(class_name)) == "controlnet":
+    found = _class_of(record)
+    if "shapecheck_contract" in record:
+        return f"{origin} is a saved contract, not a model; read it with shapecheck.Contract.from_json"
+    if found == "ControlNetModel":
         return f"{origin} is a ControlNet; name the UNet as MODEL and give this one with --controlnet"
-    if _CLASSES.get(str(class_name)) == "unet":
-        return f"{origin} is a UNet; --controlnet takes a {wanted}, or the name of a UNet preset"
-    return f"{origin} is a {class_name}, which is not read yet; expected a {wanted}"
+    if found == "UNet2DConditionModel":
+        return f"{origin} is a UNet; --controlnet takes a ControlNetModel, or the name of a UNet preset"
+    if found is not None:
+        return f"{origin} is a {found}, which is not read yet; expected a {_CLASS_OF[role]}; {_ADVICE}"
+    kinds = record.get("architectures")
+    kind = kinds[0] if isinstance(kinds, list) and kinds else record.get("model_type")
+    what = f"the config of a {_told(kind)}" if kind else "no diffusers config (no _class_name)"
+    return f"{origin} is {what}; expected a {_CLASS_OF[role]}; {_ADVICE}"
+
+
+def _told(value: object) -> str:
+    """Text from outside, fit for one line of a terminal."""
+    text = str(value)[:200]
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 120 else f"{text[:119]}…"

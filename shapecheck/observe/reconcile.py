@@ -9,7 +9,6 @@ from shapecheck.contract import (
     Add,
     Config,
     Contract,
-    ContractError,
     Dim,
     Geometry,
     Header,
@@ -38,10 +37,12 @@ class Subject:
     header: Header
 
 
-def reconcile(traces: Sequence[Trace], subject: Subject, *, at: Geometry | None = None) -> Contract:
-    """The contract the traces agree on.
+def reconcile(
+    traces: Sequence[Trace], subject: Subject, *, at: Geometry | None = None
+) -> tuple[Contract, tuple[Mismatch, ...]]:
+    """The contract the UNet's side gives, and every disagreement of the ControlNets' side with it.
 
-    `at` is the geometry at which disagreements are told, where they show there. Raises ContractError with all of them.
+    `at` is the geometry at which disagreements are told, where they show there.
     """
     slots, found = slot_table(traces)
     numbers = sorted({residual.controlnet for trace in traces for residual in trace.emitted})
@@ -51,12 +52,10 @@ def reconcile(traces: Sequence[Trace], subject: Subject, *, at: Geometry | None 
     for number in numbers:
         own = tuple(replace(slot, spatial=spatials[number]) for slot in slots)
         found += _emitted_mismatches(traces, number, own, at)
-    found += _handover_mismatches(traces, slots)
-    header = replace(subject.header, handover=(*subject.header.handover, *handover(traces)))
-    contract = Contract(subject.unet, subject.inputs, slots, subject.config, subject.divisor, header)
-    if found:
-        raise ContractError(tuple(found), subject="ControlNet and UNet disagree", contract=contract)
-    return contract
+    known = {mismatch.where for mismatch in found}
+    found += [mismatch for mismatch in _handover_mismatches(traces, slots) if mismatch.where not in known]
+    header = replace(subject.header, handover=handover(traces))
+    return Contract(subject.unet, subject.inputs, slots, subject.config, subject.divisor, header), tuple(found)
 
 
 def slot_table(traces: Sequence[Trace]) -> tuple[tuple[Slot, ...], list[Mismatch]]:
@@ -193,9 +192,10 @@ def _lost_or_exchanged(trace: Trace) -> list[Mismatch]:
             got = " and ".join(map(_name, wrong))
             cause = "residuals were reordered between the ControlNet and the UNet"
             found.append(Mismatch("order", _name(arrival.index), got, _name(arrival.index), trace.geometry, cause=cause))
+    alone = not trace.arrived and (trace.adds or trace.refused)
     if reached or not trace.arrived:
         for residual in trace.emitted:
-            if (residual.controlnet, residual.index) not in reached and (trace.arrived or not trace.adds):
+            if (residual.controlnet, residual.index) not in reached and not alone:
                 name = _name(residual.index)
                 cause = "the ControlNet emitted it and it never reached the UNet"
                 found.append(Mismatch("unused", name, "dropped", residual.shape, trace.geometry, "", residual.module, cause))

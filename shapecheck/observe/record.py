@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,20 +33,23 @@ _SAME_VALUE = frozenset({
 _JOINS = frozenset({_aten.cat.default, _aten.stack.default})
 
 
-class Emitted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Emitted:
     """Tag of a tensor made from these residuals, by these operations besides scaling and casting."""
 
     sources: frozenset[tuple[int, int]]
     via: tuple[str, ...] = ()
 
 
-class Arrived(NamedTuple):
-    """Tag of residual `index` inside the UNet."""
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """Tag of a residual inside the UNet; several indices where one tensor was given for several slots."""
 
-    index: int
+    indices: tuple[int, ...]
 
 
-class Summed(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Summed:
     """Tag of the sum of a skip and residual `index`."""
 
     index: int
@@ -65,11 +68,11 @@ class _Call:
     adds: list[Add]
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Collects a Trace for every call of the UNet made while it is active."""
 
     def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
         self.traces: list[Trace] = []
         self._paths = {id(module): path for path, module in unet.named_modules()}
         self._tags: Any = WeakIdKeyDictionary()
@@ -90,21 +93,26 @@ class Recorder(TorchDispatchMode):
             self._makers[tensor] = path
 
     def controlnet_returned(self, number: int, output: Any) -> None:
+        """ControlNet `number` emitted its residuals."""
         for index, tensor in _residuals(output[0], output[1]):
             shape, dtype = tuple(tensor.shape), _dtype(tensor)
             self._emitted.append(Residual(number, index, shape, dtype, self._makers.get(tensor, "")))
             self._tags[tensor] = Emitted(frozenset({(number, index)}))
 
     def unet_called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """The UNet received its arguments."""
         sample, text, downs, mid = (_argument(name, at, args, kwargs) for name, at in _ARGUMENTS)
         geometry = Geometry(sample.shape[0], sample.shape[-2], sample.shape[-1], text.shape[1] if _is_text(text) else 77)
-        arrived = []
-        for index, tensor in _residuals(downs, mid):
-            tag = self._tags.get(tensor)
-            sources, via = (tuple(sorted(tag.sources)), tag.via) if isinstance(tag, Emitted) else ((), ())
-            arrived.append(Arrival(index, tuple(tensor.shape), _dtype(tensor), sources, via))
-            self._tags[tensor] = Arrived(index)
-        self._call = _Call(geometry, self.take_emitted(), tuple(arrived), [])
+        given = _residuals(downs, mid)
+        arrived = tuple(self._arrival(index, tensor) for index, tensor in given)
+        for _, tensor in given:
+            self._tags[tensor] = Arrived(tuple(index for index, other in given if other is tensor))
+        self._call = _Call(geometry, self.take_emitted(), arrived, [])
+
+    def _arrival(self, index: int, tensor: Tensor) -> Arrival:
+        tag = self._tags.get(tensor)
+        sources, via = (tuple(sorted(tag.sources)), tag.via) if isinstance(tag, Emitted) else ((), ())
+        return Arrival(index, tuple(tensor.shape), _dtype(tensor), sources, via)
 
     def module_called(self, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The first module that takes the sum of a slot is the block that consumes it."""
@@ -116,6 +124,7 @@ class Recorder(TorchDispatchMode):
                 self._call.adds[at] = replace(add, up_block=path)
 
     def unet_returned(self) -> None:
+        """The UNet's forward ended, with a result or with the exception now in flight."""
         if (call := self._call) is not None:
             error = sys.exception()
             self.traces.append(Trace(call.geometry, call.emitted, call.arrived, tuple(call.adds), _first_line(error)))
@@ -159,10 +168,12 @@ class Recorder(TorchDispatchMode):
         first_maker: str | None,
     ) -> None:
         if isinstance(tags[1], Arrived):
-            skip, residual, index, maker = left, right, tags[1].index, first_maker
+            skip, residual, tag, maker = left, right, tags[1], first_maker
         else:
             assert isinstance(tags[0], Arrived)
-            skip, residual, index, maker = right, left, tags[0].index, self._makers.get(right)
+            skip, residual, tag, maker = right, left, tags[0], self._makers.get(right)
+        added = {add.index for add in call.adds}
+        index = next((index for index in tag.indices if index not in added), tag.indices[-1])
         site = _site(self._paths)
         dtypes = _dtype(skip), _dtype(residual)
         call.adds.append(Add(index, tuple(skip.shape), tuple(residual.shape), dtypes, maker or "", site))

@@ -51,7 +51,7 @@ class Finding:
     geometry: Geometry
 
 
-def carry_out(request: Request, *, offline: bool = False, progress: Callable[[str], None] = lambda step: None) -> Finding:
+def carry_out(request: Request, *, offline: bool = False, progress: Callable[[str], None]) -> Finding:
     """Probe what is asked for. Raises ShapecheckError where it cannot be done; mismatches are part of the finding.
 
     Everything that can be refused by reading configurations is refused before torch is imported.
@@ -71,6 +71,8 @@ def carry_out(request: Request, *, offline: bool = False, progress: Callable[[st
         if error.contract is None:
             raise
         contract, found = error.contract, error.mismatches
+    if asked is not None:
+        contract.require(asked)
     geometry = asked or Geometry(request.batch, *(contract.header.native or (64, 64)))
     if request.claim is not None:
         found = contract.mismatches(_residuals(request.claim, request.batch), geometry)

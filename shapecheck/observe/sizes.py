@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import product
 
 from shapecheck.contract import Dim, Geometry
 from shapecheck.contract.dims import Rounding
 
 _MOST_HALVINGS_AT_ONCE = 4
+_ROUNDINGS: tuple[Rounding, ...] = ("ceil", "floor")
 
 Sizes = tuple[int, ...]
 """One axis of one tensor, a number for each observed geometry."""
@@ -30,9 +31,13 @@ def odd_at(level: int) -> Geometry:
     return Geometry(2, 17 * 2**level, 19 * 2**level)
 
 
-def multiples_of(divisor: int) -> tuple[Geometry, ...]:
-    """Geometries whose sides are odd multiples of `divisor`, of each odd residue modulo 8."""
-    return tuple(Geometry(2, divisor * height, divisor * width) for height, width in ((17, 23), (19, 21), (21, 19), (23, 17)))
+def multiples_of(divisor: int, halvings: int) -> tuple[Geometry, ...]:
+    """Geometries whose sides are odd multiples of `divisor`, and survive that many halvings."""
+    smallest = max(3, 2 ** (halvings + 1) // divisor) | 1
+    factors = [smallest + each for each in (0, 2, 4, 6)]
+    return tuple(
+        Geometry(2, divisor * height, divisor * width) for height, width in zip(factors, reversed(factors), strict=True)
+    )
 
 
 def rules(symbol: str, given: Sizes, observed: Iterable[Sizes]) -> Mapping[Sizes, Dim]:
@@ -55,9 +60,9 @@ def halvings_between(previous: Sizes, current: Sizes) -> tuple[Rounding, ...] | 
     A step whose rounding the geometries do not show is `exact`; None where no chain holds.
     """
     for count in range(1, _MOST_HALVINGS_AT_ONCE + 1):
-        chains: Sequence[tuple[Rounding, ...]] = [
+        chains = [
             chain
-            for chain in product(("ceil", "floor"), repeat=count)
+            for chain in product(_ROUNDINGS, repeat=count)
             if all(Dim("x", 1, chain).at({"x": start}) == end for start, end in zip(previous, current, strict=True))
         ]
         if chains:

@@ -42,9 +42,10 @@ def implied_controlnet(unet: nn.Module) -> nn.Module:
         raise ShapecheckError(f"a {type(unet).__name__} implies no ControlNet; name one with controlnet=")
     try:
         with _quiet(), torch.device("meta"):
-            return ControlNetModel.from_unet(unet, load_weights_from_unet=False).eval()
+            controlnet: nn.Module = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
     except Exception as error:  # from_unet fails in many ways, none of them documented
         raise ShapecheckError(f"diffusers cannot build the ControlNet this UNet implies: {error}") from None
+    return controlnet.eval()
 
 
 def ignored_keys(source: ModelSource) -> tuple[str, ...]:
@@ -57,9 +58,9 @@ def ignored_keys(source: ModelSource) -> tuple[str, ...]:
 def _refuse_absurd(source: ModelSource) -> None:
     """A configuration can ask for a billion layers, which would only fill the memory."""
     for key in _LAYER_KEYS:
-        if largest := max(_numbers(source.config.get(key)), default=0):
-            if largest > _MOST_LAYERS:
-                raise ShapecheckError(f"{source.origin}: {key} asks for {largest} layers; more than {_MOST_LAYERS} is refused")
+        largest = max(_numbers(source.config.get(key)), default=0)
+        if largest > _MOST_LAYERS:
+            raise ShapecheckError(f"{source.origin}: {key} asks for {largest} layers; more than {_MOST_LAYERS} is refused")
 
 
 def _numbers(value: Any) -> Iterator[int]:

@@ -176,4 +176,5 @@ def _verdict(contract: Contract, mismatches: Sequence[Mismatch], form: Format, c
 
 
 def _table(rows: Sequence[Sequence[Any]], headers: Sequence[str], form: Format) -> str:
-    return tabulate(rows, headers, tablefmt=_STYLE[form], disable_numparse=form == "human")
+    sides = ["right" if isinstance(cell, int) else "left" for cell in rows[0]]
+    return tabulate(rows, headers, tablefmt=_STYLE[form], disable_numparse=True, colalign=sides)

@@ -1,0 +1,112 @@
+"""Running the models under observation: at every size that is needed, and as a user's own call drives them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from shapecheck.contract import Geometry, ShapecheckError, Trace
+from shapecheck.observe import sizes
+from shapecheck.observe.inputs import call_arguments
+from shapecheck.observe.models import Model
+from shapecheck.observe.record import Recorder, record
+
+_PROBES_GIVEN = 256
+"""Residuals of one cell given to a UNet that is asked alone: more than any UNet has slots."""
+_LARGEST_DIVISOR = 2**6
+
+Progress = Callable[[str], None]
+Residuals = tuple[list[Tensor], Tensor]
+
+
+def observe(unet: Model, nets: Sequence[Model], geometry: Geometry | None, progress: Progress) -> tuple[list[Trace], int]:
+    """Traces at every size needed to know each halving, at `geometry` too, and the divisor the UNet's sizes need.
+
+    Raises ShapecheckError where a model runs at no size.
+    """
+    halvings = len(unet.config["down_block_types"]) - 1
+    wanted = [*sizes.survey(halvings), *(sizes.odd_at(level) for level in range(3, halvings))]
+    if geometry is not None:
+        wanted.append(geometry)
+    traces = []
+    for number, each in enumerate(wanted, start=1):
+        progress(f"observing {unet.name} at {each} ({number} of {len(wanted)})")
+        traces.append(_observe_at(unet, nets, each))
+    if not any(trace.refused for trace in traces):
+        return traces, 1
+    divisor, seen = _find_divisor(unet, nets, halvings, progress)
+    return traces + seen, divisor
+
+
+def observe_call(unet: Model, nets: Sequence[Model], call: Callable[[], object]) -> tuple[list[Trace], Exception | None]:
+    """What a call of the user's does with the same modules, each different UNet call once, and what it raised."""
+    failure: Exception | None = None
+    with record(unet.module, [net.module for net in nets]) as recorder:
+        try:
+            call()
+        except Exception as error:  # the caller decides whether a mismatch explains it
+            failure = error
+    return list(dict.fromkeys(recorder.traces)), failure
+
+
+def _find_divisor(unet: Model, nets: Sequence[Model], halvings: int, progress: Progress) -> tuple[int, list[Trace]]:
+    """The smallest power of two whose multiples the UNet accepts, and the traces that show it."""
+    easiest = _observe_at(unet, nets, Geometry(2, _LARGEST_DIVISOR, 2 * _LARGEST_DIVISOR))
+    seen = [easiest]
+    divisor = 2
+    while not easiest.refused and divisor <= _LARGEST_DIVISOR:
+        progress(f"{unet.name} refuses some sizes; trying multiples of {divisor}")
+        tried = [_observe_at(unet, nets, each) for each in sizes.multiples_of(divisor, halvings)]
+        seen += tried
+        if not any(trace.refused for trace in tried):
+            return divisor, seen
+        divisor *= 2
+    raise ShapecheckError(f"{unet.name} does not run at any size that was tried; the last error: {seen[-1].refused}")
+
+
+def _observe_at(unet: Model, nets: Sequence[Model], geometry: Geometry) -> Trace:
+    """One run of everything. Where the ControlNets' residuals do not fit, the UNet is asked alone what it adds."""
+    with torch.no_grad(), record(unet.module, [net.module for net in nets]) as recorder:
+        given = [_run_controlnet(net, geometry) for net in nets]
+        trace = None
+        if given and _have_one_shape(given):
+            trace = _run_unet(unet, geometry, _summed(given), recorder)
+            if not trace.refused and len(trace.adds) == len(trace.arrived):
+                return trace
+        emitted = trace.emitted if trace else recorder.take_emitted()
+        probes = [torch.zeros((1, 1, 1, 1), device=unet.device, dtype=unet.dtype) for _ in range(_PROBES_GIVEN)]
+        alone = _run_unet(unet, geometry, (probes[1:], probes[0]), recorder)
+    return replace(alone, emitted=emitted, arrived=())
+
+
+def _run_controlnet(net: Model, geometry: Geometry) -> Residuals:
+    try:
+        downs, mid = net.module(**call_arguments(net.inputs, geometry, net.device), return_dict=False)
+    except Exception as error:  # a user's module may raise anything; the fault is told with where it came from
+        raise ShapecheckError(f"{net.name} does not run at {geometry}: {type(error).__name__}: {error}") from error
+    return list(downs), mid
+
+
+def _run_unet(unet: Model, geometry: Geometry, given: Residuals, recorder: Recorder) -> Trace:
+    downs, mid = given
+    arguments = call_arguments(unet.inputs, geometry, unet.device)
+    with contextlib.suppress(Exception):  # a refusal is an observation: its text is in the trace
+        unet.module(**arguments, down_block_additional_residuals=downs, mid_block_additional_residual=mid)
+    return recorder.traces[-1]
+
+
+def _have_one_shape(given: Sequence[Residuals]) -> bool:
+    """Whether several ControlNets' residuals can be summed."""
+    return len({(tuple(down.shape for down in downs), mid.shape) for downs, mid in given}) == 1
+
+
+def _summed(given: Sequence[Residuals]) -> Residuals:
+    """The sum of several ControlNets' residuals, as MultiControlNetModel makes it."""
+    downs, mid = given[0]
+    for more, more_mid in given[1:]:
+        downs, mid = [left + right for left, right in zip(downs, more, strict=True)], mid + more_mid
+    return downs, mid

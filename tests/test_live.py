@@ -1,0 +1,240 @@
+"""Live modules: a user's subclass, real pipelines, ControlNets that pool, sum, pad and disagree, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import small
+import torch
+from diffusers import ControlNetModel, MultiControlNetModel, UNet2DConditionModel
+
+from shapecheck import ContractError, Geometry, ShapecheckError, probe, record
+
+SLOTS = 13
+DOWNS = [f"down_block_residual_{number:02d}" for number in range(SLOTS - 1)]
+
+
+def hooks_of(*modules) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs")
+    return sum(len(getattr(each, kind)) for module in modules for each in module.modules() for kind in kinds)
+
+
+@pytest.fixture
+def unet():
+    return small.unet()
+
+
+def test_live_modules_on_the_cpu_give_the_contract_the_meta_device_gives(unet):
+    with torch.device("meta"):
+        twin = UNet2DConditionModel(**small.SMALL)
+    live = probe(unet, small.controlnet(unet))
+    assert live == probe(twin)
+    assert live.shapes(Geometry(3, 13, 17))["down_block_residual_07"] == (3, 24, 4, 5)
+    assert live.header.controlnets[0].class_name == "ControlNetModel"
+
+
+def test_the_weights_and_the_mode_of_live_modules_are_left_alone(unet):
+    net = small.controlnet(unet)
+    unet.train()
+    before = [parameter.clone() for parameter in (*unet.parameters(), *net.parameters())]
+    probe(unet, net)
+    assert unet.training
+    assert not net.training
+    assert all(map(torch.equal, before, (*unet.parameters(), *net.parameters())))
+    assert hooks_of(unet, net) == 0
+
+
+def test_a_subclass_that_adds_in_a_module_of_its_own_is_observed_where_it_adds():
+    class Doubling(torch.nn.Module):
+        def forward(self, skip, residual):
+            return skip + residual * 2
+
+    class Gate(UNet2DConditionModel):
+        def forward(self, sample, timestep, encoder_hidden_states, *args, mid_block_additional_residual=None, **kwargs):
+            self.kept = mid_block_additional_residual
+            handle = self.mid_block.register_forward_hook(lambda module, inputs, output: self.gate(output, self.kept))
+            try:
+                zero = torch.zeros_like(mid_block_additional_residual)
+                return super().forward(
+                    sample, timestep, encoder_hidden_states, *args, mid_block_additional_residual=zero, **kwargs
+                )
+            finally:
+                handle.remove()
+
+    torch.manual_seed(0)
+    unet = Gate(**small.SMALL).eval()
+    unet.gate = Doubling()
+    contract = probe(unet, small.controlnet(unet))
+    assert contract.unet == "Gate"
+    mid = contract.slot("mid_block_residual")
+    assert [add.owner for add in mid.adds] == ["gate"]
+    assert mid.adds[0].function.endswith("Doubling.forward")
+    assert contract.slot("down_block_residual_00").adds[0].owner == ""
+
+
+def test_hooks_go_even_when_a_forward_raises(unet):
+    net = small.controlnet(unet)
+
+    def explode(*_):
+        raise RuntimeError("out of luck")
+
+    handle = unet.up_blocks[1].register_forward_pre_hook(explode)
+    with pytest.raises(ShapecheckError, match="does not run at any size.*out of luck"):
+        probe(unet, net)
+    handle.remove()
+    assert hooks_of(unet, net) == 0
+    net.mid_block.register_forward_pre_hook(explode)
+    with pytest.raises(ShapecheckError, match="ControlNetModel does not run at batch 2.*out of luck"):
+        probe(unet, net)
+    assert hooks_of(unet) == 0
+    assert hooks_of(net) == 1
+
+
+def test_the_order_of_residuals_is_followed_through_a_pipeline(unet):
+    net = small.controlnet(unet)
+    pipe = small.pipeline(unet, net)
+    contract = probe(unet, net, run=lambda: small.generate(pipe))
+    assert len(contract.slots) == SLOTS
+    assert contract.header.handover == ()
+    with record(unet, [net]) as recorder:
+        small.generate(pipe)
+    (trace,) = recorder.traces
+    assert trace.geometry == Geometry(2, 13, 17, tokens=7)
+    assert [arrival.sources for arrival in trace.arrived] == [((0, index),) for index in (*range(12), -1)]
+    assert [add.index for add in trace.adds] == [*range(12), -1]
+
+
+def test_guess_mode_pads_the_unconditional_half_and_the_contract_says_so(unet):
+    net = small.controlnet(unet)
+    pipe = small.pipeline(unet, net)
+    contract = probe(unet, net, run=lambda: small.generate(pipe, guess_mode=True))
+    assert [each for each in contract.header.handover if "guess mode" in each]
+    with record(unet, [net]) as recorder:
+        small.generate(pipe, guess_mode=True)
+    (trace,) = recorder.traces
+    assert {residual.shape[0] for residual in trace.emitted} == {1}
+    assert {arrival.shape[0] for arrival in trace.arrived} == {2}
+    assert all("cat" in arrival.via for arrival in trace.arrived)
+
+
+def test_several_controlnets_are_summed_and_the_contract_says_so(unet):
+    nets = [small.controlnet(unet, seed=1), small.controlnet(unet, seed=2)]
+    contract = probe(unet, MultiControlNetModel(nets))
+    assert contract == probe(unet, nets)
+    assert contract.header.handover == ("the residuals of 2 ControlNets are summed",)
+    pipe = small.pipeline(unet, nets)
+    image = torch.rand(1, 3, 104, 136)
+    call = lambda: small.generate(pipe, image=[image, image], controlnet_conditioning_scale=[0.5, 1.5])  # noqa: E731
+    assert probe(unet, pipe.controlnet, run=call).header.handover == contract.header.handover
+
+
+def test_one_wrong_controlnet_of_two_is_named(unet):
+    wrong = small.controlnet(small.unet(layers_per_block=1))
+    with pytest.raises(ContractError) as caught:
+        probe(unet, [small.controlnet(unet), wrong])
+    modules = {each.controlnet_module.split()[0] for each in caught.value.mismatches if each.controlnet_module}
+    assert modules == {"2"}
+
+
+def test_pooled_residuals_are_a_spatial_kind(unet):
+    net = small.controlnet(unet)
+    net.register_to_config(global_pool_conditions=True)
+    contract = probe(unet, net)
+    assert {slot.spatial for slot in contract.slots} == {"pooled"}
+    assert contract.shapes(Geometry(2, 13, 17))["down_block_residual_04"] == (2, 16, 1, 1)
+    assert contract.slot("down_block_residual_04").skip == probe(unet).slot("down_block_residual_04").skip
+    assert contract != probe(unet)
+    assert any("pooled" in each for each in contract.header.handover)
+
+
+
+
+class Rearranging(torch.nn.Module):
+    """What a patched pipeline does between the two models, as a UNet that wraps the real one."""
+
+    def __init__(self, pipe, change):
+        super().__init__()
+        self.inner, self.change = pipe.unet, change
+        self.config, self.dtype, self.device = pipe.unet.config, pipe.unet.dtype, pipe.unet.device
+
+    def forward(self, *args, down_block_additional_residuals=None, mid_block_additional_residual=None, **kwargs):
+        downs, mid = self.change(list(down_block_additional_residuals), mid_block_additional_residual)
+        return self.inner(*args, down_block_additional_residuals=downs, mid_block_additional_residual=mid, **kwargs)
+
+
+def swapped(downs, mid):
+    downs[1], downs[2] = downs[2], downs[1]
+    return downs, mid
+
+
+def one_short(downs, mid):
+    return [*downs[:11], downs[10]], mid
+
+
+def nothing(downs, mid):
+    return None, None
+
+
+def halved(downs, mid):
+    return [down.half() for down in downs], mid
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (swapped, {("down_block_residual_01", "order"), ("down_block_residual_02", "order")}),
+        (one_short, {("down_block_residual_11", "order")}),
+        (nothing, {(name, "unused") for name in (*DOWNS, "mid_block_residual")}),
+        (halved, {(name, "dtype") for name in DOWNS}),
+    ],
+)
+def test_a_pipeline_that_changes_residuals_on_the_way_is_found_out(unet, change, found):
+    net = small.controlnet(unet)
+    pipe = small.pipeline(unet, net)
+    wrapper = Rearranging(pipe, change)
+    pipe.unet = wrapper
+    with pytest.raises(ContractError) as caught:
+        probe(unet, net, run=lambda: small.generate(pipe))
+    assert {(each.where, each.kind) for each in caught.value.mismatches} == found
+
+
+def test_a_run_that_raises_is_explained_where_a_mismatch_explains_it_and_raised_where_not(unet):
+    net = small.controlnet(unet)
+    pipe = small.pipeline(unet, net)
+
+    def fail():
+        small.generate(pipe)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        probe(unet, net, run=fail)
+    with pytest.raises(ShapecheckError, match="never called the UNet"):
+        probe(unet, net, run=lambda: None)
+    assert hooks_of(unet, net) == 0
+
+
+def test_half_precision_models_have_half_precision_inputs(unet):
+    contract = probe(unet.to(torch.bfloat16), small.controlnet(unet).to(torch.bfloat16))
+    assert {each.name: each.dtype for each in contract.inputs} == {
+        "sample": "bfloat16",
+        "timestep": "float32",
+        "encoder_hidden_states": "bfloat16",
+    }
+
+
+def test_what_is_no_unet_or_no_controlnet_is_refused(unet):
+    with pytest.raises(ShapecheckError, match="Linear has no diffusers config"):
+        probe(torch.nn.Linear(2, 2))
+    with pytest.raises(ShapecheckError, match="ControlNetModel is no conditional UNet"):
+        probe(small.controlnet(unet))
+    with pytest.raises(ShapecheckError, match="UNet2DConditionModel is no ControlNetModel"):
+        probe(unet, unet)
+
+
+def test_a_controlnet_that_rounds_otherwise_is_found_at_odd_sizes_only():
+    unet = small.unet()
+    net = ControlNetModel.from_unet(small.unet(downsample_padding=0), load_weights_from_unet=False)
+    with pytest.raises(ContractError) as caught:
+        probe(unet, net)
+    assert {each.where for each in caught.value.mismatches} == {*DOWNS[3:], "mid_block_residual"}
+    assert {each.kind for each in caught.value.mismatches} == {"rounding"}
+    assert all(each.geometry.height % 8 or each.geometry.width % 8 for each in caught.value.mismatches)

@@ -1,0 +1,74 @@
+"""Every command, output and snippet of the README is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from shapecheck.cli import main
+
+README = Path(__file__).parent.parent / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+OUTPUTS = re.findall(r"<!-- output: shapecheck ([^|>]*?)(?: \| from (\w+))? -->\n```text\n(.*?)```", TEXT, re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("shapecheck ")]
+
+
+def said(command: str) -> str:
+    """What a command prints."""
+    result = CliRunner().invoke(main, shlex.split(command))
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return "\n".join(line.rstrip() for line in result.stdout.splitlines())
+
+
+def settled(text: str) -> str:
+    """The text less what moves with the release of a library."""
+    return re.sub(r"(?m)^observed with.*$", "", re.sub(r"\.py:\d+", ".py:LINE", text)).strip()
+
+
+def test_there_is_something_to_run():
+    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS)) == (2, 2, 4)
+
+
+@pytest.mark.parametrize(("command", "start", "shown"), OUTPUTS, ids=[each[0] for each in OUTPUTS])
+def test_an_output_is_what_the_command_says(command, start, shown, update_reports):
+    text = said(command)
+    text = text[text.index(start) :] if start else text
+    if update_reports:
+        marker = f"<!-- output: shapecheck {command}{f' | from {start}' if start else ''} -->\n```text\n"
+        head, _, tail = README.read_text(encoding="utf-8").partition(marker)
+        README.write_text(f"{head}{marker}{text}\n{tail[tail.index('```') :]}", encoding="utf-8")
+    else:
+        assert settled(shown) == settled(text)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_runs(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, shlex.split(command.removeprefix("shapecheck ")))
+    assert result.exit_code == 0, result.output
+    assert result.stdout or list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_a_snippet_runs_and_says_what_its_comments_say(snippet):
+    scope: dict[str, object] = {}
+    exec(compile(snippet, "<snippet>", "exec"), scope)
+    for line in snippet.splitlines():
+        expression, _, comment = line.partition("  # (")
+        if comment and expression.startswith("contract."):
+            shape = eval("(" + comment.partition(")")[0] + ")", {})
+            assert eval(expression.strip(), scope) == shape
+
+
+def test_the_two_commands_are_what_ci_runs():
+    ci = (README.parent / ".ci" / "run").read_text(encoding="utf-8")
+    installs = [block.strip() for block in BLOCKS if "pip install" in block]
+    assert len(installs) == 2
+    for command in installs:
+        assert command in ci
