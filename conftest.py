@@ -6,7 +6,9 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-reports", action="store_true", help="accept what shapecheck says today as reports/ and presets/contracts/")
+    parser.addoption(
+        "--update-reports", action="store_true", help="accept what shapecheck says today as reports/ and presets/contracts/"
+    )
 
 
 @pytest.fixture

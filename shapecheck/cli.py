@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ class _Commands(click.Group):
     """Turns our errors into one message on stderr and their exit status; bugs stay tracebacks."""
 
     def invoke(self, ctx: click.Context) -> object:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # file names need not be text
         try:
             return super().invoke(ctx)
         except ShapecheckError as error:
@@ -113,7 +117,7 @@ def _request(model: str, controlnets: tuple[str, ...], size: str | None, latent:
     from shapecheck.observe import request as requests
 
     path = Path(model)
-    if path.suffix == ".toml" and path.is_file():
+    if path.suffix == ".toml" and os.path.isfile(path):  # noqa: PTH113  # Path.is_file raises on names too long
         if controlnets or size or latent:
             raise ShapecheckError(
                 f"{path} says itself which ControlNet and size to probe; drop --controlnet, --size and --latent"
@@ -145,10 +149,15 @@ def _write(text: str, output: Path | None) -> None:
     if output is None:
         click.echo(text, nl=False)
         return
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    target = output.resolve()
+    in_place = target.exists() and not target.is_file()  # a pipe or a device is written to, never replaced
+    partial = target if in_place else target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(output)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        if not in_place:
+            partial.replace(target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ShapecheckError(f"cannot write {output}: {error.strerror or error}") from None
+    finally:
+        if not in_place:
+            partial.unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 
@@ -113,7 +115,9 @@ def test_presets_are_listed_for_people_and_machines():
 
 def test_a_probe_file_is_carried_out(tmp_path):
     probe = tmp_path / "mine.toml"
-    probe.write_text('model = "sd15"\nlatent = "13x21"\n[mapping]\ndown = [[320, 13, 21]]\nmid = [1280, 2, 3]\n', encoding="utf-8")
+    probe.write_text(
+        'model = "sd15"\nlatent = "13x21"\n[mapping]\ndown = [[320, 13, 21]]\nmid = [1280, 2, 3]\n', encoding="utf-8"
+    )
     result = shapecheck("probe", str(probe))
     assert result.exit_code == 1
     assert "preset sd15 with claimed shapes" in result.stdout
@@ -130,3 +134,83 @@ def test_the_installed_command_says_the_same_with_nothing_on_stderr():
     assert "1×1280×4×6" in result.stdout
     assert result.stderr == ""
     assert str(Geometry(1, 13, 21)) in result.stdout
+
+
+def test_an_output_that_is_no_file_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    assert shapecheck("probe", "sd15", "-o", str(pipe)).exit_code == 0
+    assert "AGREE: 13 slots" in reader.communicate(timeout=30)[0]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_an_output_through_a_symlink_reaches_its_target(tmp_path):
+    target, link = tmp_path / "target.txt", tmp_path / "link.txt"
+    target.write_text("old", encoding="utf-8")
+    link.symlink_to(target)
+    assert shapecheck("probe", "sd15", "-o", str(link)).exit_code == 0
+    assert link.is_symlink()
+    assert "AGREE: 13 slots" in target.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = 5", "`model` must be text, got 5"),
+        ('model = "sd15"\ncontrolnet = [1]', "`controlnet` must be a name or a list of names"),
+        ('model = "sd15"\nsize = 5', "`size` must be text, got 5"),
+        ('model = "sd15"\nstory = 5', "`story` must be text"),
+        ('model = "sd15"\nbatch = 0', "`batch` must be a whole number"),
+        ('model = "sd15"\nmapping = { down = [["a", 1, 2]] }', "`mapping` must have `down`"),
+        ('model = "sd15"\nmapping = { mid = [1, 2, 3] }', "`mapping` must have `down`"),
+    ],
+)
+def test_a_wrong_probe_file_names_the_key(tmp_path, text, message):
+    probe = tmp_path / "wrong.toml"
+    probe.write_text(text, encoding="utf-8")
+    result = shapecheck("probe", str(probe))
+    assert result.exit_code == 2
+    assert f"error: {probe}: {message}" in result.stderr
+
+
+def test_names_that_are_too_long_or_no_text_are_told(tmp_path):
+    result = shapecheck("probe", "n" * 300 + ".toml")
+    assert (result.exit_code, "Traceback" in result.stderr) == (2, False)
+    odd = os.fsencode(tmp_path) + b"/bad\xff.json"
+    with open(odd, "wb") as file:  # noqa: PTH123  # a name that is no text
+        file.write(json.dumps(dict(presets.load("sd15").config)).encode())
+    done = subprocess.run(
+        [sys.executable, "-m", "shapecheck", "probe", odd, "-o", str(tmp_path / "out.txt")], capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"bad\udcff.json" in (tmp_path / "out.txt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"down_block_types": ["DownBlock2D"] * 20_000, "block_out_channels": [8] * 20_000},
+        {"layers_per_block": 128, "transformer_layers_per_block": 128},
+        {"in_channels": 10**30},
+        {"sample_size": 0},
+        {"act_fn": "a\nb\u202e"},
+    ],
+)
+def test_an_absurd_config_is_one_short_line(tmp_path, change):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(dict(presets.load("sd15").config) | change), encoding="utf-8")
+    result = shapecheck("probe", str(config))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert str(config) in result.stderr
+    assert (result.stderr.count("\n"), len(result.stderr) < 700) == (1, True)
+
+
+def test_keys_that_diffusers_ignores_are_told_on_one_line(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(dict(presets.load("sd15").config) | {"\x1b[2Jforged\nline": 1}), encoding="utf-8")
+    result = shapecheck("probe", str(config))
+    assert result.exit_code == 0
+    (note,) = [line for line in result.stdout.splitlines() if "diffusers ignores" in line]
+    assert "\\x1b[2Jforged\\nline" in note

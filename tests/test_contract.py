@@ -77,7 +77,9 @@ def test_an_unknown_rounding_is_not_guessed():
         dim.at({"h": 13})
 
 
-@pytest.mark.parametrize("text", ["", "h/3", "ceil(h/0)", "ceil(320/2)", "-1", "ceil(h/2", "h w", "__import__('os')", "(" * 10_000])
+@pytest.mark.parametrize(
+    "text", ["", "h/3", "ceil(h/0)", "ceil(320/2)", "-1", "ceil(h/2", "h w", "__import__('os')", "(" * 10_000]
+)
 def test_what_is_no_dimension_is_refused(text):
     with pytest.raises(ValueError, match=r"not a (dimension|chain of halvings)"):
         Dim.parse(text)
@@ -107,11 +109,15 @@ def test_a_geometry_is_made_of_whole_positive_numbers(sizes):
 
 def test_shapes_are_those_worked_out_by_hand():
     assert SD15.shapes(ODD) == RIGHT
-    assert SD15.input_shapes(ODD) == {
-        "sample": (2, 4, 13, 21),
-        "timestep": (2,),
-        "encoder_hidden_states": (2, 77, 768),
-    } | RIGHT
+    assert (
+        SD15.input_shapes(ODD)
+        == {
+            "sample": (2, 4, 13, 21),
+            "timestep": (2,),
+            "encoder_hidden_states": (2, 77, 768),
+        }
+        | RIGHT
+    )
 
 
 def test_sdxl_takes_its_conditioning_as_inputs():
@@ -130,7 +136,7 @@ def test_a_divisor_is_kept():
 
 
 def test_an_unknown_slot_lists_the_known():
-    with pytest.raises(ShapecheckError, match="no slot 'down_12'.*down_block_residual_00.*mid_block_residual"):
+    with pytest.raises(ShapecheckError, match=r"no slot 'down_12'.*down_block_residual_00.*mid_block_residual"):
         SD15.slot("down_12")
 
 
@@ -249,7 +255,9 @@ def test_every_fault_is_told_at_once():
         SD15.verify(given, ODD)
     assert caught.value.mismatches == found
     assert caught.value.contract is SD15
-    assert "down_block_residual_11 (UNet down_blocks.3.resnets.1): missing: got nothing, expected 2×1280×2×3" in str(caught.value)
+    assert "down_block_residual_11 (UNet down_blocks.3.resnets.1): missing: got nothing, expected 2×1280×2×3" in str(
+        caught.value
+    )
 
 
 def test_no_residuals_at_all_is_thirteen_missing():

@@ -78,12 +78,12 @@ def test_hooks_go_even_when_a_forward_raises(unet):
         raise RuntimeError("out of luck")
 
     handle = unet.up_blocks[1].register_forward_pre_hook(explode)
-    with pytest.raises(ShapecheckError, match="does not run at any size.*out of luck"):
+    with pytest.raises(ShapecheckError, match=r"does not run at any size.*out of luck"):
         probe(unet, net)
     handle.remove()
     assert hooks_of(unet, net) == 0
     net.mid_block.register_forward_pre_hook(explode)
-    with pytest.raises(ShapecheckError, match="ControlNetModel does not run at batch 2.*out of luck"):
+    with pytest.raises(ShapecheckError, match=r"ControlNetModel does not run at batch 2.*out of luck"):
         probe(unet, net)
     assert hooks_of(unet) == 0
     assert hooks_of(net) == 1
@@ -144,8 +144,6 @@ def test_pooled_residuals_are_a_spatial_kind(unet):
     assert contract.slot("down_block_residual_04").skip == probe(unet).slot("down_block_residual_04").skip
     assert contract != probe(unet)
     assert any("pooled" in each for each in contract.header.handover)
-
-
 
 
 class Rearranging(torch.nn.Module):
@@ -238,3 +236,45 @@ def test_a_controlnet_that_rounds_otherwise_is_found_at_odd_sizes_only():
     assert {each.where for each in caught.value.mismatches} == {*DOWNS[3:], "mid_block_residual"}
     assert {each.kind for each in caught.value.mismatches} == {"rounding"}
     assert all(each.geometry.height % 8 or each.geometry.width % 8 for each in caught.value.mismatches)
+
+
+DEEP = {
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 2,
+    "mid_block_type": "UNetMidBlock2D",
+}
+
+
+def meta_unet(levels, **changes):
+    with torch.device("meta"):
+        return UNet2DConditionModel(**DEEP | {"block_out_channels": [8] * levels} | changes)
+
+
+def test_a_size_refused_only_five_levels_down_is_found():
+    deep = meta_unet(
+        6,
+        down_block_types=["ResnetDownsampleBlock2D"] * 6,
+        up_block_types=["AttnUpBlock2D"] + ["UpBlock2D"] * 5,
+    )
+    assert probe(deep).divisor == 32
+
+
+def test_what_two_models_do_at_sizes_the_unet_refuses_is_no_mismatch():
+    kinds = {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["AttnUpBlock2D"] * 3}
+    with torch.device("meta"):
+        net = ControlNetModel.from_unet(meta_unet(3, **kinds, downsample_padding=0), load_weights_from_unet=False)
+    assert probe(meta_unet(3, **kinds), net).divisor == 4
+
+
+def test_a_unet_that_cannot_run_is_named_rather_than_its_controlnet():
+    kinds = {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 2, "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 2}
+    with pytest.raises(ShapecheckError, match=r"^UNet2DConditionModel does not run at batch 2, latent 17×63"):
+        probe(meta_unet(2, **kinds, attention_head_dim=3))
+
+
+def test_class_labels_follow_the_time_embedding():
+    kinds = {"down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2}
+    unet = meta_unet(2, **kinds, class_embed_type="identity", time_embedding_type="fourier", mid_block_type=None)
+    assert probe(unet).input_shapes(Geometry(3, 8, 8))["class_labels"] == (3, 16)

@@ -16,7 +16,12 @@ from shapecheck.contract.naming import SCHEMES, SHAPECHECK, detect, scheme
         ("shapecheck", "down_block_residual_00", "down_block_residual_11", "mid_block_residual"),
         ("streamdiffusion", "input_control_00", "input_control_11", "input_control_middle"),
         ("comfyui", "output_control_0", "output_control_11", "middle_control_0"),
-        ("optimum-neuron", "down_block_additional_residuals_0", "down_block_additional_residuals_11", "mid_block_additional_residual"),
+        (
+            "optimum-neuron",
+            "down_block_additional_residuals_0",
+            "down_block_additional_residuals_11",
+            "mid_block_additional_residual",
+        ),
     ],
 )
 def test_the_names_are_those_found_in_the_field(key, first, twelfth, mid):
@@ -33,7 +38,9 @@ def test_a_scheme_reads_its_own_names_and_is_detected_by_them(naming, downs):
         assert [other.index(name) for name in names] == [None] * (downs + 1)
 
 
-@pytest.mark.parametrize("name", ["down_block_residual_0", "down_block_residual_000", "down_block_residual_", "mid", "Mid_block_residual"])
+@pytest.mark.parametrize(
+    "name", ["down_block_residual_0", "down_block_residual_000", "down_block_residual_", "mid", "Mid_block_residual"]
+)
 def test_near_misses_are_no_names(name):
     assert SHAPECHECK.index(name) is None
 

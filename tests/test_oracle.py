@@ -43,7 +43,7 @@ class Length:
     most: Limits
 
 
-def at_length(quick: int, full: int = 300) -> pytest.MarkDecorator:
+def at_length(quick: int, full: int = 80) -> pytest.MarkDecorator:
     """A few small examples always, many of any size with `-m full`."""
     lengths = [
         pytest.param(Length(quick, SMALL), id="quick"),
@@ -162,7 +162,7 @@ def test_five_levels_agree_with_the_oracle(ups, divisor):
     agree(contract, config, 2, 336, 464)
 
 
-@at_length(4, 40)
+@at_length(4, 25)
 def test_divisor_is_where_the_real_unet_stops_refusing(length):
     refusing = strategies.unet_configs(length.most).filter(lambda config: oracle.divisor(config) > 1)
 
@@ -178,7 +178,7 @@ def test_divisor_is_where_the_real_unet_stops_refusing(length):
             contract.shapes(Geometry(2, height, width))
 
 
-@at_length(3, 60)
+@at_length(3, 40)
 def test_a_unet_agrees_with_its_own_controlnet(length):
     @for_all(length.examples, config=strategies.unet_configs_with_controlnet(length.most), height=SIDES, width=SIDES)
     def check(config, height, width):
@@ -188,7 +188,7 @@ def test_a_unet_agrees_with_its_own_controlnet(length):
         assert [net.class_name for net in contract.header.controlnets] == ["ControlNetModel"]
 
 
-@at_length(3, 25)
+@at_length(3, 15)
 @pytest.mark.parametrize("fault", strategies.FAULTS)
 def test_planted_fault_is_told_slot_by_slot(fault, length):
     @for_all(length.examples, planted=strategies.FAULTS[fault](length.most))

@@ -16,7 +16,18 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(folder), str(ROOT)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+        "--wheel-dir",
+        str(folder),
+        str(ROOT),
+    ]
     subprocess.run(pip, check=True, capture_output=True, text=True)
     (built,) = folder.glob("*.whl")
     return built
@@ -24,7 +35,10 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_the_package_its_presets_and_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"shapecheck", next(name.split("/")[0] for name in names if "dist-info" in name)}
+    assert {name.split("/")[0] for name in names} == {
+        "shapecheck",
+        next(name.split("/")[0] for name in names if "dist-info" in name),
+    }
     assert {"shapecheck/presets/sd15.json", "shapecheck/presets/contracts/sd15.json", "shapecheck/py.typed"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +13,7 @@ from typing import Any, Literal
 from shapecheck import presets
 from shapecheck.contract import ShapecheckError
 from shapecheck.observe import hub
+from shapecheck.observe.configfile import ADVICE, one_line, read_json, refuse_absurd
 
 Role = Literal["unet", "controlnet"]
 Locate = Callable[[str], Path | None]
@@ -28,9 +27,7 @@ _PLACES: Mapping[Role, tuple[str, ...]] = {
 }
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_DEEPEST = 8
 _MOST_CONTROLNETS = 32
-_ADVICE = "give a preset (`shapecheck presets`), a diffusers folder, its config.json or a hub id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +60,12 @@ def find(name: str, role: Role, *, offline: bool = False) -> ModelSource:
     if name in presets.names():
         return _from_preset(name, role)
     if not name.strip():  # Path("") would be the current folder
-        raise ShapecheckError(f"the name of the {role} is empty; {_ADVICE}")
+        raise ShapecheckError(f"the name of the {role} is empty; {ADVICE}")
     try:
         return _from_outside(name, role, offline)
     except (OSError, RuntimeError) as error:  # no permission, too long a name, the home of nobody
         reason = getattr(error, "strerror", None) or error
-        raise ShapecheckError(f"cannot read {_told(name)}: {reason}; {_ADVICE}") from None
+        raise ShapecheckError(f"cannot read {one_line(name)}: {reason}; {ADVICE}") from None
 
 
 def _from_outside(name: str, role: Role, offline: bool) -> ModelSource:
@@ -80,8 +77,8 @@ def _from_outside(name: str, role: Role, offline: bool) -> ModelSource:
     if _HUB_ID.fullmatch(name) and path.suffix.lower() not in (".json", ".safetensors", *_PICKLES):
         return _from_hub(name, role, offline)
     near = difflib.get_close_matches(name, presets.names(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? Otherwise {_ADVICE}" if near else _ADVICE
-    raise ShapecheckError(f"{_told(name)} is no preset, no file or folder, and no hub id of the form owner/name; {hint}")
+    hint = f"did you mean {' or '.join(near)}? Otherwise {ADVICE}" if near else ADVICE
+    raise ShapecheckError(f"{one_line(name)} is no preset, no file or folder, and no hub id of the form owner/name; {hint}")
 
 
 def _from_preset(name: str, role: Role) -> ModelSource:
@@ -106,7 +103,7 @@ def _from_file(path: Path, name: str, role: Role) -> ModelSource:
     if path.name == "model_index.json":
         return _from_folder(path.parent, name, role)
     _refuse_weights(path)
-    return _with_vae_near(_source(_read_json(path), name, str(path), role), path.parent)
+    return _with_vae_near(_source(read_json(path), name, str(path), role), path.parent)
 
 
 def _from_hub(name: str, role: Role, offline: bool) -> ModelSource:
@@ -115,12 +112,12 @@ def _from_hub(name: str, role: Role, offline: bool) -> ModelSource:
     source = _first(here_first, locate, name, role, f"hub {name} ")
     if source is None:
         looked = " and no ".join(_PLACES[role])
-        raise ShapecheckError(f"looked for a {_CLASS_OF[role]} in hub repository {name}: it has no {looked}; {_ADVICE}")
+        raise ShapecheckError(f"looked for a {_CLASS_OF[role]} in hub repository {name}: it has no {looked}; {ADVICE}")
     if not source.origin.endswith(" unet/config.json"):
         return source
     try:
         index = locate("model_index.json")
-        parts = _parts(_read_json(index)) if index else ["vae"]
+        parts = _parts(read_json(index)) if index else ["vae"]
         return _with_company(source, lambda place: locate(place) if re.split("[/_]", place)[0] in parts else None)
     except hub.HubError as error:
         note = f"{source.vae_factor} pixels a latent cell and no ControlNet in {name} are assumed: {error.reason}"
@@ -132,7 +129,7 @@ def _first(places: Iterable[str], locate: Locate, name: str, role: Role, origin:
     wrong = ""
     for place in places:
         path = locate(place)
-        record = _read_json(path) if path else None
+        record = read_json(path) if path else None
         if record is not None and _class_of(record) == _CLASS_OF[role]:
             return _source(record, name, origin + place, role)
         if record is not None:
@@ -150,7 +147,11 @@ def _with_company(source: ModelSource, locate: Locate) -> ModelSource:
         path = locate(f"{subfolder}/config.json")
         if path is None:
             break
-        nets.append(_source(_read_json(path), f"{source.name}/{subfolder}", str(path), "controlnet"))
+        record = read_json(path)
+        if _class_of(record) != "ControlNetModel":
+            unread = f"{path} is a {_class_of(record)}, which is not read yet: it was left out"
+            return replace(source, vae_factor=_vae_factor(locate("vae/config.json")), notes=(*source.notes, unread))
+        nets.append(_source(record, f"{source.name}/{subfolder}", str(path), "controlnet"))
     return replace(source, vae_factor=_vae_factor(locate("vae/config.json")), controlnets=tuple(nets))
 
 
@@ -161,7 +162,7 @@ def _with_vae_near(source: ModelSource, folder: Path) -> ModelSource:
 
 def _vae_factor(path: Path | None) -> int:
     """Pixels a latent cell covers, read off the VAE's config; 8 where there is none."""
-    levels = _read_json(path).get("block_out_channels") if path else None
+    levels = read_json(path).get("block_out_channels") if path else None
     return 2 ** (len(levels) - 1) if isinstance(levels, list) and 1 <= len(levels) <= 8 else 8
 
 
@@ -174,14 +175,14 @@ def _nothing_in(folder: Path, role: Role) -> str:
     looked = f"looked for a {_CLASS_OF[role]} in {folder}: no {' and no '.join(_PLACES[role])}"
     index = _file_in(folder, "model_index.json")
     if index is None:
-        present = ", ".join(sorted(_told(entry.name) for entry in folder.iterdir())[:8]) or "nothing"
-        return f"{looked}, it holds {present}; {_ADVICE}"
-    record = _read_json(index)
+        present = ", ".join(sorted(one_line(entry.name) for entry in folder.iterdir())[:8]) or "nothing"
+        return f"{looked}, it holds {present}; {ADVICE}"
+    record = read_json(index)
     parts = _parts(record)
     if role in parts:
         return f"{looked}, though its model_index.json lists a {role}: the copy is incomplete; download it again"
-    kind = _told(record.get("_class_name"))
-    return f"{looked}; it is a {kind} with {_told(', '.join(parts)) or 'no parts'}: no {role} among them; {_ADVICE}"
+    kind = one_line(record.get("_class_name"))
+    return f"{looked}; it is a {kind} with {one_line(', '.join(parts)) or 'no parts'}: no {role} among them; {ADVICE}"
 
 
 def _parts(index: Mapping[str, Any]) -> list[str]:
@@ -191,7 +192,7 @@ def _parts(index: Mapping[str, Any]) -> list[str]:
 
 def _refuse_weights(path: Path) -> None:
     if not path.is_file():
-        raise ShapecheckError(f"{path} is a pipe, a device or a socket, which are never opened; {_ADVICE}")
+        raise ShapecheckError(f"{path} is a pipe, a device or a socket, which are never opened; {ADVICE}")
     with path.open("rb") as file:
         start = file.read(4)
     if path.suffix.lower() in _PICKLES or start.startswith((b"PK\x03\x04", b"\x80")):
@@ -205,43 +206,12 @@ def _refuse_weights(path: Path) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        data = file.read(hub.LARGEST_FILE + 1)
-    if len(data) > hub.LARGEST_FILE:
-        raise ShapecheckError(f"{path} is larger than {hub.LARGEST_FILE} bytes: not a config.json; {_ADVICE}")
-    try:
-        record = json.loads(data.decode("utf-8-sig"), parse_constant=_finite, parse_float=_finite)
-        json.dumps(record, ensure_ascii=False).encode("utf-8")  # half a surrogate pair could never be printed again
-        if _depth_exceeds(record, _DEEPEST):
-            raise RecursionError
-    except UnicodeError:
-        raise ShapecheckError(f"{path} is not UTF-8 text, as a diffusers config.json is; {_ADVICE}") from None
-    except RecursionError:
-        raise ShapecheckError(f"{path} is nested too deeply to be a config.json; {_ADVICE}") from None
-    except ValueError as error:
-        raise ShapecheckError(f"{path} is not valid JSON: {error}; is the file cut short? Otherwise {_ADVICE}") from None
-    if not isinstance(record, dict):
-        raise ShapecheckError(f"{path} holds a JSON {type(record).__name__}, not the object a config.json is; {_ADVICE}")
-    return record
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:20]} is no finite number")
-    return number
-
-
-def _depth_exceeds(value: Any, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_depth_exceeds(each, levels - 1) for each in inner)
-
-
 def _source(record: Mapping[str, Any], name: str, origin: str, role: Role) -> ModelSource:
     """The source of a config that was read. Raises ShapecheckError where it is another model's."""
     class_name = _class_of(record)
     if class_name is None or class_name != _CLASS_OF[role]:
         raise ShapecheckError(_wrong_class(record, origin, role))
+    refuse_absurd(record, origin)
     guessed = f"no _class_name in {origin}: taken for a {class_name} by its keys"
     return ModelSource(name, origin, class_name, record, notes=() if "_class_name" in record else (guessed,))
 
@@ -249,7 +219,7 @@ def _source(record: Mapping[str, Any], name: str, origin: str, role: Role) -> Mo
 def _class_of(record: Mapping[str, Any]) -> str | None:
     """The class a config names, or that its keys tell."""
     if record.get("_class_name") is not None:
-        return _told(record["_class_name"])
+        return one_line(record["_class_name"])
     if not {"down_block_types", "block_out_channels", "cross_attention_dim"} <= record.keys():
         return None
     return "UNet2DConditionModel" if "up_block_types" in record else "ControlNetModel"
@@ -264,15 +234,8 @@ def _wrong_class(record: Mapping[str, Any], origin: str, role: Role) -> str:
     if found == "UNet2DConditionModel":
         return f"{origin} is a UNet; --controlnet takes a ControlNetModel, or the name of a UNet preset"
     if found is not None:
-        return f"{origin} is a {found}, which is not read yet; expected a {_CLASS_OF[role]}; {_ADVICE}"
+        return f"{origin} is a {found}, which is not read yet; expected a {_CLASS_OF[role]}; {ADVICE}"
     kinds = record.get("architectures")
     kind = kinds[0] if isinstance(kinds, list) and kinds else record.get("model_type")
-    what = f"the config of a {_told(kind)}" if kind else "no diffusers config (no _class_name)"
-    return f"{origin} is {what}; expected a {_CLASS_OF[role]}; {_ADVICE}"
-
-
-def _told(value: object) -> str:
-    """Text from outside, fit for one line of a terminal."""
-    text = str(value)[:200]
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(text) <= 120 else f"{text[:119]}…"
+    what = f"the config of a {one_line(kind)}" if kind else "no diffusers config (no _class_name)"
+    return f"{origin} is {what}; expected a {_CLASS_OF[role]}; {ADVICE}"

@@ -77,7 +77,8 @@ def _class_labels(config: Settings, dtype: str) -> list[Input]:
     if kind in ("projection", "simple_projection"):
         width = config["projection_class_embeddings_input_dim"]
     else:
-        width = config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
+        growth = 2 if config.get("time_embedding_type") == "fourier" else 4
+        width = config.get("time_embedding_dim") or growth * config["block_out_channels"][0]
     return [Input("class_labels", (BATCH, constant(width)), dtype, "class_labels")]
 
 

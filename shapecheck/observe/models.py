@@ -12,6 +12,7 @@ from torch import nn
 
 from shapecheck.contract import Config, ControlNetInfo, Header, Input, ShapecheckError
 from shapecheck.observe import configs, sources
+from shapecheck.observe.configfile import one_line
 from shapecheck.observe.inputs import controlnet_inputs, unet_inputs
 
 ControlNetChoice = str | nn.Module | Sequence[str | nn.Module] | None
@@ -122,7 +123,7 @@ def _own_latents(unet: Model, net: Model) -> str:
 
 def _ignored(source: configs.ModelSource) -> tuple[str, ...]:
     keys = sources.ignored_keys(source)
-    return (f"diffusers ignores these keys of {source.origin}: {', '.join(keys)}",) if keys else ()
+    return (f"diffusers ignores these keys of {source.origin}: {one_line(', '.join(keys))}",) if keys else ()
 
 
 def _config(module: nn.Module) -> Mapping[str, Any]:

@@ -49,9 +49,11 @@ def reconcile(
     spatials = {number: _spatial(traces, number) for number in numbers}
     if numbers and set(spatials.values()) == {"pooled"}:
         slots = tuple(replace(slot, spatial="pooled") for slot in slots)
+    accepted = [trace for trace in traces if _is_accepted(trace.geometry, subject.divisor)]
+    at = at if at is not None and _is_accepted(at, subject.divisor) else None
     for number in numbers:
         own = tuple(replace(slot, spatial=spatials[number]) for slot in slots)
-        found += _emitted_mismatches(traces, number, own, at)
+        found += _emitted_mismatches(accepted, number, own, at)
     known = {mismatch.where for mismatch in found}
     found += [mismatch for mismatch in _handover_mismatches(traces, slots) if mismatch.where not in known]
     header = replace(subject.header, handover=handover(traces))
@@ -221,6 +223,11 @@ def _promoted(trace: Trace) -> list[Mismatch]:
 def _keep_first(first: dict[str, Mismatch], found: Sequence[Mismatch]) -> None:
     for mismatch in found:
         first.setdefault(mismatch.where, mismatch)
+
+
+def _is_accepted(geometry: Geometry, divisor: int) -> bool:
+    """Whether the UNet takes this size: what two models do at others is no disagreement."""
+    return geometry.height % divisor == 0 and geometry.width % divisor == 0
 
 
 def _name(index: int) -> str:

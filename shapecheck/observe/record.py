@@ -291,4 +291,4 @@ def _site(paths: Mapping[int, str]) -> AddSite:
 
 
 def _first_line(error: BaseException | None) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0] if error else ""
+    return f"{type(error).__name__}: {str(error).strip()[:300]}".splitlines()[0] if error else ""

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, Shape, ShapecheckError
-from shapecheck.observe import configs
+from shapecheck.observe import configs, hub
+from shapecheck.observe.configfile import one_line
 
 _KEYS = {"story", "model", "controlnet", "size", "latent", "batch", "mapping", "expect"}
-_LARGEST_FILE = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,28 +82,45 @@ def carry_out(request: Request, *, offline: bool = False, progress: Callable[[st
 def read(path: Path) -> Request:
     """The request in a TOML file. Raises ShapecheckError naming the key that is wrong."""
     try:
-        data = path.read_bytes()[: _LARGEST_FILE + 1]
-        record = tomllib.loads(data.decode("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        with path.open("rb") as file:
+            record = tomllib.loads(file.read(hub.LARGEST_FILE).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ShapecheckError(f"cannot read {path} as TOML: {error}") from None
     if unknown := sorted(record.keys() - _KEYS):
-        raise ShapecheckError(f"{path}: unknown {', '.join(unknown)}; known: {', '.join(sorted(_KEYS))}")
-    if not isinstance(record.get("model"), str):
-        raise ShapecheckError(f"{path}: `model` must name the UNet to probe")
-    nets = record.get("controlnet", [])
+        raise ShapecheckError(f"{path}: unknown {one_line(', '.join(unknown))}; known: {', '.join(sorted(_KEYS))}")
     try:
-        return Request(
-            model=record["model"],
-            controlnets=(nets,) if isinstance(nets, str) else tuple(nets),
-            size_px=parse_pair(record["size"], "WxH") if "size" in record else None,
-            latent=parse_pair(record["latent"], "HxW") if "latent" in record else None,
-            batch=record.get("batch", 1),
-            claim=_claim(record["mapping"]) if "mapping" in record else None,
-            story=record.get("story", ""),
-            expect=record.get("expect", {}),
-        )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ShapecheckError(f"{path}: not a probe: {error}") from None
+        return _request(record)
+    except ShapecheckError as error:
+        raise ShapecheckError(f"{path}: {error}") from None
+
+
+def _request(record: Mapping[str, Any]) -> Request:
+    nets = record.get("controlnet", [])
+    nets = [nets] if isinstance(nets, str) else nets
+    if not (isinstance(nets, list) and all(isinstance(net, str) for net in nets)):
+        raise ShapecheckError("`controlnet` must be a name or a list of names")
+    batch = record.get("batch", 1)
+    if type(batch) is not int or batch < 1:
+        raise ShapecheckError(f"`batch` must be a whole number of at least 1, got {one_line(batch)}")
+    expect = record.get("expect", {})
+    if not isinstance(expect, dict):
+        raise ShapecheckError("`expect` must be a table")
+    return Request(
+        model=_text(record, "model"),
+        controlnets=tuple(nets),
+        size_px=parse_pair(_text(record, "size"), "WxH") if "size" in record else None,
+        latent=parse_pair(_text(record, "latent"), "HxW") if "latent" in record else None,
+        batch=batch,
+        claim=_claim(record["mapping"]) if "mapping" in record else None,
+        story=_text(record, "story") if "story" in record else "",
+        expect=expect,
+    )
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    if not isinstance(value := record.get(key), str):
+        raise ShapecheckError(f"`{key}` must be text, got {one_line(value)}")
+    return value
 
 
 def parse_pair(text: str, form: str) -> tuple[int, int]:
@@ -122,8 +139,15 @@ def _geometry(request: Request, vae_factor: int) -> Geometry | None:
     return Geometry(request.batch, *request.latent) if request.latent is not None else None
 
 
-def _claim(record: Mapping[str, Any]) -> Claim:
-    return Claim(tuple(map(tuple, record["down"])), tuple(record["mid"]) if "mid" in record else None)
+def _claim(record: Any) -> Claim:
+    downs, mid = (record.get("down"), record.get("mid")) if isinstance(record, dict) else (None, None)
+    if not isinstance(downs, list) or not all(map(_is_shape, downs)) or not (mid is None or _is_shape(mid)):
+        raise ShapecheckError("`mapping` must have `down`, a list of [channels, height, width], and may have `mid`")
+    return Claim(tuple(map(tuple, downs)), tuple(mid) if mid else None)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(size) is int and size > 0 for size in value)
 
 
 def _residuals(claim: Claim, batch: int) -> tuple[list[Shape], Shape | None]:

@@ -71,16 +71,26 @@ def _find_divisor(unet: Model, nets: Sequence[Model], halvings: int, progress: P
 def _observe_at(unet: Model, nets: Sequence[Model], geometry: Geometry) -> Trace:
     """One run of everything. Where the ControlNets' residuals do not fit, the UNet is asked alone what it adds."""
     with torch.no_grad(), record(unet.module, [net.module for net in nets]) as recorder:
-        given = [_run_controlnet(net, geometry) for net in nets]
+        try:
+            given = [_run_controlnet(net, geometry) for net in nets]
+        except ShapecheckError as error:
+            if refused := _run_unet_alone(unet, geometry, recorder).refused:  # then the ControlNet is not to blame
+                raise ShapecheckError(f"{unet.name} does not run at {geometry}: {refused}") from error
+            raise
         trace = None
         if given and _have_one_shape(given):
             trace = _run_unet(unet, geometry, _summed(given), recorder)
             if not trace.refused and len(trace.adds) == len(trace.arrived):
                 return trace
         emitted = trace.emitted if trace else recorder.take_emitted()
-        probes = [torch.zeros((1, 1, 1, 1), device=unet.device, dtype=unet.dtype) for _ in range(_PROBES_GIVEN)]
-        alone = _run_unet(unet, geometry, (probes[1:], probes[0]), recorder)
+        alone = _run_unet_alone(unet, geometry, recorder)
     return replace(alone, emitted=emitted, arrived=())
+
+
+def _run_unet_alone(unet: Model, geometry: Geometry, recorder: Recorder) -> Trace:
+    """What the UNet adds when it is given more residuals than it takes, each of one cell, which fits any skip."""
+    probes = [torch.zeros((1, 1, 1, 1), device=unet.device, dtype=unet.dtype) for _ in range(_PROBES_GIVEN)]
+    return _run_unet(unet, geometry, (probes[1:], probes[0]), recorder)
 
 
 def _run_controlnet(net: Model, geometry: Geometry) -> Residuals:

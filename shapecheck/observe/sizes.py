@@ -32,12 +32,11 @@ def odd_at(level: int) -> Geometry:
 
 
 def multiples_of(divisor: int, halvings: int) -> tuple[Geometry, ...]:
-    """Geometries whose sides are odd multiples of `divisor`, and survive that many halvings."""
-    smallest = max(3, 2 ** (halvings + 1) // divisor) | 1
-    factors = [smallest + each for each in (0, 2, 4, 6)]
-    return tuple(
-        Geometry(2, divisor * height, divisor * width) for height, width in zip(factors, reversed(factors), strict=True)
-    )
+    """Multiples of `divisor` that are odd at each level it leaves open, one geometry a level, large enough to halve."""
+    first = divisor.bit_length() - 1
+    levels = range(first, max(first + 1, halvings))
+    smallest = {level: max(3, 2 ** max(0, halvings + 1 - level)) | 1 for level in levels}
+    return tuple(Geometry(2, 2**level * factor, 2**level * (factor + 2)) for level, factor in smallest.items())
 
 
 def rules(symbol: str, given: Sizes, observed: Iterable[Sizes]) -> Mapping[Sizes, Dim]:

@@ -12,10 +12,8 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
 from shapecheck.contract import ShapecheckError
+from shapecheck.observe.configfile import one_line
 from shapecheck.observe.configs import ModelSource
-
-_MOST_LAYERS = 128
-_LAYER_KEYS = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
 
 
 def build(source: ModelSource) -> nn.Module:
@@ -24,12 +22,13 @@ def build(source: ModelSource) -> nn.Module:
     Raises ShapecheckError where diffusers cannot build it.
     """
     model: Any = UNet2DConditionModel if source.role == "unet" else ControlNetModel
-    _refuse_absurd(source)
     try:
         with _quiet(), torch.device("meta"):
             module: nn.Module = model.from_config(_without_shadow_class(source.config, source.class_name))
     except Exception as error:  # the configuration is the user's: whatever diffusers makes of it is told to the user
-        raise ShapecheckError(f"diffusers cannot build a {source.class_name} from {source.origin}: {error}") from None
+        raise ShapecheckError(
+            f"diffusers cannot build a {source.class_name} from {source.origin}: {_first_line(error)}"
+        ) from None
     return module.eval()
 
 
@@ -44,7 +43,7 @@ def implied_controlnet(unet: nn.Module) -> nn.Module:
         with _quiet(), torch.device("meta"):
             controlnet: nn.Module = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
     except Exception as error:  # from_unet fails in many ways, none of them documented
-        raise ShapecheckError(f"diffusers cannot build the ControlNet this UNet implies: {error}") from None
+        raise ShapecheckError(f"diffusers cannot build the ControlNet this UNet implies: {_first_line(error)}") from None
     return controlnet.eval()
 
 
@@ -55,20 +54,8 @@ def ignored_keys(source: ModelSource) -> tuple[str, ...]:
     return tuple(sorted(key for key in source.config if not key.startswith("_") and key not in known))
 
 
-def _refuse_absurd(source: ModelSource) -> None:
-    """A configuration can ask for a billion layers, which would only fill the memory."""
-    for key in _LAYER_KEYS:
-        largest = max(_numbers(source.config.get(key)), default=0)
-        if largest > _MOST_LAYERS:
-            raise ShapecheckError(f"{source.origin}: {key} asks for {largest} layers; more than {_MOST_LAYERS} is refused")
-
-
-def _numbers(value: Any) -> Iterator[int]:
-    if isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _numbers(each)
-    elif isinstance(value, int):
-        yield value
+def _first_line(error: Exception) -> str:
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0], longest=300)
 
 
 def _without_shadow_class(config: Mapping[str, Any], class_name: str) -> dict[str, Any]:

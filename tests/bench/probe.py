@@ -14,7 +14,10 @@ import time
 from tabulate import tabulate
 
 ROUNDS = 5
-BASELINE = ("import of torch and diffusers", ["-c", "import torch; from diffusers import UNet2DConditionModel, ControlNetModel"])
+BASELINE = (
+    "import of torch and diffusers",
+    ["-c", "import torch; from diffusers import UNet2DConditionModel, ControlNetModel"],
+)
 CASES = [
     BASELINE,
     ("shapecheck probe sd15", ["-m", "shapecheck", "probe", "sd15"]),
