@@ -112,12 +112,21 @@ FILES = {
     "llm without architectures": (text('{"model_type": "gpt2"}'), "is the config of a gpt2; expected a "),
     "odd architectures": (text('{"architectures": [{"a": [1]}]}'), "is the config of a {'a': .*; expected a "),
     "other json": (text('{"name": "a package"}'), r"is no diffusers config \(no _class_name\); expected a "),
-    "transformer": (text('{"_class_name": "FluxTransformer2DModel"}'), "is a FluxTransformer2DModel, which is not read yet"),
-    "vae": (text('{"_class_name": "AutoencoderKL"}'), "is a AutoencoderKL, which is not read yet"),
-    "pipeline": (text('{"_class_name": "StableDiffusionPipeline"}'), "is a StableDiffusionPipeline, which is not read yet"),
+    "transformer": (
+        text('{"_class_name": "FluxTransformer2DModel"}'),
+        "is of class FluxTransformer2DModel, which is not",
+    ),
+    "vae": (text('{"_class_name": "AutoencoderKL"}'), "is of class AutoencoderKL, which is not read yet"),
+    "pipeline": (
+        text('{"_class_name": "StableDiffusionPipeline"}'),
+        "is of class StableDiffusionPipeline, which is not",
+    ),
     "class name of another type": (text('{"_class_name": ["UNet2DConditionModel"]}'), "which is not read yet"),
-    "terminal escapes": (text('{"_class_name": "\\u001b[2J\\u202e\\n"}'), r"is a \\x1b\[2J\\u202e\\n, which is not read yet"),
-    "endless class name": (text(json.dumps({"_class_name": "A" * 500_000})), "is a A{119}…, which"),
+    "terminal escapes": (
+        text('{"_class_name": "\\u001b[2J\\u202e\\n"}'),
+        r"is of class \\x1b\[2J\\u202e\\n, which",
+    ),
+    "endless class name": (text(json.dumps({"_class_name": "A" * 500_000})), "is of class A{119}…, which"),
     "contract": (text('{"shapecheck_contract": 1}'), "is a saved contract, not a model; read it with"),
 }
 
@@ -256,7 +265,7 @@ def test_safetensors_hold_no_configuration(tmp_path: Path) -> None:
 def test_code_in_a_folder_is_not_imported(tmp_path: Path, bomb: Bomb) -> None:
     (tmp_path / "unet.py").write_text(f"import os; os.mkdir({str(bomb.marker)!r})", encoding="utf-8")
     config(_class_name="Own", auto_map={"AutoModel": "unet.Own"})(tmp_path / "config.json")
-    assert "is a Own, which is not read yet" in refused("probe", str(tmp_path))
+    assert "is of class Own, which is not read yet" in refused("probe", str(tmp_path))
 
 
 # folders

@@ -8,10 +8,11 @@ import stat
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from shapecheck import Contract, Geometry, presets
+from shapecheck import Contract, Geometry, cli, presets
 from shapecheck.cli import main
 
 
@@ -26,6 +27,7 @@ def test_help_says_what_it_does_and_how_it_exits():
         assert "Usage:" in result.stdout
     assert "0 fine, 1 the contract is broken, 2 it could not run" in shapecheck("-h").stdout
     assert "shapecheck probe sd15" in shapecheck("probe", "-h").stdout
+    assert "`expect` is for tests" in " ".join(shapecheck("probe", "-h").stdout.split())
 
 
 def test_json_is_a_contract_that_loads(tmp_path):
@@ -72,8 +74,10 @@ def test_two_controlnets_are_told_as_summed():
 
 
 def test_an_unverified_preset_says_so():
-    assert "preset koala-700m is unverified" in shapecheck("probe", "koala-700m").stdout
-    assert "UNET ALONE: 7 slots" in shapecheck("probe", "koala-700m").stdout
+    text = shapecheck("probe", "koala-700m").stdout
+    assert "preset koala-700m is unverified: `shapecheck presets` says where" in text
+    assert "UNET ALONE: 7 slots" in text
+    assert max(map(len, text[text.index("note:") :].splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,10 @@ def test_an_unverified_preset_says_so():
     [
         (["sd15", "--size", "510x512"], "510x512 pixels: the width 510 is no multiple of 8"),
         (["sd15", "--size", "512"], "'512' is no size; expected WxH in pixels"),
+        (["sd15", "--size="], "'' is no size; expected WxH in pixels"),
+        (["sd15", "--latent="], "'' is no size; expected HxW in latent cells"),
+        (["sd15", "--batch", "65537"], "--batch must be a whole number from 1 to 65536, got 65537"),
+        (["sd15", "--size", "1000000x8"], "is no size"),
         (["sd15", "--latent", "0x64"], "'0x64' is no size; expected HxW in latent cells"),
         (["sd15", "--size", "512x512", "--latent", "64x64"], "give one of them"),
         (["kandinsky-2.2", "--latent", "60x64"], "refuses latents of 60×64: both must be multiples of 8"),
@@ -94,6 +102,47 @@ def test_what_cannot_be_done_is_exit_status_2_and_one_message(arguments, message
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
+
+
+def test_sizes_are_written_in_either_case():
+    assert "(520×512 pixels)" in shapecheck("probe", "sd15", "--size", "520X512").stdout
+
+
+@pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt, 130), (click.Abort, 130), (RuntimeError, 2), (OSError, 2)])
+def test_nothing_but_a_mismatch_ends_in_1(monkeypatch, raised, status):
+    def fail(*_):
+        raise raised("planted")
+
+    monkeypatch.setattr(cli, "_request", fail)
+    result = shapecheck("probe", "sd15")
+    assert result.exit_code == status
+    assert ("Traceback" in result.stderr) is (status == 2)
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "shapecheck", *arguments], stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize("arguments", [["presets"], ["--help"]])
+def test_a_full_disk_or_a_closed_pipe_ends_in_2(arguments):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = run(*arguments, stdout=full)
+    assert done.returncode == 2
+    assert "No space left on device" in done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(*arguments, stdout=writer)
+    os.close(writer)
+    assert done.returncode == 2
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_closed_stdout_ends_in_2():
+    done = subprocess.run(["/bin/sh", "-c", f"{sys.executable} -m shapecheck presets >&-"], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: cannot write to standard output: it is closed; -o FILE writes to a file\n",
+    )
 
 
 def test_usage_errors_are_exit_status_2():
@@ -110,7 +159,13 @@ def test_presets_are_listed_for_people_and_machines():
     records = json.loads(shapecheck("presets", "--format", "json").stdout)
     assert [record["name"] for record in records] == list(presets.names())
     assert all(record["checked"] for record in records)
-    assert shapecheck("presets", "--format", "markdown").stdout.startswith("| preset")
+    markdown = shapecheck("presets", "--format", "markdown").stdout
+    assert markdown.startswith("| preset")
+    for name in presets.names():
+        assert f"- {name}: {presets.load(name).checked}\n" in markdown
+        assert f"\n{name}: {presets.load(name).checked[:40]}" in text
+    assert "config" in text.splitlines()[0]
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_a_probe_file_is_carried_out(tmp_path):
@@ -122,6 +177,12 @@ def test_a_probe_file_is_carried_out(tmp_path):
     assert result.exit_code == 1
     assert "preset sd15 with claimed shapes" in result.stdout
     assert "MISMATCH: 11 places" in result.stdout
+    record = json.loads(shapecheck("probe", str(probe), "--format", "json").stdout)["report"]
+    assert (record["claim"], record["verdict"]) == (True, "mismatch")
+    for option in (["--batch", "1"], ["--size", "64x64"], ["--size="], ["--latent", "8x8"], ["--controlnet", "sd15"]):
+        refused = shapecheck("probe", str(probe), *option)
+        assert refused.exit_code == 2
+        assert "drop --controlnet, --size, --latent and --batch" in refused.stderr
     probe.write_text('model = "sd15"\ncontrolnets = "sd15"\n', encoding="utf-8")
     assert "unknown controlnets; known: batch, controlnet" in shapecheck("probe", str(probe)).stderr
     probe.write_text("model = [", encoding="utf-8")
@@ -134,6 +195,36 @@ def test_the_installed_command_says_the_same_with_nothing_on_stderr():
     assert "1×1280×4×6" in result.stdout
     assert result.stderr == ""
     assert str(Geometry(1, 13, 21)) in result.stdout
+
+
+def test_a_claim_that_holds_agrees_in_every_format(tmp_path):
+    probe = tmp_path / "koala.toml"
+    shapes = list(presets.contract("koala-700m").shapes(Geometry(1, 16, 16)).values())
+    downs, mid = [list(each[1:]) for each in shapes[:-1]], list(shapes[-1][1:])
+    probe.write_text(f'model = "koala-700m"\nlatent = "16x16"\nmapping = {{ down = {downs}, mid = {mid} }}\n', encoding="utf-8")
+    record = json.loads(shapecheck("probe", str(probe), "--format", "json").stdout)["report"]
+    assert (record["claim"], record["verdict"]) == (True, "agree")
+    assert "AGREE: the claimed shapes are those of the 7 slots" in shapecheck("probe", str(probe)).stdout
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("shapecheck.observe.request.carry_out", None)
+    for output, said in (("no/such/report.txt", "No such file"), (__file__ + "/report.txt", "is no folder")):
+        result = shapecheck("probe", "sd15", "-o", output)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: cannot write {output}: ")
+        assert said in result.stderr or "Not a directory" in result.stderr
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "no permission to write to" in shapecheck("probe", "sd15", "-o", str(tmp_path / "report.txt")).stderr
+
+
+def test_a_file_that_is_written_over_keeps_its_mode(tmp_path):
+    file = tmp_path / "report.txt"
+    file.touch()
+    file.chmod(0o640)
+    assert shapecheck("probe", "sd15", "-o", str(file)).exit_code == 0
+    assert "AGREE" in file.read_text(encoding="utf-8")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
 
 
 def test_an_output_that_is_no_file_is_written_to_and_not_replaced(tmp_path):
@@ -164,6 +255,9 @@ def test_an_output_through_a_symlink_reaches_its_target(tmp_path):
         ('model = "sd15"\nbatch = 0', "`batch` must be a whole number"),
         ('model = "sd15"\nmapping = { down = [["a", 1, 2]] }', "`mapping` must have `down`"),
         ('model = "sd15"\nmapping = { mid = [1, 2, 3] }', "`mapping` must have `down`"),
+        ('model = "sd15"\nbatch = 65537', "`batch` must be a whole number from 1 to 65536, got 65537"),
+        ('model = "sd15"\nsize = ""', "'' is no size"),
+        ('model = "sd15"\ncontrolnet = "sd15"\nmapping = { down = [] }', "`mapping` stands in place of"),
     ],
 )
 def test_a_wrong_probe_file_names_the_key(tmp_path, text, message):
@@ -212,5 +306,6 @@ def test_keys_that_diffusers_ignores_are_told_on_one_line(tmp_path):
     config.write_text(json.dumps(dict(presets.load("sd15").config) | {"\x1b[2Jforged\nline": 1}), encoding="utf-8")
     result = shapecheck("probe", str(config))
     assert result.exit_code == 0
-    (note,) = [line for line in result.stdout.splitlines() if "diffusers ignores" in line]
+    note = " ".join(result.stdout[result.stdout.index("note: ") :].split("\n\n")[0].split())
+    assert "diffusers ignores" in note
     assert "\\x1b[2Jforged\\nline" in note

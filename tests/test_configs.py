@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from shapecheck import ShapecheckError
@@ -137,6 +138,39 @@ def test_a_controlnet_is_found_in_its_folder_and_in_the_models(saved: Saved, pla
     found = configs.find(str(saved.folder / place), "controlnet")
     assert (found.role, found.class_name) == ("controlnet", "ControlNetModel")
     assert same(found.config, saved.nets[number])
+
+
+@pytest.mark.parametrize("place", ["", "model_index.json", "controlnet", "controlnet/"])
+def test_a_multi_controlnet_is_all_of_its_controlnets(saved: Saved, place: str) -> None:
+    found = configs.find(f"{saved.folder}/{place}", "controlnet")
+    every = (found, *found.controlnets)
+    assert [net.name for net in every] == [str(saved.folder / "controlnet"), str(saved.folder / "controlnet_1")]
+    assert all(same(net.config, config) for net, config in zip(every, saved.nets, strict=True))
+
+
+@pytest.mark.parametrize("name", ["controlnet", ".", "../controlnet"])
+def test_a_multi_controlnet_by_a_relative_name(saved: Saved, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.folder / ("" if name == "controlnet" else "controlnet"))
+    (further,) = configs.find(name, "controlnet").controlnets
+    assert Path(further.name).resolve() == saved.folder / "controlnet_1"
+
+
+@pytest.mark.parametrize("place", ["controlnet/config.json", "controlnet_1"])
+def test_one_of_several_controlnets_can_be_named_alone(saved: Saved, place: str) -> None:
+    found = configs.find(str(saved.folder / place), "controlnet")
+    assert (found.controlnets, found.notes) == ((), ())
+
+
+def test_what_is_taken_with_a_controlnet_is_told(saved: Saved) -> None:
+    (note,) = configs.find(str(saved.folder / "controlnet"), "controlnet").notes
+    assert f"{saved.folder}/controlnet_1 lies beside" in note
+    assert f"{saved.folder}/controlnet/config.json is the first alone" in note
+
+
+@pytest.mark.parametrize("place", ["", "/", "/model_index.json"])
+def test_controlnets_of_a_model_are_called_by_their_paths(saved: Saved, place: str) -> None:
+    found = configs.find(f"{saved.folder}{place}", "unet")
+    assert [net.name for net in found.controlnets] == [str(saved.folder / "controlnet"), str(saved.folder / "controlnet_1")]
 
 
 @pytest.mark.parametrize("name", ["config.json", ".", "./config.json"])
@@ -285,6 +319,14 @@ def test_a_cached_pipeline_brings_the_controlnets_its_index_lists(cache: Path) -
         f"{REPOSITORY}/controlnet",
         f"{REPOSITORY}/controlnet_1",
     ]
+
+
+def test_a_cached_pipeline_is_as_a_controlnet_all_it_holds(cache: Path) -> None:
+    nets = {f"{place}/config.json": CONTROLNET for place in ("controlnet", "controlnet_1")}
+    store(cache, nets, absent=("controlnet_2/config.json", "config.json"))
+    found = configs.find(REPOSITORY, "controlnet")
+    assert [net.name for net in (found, *found.controlnets)] == [f"{REPOSITORY}/controlnet", f"{REPOSITORY}/controlnet_1"]
+    assert found.notes == ()
 
 
 @pytest.mark.parametrize("absent", [("unet/config.json",), ()])

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from diffusers.models.controlnets.controlnet import ControlNetOutput
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shapecheck import Contract, ContractError, Geometry, ShapecheckError, presets
 from shapecheck.contract import Config, Dim, Header
 from shapecheck.contract.dims import constant
+from shapecheck.observe import request as requests
+from shapecheck.presets.families import families
+from shapecheck.report.contract import told
 
 ODD = Geometry(2, 13, 21)
 SD15 = presets.contract("sd15")
@@ -176,11 +183,36 @@ def test_line_numbers_are_no_part_of_equality():
         (lambda record: record | {"inputs": None}, "a damaged contract: TypeError"),
         (lambda record: {"model": "sd15"}, "no key 'shapecheck_contract'"),
         (lambda record: [1], "no key 'shapecheck_contract'"),
+        (lambda record: record | {"shapecheck_contract": True}, "contract of schema True"),
+        (lambda record: record | {"divisor": 1.5}, "expected a whole number of at least 1, got 1.5"),
+        (lambda record: record | {"divisor": 0}, "expected a whole number of at least 1, got 0"),
+        (lambda record: record | {"inputs": {}}, "expected a list, got {}"),
+        (lambda record: record | {"config": None}, "expected an object, got None"),
+        *[
+            (lambda record, change=change: record | {"header": record["header"] | change}, said)
+            for change, said in [
+                ({"vae_factor": 0}, "of at least 1, got 0"),
+                ({"vae_factor": "8"}, "of at least 1, got '8'"),
+                ({"native": [64]}, "not enough values"),
+                ({"native": 64}, "expected a list, got 64"),
+                ({"parameters": 0.5}, "of at least 0, got 0.5"),
+                ({"notes": "a note"}, "expected a list, got 'a note'"),
+                ({"versions": {"torch": 2}}, "expected text, got 2"),
+                ({"source": None}, "expected text, got None"),
+                ({"controlnets": [{}]}, "KeyError"),
+            ]
+        ],
     ],
 )
 def test_what_is_no_contract_is_refused(change, message):
     with pytest.raises(ShapecheckError, match=message):
         Contract.from_json(json.dumps(change(json.loads(SD15.to_json()))))
+
+
+@pytest.mark.parametrize("text", [None, b"{}", Path("contract.json")])
+def test_what_is_no_text_is_refused(text):
+    with pytest.raises(ShapecheckError, match=f"not a contract: expected JSON text, got {type(text).__name__}"):
+        Contract.from_json(text)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00\xff", "1" * (5 * 2**20)])
@@ -194,6 +226,71 @@ def test_a_config_is_frozen_and_hashable():
     assert dict(config) == {"a": None, "b": (1, (2, Config({"c": 3})))}
     assert config.to_json() == {"a": None, "b": [1, [2, {"c": 3}]]}
     assert hash(config) == hash(Config({"a": None, "b": (1, (2, {"c": 3}))}))
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, 1.0), (1, True), (0, False), (0.0, -0.0), ([1], [[1]])])
+def test_configs_are_equal_where_their_digests_are(one, other):
+    first, second = (replace(SD15, config=Config({"key": value})) for value in (one, other))
+    assert first != second
+    assert first.digest != second.digest
+    assert first == replace(SD15, config=Config({"key": one}))
+    assert len({first.config, second.config, Config({"key": one})}) == 2
+
+
+def test_a_config_of_nan_equals_itself():
+    assert Config({"key": float("nan")}) == Config({"key": float("nan")})
+
+
+class Odd:
+    """A setting as live modules have them."""
+
+    __hash__ = None
+
+
+def test_what_json_does_not_know_is_kept_as_text():
+    values = {"quantization": Odd(), "kinds": {"b", "a"}, "path": Path("x"), "deep": [{"of": Path("y")}], 5: None}
+    config = Config(values)
+    assert config["quantization"] == f"<{__name__}.Odd object>"
+    assert config["kinds"] == ("a", "b")
+    assert (config["path"], config["deep"][0]["of"], config["5"]) == ("x", "y", None)
+    assert hash(config) == hash(Config(values | {"quantization": Odd()}))
+    contract = replace(SD15, config=config)
+    assert Contract.from_json(contract.to_json()) == contract
+
+
+# families
+
+
+FACTS = json.loads((Path(__file__).parent / "data" / "slot_tables.json").read_text(encoding="utf-8"))
+WRITTEN_OUT = {
+    "sdxl": {"attention_head_dim": [5, 10, 20], "layers_per_block": [2, 2, 2], "only_cross_attention": [False] * 3},
+    "sd15": {"attention_head_dim": [8] * 4, "cross_attention_dim": [768] * 4, "layers_per_block": [2] * 4},
+    "ssd-1b": {"transformer_layers_per_block": [1, [2, 2], [4, 4]]},
+    "segmind-vega": {"transformer_layers_per_block": [[1, 1], [1, 1], [2, 2]]},
+}
+
+
+@pytest.mark.parametrize("name", sorted(presets.contracts()))
+def test_a_preset_is_of_its_own_family(name):
+    assert name in families(presets.contract(name))
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_a_number_written_out_per_level_is_that_number(name):
+    contract = presets.contract(name)
+    changed = replace(contract, config=Config(contract.config.to_json() | WRITTEN_OUT[name]))
+    assert (changed == contract, families(changed)) == (False, families(contract))
+    other = replace(contract, config=Config(contract.config.to_json() | {"attention_head_dim": 7}))
+    assert families(other) == ()
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_recorded_config_is_of_the_family_it_is_named_after(name, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(FACTS[name]["config"] | {"_class_name": "UNet2DConditionModel"}), encoding="utf-8")
+    finding = requests.carry_out(requests.Request(str(config)), progress=lambda _: None)
+    preset = {"sdxl_base": "sdxl", "sd21_768v": "sd21"}.get(name, name.replace("_", "-"))
+    assert preset in families(finding.contract)
 
 
 # given shapes
@@ -214,6 +311,12 @@ class Shaped:
         lambda table: (list(table.values())[:-1], table["mid_block_residual"]),
         lambda table: ([Shaped(each) for each in list(table.values())[:-1]], Shaped(table["mid_block_residual"])),
         lambda table: {name: Shaped(shape) for name, shape in table.items()},
+        lambda table: {name: tuple(map(np.int64, shape)) for name, shape in table.items()},
+        lambda table: [tuple(map(torch.tensor, shape)) for shape in table.values()],
+        lambda table: ControlNetOutput(
+            down_block_res_samples=tuple(torch.empty(each, device="meta") for each in list(table.values())[:-1]),
+            mid_block_res_sample=torch.empty(table["mid_block_residual"], device="meta"),
+        ),
     ],
 )
 @pytest.mark.parametrize("geometry", [ODD, None])
@@ -258,6 +361,44 @@ def test_every_fault_is_told_at_once():
     assert "down_block_residual_11 (UNet down_blocks.3.resnets.1): missing: got nothing, expected 2×1280×2×3" in str(
         caught.value
     )
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        (None, "not as NoneType"),
+        ("abc", "not as str"),
+        (5, "not as int"),
+        ({"mid_block_residual": 5}, "mid_block_residual: expected a tensor or a shape such as .* got 5"),
+        ({"mid_block_residual": (1, 2.5)}, r"mid_block_residual: .* got \(1, 2.5\)"),
+        ([1, 2, 3], "down_block_residual_00: expected a tensor or a shape"),
+        ((5, 6), "down_block_residual_00: expected a tensor or a shape"),
+    ],
+)
+def test_what_are_no_shapes_is_refused(shapes, said):
+    with pytest.raises(ShapecheckError, match=said):
+        SD15.mismatches(shapes, ODD)
+
+
+def test_a_residual_that_is_none_is_missing():
+    (found,) = SD15.mismatches(RIGHT | {"down_block_residual_04": None}, ODD)
+    assert (found.where, found.kind) == ("down_block_residual_04", "missing")
+
+
+def test_shapes_at_a_size_the_unet_refuses_are_refused():
+    with pytest.raises(ShapecheckError, match="both must be multiples of 8"):
+        presets.contract("kandinsky-2.2").mismatches(([], None), ODD)
+
+
+def test_a_contract_without_slots_takes_nothing():
+    empty = replace(SD15, slots=())
+    assert empty.mismatches(([], None), ODD) == ()
+    assert [each.kind for each in empty.mismatches(RIGHT, ODD)] == ["surplus"] * 13
+    with pytest.raises(ShapecheckError, match="a contract without slots gives no size to check against; pass geometry="):
+        empty.verify(RIGHT)
+    text = told(empty, (), ODD)
+    assert "UNET ALONE: 0 slots" in text
+    assert "Slots\n\nnone" in text
 
 
 def test_no_residuals_at_all_is_thirteen_missing():

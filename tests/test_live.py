@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+import textwrap
+
 import pytest
 import small
 import torch
-from diffusers import ControlNetModel, MultiControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, MultiControlNetModel, UNet2DConditionModel, UNet3DConditionModel
 
 from shapecheck import ContractError, Geometry, ShapecheckError, probe, record
 
@@ -113,7 +117,7 @@ def test_guess_mode_pads_the_unconditional_half_and_the_contract_says_so(unet):
     (trace,) = recorder.traces
     assert {residual.shape[0] for residual in trace.emitted} == {1}
     assert {arrival.shape[0] for arrival in trace.arrived} == {2}
-    assert all("cat" in arrival.via for arrival in trace.arrived)
+    assert {arrival.via for arrival in trace.arrived} == {("zeros before it in the batch",)}
 
 
 def test_several_controlnets_are_summed_and_the_contract_says_so(unet):
@@ -131,8 +135,10 @@ def test_one_wrong_controlnet_of_two_is_named(unet):
     wrong = small.controlnet(small.unet(layers_per_block=1))
     with pytest.raises(ContractError) as caught:
         probe(unet, [small.controlnet(unet), wrong])
-    modules = {each.controlnet_module.split()[0] for each in caught.value.mismatches if each.controlnet_module}
-    assert modules == {"2"}
+    assert {each.controlnet for each in caught.value.mismatches} == {"ControlNet 2"}
+    assert {each.cause.split(";")[0] for each in caught.value.mismatches} == {
+        "the ControlNet's config has another layers_per_block 1 (UNet: 2)"
+    }
 
 
 def test_pooled_residuals_are_a_spatial_kind(unet):
@@ -222,9 +228,9 @@ def test_half_precision_models_have_half_precision_inputs(unet):
 def test_what_is_no_unet_or_no_controlnet_is_refused(unet):
     with pytest.raises(ShapecheckError, match="Linear has no diffusers config"):
         probe(torch.nn.Linear(2, 2))
-    with pytest.raises(ShapecheckError, match="ControlNetModel is no conditional UNet"):
+    with pytest.raises(ShapecheckError, match="class ControlNetModel is not read yet: expected a UNet2D"):
         probe(small.controlnet(unet))
-    with pytest.raises(ShapecheckError, match="UNet2DConditionModel is no ControlNetModel"):
+    with pytest.raises(ShapecheckError, match="class UNet2DConditionModel is not read yet: expected a ControlNetModel"):
         probe(unet, unet)
 
 
@@ -278,3 +284,163 @@ def test_class_labels_follow_the_time_embedding():
     kinds = {"down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2}
     unet = meta_unet(2, **kinds, class_embed_type="identity", time_embedding_type="fourier", mid_block_type=None)
     assert probe(unet).input_shapes(Geometry(3, 8, 8))["class_labels"] == (3, 16)
+
+
+# ways to add
+
+
+def adding(down: str, mid: str | None = None):
+    """A UNet class whose additions are written otherwise: `{s}` is the skip, `{r}` the residual."""
+    source = textwrap.dedent(inspect.getsource(UNet2DConditionModel.forward)).replace("@apply_lora_scale", "@plain")
+    for skip, residual, expression in (
+        ("down_block_res_sample", "down_block_additional_residual", down),
+        ("sample", "mid_block_additional_residual", mid or down),
+    ):
+        line = f"{skip} = {skip} + {residual}\n"
+        assert source.count(line) == 1
+        source = source.replace(line, f"{skip} = {expression.format(s=skip, r=residual)}\n")
+    names = dict(vars(sys.modules[UNet2DConditionModel.__module__])) | {"plain": lambda _: lambda forward: forward}
+    exec(source, names)
+    return type("Adding", (UNet2DConditionModel,), {"forward": names["forward"]})
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "{r} + {s}",
+        "{s} - (-{r})",
+        "torch.add({s}, {r}, out=torch.empty_like({s}))",
+        "torch.addcmul({s}, {r}, torch.ones_like({r}))",
+        "torch.lerp({s}, {r}, 0.5)",
+        "torch._foreach_add([{s}], [{r}])[0]",
+        "sum([{s}, {r}])",
+        "{s} + {r} * torch.sigmoid({s})",
+        "{s} + torch.ones_like({s}) * {r}",
+        "{s} + torch.relu({r}).clamp(-1, 1)",
+        "{s} + torch.cat({r}.chunk(2, 0))",
+        "{s} + ({r} + {r})",
+        "torch.where({r} == 0, {s}, {s} + {r})",
+    ],
+)
+def test_an_addition_is_found_however_it_is_written(expression, expected):
+    with torch.device("meta"):
+        model = adding(expression)(**small.SMALL).eval()
+    assert described(probe(model)) == expected
+
+
+def described(contract):
+    return [(slot.name, slot.skip, slot.producer, slot.up_block) for slot in contract.slots]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with torch.device("meta"):
+        return described(probe(UNet2DConditionModel(**small.SMALL).eval()))
+
+
+def test_an_addition_in_place_also_changes_what_the_next_block_takes(expected):
+    with torch.device("meta"):
+        model = adding("{s}.add_({r})")(**small.SMALL).eval()
+    found = described(probe(model))
+    assert [each[:3] for each in found] == [each[:3] for each in expected]
+    assert found[11][3] == "mid_block"
+
+
+@pytest.mark.parametrize(
+    ("expression", "kinds", "cause"),
+    [
+        ("{s}", {"surplus"}, "the UNet ignores it in silence"),
+        ("torch.stack([{s}, {r}]).sum(0)", {"unused"}, "not understood"),
+        ("({s}.flatten(2) + {r}.flatten(2)).reshape({s}.shape)", {"rank"}, "a layout that is not understood"),
+    ],
+)
+def test_what_is_no_addition_of_a_slot_is_told_as_such(expression, kinds, cause):
+    with torch.device("meta"):
+        model = adding(expression)(**small.SMALL).eval()
+    with pytest.raises(ContractError) as caught:
+        probe(model)
+    assert {each.kind for each in caught.value.mismatches} == kinds
+    assert len(caught.value.mismatches) == SLOTS
+    assert all(cause in each.cause for each in caught.value.mismatches)
+
+
+# between the two
+
+
+def masked(downs, mid):
+    return [torch.rand_like(down) * down for down in downs], mid.clamp(-1, 1)
+
+
+def summed_with_another(downs, mid):
+    return [sum([down, torch.ones_like(down)]) for down in downs], mid
+
+
+def made_anew(downs, mid):
+    return [torch.zeros_like(down) for down in downs], torch.zeros_like(mid)
+
+
+def turned(downs, mid):
+    return [down.transpose(2, 3) for down in downs], mid
+
+
+@pytest.mark.parametrize("change", [masked, summed_with_another])
+def test_a_pipeline_may_mask_and_add_to_residuals(unet, change):
+    net = small.controlnet(unet)
+    pipe = small.pipeline(unet, net)
+    pipe.unet = Rearranging(pipe, change)
+    told = probe(unet, net, run=lambda: small.generate(pipe)).header.handover
+    assert told == (
+        ("on their way the residuals go through: addition of something else",) if change is summed_with_another else ()
+    )
+
+
+@pytest.mark.parametrize(("change", "kind", "count"), [(made_anew, "unused", SLOTS), (turned, "size", SLOTS - 1)])
+def test_residuals_that_are_not_the_controlnets_or_lie_otherwise_are_found_out(unet, change, kind, count):
+    net = small.controlnet(unet)
+    pipe = small.pipeline(unet, net)
+    pipe.unet = Rearranging(pipe, change)
+    with pytest.raises(ContractError) as caught:
+        probe(unet, net, run=lambda: small.generate(pipe))
+    assert [each.kind for each in caught.value.mismatches] == [kind] * count
+
+
+def test_probing_while_an_exception_is_handled_changes_nothing(unet):
+    net = small.controlnet(unet)
+    try:
+        raise RuntimeError("The size of tensor a (320) must match the size of tensor b (640)")
+    except RuntimeError:
+        assert len(probe(unet, net).slots) == SLOTS
+
+
+def test_a_controlnet_of_another_precision_is_a_mismatch(unet):
+    net = small.controlnet(unet)
+    with pytest.raises(ContractError) as caught:
+        probe(unet.bfloat16(), net)
+    assert {(each.kind, each.observed, each.expected) for each in caught.value.mismatches} == {("dtype", "float32", "bfloat16")}
+    assert len(caught.value.mismatches) == SLOTS
+
+
+def test_a_controlnet_that_takes_more_latent_channels_is_a_mismatch(unet):
+    with pytest.raises(ContractError, match="sample: input: got batch×9×h×w, expected batch×4×h×w"):
+        probe(unet, small.controlnet(small.unet(in_channels=9)))
+    notes = probe(small.unet(in_channels=9)).header.notes
+    assert any("diffusers' own pipelines give a ControlNet 4" in note for note in notes)
+    assert any("its own" in note for note in probe(small.unet(in_channels=9), small.controlnet(unet)).header.notes)
+
+
+def test_numbers_in_place_of_residuals_do_not_break_the_run(unet):
+    net = small.controlnet(unet)
+    latent, text = torch.zeros(2, 4, 13, 17), torch.zeros(2, 7, 12)
+    with record(unet, [net]) as recorder, torch.no_grad():
+        unet(latent, 1, text, down_block_additional_residuals=[0.0] * 12, mid_block_additional_residual=0.0)
+    (trace,) = recorder.traces
+    assert (trace.refused, trace.arrived, trace.adds) == ("", (), ())
+
+
+def test_other_kinds_of_models_are_named():
+    with torch.device("meta"):
+        other = UNet3DConditionModel(block_out_channels=(8, 8), norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
+                                     down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+                                     up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"))  # fmt: skip
+    with pytest.raises(ShapecheckError, match="class UNet3DConditionModel is not read yet"):
+        probe(other)

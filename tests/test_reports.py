@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from shapecheck import Contract, presets
+from shapecheck import Contract, Geometry, Mismatch, presets
 from shapecheck.observe import request as requests
 from shapecheck.observe.probe import probe
-from shapecheck.report.contract import told
+from shapecheck.report.contract import as_json, told, verdict
 
 ROOT = Path(__file__).parent.parent
 PROBES = sorted((ROOT / "probes").glob("*.toml"))
@@ -27,11 +29,10 @@ def test_a_probe_comes_to_what_it_expects_and_its_report_is_as_committed(path, u
     finding = requests.carry_out(request, progress=_quiet)
     wrong = [f"{each.where} {each.kind}" for each in finding.mismatches]
     assert wrong == list(request.expect.get("wrong", ()))
-    verdict = "mismatch" if wrong else "agree" if finding.contract.header.controlnets else "unet alone"
-    assert verdict == request.expect["verdict"]
+    claim = request.claim is not None
+    assert verdict(finding.contract, finding.mismatches, claim) == request.expect["verdict"]
     if cause := request.expect.get("cause"):
         assert {each.cause.split(";")[0] for each in finding.mismatches} == {cause}
-    claim = request.claim is not None
     text = told(finding.contract, finding.mismatches, finding.geometry, form="markdown", lines=False, claim=claim)
     _golden(ROOT / "reports" / f"{path.stem}.md", f"> {request.story}\n\n{text}", update_reports)
 
@@ -53,6 +54,54 @@ def test_every_preset_is_probed_and_every_report_has_its_probe():
     assert {path.stem for path in (ROOT / "reports").glob("*.md")} - {"README", "performance"} == {path.stem for path in PROBES}
     verdicts = Counter(requests.read(path).expect["verdict"] for path in PROBES)
     assert min(verdicts[each] for each in ("agree", "mismatch", "unet alone")) >= 3
+
+
+def test_a_person_s_terminal_is_wide_enough():
+    text = told(presets.contract("sd15"), (), Geometry(1, 64, 64))
+    assert max(map(len, text.splitlines())) <= 101
+    assert "added at       unet_2d_condition.py:" in text
+    title, verdict_line = text.split("\n\n")[:2]
+    assert title.startswith("preset sd15")
+    assert verdict_line == text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("moved", [0, 12])
+def test_sites_that_differ_slot_by_slot_have_their_column(moved):
+    contract = presets.contract("sd15")
+    slots = [replace(slot, adds=(replace(slot.adds[0], file="a.py", line=7),)) for slot in contract.slots]
+    slots[moved] = replace(slots[moved], adds=(replace(slots[moved].adds[0], line=9),))
+    text = told(replace(contract, slots=tuple(slots)), (), Geometry(1, 64, 64))
+    assert ("added at       a.py:7 (down), :9 (mid)" in text) is (moved == 12)
+    assert (" added at " in text) is (moved == 0)
+
+
+def test_mismatches_name_their_controlnet_and_module_where_that_says_something():
+    one = Mismatch("size", "down_block_residual_03", (1, 2, 3, 4), (1, 2, 3, 5), controlnet_module="controlnet_down_blocks.3")
+    two = replace(one, controlnet="ControlNet 2", cause="because " * 20)
+    contract, at = presets.contract("sd15"), Geometry(1, 64, 64)
+    usual = told(contract, (one, one), at)
+    assert "controlnet_down_blocks" not in usual
+    assert "ControlNet  " not in usual
+    assert "ControlNet module" in told(contract, (one,), at, form="markdown")
+    assert "controlnet_down_blocks.3" in told(contract, (replace(one, where="mid_block_residual"),), at)
+    several = told(contract, (replace(one, controlnet="ControlNet 1"), two), at)
+    assert "ControlNet 1" in several
+    assert max(map(len, several.splitlines())) < 160
+
+
+def test_the_cause_all_share_is_told_under_the_title():
+    found = [Mismatch("size", name, (1,), (2,), cause=f"made for X; {name}") for name in ("a", "b")]
+    text = told(presets.contract("sd15"), found, Geometry(1, 64, 64))
+    assert text.split("\n\n")[1] == "MISMATCH: 2 places; likely cause: made for X"
+
+
+@pytest.mark.parametrize(("claim", "expected"), [(False, "unet alone"), (True, "agree")])
+def test_one_verdict_for_all(claim, expected):
+    contract = presets.contract("koala-700m")
+    assert verdict(contract, (), claim) == expected
+    report = json.loads(as_json(contract, (), Geometry(1, 64, 64), claim=claim))["report"]
+    assert (report["verdict"], report["claim"]) == (expected, claim)
+    assert expected.upper() in told(contract, (), Geometry(1, 64, 64), claim=claim)
 
 
 def _golden(path: Path, text: str, update: bool) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""In the text of many objects, and another in every run."""
+
 
 class Config(Mapping[str, Any]):
-    """An immutable, hashable mapping of JSON values; lists become tuples.
+    """An immutable, hashable mapping of JSON values; lists become tuples, and what JSON does not know becomes its text.
 
+    Two are equal where their JSON text is, so 1, 1.0 and True differ, as they do in a digest.
     Keys that begin with an underscore are left out: they name the writer of the file, not the model.
     """
 
     __slots__ = ("_items",)
 
     def __init__(self, values: Mapping[str, Any] | None = None) -> None:
-        kept = {key: _frozen(value) for key, value in (values or {}).items() if not key.startswith("_")}
+        kept = {str(key): _frozen(value) for key, value in (values or {}).items() if not str(key).startswith("_")}
         self._items = dict(sorted(kept.items()))
 
     def __getitem__(self, key: str) -> Any:
@@ -29,26 +34,31 @@ class Config(Mapping[str, Any]):
         return len(self._items)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._items.items()))
+        return hash(self._text())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Config) and self._items == other._items
+        return isinstance(other, Config) and self._text() == other._text()
 
     def __repr__(self) -> str:
         return f"Config({self._items!r})"
 
     def to_json(self) -> dict[str, Any]:
         """A plain mutable copy, lists where the JSON had lists."""
-        return json.loads(json.dumps(self._items, default=_thawed))  # type: ignore[no-any-return]
+        return json.loads(self._text())  # type: ignore[no-any-return]
+
+    def _text(self) -> str:
+        return json.dumps(self._items, sort_keys=True, separators=(",", ":"), default=_thawed)
 
 
 def _frozen(value: Any) -> Any:
     if isinstance(value, Mapping):
         return Config(value)
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted(map(_frozen, value), key=str))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    return value if isinstance(value, (str, int, float, type(None))) else _ADDRESS.sub("", str(value))
 
 
-def _thawed(value: Any) -> Any:
-    if isinstance(value, Config):
-        return dict(value)
-    raise TypeError(f"a model's config holds JSON values only, got {type(value).__name__}: {value!r}")
+def _thawed(value: Config) -> Any:
+    return dict(value)

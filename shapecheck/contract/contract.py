@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,9 @@ from shapecheck.contract.errors import ContractError, ShapecheckError
 from shapecheck.contract.geometry import Geometry
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import Header, Input, Mismatch, Slot
+
+Residuals = Mapping[str, Any] | Sequence[Any] | Any
+"""By slot name, as the pair (downs, mid), flat with mid last, or as diffusers' ControlNetOutput."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,10 @@ class Contract:
 
     @property
     def digest(self) -> str:
-        """`sha256:…` over everything that counts in equality, the same on every machine and release."""
+        """`sha256:…` over everything that counts in equality, the same on every machine.
+
+        It covers the whole config: a diffusers release that adds a config key changes it.
+        """
         return serial.digest(self)
 
     def slot(self, name: str) -> Slot:
@@ -65,17 +72,20 @@ class Contract:
                 f"this UNet refuses latents of {geometry.height}×{geometry.width}: both must be multiples of {self.divisor}"
             )
 
-    def mismatches(self, shapes: Mapping[str, Any] | Sequence[Any], geometry: Geometry | None = None) -> tuple[Mismatch, ...]:
+    def mismatches(self, shapes: Residuals, geometry: Geometry | None = None) -> tuple[Mismatch, ...]:
         """Every disagreement between given residuals and the slots; empty when all is well.
 
-        `shapes` is a mapping by slot name, the pair (downs, mid) a ControlNet returns, or a flat sequence with mid last;
-        each entry is a shape or anything that has one. Without `geometry` batch, height and width are read
-        off slot 0, whose stride is 1.
+        `shapes` is a mapping by slot name, what a ControlNet returns (its output or the pair (downs, mid)), or a flat
+        sequence with mid last; each entry is a shape, anything that has one, or None for a residual that is not there.
+        Without `geometry` batch, height and width are read off slot 0, whose stride is 1.
+        Raises ShapecheckError where these are no shapes, or the UNet refuses the geometry.
         """
         given = _by_name(shapes)
-        return compare(self.slots, geometry or self._geometry_of(given), given)
+        at = geometry or self._geometry_of(given)
+        self.require(at)
+        return compare(self.slots, at, given)
 
-    def verify(self, shapes: Mapping[str, Any] | Sequence[Any], geometry: Geometry | None = None) -> None:
+    def verify(self, shapes: Residuals, geometry: Geometry | None = None) -> None:
         """Raise ContractError with every mismatch, or return in silence."""
         if found := self.mismatches(shapes, geometry):
             raise ContractError(found, subject="the residuals do not fit this UNet", contract=self)
@@ -96,29 +106,48 @@ class Contract:
         return contract
 
     def _geometry_of(self, given: Mapping[str, Shape]) -> Geometry:
-        first = given.get(self.slots[0].name, ())
+        name = self.slots[0].name if self.slots else "a contract without slots"
+        first = given.get(name, ())
         if len(first) != 4:
-            raise ShapecheckError(
-                f"{self.slots[0].name} gives no size to check against; pass geometry=Geometry(batch, height, width)"
-            )
+            raise ShapecheckError(f"{name} gives no size to check against; pass geometry=Geometry(batch, height, width)")
         batch, _, height, width = first
         return Geometry(batch, height, width)
 
 
-def _by_name(shapes: Mapping[str, Any] | Sequence[Any]) -> dict[str, Shape]:
+def _by_name(shapes: Residuals) -> dict[str, Shape]:
     """Slot name → shape, from any of the forms `Contract.mismatches` takes."""
-    if isinstance(shapes, Mapping):
-        return {name: _shape(value) for name, value in shapes.items()}
+    downs = getattr(shapes, "down_block_res_samples", None)
+    if downs is not None:
+        shapes = (downs, getattr(shapes, "mid_block_res_sample", None))
+    named = shapes if isinstance(shapes, Mapping) else _named(shapes)
+    return {name: _shape(name, value) for name, value in named.items() if value is not None}
+
+
+def _named(shapes: Any) -> dict[str, Any]:
+    if not isinstance(shapes, (list, tuple)):
+        raise ShapecheckError(
+            "residuals are given by slot name, as (downs, mid), or in a list with the mid residual last, "
+            f"not as {type(shapes).__name__}"
+        )
     downs, mid = shapes if _is_pair(shapes) else (shapes[:-1], shapes[-1] if shapes else None)
-    named = {SHAPECHECK.down(index): _shape(value) for index, value in enumerate(downs)}
-    return named if mid is None else named | {SHAPECHECK.mid: _shape(mid)}
+    return {SHAPECHECK.down(index): value for index, value in enumerate(downs or ())} | {SHAPECHECK.mid: mid}
 
 
 def _is_pair(shapes: Sequence[Any]) -> bool:
     """Whether these are (downs, mid) rather than two shapes in a row."""
-    return len(shapes) == 2 and not hasattr(shapes[0], "shape") and not any(isinstance(each, int) for each in shapes[0])
+    if len(shapes) != 2 or not (shapes[0] is None or isinstance(shapes[0], (list, tuple))):
+        return False
+    return not shapes[0] or not all(map(_is_size, shapes[0]))
 
 
-def _shape(value: Any) -> Shape:
+def _is_size(value: Any) -> bool:
+    return hasattr(value, "__index__") and not getattr(value, "shape", ())
+
+
+def _shape(name: str, value: Any) -> Shape:
     """The shape of a tensor, or a shape given as such."""
-    return tuple(int(size) for size in getattr(value, "shape", value))
+    sizes = getattr(value, "shape", value)
+    try:
+        return tuple(map(operator.index, sizes))
+    except TypeError:
+        raise ShapecheckError(f"{name}: expected a tensor or a shape such as (2, 320, 64, 64), got {value!r:.60}") from None

@@ -98,6 +98,8 @@ class Mismatch:
     unet_module: str = ""
     controlnet_module: str = ""
     cause: str = ""
+    controlnet: str = ""
+    """Which ControlNet, where several were observed."""
 
     def __str__(self) -> str:
         sides = ", ".join(

@@ -32,7 +32,7 @@ def identity(contract: Contract) -> dict[str, Any]:
 
 
 def digest(contract: Contract) -> str:
-    """`sha256:…` of the identity, the same on every machine and release."""
+    """`sha256:…` of the identity, the same on every machine."""
     text = json.dumps(identity(contract), sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -46,6 +46,8 @@ def dumps(contract: Contract) -> str:
 
 def fields(text: str) -> tuple[dict[str, Any], str]:
     """The arguments of the Contract in `text`, and the digest it claims. Raises ShapecheckError on anything else."""
+    if not isinstance(text, str):
+        raise ShapecheckError(f"not a contract: expected JSON text, got {type(text).__name__}")
     if len(text) > _LARGEST_TEXT:
         raise ShapecheckError(f"not a contract: {len(text)} characters, more than the {_LARGEST_TEXT} allowed")
     try:
@@ -54,7 +56,7 @@ def fields(text: str) -> tuple[dict[str, Any], str]:
         raise ShapecheckError(f"not a contract: not JSON ({error})") from None
     if not isinstance(record, dict) or "shapecheck_contract" not in record:
         raise ShapecheckError("not a contract: no key 'shapecheck_contract'; `shapecheck probe MODEL --format json` writes one")
-    if record["shapecheck_contract"] != SCHEMA:
+    if type(record["shapecheck_contract"]) is not int or record["shapecheck_contract"] != SCHEMA:
         raise ShapecheckError(
             f"contract of schema {record['shapecheck_contract']!r}; this release reads schema {SCHEMA}: probe the model again"
         )
@@ -89,11 +91,11 @@ def _header(header: Header) -> dict[str, Any]:
 def _read(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "unet": _text(record["unet"]),
-        "inputs": tuple(map(_read_input, record["inputs"])),
-        "slots": tuple(map(_read_slot, record["slots"])),
-        "config": Config(record["config"]),
-        "divisor": int(record["divisor"]),
-        "header": _read_header(record["header"]),
+        "inputs": tuple(map(_read_input, _list(record["inputs"]))),
+        "slots": tuple(map(_read_slot, _list(record["slots"]))),
+        "config": Config(_table(record["config"])),
+        "divisor": _whole(record["divisor"]),
+        "header": _read_header(_table(record["header"])),
     }
 
 
@@ -111,30 +113,70 @@ def _read_slot(record: Mapping[str, Any]) -> Slot:
         spatial=record["spatial"],
         producer=_text(record["producer"]),
         up_block=_text(record["up_block"]),
-        adds=tuple(AddSite(**add) for add in record["adds"]),
+        adds=tuple(map(_read_site, _list(record["adds"]))),
     )
     if len(slot.skip) != 4 or slot.skip[1].symbol is not None:
         raise ValueError(f"slot {slot.name}: a skip is (batch, channels, height, width), got {record['skip']}")
-    if (slot.channels, slot.stride) != (record["channels"], record["stride"]):
+    if (slot.channels, slot.stride) != (_whole(record["channels"]), _whole(record["stride"])):
         raise ValueError(f"slot {slot.name}: channels and stride do not agree with its shape {record['skip']}")
     return slot
 
 
+def _read_site(record: Mapping[str, Any]) -> AddSite:
+    owner, function, file = (_text(record[key]) for key in ("owner", "function", "file"))
+    return AddSite(owner, function, file, _whole(record["line"], least=0))
+
+
 def _read_header(record: Mapping[str, Any]) -> Header:
-    values = dict(record)
-    values["native"] = tuple(values["native"]) if values["native"] else None
-    values["controlnets"] = tuple(ControlNetInfo(**each) for each in values["controlnets"])
-    values["versions"] = tuple(sorted(values["versions"].items()))
-    for key in ("handover", "notes"):
-        values[key] = tuple(map(_text, values[key]))
-    return Header(**values)
+    native, parameters = record["native"], record["parameters"]
+    return Header(
+        source=_text(record["source"]),
+        vae_factor=_whole(record["vae_factor"]),
+        native=None if native is None else _pair(native),
+        parameters=None if parameters is None else _whole(parameters, least=0),
+        controlnets=tuple(map(_read_controlnet, _list(record["controlnets"]))),
+        handover=tuple(map(_text, _list(record["handover"]))),
+        notes=tuple(map(_text, _list(record["notes"]))),
+        versions=tuple(sorted((package, _text(release)) for package, release in _table(record["versions"]).items())),
+    )
 
 
-def _dims(texts: list[str]) -> tuple[Dim, ...]:
-    return tuple(Dim.parse(_text(text)) for text in texts)
+def _read_controlnet(record: Mapping[str, Any]) -> ControlNetInfo:
+    width, pooled = record["cross_attention_dim"], record["pooled"]
+    if not isinstance(pooled, bool):
+        raise TypeError(f"expected true or false, got {pooled!r}")
+    source, class_name = _text(record["source"]), _text(record["class_name"])
+    return ControlNetInfo(source, class_name, _whole(record["base_channels"]), None if width is None else _whole(width), pooled)
+
+
+def _dims(texts: Any) -> tuple[Dim, ...]:
+    return tuple(Dim.parse(_text(text)) for text in _list(texts))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = map(_whole, _list(value))
+    return first, second
+
+
+def _whole(value: Any, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        raise TypeError(f"expected a whole number of at least {least}, got {value!r:.60}")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, got {value!r:.60}")
+    return value
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object, got {value!r:.60}")
+    return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"expected text, got {value!r}")
+        raise TypeError(f"expected text, got {value!r:.60}")
     return value

@@ -53,6 +53,7 @@ class Add:
 class Trace:
     """One call of the UNet, with what the ControlNets emitted for it.
 
+    `misunderstood` are residuals that something other than an addition took: index, and the operation and its place.
     `refused` is the text of the exception that ended the UNet's run, else empty.
     """
 
@@ -60,4 +61,5 @@ class Trace:
     emitted: tuple[Residual, ...] = ()
     arrived: tuple[Arrival, ...] = ()
     adds: tuple[Add, ...] = ()
+    misunderstood: tuple[tuple[int, str], ...] = ()
     refused: str = ""

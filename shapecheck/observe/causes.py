@@ -38,8 +38,10 @@ def input_mismatches(unet: Sequence[Input], controlnet: Sequence[Input]) -> tupl
     wanted = {each.name: each.shape[1:] for each in unet}
     found = []
     for each in controlnet:
-        if each.name in ("sample", "timestep", "controlnet_cond") or wanted.get(each.name) == each.shape[1:]:
+        if each.name in ("timestep", "controlnet_cond") or wanted.get(each.name) == each.shape[1:]:
             continue
+        if each.name == "sample" and each.shape[1].scale < wanted["sample"][0].scale:
+            continue  # inpainting and edit UNets take more latent channels than the ControlNets used with them
         takes = "×".join(map(str, each.shape))
         if each.name not in wanted:
             cause = "a pipeline of this UNet does not give it"
@@ -56,7 +58,9 @@ def _made_for(emitted: Table, inputs: Sequence[Input], config: Mapping[str, Any]
     fits = {
         name: _likeness(inputs, config, known)
         for name, known in presets.contracts().items()
-        if _slot_rules(known) == dict(emitted) and _text_width(known.inputs) == text
+        if known.header.controlnets  # diffusers can build a ControlNet for it
+        and _slot_rules(known) == dict(emitted)
+        and _text_width(known.inputs) == text
     }
     best = {presets.load(name).family for name, likeness in fits.items() if likeness == max(fits.values())}
     own = {presets.load(name).family for name in families(contract)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ class ModelSource:
     vae_factor: int = 8
     notes: tuple[str, ...] = ()
     controlnets: tuple[ModelSource, ...] = ()
-    """ControlNets that lie in the same model folder."""
+    """Of a UNet: the ControlNets in the same model folder. Of a ControlNet: the further ones saved with it."""
 
     @property
     def role(self) -> Role:
@@ -85,7 +86,7 @@ def _from_preset(name: str, role: Role) -> ModelSource:
     preset = presets.load(name)
     if role == "unet" and preset.kind == "controlnet":
         raise ShapecheckError(f"{name} is a ControlNet; name the UNet as MODEL and give this one as --controlnet {name}")
-    notes = () if preset.verified else (f"preset {name} is unverified: {preset.checked}",)
+    notes = () if preset.verified else (f"preset {name} is unverified: `shapecheck presets` says where it was looked for",)
     return ModelSource(name, f"preset {name}", _CLASS_OF[preset.kind], preset.config, preset.vae_factor, notes)
 
 
@@ -95,7 +96,9 @@ def _from_folder(folder: Path, name: str, role: Role) -> ModelSource:
     if source is None:
         raise ShapecheckError(_nothing_in(folder, role))
     if source.origin == f"{folder}/unet/config.json":
-        return _with_company(source, locate)
+        return _with_company(source, locate, folder)
+    if role == "controlnet":
+        return _with_further(source, Path(source.origin).parent)
     return _with_vae_near(source, folder)
 
 
@@ -113,15 +116,31 @@ def _from_hub(name: str, role: Role, offline: bool) -> ModelSource:
     if source is None:
         looked = " and no ".join(_PLACES[role])
         raise ShapecheckError(f"looked for a {_CLASS_OF[role]} in hub repository {name}: it has no {looked}; {ADVICE}")
-    if not source.origin.endswith(" unet/config.json"):
-        return source
+    if source.origin.endswith(" unet/config.json"):
+        return _with_hub_company(source, locate)
+    if source.origin.endswith(" controlnet/config.json"):
+        return _with_hub_further(source, locate)
+    return source
+
+
+def _with_hub_company(source: ModelSource, locate: Locate) -> ModelSource:
     try:
         index = locate("model_index.json")
         parts = _parts(read_json(index)) if index else ["vae"]
-        return _with_company(source, lambda place: locate(place) if re.split("[/_]", place)[0] in parts else None)
+        here = lambda place: locate(place) if re.split("[/_]", place)[0] in parts else None  # noqa: E731
+        return _with_company(source, here, source.name)
     except hub.HubError as error:
-        note = f"{source.vae_factor} pixels a latent cell and no ControlNet in {name} are assumed: {error.reason}"
+        note = f"{source.vae_factor} pixels a latent cell and no ControlNet in {source.name} are assumed: {error.reason}"
         return replace(source, notes=(*source.notes, note))
+
+
+def _with_hub_further(source: ModelSource, locate: Locate) -> ModelSource:
+    name = f"{source.name}/controlnet"
+    try:
+        nets, notes = _saved_together(locate, source.name, first=1)
+    except hub.HubError as error:
+        nets, notes = (), (f"no further ControlNet in {source.name} is assumed: {error.reason}",)
+    return replace(source, name=name, controlnets=nets, notes=(*source.notes, *notes))
 
 
 def _first(places: Iterable[str], locate: Locate, name: str, role: Role, origin: str) -> ModelSource | None:
@@ -139,20 +158,39 @@ def _first(places: Iterable[str], locate: Locate, name: str, role: Role, origin:
     return None
 
 
-def _with_company(source: ModelSource, locate: Locate) -> ModelSource:
-    """With the VAE's factor, and the ControlNets saved with it: controlnet/, controlnet_1/, …, as MultiControlNetModel does."""
-    nets = []
-    for number in range(_MOST_CONTROLNETS):
-        subfolder = f"controlnet_{number}" if number else "controlnet"
+def _with_company(source: ModelSource, locate: Locate, folder: Path | str) -> ModelSource:
+    """With the VAE's factor, and the ControlNets saved with it."""
+    nets, notes = _saved_together(locate, folder)
+    factor = _vae_factor(locate("vae/config.json"))
+    return replace(source, vae_factor=factor, controlnets=nets, notes=(*source.notes, *notes))
+
+
+def _with_further(source: ModelSource, folder: Path) -> ModelSource:
+    """With the ControlNets that MultiControlNetModel saved after this one: FOLDER_1, FOLDER_2, … beside FOLDER."""
+    whole = Path(os.path.abspath(folder))  # noqa: PTH100  # the name of "..", links left as they are
+    around = folder.parent if folder.name == whole.name else whole.parent
+    nets, notes = _saved_together(partial(_file_in, whole.parent), around, name=whole.name, first=1)
+    if nets:
+        notes = (*notes, f"{nets[0].name} lies beside {folder} and is taken with it; {folder}/config.json is the first alone")
+    return replace(source, name=str(folder), controlnets=nets, notes=(*source.notes, *notes))
+
+
+def _saved_together(
+    locate: Locate, folder: Path | str, *, name: str = "controlnet", first: int = 0
+) -> tuple[tuple[ModelSource, ...], tuple[str, ...]]:
+    """The ControlNets that lie in `folder` as `name`, `name`_1, …, and what was left out."""
+    nets: list[ModelSource] = []
+    for number in range(first, _MOST_CONTROLNETS):
+        subfolder = f"{name}_{number}" if number else name
         path = locate(f"{subfolder}/config.json")
         if path is None:
             break
         record = read_json(path)
         if _class_of(record) != "ControlNetModel":
-            unread = f"{path} is a {_class_of(record)}, which is not read yet: it was left out"
-            return replace(source, vae_factor=_vae_factor(locate("vae/config.json")), notes=(*source.notes, unread))
-        nets.append(_source(record, f"{source.name}/{subfolder}", str(path), "controlnet"))
-    return replace(source, vae_factor=_vae_factor(locate("vae/config.json")), controlnets=tuple(nets))
+            return tuple(nets), (f"{path} is of class {_class_of(record)}, which is not read yet: it was left out",)
+        title = str(folder / subfolder) if isinstance(folder, Path) else f"{folder}/{subfolder}"
+        nets.append(_source(record, title, str(path), "controlnet"))
+    return tuple(nets), ()
 
 
 def _with_vae_near(source: ModelSource, folder: Path) -> ModelSource:
@@ -234,7 +272,7 @@ def _wrong_class(record: Mapping[str, Any], origin: str, role: Role) -> str:
     if found == "UNet2DConditionModel":
         return f"{origin} is a UNet; --controlnet takes a ControlNetModel, or the name of a UNet preset"
     if found is not None:
-        return f"{origin} is a {found}, which is not read yet; expected a {_CLASS_OF[role]}; {ADVICE}"
+        return f"{origin} is of class {found}, which is not read yet; expected a {_CLASS_OF[role]}; {ADVICE}"
     kinds = record.get("architectures")
     kind = kinds[0] if isinstance(kinds, list) and kinds else record.get("model_type")
     what = f"the config of a {one_line(kind)}" if kind else "no diffusers config (no _class_name)"

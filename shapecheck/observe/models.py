@@ -47,19 +47,18 @@ def take_unet(model: str | nn.Module, offline: bool) -> tuple[Model, Header, tup
 
     Raises ShapecheckError where it cannot be found or built, or is no conditional UNet.
     """
-    versions = tuple((package, version(package)) for package in ("diffusers", "torch"))
     if isinstance(model, str):
         source = configs.find(model, "unet", offline=offline)
         module, name, beside = sources.build(source), source.name, source.controlnets
         notes = (*source.notes, *_ignored(source))
-        header = Header(source=source.origin, vae_factor=source.vae_factor, notes=notes, versions=versions)
+        header = Header(source=source.origin, vae_factor=source.vae_factor, notes=notes, versions=_versions())
     else:
         module, beside = _uncompiled(model), ()
         name = type(module).__name__
-        header = Header(source=f"live {name}", versions=versions)
+        header = Header(source=f"live {name}", versions=_versions())
     config = _config(module)
-    if not {"up_block_types", "cross_attention_dim"} <= config.keys():
-        raise ShapecheckError(f"a {type(module).__name__} is no conditional UNet: expected a UNet2DConditionModel")
+    if not sources.is_unet(module):
+        raise ShapecheckError(f"{_described(module)} is not read yet: expected a UNet2DConditionModel or a subclass of it")
     parameters = sum(parameter.numel() for parameter in module.parameters())
     header = replace(header, native=_native(config.get("sample_size")), parameters=parameters)
     return Model(module, name, unet_inputs(config, _dtype_name(module))), header, beside
@@ -73,19 +72,26 @@ def take_controlnets(
     None chosen: those that lie beside the UNet, else the one it implies, else none, which a note then says.
     """
     if choice is None and beside:
-        return [_controlnet(sources.build(source), source.name) for source in beside], ()
-    if choice is None:
+        nets, notes = [_built(source) for source in beside], [each for source in beside for each in source.notes]
+    elif choice is None:
         try:
             implied = sources.implied_controlnet(unet.module)
         except ShapecheckError as error:
             return [], (f"UNet side alone: {error}",)
-        return [_controlnet(implied, f"the ControlNet {unet.name} implies")], ()
-    if isinstance(choice, nn.Module):
-        several = list(getattr(choice, "nets", [choice]))  # a MultiControlNetModel holds its ControlNets in `nets`
+        nets, notes = [_controlnet(implied, f"the ControlNet {unet.name} implies")], []
     else:
-        several = [choice] if isinstance(choice, str) else list(choice)
-    nets = [_take_controlnet(each, offline) for each in several]
-    return nets, tuple(filter(None, (_own_latents(unet, net) for net in nets)))
+        nets, notes = [], []
+        for each in _several(choice):
+            taken, more = _take_controlnet(each, offline)
+            nets += taken
+            notes += more
+    return nets, (*notes, *filter(None, (_own_latents(unet, net) for net in nets)))
+
+
+def _several(choice: str | nn.Module | Sequence[str | nn.Module]) -> list[str | nn.Module]:
+    if isinstance(choice, nn.Module):
+        return list(getattr(choice, "nets", [choice]))  # a MultiControlNetModel holds its ControlNets in `nets`
+    return [choice] if isinstance(choice, str) else list(choice)
 
 
 def info(net: Model) -> ControlNetInfo:
@@ -95,30 +101,42 @@ def info(net: Model) -> ControlNetInfo:
     return ControlNetInfo(net.name, type(net.module).__name__, config["in_channels"], config.get("cross_attention_dim"), pooled)
 
 
-def _take_controlnet(choice: str | nn.Module, offline: bool) -> Model:
-    if isinstance(choice, nn.Module):
+def _take_controlnet(choice: str | nn.Module, offline: bool) -> tuple[list[Model], tuple[str, ...]]:
+    """The ControlNet of that name, with those saved beside it, and what the reader must know of them."""
+    if not isinstance(choice, str):
         module = _uncompiled(choice)
-        return _controlnet(module, type(module).__name__)
+        return [_controlnet(module, type(module).__name__)], ()
     source = configs.find(choice, "controlnet", offline=offline)
+    every = (source, *source.controlnets)
+    return [_built(each) for each in every], tuple(note for each in every for note in (*each.notes, *_ignored(each)))
+
+
+def _built(source: configs.ModelSource) -> Model:
     module = sources.build(source)
     if source.role == "unet":
-        return _controlnet(sources.implied_controlnet(module), f"the ControlNet of {choice}")
-    return _controlnet(module, choice)
+        return _controlnet(sources.implied_controlnet(module), f"the ControlNet of {source.name}")
+    return _controlnet(module, source.name)
 
 
 def _controlnet(module: nn.Module, name: str) -> Model:
     config = _config(module)
-    if "conditioning_embedding_out_channels" not in config:
-        raise ShapecheckError(f"a {type(module).__name__} is no ControlNetModel, the only kind of ControlNet read so far")
+    if not sources.is_controlnet(module):
+        raise ShapecheckError(f"{_described(module)} is not read yet: expected a ControlNetModel or a subclass of it")
     return Model(module, name, controlnet_inputs(config, _dtype_name(module)))
 
 
+def _described(module: object) -> str:
+    return f"class {type(module).__name__}"
+
+
 def _own_latents(unet: Model, net: Model) -> str:
-    """Inpainting and edit UNets take more latent channels than the ControlNets used with them, which is no fault."""
+    """What a pipeline must know of the latents it gives to both, where that is no fault."""
     takes, wants = net.config["in_channels"], unet.config["in_channels"]
-    if takes == wants:
-        return ""
-    return f"{net.name} takes {takes} latent channels and the UNet {wants}: the pipeline must give each its own"
+    if takes < wants:
+        return f"{net.name} takes {takes} latent channels and the UNet {wants}: the pipeline must give each its own"
+    if takes == wants and takes != net.config.get("out_channels", 4):
+        return f"{net.name} takes {takes} latent channels, as the UNet does; diffusers' own pipelines give a ControlNet 4"
+    return ""
 
 
 def _ignored(source: configs.ModelSource) -> tuple[str, ...]:
@@ -129,7 +147,7 @@ def _ignored(source: configs.ModelSource) -> tuple[str, ...]:
 def _config(module: nn.Module) -> Mapping[str, Any]:
     config = getattr(module, "config", None)
     if not isinstance(config, Mapping):
-        raise ShapecheckError(f"a {type(module).__name__} has no diffusers config; give a diffusers model or a subclass of one")
+        raise ShapecheckError(f"{_described(module)} has no diffusers config; give a diffusers model or a subclass of one")
     return config
 
 
@@ -137,6 +155,10 @@ def _uncompiled(module: nn.Module) -> nn.Module:
     """The module that torch.compile wrapped: inside compiled code nothing can be watched."""
     original: nn.Module = getattr(module, "_orig_mod", module)
     return original
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((package, version(package)) for package in ("diffusers", "torch"))
 
 
 def _native(sample_size: Any) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from shapecheck.contract import Contract, ContractError, Geometry, ShapecheckError, Trace
+from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError, Trace
 from shapecheck.observe import causes
 from shapecheck.observe.models import ControlNetChoice, Model, info, take_controlnets, take_unet
 from shapecheck.observe.reconcile import Subject, emitted_table, reconcile
@@ -65,9 +65,14 @@ def probe(
 def _judged(traces: Sequence[Trace], subject: Subject, unet: Model, nets: Sequence[Model], shown: Geometry) -> Contract:
     """The contract; or ContractError with every mismatch and its likely cause."""
     contract, found = reconcile(traces, subject, at=shown)
-    found = (*found, *(each for net in nets for each in causes.input_mismatches(unet.inputs, net.inputs)))
-    if not found:
+    explained: list[Mismatch] = []
+    for number, net in enumerate(nets):
+        name = f"ControlNet {number + 1}" if len(nets) > 1 else ""
+        inputs = tuple(replace(each, controlnet=name) for each in causes.input_mismatches(unet.inputs, net.inputs))
+        own = (*(each for each in found if each.controlnet == name), *inputs)
+        explained += causes.explain(own, contract, emitted_table(traces, number), net.inputs, net.config)
+    if len(nets) != 1:
+        explained += [each for each in found if not each.controlnet]
+    if not explained:
         return contract
-    if len(nets) == 1:
-        found = causes.explain(found, contract, emitted_table(traces, 0), nets[0].inputs, nets[0].config)
-    raise ContractError(found, subject=f"{unet.name} with {' + '.join(net.name for net in nets)}", contract=contract)
+    raise ContractError(tuple(explained), subject=f"{unet.name} with {' + '.join(net.name for net in nets)}", contract=contract)

@@ -51,9 +51,13 @@ def reconcile(
         slots = tuple(replace(slot, spatial="pooled") for slot in slots)
     accepted = [trace for trace in traces if _is_accepted(trace.geometry, subject.divisor)]
     at = at if at is not None and _is_accepted(at, subject.divisor) else None
+    unclear = {mismatch.where for mismatch in found} | {
+        mismatch.where for trace in traces for mismatch in _not_understood(trace)
+    }
     for number in numbers:
         own = tuple(replace(slot, spatial=spatials[number]) for slot in slots)
-        found += _emitted_mismatches(accepted, number, own, at)
+        told = [each for each in _emitted_mismatches(accepted, number, own, at) if each.where not in unclear]
+        found += [replace(each, controlnet=f"ControlNet {number + 1}") for each in told] if len(numbers) > 1 else told
     known = {mismatch.where for mismatch in found}
     found += [mismatch for mismatch in _handover_mismatches(traces, slots) if mismatch.where not in known]
     header = replace(subject.header, handover=handover(traces))
@@ -69,14 +73,21 @@ def slot_table(traces: Sequence[Trace]) -> tuple[tuple[Slot, ...], list[Mismatch
     full = [trace for trace in full if len({add.index for add in trace.adds}) == most]
     indices = sorted({add.index for add in full[0].adds}, key=_slot_order)
     skips = {index: [_add(trace, index).skip for trace in full] for index in indices}
-    heights = _axis_rules("h", [trace.geometry.height for trace in full], skips, 2)
-    widths = _axis_rules("w", [trace.geometry.width for trace in full], skips, 3)
+    laid_out = {index: shapes for index, shapes in skips.items() if all(len(shape) == 4 for shape in shapes)}
+    heights = _axis_rules("h", [trace.geometry.height for trace in full], laid_out, 2)
+    widths = _axis_rules("w", [trace.geometry.width for trace in full], laid_out, 3)
     slots, found = [], []
     for index, shapes in skips.items():
+        if index not in laid_out:
+            cause = f"added at {_add(full[0], index).site} in a layout that is not understood"
+            found.append(Mismatch("rank", slot_name(index), shapes[0], "batch×channels×height×width", cause=cause))
+            continue
         height, width = (known.get(tuple(shape[axis] for shape in shapes)) for known, axis in ((heights, 2), (widths, 3)))
         if height is None or width is None or len({shape[1] for shape in shapes}) != 1:
             seen = ", ".join(f"{trace.geometry}: {shape}" for trace, shape in zip(full, shapes, strict=True))
-            found.append(Mismatch("size", _name(index), seen, "a chain of halvings", unet_module=_add(full[0], index).producer))
+            found.append(
+                Mismatch("size", slot_name(index), seen, "a chain of halvings", unet_module=_add(full[0], index).producer)
+            )
         else:
             slots.append(_slot(full, index, (BATCH, constant(shapes[0][1]), height, width)))
     return tuple(slots), found
@@ -86,15 +97,23 @@ def handover(traces: Sequence[Trace]) -> tuple[str, ...]:
     """What was seen to happen to residuals between the ControlNets and the UNet, in words, each once."""
     told: dict[str, None] = {}
     for trace in traces:
-        batch = max((residual.shape[0] for residual in trace.emitted), default=0)
         for arrival in trace.arrived:
-            if "cat" in arrival.via and arrival.shape[0] == 2 * batch:
-                told["classifier-free guidance: zeros stand in for the unconditional half of the batch (guess mode)"] = None
-            if "sum" in arrival.via:
-                told[f"the residuals of {len({net for net, _ in arrival.sources})} ControlNets are summed"] = None
-        if trace.emitted and all(residual.shape[2:] == (1, 1) for residual in trace.emitted):
-            told["pooled: every residual is 1×1 and is broadcast over its slot"] = None
+            for step in arrival.via:
+                told[_step_in_words(step, len({net for net, _ in arrival.sources}))] = None
+    numbers = sorted({residual.controlnet for trace in traces for residual in trace.emitted})
+    pooled = [number for number in numbers if _spatial(traces, number) == "pooled"]
+    if pooled:
+        who = "every residual" if len(pooled) == len(numbers) else f"every residual of ControlNet {pooled[0] + 1}"
+        told[f"pooled: {who} is 1×1 and is broadcast over its slot"] = None
     return tuple(told)
+
+
+def _step_in_words(step: str, nets: int) -> str:
+    if step == "sum":
+        return f"the residuals of {nets} ControlNets are summed"
+    if step == "zeros before it in the batch":
+        return "guess mode: zeros stand before the residuals, for the unconditional half of the batch"
+    return f"on their way the residuals go through: {step}"
 
 
 def emitted_table(traces: Sequence[Trace], controlnet: int) -> Mapping[int, tuple[Dim, ...]]:
@@ -128,7 +147,7 @@ def _slot(traces: Sequence[Trace], index: int, skip: tuple[Dim, ...]) -> Slot:
     adds = [add for add in traces[0].adds if add.index == index]
     consumers = (add.up_block for trace in traces for add in trace.adds if add.index == index)  # a refused run sees few
     return Slot(
-        _name(index), skip, "full", adds[0].producer, next(filter(None, consumers), ""), tuple(add.site for add in adds)
+        slot_name(index), skip, "full", adds[0].producer, next(filter(None, consumers), ""), tuple(add.site for add in adds)
     )
 
 
@@ -149,9 +168,7 @@ def _emitted_mismatches(
     traces: Sequence[Trace], controlnet: int, slots: tuple[Slot, ...], at: Geometry | None
 ) -> list[Mismatch]:
     """One ControlNet against the slots: each slot once, at the wanted geometry where the fault shows there."""
-    makers = {_name(residual.index): residual.module for trace in traces for residual in _of(trace, controlnet)}
-    if len({residual.controlnet for trace in traces for residual in trace.emitted}) > 1:
-        makers = {name: f"{controlnet + 1} {module}" for name, module in makers.items()}
+    makers = {slot_name(residual.index): residual.module for trace in traces for residual in _of(trace, controlnet)}
     first: dict[str, Mismatch] = {}
     if at is not None and (given := _emitted_at(traces, controlnet, at)):
         _keep_first(first, compare(slots, at, given, makers=makers))
@@ -159,7 +176,9 @@ def _emitted_mismatches(
         if residuals := _of(trace, controlnet):
             # a batch of its own, as in guess mode, is the hand-over's business
             geometry = replace(trace.geometry, batch=residuals[0].shape[0])
-            _keep_first(first, compare(slots, geometry, {_name(each.index): each.shape for each in residuals}, makers=makers))
+            _keep_first(
+                first, compare(slots, geometry, {slot_name(each.index): each.shape for each in residuals}, makers=makers)
+            )
     order = {slot.name: position for position, slot in enumerate(slots)}
     return sorted(first.values(), key=lambda mismatch: order.get(mismatch.where, len(order)))
 
@@ -170,54 +189,78 @@ def _emitted_at(traces: Sequence[Trace], controlnet: int, at: Geometry) -> dict[
     if any(residual.index not in table for trace in traces for residual in _of(trace, controlnet)):
         return {}
     try:
-        return {_name(index): tuple(dim.at(at.sizes) for dim in shape) for index, shape in table.items()}
+        return {slot_name(index): tuple(dim.at(at.sizes) for dim in shape) for index, shape in table.items()}
     except ValueError:
         return {}
 
 
 def _handover_mismatches(traces: Sequence[Trace], slots: tuple[Slot, ...]) -> list[Mismatch]:
-    """What went wrong between the two ends: residuals lost, exchanged, of another shape or dtype than they left with."""
+    """What went wrong between the two ends: residuals of another shape or dtype than is added, lost, exchanged."""
     first: dict[str, Mismatch] = {}
     for trace in traces:
-        _keep_first(first, _lost_or_exchanged(trace))
-        _keep_first(first, _promoted(trace))
-        if trace.arrived and not trace.refused:
-            _keep_first(first, compare(slots, trace.geometry, {_name(each.index): each.shape for each in trace.arrived}))
+        _keep_first(first, _not_understood(trace))
+        if trace.arrived:
+            _keep_first(first, compare(slots, trace.geometry, {slot_name(each.index): each.shape for each in trace.arrived}))
+        _keep_first(first, _exchanged(trace))
+        if trace.emitted and not trace.adds and not trace.arrived and not trace.refused:
+            cause = "the ControlNet emitted it and it never reached the UNet"
+            _keep_first(first, [_unused(trace, residual, cause) for residual in trace.emitted])
+        _keep_first(first, _of_another_dtype(trace))
     return list(first.values())
 
 
-def _lost_or_exchanged(trace: Trace) -> list[Mismatch]:
-    found = []
-    reached = {source for arrival in trace.arrived for source in arrival.sources}
-    for arrival in trace.arrived:
-        if wrong := sorted({index for _, index in arrival.sources} - {arrival.index}, key=_slot_order):
-            got = " and ".join(map(_name, wrong))
-            cause = "residuals were reordered between the ControlNet and the UNet"
-            found.append(Mismatch("order", _name(arrival.index), got, _name(arrival.index), trace.geometry, cause=cause))
-    alone = not trace.arrived and (trace.adds or trace.refused)
-    if reached or not trace.arrived:
-        for residual in trace.emitted:
-            if (residual.controlnet, residual.index) not in reached and not alone:
-                name = _name(residual.index)
-                cause = "the ControlNet emitted it and it never reached the UNet"
-                found.append(Mismatch("unused", name, "dropped", residual.shape, trace.geometry, "", residual.module, cause))
-    return found
-
-
-def _promoted(trace: Trace) -> list[Mismatch]:
+def _not_understood(trace: Trace) -> list[Mismatch]:
+    """Residuals the UNet took with something else than an addition: no verdict can be given on these."""
+    added = {add.index for add in trace.adds}
     return [
         Mismatch(
-            "dtype",
-            _name(add.index),
-            add.dtypes[1],
-            add.dtypes[0],
+            "unused",
+            slot_name(index),
+            operation,
+            "an addition",
             trace.geometry,
-            add.producer,
-            cause="PyTorch promotes in silence",
+            cause="taken by an operation that is not understood",
         )
-        for add in trace.adds
-        if trace.arrived and add.dtypes[0] != add.dtypes[1]
+        for index, operation in trace.misunderstood
+        if index not in added
     ]
+
+
+def _exchanged(trace: Trace) -> list[Mismatch]:
+    """Residuals that arrive in another's place, made of nothing that was emitted, or not at all."""
+    found: list[Mismatch] = []
+    if not trace.emitted or not trace.arrived:
+        return found
+    for arrival in trace.arrived:
+        name = slot_name(arrival.index)
+        if wrong := sorted({index for _, index in arrival.sources} - {arrival.index}, key=_slot_order):
+            got = " and ".join(map(slot_name, wrong))
+            cause = "residuals were reordered between the ControlNet and the UNet"
+            found.append(Mismatch("order", name, got, name, trace.geometry, cause=cause))
+        elif not arrival.sources:
+            cause = "what arrived was not made from anything the ControlNet emitted"
+            found.append(Mismatch("unused", name, arrival.shape, "the ControlNet's residual", trace.geometry, cause=cause))
+    reached = {source for arrival in trace.arrived for source in arrival.sources}
+    lost = [each for each in trace.emitted if (each.controlnet, each.index) not in reached]
+    return found + [_unused(trace, each, "the ControlNet emitted it and it never reached the UNet") for each in lost]
+
+
+def _unused(trace: Trace, residual: Residual, cause: str) -> Mismatch:
+    name = slot_name(residual.index)
+    return Mismatch("unused", name, "dropped", residual.shape, trace.geometry, "", residual.module, cause)
+
+
+def _of_another_dtype(trace: Trace) -> list[Mismatch]:
+    """Residuals of another dtype than the skip: promoted in silence, or refused by the next layer."""
+    skips = {add.index: add for add in trace.adds}
+    given = {each.index: each.dtype for each in trace.emitted} | {each.index: each.dtype for each in trace.arrived}
+    found = []
+    for index, dtype in given.items():
+        add = skips.get(index)
+        if add is not None and dtype != add.dtypes[0]:
+            cause = "PyTorch promotes the sum, in silence or until the next layer refuses it"
+            found.append(Mismatch("dtype", slot_name(index), dtype, add.dtypes[0], trace.geometry, add.producer, cause=cause))
+    return found
 
 
 def _keep_first(first: dict[str, Mismatch], found: Sequence[Mismatch]) -> None:
@@ -230,7 +273,8 @@ def _is_accepted(geometry: Geometry, divisor: int) -> bool:
     return geometry.height % divisor == 0 and geometry.width % divisor == 0
 
 
-def _name(index: int) -> str:
+def slot_name(index: int) -> str:
+    """Our name of the slot that residual `index` is for."""
     return SHAPECHECK.mid if index < 0 else SHAPECHECK.down(index)
 
 

@@ -15,6 +15,7 @@ from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, Sha
 from shapecheck.observe import configs, hub
 from shapecheck.observe.configfile import one_line
 
+_MOST_IN_BATCH = 65_536
 _KEYS = {"story", "model", "controlnet", "size", "latent", "batch", "mapping", "expect"}
 
 
@@ -99,9 +100,8 @@ def _request(record: Mapping[str, Any]) -> Request:
     nets = [nets] if isinstance(nets, str) else nets
     if not (isinstance(nets, list) and all(isinstance(net, str) for net in nets)):
         raise ShapecheckError("`controlnet` must be a name or a list of names")
-    batch = record.get("batch", 1)
-    if type(batch) is not int or batch < 1:
-        raise ShapecheckError(f"`batch` must be a whole number of at least 1, got {one_line(batch)}")
+    if nets and "mapping" in record:
+        raise ShapecheckError("`mapping` stands in place of a ControlNet's shapes; drop it or `controlnet`")
     expect = record.get("expect", {})
     if not isinstance(expect, dict):
         raise ShapecheckError("`expect` must be a table")
@@ -110,7 +110,7 @@ def _request(record: Mapping[str, Any]) -> Request:
         controlnets=tuple(nets),
         size_px=parse_pair(_text(record, "size"), "WxH") if "size" in record else None,
         latent=parse_pair(_text(record, "latent"), "HxW") if "latent" in record else None,
-        batch=batch,
+        batch=checked_batch(record.get("batch", 1), "`batch`"),
         claim=_claim(record["mapping"]) if "mapping" in record else None,
         story=_text(record, "story") if "story" in record else "",
         expect=expect,
@@ -123,9 +123,16 @@ def _text(record: Mapping[str, Any], key: str) -> str:
     return value
 
 
+def checked_batch(value: object, name: str) -> int:
+    """A batch somebody gave as `name`. Raises ShapecheckError where it is none, or absurd."""
+    if type(value) is not int or not 1 <= value <= _MOST_IN_BATCH:
+        raise ShapecheckError(f"{name} must be a whole number from 1 to {_MOST_IN_BATCH}, got {one_line(value)}")
+    return value
+
+
 def parse_pair(text: str, form: str) -> tuple[int, int]:
     """Two whole numbers out of `904x512`. Raises ShapecheckError showing the form expected."""
-    match = re.fullmatch(r"([0-9]{1,6})[x×]([0-9]{1,6})", text.strip())
+    match = re.fullmatch(r"([0-9]{1,6})[xX×]([0-9]{1,6})", text.strip())
     if not match or not int(match[1]) or not int(match[2]):
         raise ShapecheckError(f"{text!r} is no size; expected {form}, two whole numbers such as 904x512")
     return int(match[1]), int(match[2])

@@ -78,13 +78,15 @@ def _observe_at(unet: Model, nets: Sequence[Model], geometry: Geometry) -> Trace
                 raise ShapecheckError(f"{unet.name} does not run at {geometry}: {refused}") from error
             raise
         trace = None
-        if given and _have_one_shape(given):
-            trace = _run_unet(unet, geometry, _summed(given), recorder)
+        if given and (summed := _summed(given)) is not None:
+            trace = _run_unet(unet, geometry, summed, recorder)
             if not trace.refused and len(trace.adds) == len(trace.arrived):
                 return trace
         emitted = trace.emitted if trace else recorder.take_emitted()
         alone = _run_unet_alone(unet, geometry, recorder)
-    return replace(alone, emitted=emitted, arrived=())
+    if trace is not None and not alone.adds:  # a UNet that refuses surplus residuals: what it did with the real ones counts
+        return trace
+    return replace(alone, emitted=emitted, arrived=(), misunderstood=trace.misunderstood if trace else ())
 
 
 def _run_unet_alone(unet: Model, geometry: Geometry, recorder: Recorder) -> Trace:
@@ -109,14 +111,14 @@ def _run_unet(unet: Model, geometry: Geometry, given: Residuals, recorder: Recor
     return recorder.traces[-1]
 
 
-def _have_one_shape(given: Sequence[Residuals]) -> bool:
-    """Whether several ControlNets' residuals can be summed."""
-    return len({(tuple(down.shape for down in downs), mid.shape) for downs, mid in given}) == 1
-
-
-def _summed(given: Sequence[Residuals]) -> Residuals:
-    """The sum of several ControlNets' residuals, as MultiControlNetModel makes it."""
+def _summed(given: Sequence[Residuals]) -> Residuals | None:
+    """The sum of several ControlNets' residuals, as MultiControlNetModel makes it; None where they cannot be summed."""
     downs, mid = given[0]
     for more, more_mid in given[1:]:
-        downs, mid = [left + right for left, right in zip(downs, more, strict=True)], mid + more_mid
+        if len(more) != len(downs):
+            return None
+        try:
+            downs, mid = [left + right for left, right in zip(downs, more, strict=True)], mid + more_mid
+        except RuntimeError:
+            return None
     return downs, mid

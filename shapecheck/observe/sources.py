@@ -37,14 +37,23 @@ def implied_controlnet(unet: nn.Module) -> nn.Module:
 
     Raises ShapecheckError with diffusers' own reason where it cannot: no mid block, lists of layers, …
     """
-    if not isinstance(unet, UNet2DConditionModel):
-        raise ShapecheckError(f"a {type(unet).__name__} implies no ControlNet; name one with controlnet=")
     try:
         with _quiet(), torch.device("meta"):
             controlnet: nn.Module = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+            controlnet.to(next(unet.parameters()).dtype)
     except Exception as error:  # from_unet fails in many ways, none of them documented
         raise ShapecheckError(f"diffusers cannot build the ControlNet this UNet implies: {_first_line(error)}") from None
     return controlnet.eval()
+
+
+def is_unet(module: nn.Module) -> bool:
+    """Whether this is the kind of UNet that is read."""
+    return isinstance(module, UNet2DConditionModel)
+
+
+def is_controlnet(module: nn.Module) -> bool:
+    """Whether this is the kind of ControlNet that is read."""
+    return isinstance(module, ControlNetModel)
 
 
 def ignored_keys(source: ModelSource) -> tuple[str, ...]:
@@ -64,7 +73,7 @@ def _without_shadow_class(config: Mapping[str, Any], class_name: str) -> dict[st
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence diffusers' log on unknown and deprecated config keys; we report those ourselves."""
+    """Silence diffusers' log, as on unknown and deprecated config keys; we report those ourselves."""
     logger = logging.getLogger("diffusers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

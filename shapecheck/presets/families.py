@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from shapecheck import presets
 from shapecheck.contract import Contract
 
@@ -16,8 +18,18 @@ def families(contract: Contract) -> tuple[str, ...]:
 def architecture(contract: Contract) -> tuple[object, ...]:
     """What two models share when one's ControlNets, exports and engines are built like the other's.
 
-    Leaves out the native size and numeric settings; an absent setting and a false one are the same.
+    Leaves out the native size and numeric settings; an absent setting and a false one are the same, and so are
+    a number and a list of that number.
     """
-    config = {key: value for key, value in contract.config.items() if key not in _NOT_ARCHITECTURE and value}
+    settings = {key: _once(value) for key, value in contract.config.items() if key not in _NOT_ARCHITECTURE}
+    config = {key: value for key, value in settings.items() if value}
     slots = tuple((slot.name, slot.skip, slot.producer) for slot in contract.slots)
     return contract.unet, contract.inputs, slots, tuple(config.items())
+
+
+def _once(value: Any) -> Any:
+    """Eight for four times eight, level by level: diffusers reads both alike."""
+    if not isinstance(value, tuple):
+        return value
+    inner = tuple(map(_once, value))
+    return inner[0] if len(set(inner)) == 1 else inner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -10,11 +11,16 @@ from typing import Any, Literal
 from tabulate import tabulate
 
 from shapecheck import presets
-from shapecheck.contract import Contract, Geometry, Mismatch, Slot, show
+from shapecheck.contract import AddSite, Contract, Geometry, Mismatch, Slot, show
+from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.presets.families import families
 
 Format = Literal["human", "markdown"]
-_STYLE = {"human": "simple", "markdown": "github"}
+Verdict = Literal["agree", "mismatch", "unet alone"]
+LINE = 100
+"""Columns a person's text is wrapped at."""
+_COLUMN = 40
+_WRAPPED = ("ControlNet gives", "claimed", "the file has", "UNet takes", "likely cause")
 
 
 def told(
@@ -31,19 +37,28 @@ def told(
     `lines=False` leaves out what moves with the libraries' releases: line numbers and versions.
     `claim`: the mismatches are those of claimed shapes, not of the ControlNet the contract was observed with.
     """
-    parts = [_title(contract, form, claim), _facts(contract, geometry, form, lines=lines)]
+    verdict_line = _verdict_line(contract, mismatches, form, claim)
+    parts = [_title(contract, form, claim), verdict_line, _facts(contract, geometry, form, lines=lines)]
     parts += [_heading("Slots", form), _slots(contract, geometry, form, lines=lines)]
     parts += [_heading("Base inputs", form), _inputs(contract, geometry, form)]
     if mismatches:
-        parts += [_heading("Mismatches", form), _mismatches(mismatches, form, "claimed" if claim else "ControlNet gives")]
-    parts += [_notes(contract, form), _verdict(contract, mismatches, form, claim)]
+        parts += [_heading("Mismatches", form), _mismatch_table(mismatches, form, "claimed" if claim else "ControlNet gives")]
+    parts += [_notes(contract, form), verdict_line if form == "human" else ""]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def as_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Geometry) -> str:
+def verdict(contract: Contract, mismatches: Sequence[Mismatch], claim: bool = False) -> Verdict:
+    """What a probe came to; `claim` as in `told`."""
+    if mismatches:
+        return "mismatch"
+    return "agree" if contract.slots and (claim or contract.header.controlnets) else "unet alone"
+
+
+def as_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Geometry, *, claim: bool = False) -> str:
     """The same for machines: the contract, as `Contract.from_json` reads it, and under `report` what this run found."""
     report: dict[str, Any] = {
-        "verdict": "mismatch" if mismatches else "agree" if contract.header.controlnets else "unet alone",
+        "verdict": verdict(contract, mismatches, claim),
+        "claim": claim,
         "families": list(families(contract)),
         "geometry": asdict(geometry),
         "shapes": {slot.name: slot.shape_at(geometry) for slot in contract.slots},
@@ -73,6 +88,7 @@ def _facts(contract: Contract, geometry: Geometry, form: Format, *, lines: bool)
         ("model", f"{contract.unet}, {header.parameters:,} parameters" if header.parameters else contract.unet),
         ("sizes", _size_rule(contract)),
         ("shown at", f"{geometry} ({geometry.width * factor}×{geometry.height * factor} pixels)"),
+        *([("added at", sites)] if (sites := _shared_sites(contract, lines)) else []),
         *(("hand-over", each) for each in header.handover),
         ("digest", contract.digest),
     ]
@@ -83,20 +99,28 @@ def _facts(contract: Contract, geometry: Geometry, form: Format, *, lines: bool)
     return tabulate(facts, tablefmt="plain", disable_numparse=True)
 
 
+_ROUNDED = {
+    "ceil": "; halvings round up (ceil)",
+    "floor": "; halvings round down (floor)",
+    "exact": "; no odd size is halved",
+}
+
+
 def _size_rule(contract: Contract) -> str:
     roundings = {rounding for slot in contract.slots for dim in slot.skip[2:] for rounding in dim.halvings}
     if contract.divisor > 1:
         accepted = f"latent height and width must be multiples of {contract.divisor}"
     else:
         accepted = "every latent size, odd ones included"
-    if len(roundings) == 1:
-        return f"{accepted}; halvings round {'up (ceil)' if roundings == {'ceil'} else 'down (floor)'}"
+    if len(roundings) <= 1:
+        return accepted + "".join(_ROUNDED[rounding] for rounding in roundings)
     chains = ", ".join(dict.fromkeys(str(slot.skip[2]) for slot in contract.slots))
     return f"{accepted}; halvings are mixed: {chains}"
 
 
 def _slots(contract: Contract, geometry: Geometry, form: Format, *, lines: bool) -> str:
     headers = ("#", "slot", "channels", "stride", "shape", "skip from", "added at", "used by")
+    told_once = _shared_sites(contract, lines)
     rows = [
         (
             number,
@@ -105,12 +129,12 @@ def _slots(contract: Contract, geometry: Geometry, form: Format, *, lines: bool)
             slot.stride,
             _slot_shape(slot, geometry),
             slot.producer,
-            _sites(slot, lines),
+            "" if told_once else _sites(slot, lines),
             slot.up_block,
         )
         for number, slot in enumerate(contract.slots)
     ]
-    return _table(rows, headers, form)
+    return _table(*_without_empty_columns(rows, headers), form)
 
 
 def _slot_shape(slot: Slot, geometry: Geometry) -> str:
@@ -119,7 +143,25 @@ def _slot_shape(slot: Slot, geometry: Geometry) -> str:
 
 
 def _sites(slot: Slot, lines: bool) -> str:
-    return ", ".join(str(add) if lines else add.function for add in slot.adds)
+    return ", ".join(_site(add, lines) for add in slot.adds)
+
+
+def _site(add: AddSite, lines: bool) -> str:
+    return str(add) if lines else add.function
+
+
+def _shared_sites(contract: Contract, lines: bool) -> str:
+    """`unet_2d_condition.py:1165 (down), :1193 (mid)` where that says it of every slot, else nothing."""
+    downs, mids = (
+        {_sites(slot, lines) for slot in contract.slots if (slot.name == SHAPECHECK.mid) is mid} for mid in (False, True)
+    )
+    if len(downs | mids) == 1:
+        return (downs | mids).pop()
+    if (len(downs), len(mids)) != (1, 1) or "" in downs | mids:
+        return ""
+    down, mid = downs.pop(), mids.pop()
+    file = down.partition(":")[0]
+    return f"{down} (down), {mid.removeprefix(file) if mid.startswith(f'{file}:') else mid} (mid)"
 
 
 def _inputs(contract: Contract, geometry: Geometry, form: Format) -> str:
@@ -131,14 +173,38 @@ def _inputs(contract: Contract, geometry: Geometry, form: Format) -> str:
 
 
 def _mismatches(mismatches: Sequence[Mismatch], form: Format, given: str) -> str:
-    rows = [(each.where, each.kind, *_sides(each), each.unet_module, each.controlnet_module, each.cause) for each in mismatches]
-    headers = ("where", "kind", given, "UNet takes", "UNet module", "ControlNet module", "likely cause")
     shared = _shared_cause(mismatches)
-    if shared:
-        rows = [(*row[:-1], row[-1].removeprefix(shared).removeprefix("; ")) for row in rows]
+    return _mismatch_table(mismatches, form, given) + (f"\n\nLikely cause: {shared}." if shared else "")
+
+
+def _mismatch_table(mismatches: Sequence[Mismatch], form: Format, given: str) -> str:
+    """Every mismatch, less the cause that all of them share."""
+    headers = ("where", "kind", given, "UNet takes", "UNet module", "ControlNet", "ControlNet module", "likely cause")
+    shared = _shared_cause(mismatches)
+    several = len({each.controlnet for each in mismatches}) > 1
+    usual = form == "human" and all(map(_is_of_the_slot, mismatches))
+    rows = [
+        (
+            each.where,
+            each.kind,
+            *_sides(each),
+            each.unet_module,
+            each.controlnet if several else "",
+            "" if usual else each.controlnet_module,
+            each.cause.removeprefix(shared).removeprefix("; ") if shared else each.cause,
+        )
+        for each in mismatches
+    ]
     table = _table(*_without_empty_columns(rows, headers), form)
     at = next((each.geometry for each in mismatches if each.geometry), None)
-    return "\n\n".join(filter(None, (table, f"Told at {at}." if at else "", f"Likely cause: {shared}." if shared else "")))
+    return f"{table}\n\nTold at {at}." if at else table
+
+
+def _is_of_the_slot(mismatch: Mismatch) -> bool:
+    """Whether the ControlNet's module is the one any reader expects."""
+    number = SHAPECHECK.index(mismatch.where)
+    module = "controlnet_mid_block" if number == -1 else f"controlnet_down_blocks.{number}"
+    return mismatch.controlnet_module in ("", module)
 
 
 def _sides(mismatch: Mismatch) -> tuple[str, str]:
@@ -159,22 +225,35 @@ def _without_empty_columns(
 
 
 def _notes(contract: Contract, form: Format) -> str:
-    bullet = "- " if form == "markdown" else "note: "
-    return "\n".join(f"{bullet}{note}" for note in contract.header.notes)
+    if form == "markdown":
+        return "\n".join(f"- {note}" for note in contract.header.notes)
+    return "\n".join(wrapped(f"note: {note}", "      ") for note in contract.header.notes)
 
 
-def _verdict(contract: Contract, mismatches: Sequence[Mismatch], form: Format, claim: bool) -> str:
-    if claim and not mismatches:
-        text = f"AGREE: the claimed shapes are those of the {len(contract.slots)} slots"
-    elif mismatches:
-        text = f"MISMATCH: {len(mismatches)} {'place' if len(mismatches) == 1 else 'places'}"
-    elif contract.header.controlnets:
-        text = f"AGREE: {len(contract.slots)} slots, both sides observed"
-    else:
-        text = f"UNET ALONE: {len(contract.slots)} slots observed, no ControlNet to compare"
+def wrapped(text: str, indent: str) -> str:
+    """For people: lines of at most LINE columns, but no path or address broken."""
+    return textwrap.fill(text, LINE, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _verdict_line(contract: Contract, mismatches: Sequence[Mismatch], form: Format, claim: bool) -> str:
+    slots = f"{len(contract.slots)} slots"
+    shared = _shared_cause(mismatches)
+    texts = {
+        "mismatch": f"MISMATCH: {len(mismatches)} {'place' if len(mismatches) == 1 else 'places'}",
+        "agree": f"AGREE: the claimed shapes are those of the {slots}" if claim else f"AGREE: {slots}, both sides observed",
+        "unet alone": f"UNET ALONE: {slots} observed, no ControlNet to compare",
+    }
+    text = texts[verdict(contract, mismatches, claim)] + (f"; likely cause: {shared}" if shared else "")
     return f"**{text}**" if form == "markdown" else text
 
 
 def _table(rows: Sequence[Sequence[Any]], headers: Sequence[str], form: Format) -> str:
+    if not rows:
+        return "none"
     sides = ["right" if isinstance(cell, int) else "left" for cell in rows[0]]
-    return tabulate(rows, headers, tablefmt=_STYLE[form], disable_numparse=True, colalign=sides)
+    if form == "markdown":
+        return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=sides)
+    widest = [_COLUMN if header in _WRAPPED else None for header in headers]
+    body = [headers, *rows]  # a header given as such is padded by two columns
+    lines = tabulate(body, tablefmt="simple", disable_numparse=True, colalign=sides, maxcolwidths=widest).splitlines()
+    return "\n".join([lines[1], lines[0], *lines[2:-1]])
