@@ -1,9 +1,9 @@
 """What is true of a UNet, as frozen records. Standard library only: works where torch is not installed."""
 
 from shapecheck.contract.config import Config
-from shapecheck.contract.contract import Contract
+from shapecheck.contract.contract import Contract, ContractError
 from shapecheck.contract.dims import Dim, Shape, show
-from shapecheck.contract.errors import ContractError, ShapecheckError
+from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
 from shapecheck.contract.records import AddSite, ControlNetInfo, Header, Input, Mismatch, Slot
 from shapecheck.contract.trace import Add, Arrival, Residual, Trace

@@ -11,7 +11,7 @@ from shapecheck.contract import serial
 from shapecheck.contract.compare import compare
 from shapecheck.contract.config import Config
 from shapecheck.contract.dims import Shape
-from shapecheck.contract.errors import ContractError, ShapecheckError
+from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import Header, Input, Mismatch, Slot
@@ -112,6 +112,22 @@ class Contract:
             raise ShapecheckError(f"{name} gives no size to check against; pass geometry=Geometry(batch, height, width)")
         batch, _, height, width = first
         return Geometry(batch, height, width)
+
+
+class ContractError(ShapecheckError):
+    """The shapes disagree. `mismatches` holds every disagreement, never only the first.
+
+    `contract` is what the UNet wants, where that could be learnt.
+    """
+
+    exit_status = 1
+
+    def __init__(self, mismatches: tuple[Mismatch, ...], *, subject: str, contract: Contract | None = None) -> None:
+        self.mismatches = mismatches
+        self.subject = subject
+        self.contract = contract
+        count = f"{len(mismatches)} mismatch{'es' if len(mismatches) != 1 else ''}"
+        super().__init__("\n".join([f"{subject}: {count}", *(f"  {each}" for each in mismatches)]))
 
 
 def _by_name(shapes: Residuals) -> dict[str, Shape]:

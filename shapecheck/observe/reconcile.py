@@ -59,7 +59,7 @@ def reconcile(
         told = [each for each in _emitted_mismatches(accepted, number, own, at) if each.where not in unclear]
         found += [replace(each, controlnet=f"ControlNet {number + 1}") for each in told] if len(numbers) > 1 else told
     known = {mismatch.where for mismatch in found}
-    found += [mismatch for mismatch in _handover_mismatches(traces, slots) if mismatch.where not in known]
+    found += [mismatch for mismatch in _handover_mismatches(accepted, slots) if mismatch.where not in known]
     header = replace(subject.header, handover=handover(traces))
     return Contract(subject.unet, subject.inputs, slots, subject.config, subject.divisor, header), tuple(found)
 

@@ -172,11 +172,6 @@ def _inputs(contract: Contract, geometry: Geometry, form: Format) -> str:
     return _table(rows, ("input", "rule", "shape", "dtype", "argument of forward"), form)
 
 
-def _mismatches(mismatches: Sequence[Mismatch], form: Format, given: str) -> str:
-    shared = _shared_cause(mismatches)
-    return _mismatch_table(mismatches, form, given) + (f"\n\nLikely cause: {shared}." if shared else "")
-
-
 def _mismatch_table(mismatches: Sequence[Mismatch], form: Format, given: str) -> str:
     """Every mismatch, less the cause that all of them share."""
     headers = ("where", "kind", given, "UNet takes", "UNet module", "ControlNet", "ControlNet module", "likely cause")
