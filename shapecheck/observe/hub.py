@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from shapecheck.contract import ShapecheckError
+from shapecheck.observe.quiet import quiet
 
 LARGEST_FILE = 2**20
 """Bytes; a diffusers config.json has a few thousand."""
@@ -45,7 +44,7 @@ def fetch(repository: str, filename: str, *, offline: bool) -> Path | None:
     if offline or constants.HF_HUB_OFFLINE:
         forbidden = f"{'--offline' if offline else 'HF_HUB_OFFLINE'} forbids asking the hub"
         raise HubError(repository, filename, forbidden, "allow the network")
-    with _quiet():
+    with quiet("huggingface_hub"):
         return _download(repository, filename)
 
 
@@ -91,15 +90,3 @@ def _download(repository: str, filename: str) -> Path | None:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the hub library's log; what went wrong we tell ourselves, in one message."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

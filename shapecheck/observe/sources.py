@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 from shapecheck.contract import ShapecheckError
 from shapecheck.observe.configfile import one_line
 from shapecheck.observe.configs import ModelSource
+from shapecheck.observe.quiet import quiet
 
 
 def build(source: ModelSource) -> nn.Module:
@@ -23,7 +22,7 @@ def build(source: ModelSource) -> nn.Module:
     """
     model: Any = UNet2DConditionModel if source.role == "unet" else ControlNetModel
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet("diffusers"), torch.device("meta"):
             module: nn.Module = model.from_config(_without_shadow_class(source.config, source.class_name))
     except Exception as error:  # the configuration is the user's: whatever diffusers makes of it is told to the user
         raise ShapecheckError(
@@ -38,7 +37,7 @@ def implied_controlnet(unet: nn.Module) -> nn.Module:
     Raises ShapecheckError with diffusers' own reason where it cannot: no mid block, lists of layers, …
     """
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet("diffusers"), torch.device("meta"):
             controlnet: nn.Module = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
             controlnet.to(next(unet.parameters()).dtype)
     except Exception as error:  # from_unet fails in many ways, none of them documented
@@ -69,15 +68,3 @@ def _first_line(error: Exception) -> str:
 
 def _without_shadow_class(config: Mapping[str, Any], class_name: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")} | {"_class_name": class_name}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence diffusers' log, as on unknown and deprecated config keys; we report those ourselves."""
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
