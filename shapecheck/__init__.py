@@ -1,6 +1,6 @@
 """Shape contracts between ControlNets and diffusion UNets: observed, checked, and carried to ONNX and TensorRT.
 
-Importing this package imports neither torch nor diffusers; `probe` does when it is first used.
+Importing this package imports neither torch nor diffusers; `probe` and `export` do when they are first used.
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from shapecheck import extras
 from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError, Slot
 
 if TYPE_CHECKING:
+    from shapecheck.build.artefact import read_contract
+    from shapecheck.build.export import export
     from shapecheck.observe.probe import probe
     from shapecheck.observe.record import record
 
@@ -23,14 +26,24 @@ __all__ = [
     "Mismatch",
     "ShapecheckError",
     "Slot",
+    "export",
     "probe",
+    "read_contract",
     "record",
 ]
 
-_LAZY = {"probe": "shapecheck.observe.probe", "record": "shapecheck.observe.record"}
+_LAZY = {
+    "export": "shapecheck.build.export",
+    "probe": "shapecheck.observe.probe",
+    "read_contract": "shapecheck.build.artefact",
+    "record": "shapecheck.observe.record",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        try:
+            return getattr(import_module(_LAZY[name]), name)
+        except ModuleNotFoundError as error:
+            raise extras.missing(error, f"shapecheck.{name}") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

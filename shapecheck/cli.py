@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
-from shapecheck import ContractError, ShapecheckError, __version__
+from shapecheck import ContractError, ShapecheckError, __version__, extras
+from shapecheck.contract.naming import SCHEMES, SHAPECHECK
+from shapecheck.files import refuse_unwritable
+from shapecheck.terminal import drop_stdout, progress, write
 
 if TYPE_CHECKING:
+    from shapecheck.contract.exported import Agreement, Exported, Weights
     from shapecheck.observe.request import Request
 
 Form = Literal["human", "json", "markdown"]
@@ -48,11 +50,11 @@ class _Commands(click.Group):
             error.show()
             status = ShapecheckError.exit_status
         except SystemExit:  # click's own answer to a closed pipe
-            _drop_stdout()
+            drop_stdout()
             status = ShapecheckError.exit_status
         except Exception:  # a bug of ours, or no place to print the help
             traceback.print_exc()
-            _drop_stdout()
+            drop_stdout()
             status = ShapecheckError.exit_status
         sys.exit(status)
 
@@ -65,6 +67,12 @@ class _Commands(click.Group):
         except ShapecheckError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_status)
+        except ModuleNotFoundError as error:
+            problem = extras.missing(error, "this command")
+            if problem is error:
+                raise
+            click.echo(f"error: {problem}", err=True)
+            ctx.exit(ShapecheckError.exit_status)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -121,16 +129,162 @@ def probe(
 
     request = _request(model, controlnets, size, latent, batch)
     if output is not None:
-        _refuse_unwritable(output)
-    with _progress() as progress:
-        finding = requests.carry_out(request, offline=offline, progress=progress)
+        refuse_unwritable(output)
+    with progress() as steps:
+        finding = requests.carry_out(request, offline=offline, progress=steps)
     claim = request.claim is not None
     if form == "json":
         text = report.as_json(finding.contract, finding.mismatches, finding.geometry, claim=claim)
     else:
         text = report.told(finding.contract, finding.mismatches, finding.geometry, form=form, claim=claim)
-    _write(text, output)
+    write(text, output)
     return ContractError.exit_status if finding.mismatches else 0
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.onnx",
+    help="The file to write.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["link", "copy", "none"]),
+    help="Point into the checkpoint's own safetensors, which FILE.onnx must lie beside or above; copy them to FILE.onnx.data; "
+    "or write the structure alone.  [default: link where that is possible, else copy]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Precision of the graph and its weights.  [default: the checkpoint's]",
+)
+@click.option("--opset", type=int, metavar="N", help="ONNX opset, 18 to 23.  [default: 20; 22 for bfloat16]")
+@click.option("--control/--no-control", default=True, show_default=True, help="With one input a slot, or with none.")
+@click.option(
+    "--naming",
+    type=click.Choice([naming.key for naming in SCHEMES]),
+    default=SHAPECHECK.key,
+    show_default=True,
+    help="Whose names for the slots.",
+)
+@click.option("--variant", metavar="NAME", help="Which of a checkpoint's files, such as fp16.")
+@click.option(
+    "--verify/--no-verify",
+    default=False,
+    show_default=True,
+    help="Compare with PyTorch afterwards, in ONNX Runtime on the CPU, at two sizes. This loads the weights.",
+)
+@click.option("--offline", is_flag=True, help="Never ask the hub; use its local cache only.")
+@click.option(
+    "--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True, help="How to print."
+)
+def export(
+    model: str,
+    output: Path,
+    weights: Weights | None,
+    dtype: str | None,
+    opset: int | None,
+    control: bool,
+    naming: str,
+    variant: str | None,
+    verify: bool,
+    offline: bool,
+    form: str,
+) -> int:
+    """Write MODEL to an ONNX file that is right at every size, without loading its weights.
+
+    MODEL is a diffusers folder, a config.json, a hub id or a preset: of a UNet, which gets one input a slot, or of a
+    ControlNet, which gets one output a slot and conditioning_scale as an input. The file carries its contract; `shapecheck
+    check FILE.onnx` reads it. Half a minute for SD1.5, two for SDXL; less than 1 GB of memory.
+
+    \b
+    Examples:
+      shapecheck export ./sd15 -o ./sd15/unet.onnx
+      shapecheck export ./sd15 -o unet_fp16.onnx --dtype float16 --verify
+      shapecheck export ./my-controlnet -o controlnet.onnx --weights copy
+      shapecheck export sdxl -o sdxl.onnx --weights none
+    """
+    from shapecheck.build import export as exporter
+    from shapecheck.report import exported as report
+
+    if verify:
+        _refuse_unverifiable(dtype, weights)
+    with progress() as steps:
+        done = exporter.export(
+            model,
+            output,
+            weights=weights,
+            dtype=dtype,
+            opset=opset,
+            control=control,
+            naming=naming,
+            variant=variant,
+            offline=offline,
+            progress=steps,
+        )
+    agreements = _verified(done, model, variant, offline) if verify else ()
+    write(report.as_json(done, agreements) if form == "json" else report.told(done, agreements), None)
+    return 0 if all(each.agrees for each in agreements) else ContractError.exit_status
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", metavar="MODEL", help="The UNet it should be: what `probe` takes, or a file that holds a contract.")
+@click.option(
+    "--controlnet", "controlnets", multiple=True, metavar="NAME", help="Say too whether this ControlNet fits. Repeatable."
+)
+@click.option("--size", metavar="WxH", help="Only this image size in pixels has to work.")
+@click.option("--latent", metavar="HxW", help="The same in latent cells.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch, with --size or --latent.")
+@click.option("--offline", is_flag=True, help="Never ask the hub; use its local cache only.")
+@_format
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file instead of stdout.")
+def check(
+    file: Path,
+    model: str | None,
+    controlnets: tuple[str, ...],
+    size: str | None,
+    latent: str | None,
+    batch: int,
+    offline: bool,
+    form: Form,
+    output: Path | None,
+) -> int:
+    """Say what is wrong with FILE.onnx, a UNet with ControlNet inputs that anybody exported.
+
+    Reads the graph and no weights. Without --model the file is held to the contract inside it, else to the preset it fits
+    best, else to itself. Without --size every size that the contract allows has to work. A ControlNet's file is held to
+    the contract inside it, or its outputs to the UNet of --model.
+
+    \b
+    Examples:
+      shapecheck check unet.onnx
+      shapecheck check unet.onnx --model sdxl --controlnet controlnet-sdxl-small
+      shapecheck check unet.onnx --model ./my-model --size 904x512 --format json
+    """
+    from shapecheck.observe.request import geometry_of
+    from shapecheck.report import check as report
+    from shapecheck.verify.check import check as verify
+    from shapecheck.verify.models import contract_of, misfits
+
+    request = _request("", (), size, latent, batch)
+    if output is not None:
+        refuse_unwritable(output)
+    with progress() as tell:
+        contract = contract_of(model, offline=offline, progress=tell) if model else None
+        asked = geometry_of(request, contract.header.vae_factor if contract else 8)
+        checked = verify(file, contract, asked, progress=tell)
+        found = misfits(checked.contract, controlnets, asked, offline=offline, progress=tell) if controlnets else ()
+    if form == "json":
+        text = report.as_json(checked, controlnets=controlnets, misfits=found)
+    else:
+        text = report.told(checked, form=form, controlnets=controlnets, misfits=found)
+    write(text, output)
+    return ContractError.exit_status if checked.mismatches or found else 0
 
 
 @main.command()
@@ -139,7 +293,7 @@ def presets(form: str) -> int:
     """List the well-known models that can be named as MODEL or --controlnet."""
     from shapecheck.report import presets as report
 
-    _write(report.told(form), None)
+    write(report.told(form), None)
     return 0
 
 
@@ -147,6 +301,21 @@ def presets(form: str) -> int:
 @click.pass_context
 def _exit(ctx: click.Context, /, status: int, **_: object) -> None:
     ctx.exit(status)
+
+
+def _refuse_unverifiable(dtype: str | None, weights: Weights | None) -> None:
+    from shapecheck.verify import agreement
+
+    agreement.refuse_unverifiable(dtype, weights)
+
+
+def _verified(exported: Exported, model: str, variant: str | None, offline: bool) -> tuple[Agreement, ...]:
+    from shapecheck.verify import agreement
+
+    needed = agreement.memory_needed(exported) / 1e9
+    click.echo(f"verifying: up to {needed:.1f} GB of memory, PyTorch and ONNX Runtime one after the other", err=True)
+    with progress() as steps:
+        return agreement.verify(exported, model, variant=variant, offline=offline, progress=steps)
 
 
 def _request(model: str, controlnets: tuple[str, ...], size: str | None, latent: str | None, batch: int | None) -> Request:
@@ -163,77 +332,3 @@ def _request(model: str, controlnets: tuple[str, ...], size: str | None, latent:
     cells = requests.parse_pair(latent, "HxW in latent cells") if latent is not None else None
     number = requests.checked_batch(1 if batch is None else batch, "--batch")
     return requests.Request(model, controlnets, size_px, cells, number)
-
-
-def _say_nothing(_: str) -> None:
-    """Progress where nobody watches."""
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Tell on stderr what is being done, one line overwritten, where a person is watching."""
-    if not sys.stderr.isatty():
-        yield _say_nothing
-        return
-    try:
-        yield lambda step: click.echo(f"\r\x1b[2K{step} …", err=True, nl=False)
-    finally:
-        click.echo("\r\x1b[2K", err=True, nl=False)
-
-
-def _write(text: str, output: Path | None) -> None:
-    """To stdout, or to a file that appears under its name only when it is whole."""
-    if output is None:
-        _say(text)
-        return
-    target = output.resolve()
-    in_place = _is_no_file(target)
-    partial = target if in_place else target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        if not in_place:
-            if target.exists():
-                shutil.copymode(target, partial)
-            partial.replace(target)
-    except OSError as error:
-        raise ShapecheckError(f"cannot write {output}: {error.strerror or error}") from None
-    finally:
-        if not in_place:
-            partial.unlink(missing_ok=True)
-
-
-def _refuse_unwritable(output: Path) -> None:
-    """Raise ShapecheckError before the work is done for nothing."""
-    try:
-        target = output.resolve()
-        place = target if _is_no_file(target) else target.parent
-        place.stat()
-    except (OSError, RuntimeError) as error:
-        raise ShapecheckError(f"cannot write {output}: {getattr(error, 'strerror', None) or error}") from None
-    if place == target.parent and not place.is_dir():
-        raise ShapecheckError(f"cannot write {output}: {place} is no folder")
-    if not os.access(place, os.W_OK):
-        raise ShapecheckError(f"cannot write {output}: no permission to write to {place}")
-
-
-def _is_no_file(target: Path) -> bool:
-    """A pipe or a device is written to, never replaced."""
-    return target.exists() and not target.is_file()
-
-
-def _say(text: str) -> None:
-    if sys.stdout is None:
-        raise ShapecheckError("cannot write to standard output: it is closed; -o FILE writes to a file")
-    try:
-        click.echo(text, nl=False)
-    except OSError as error:
-        _drop_stdout()
-        raise ShapecheckError(f"cannot write to standard output: {error.strerror or error}") from None
-
-
-def _drop_stdout() -> None:
-    """What stdout still holds could not be written: the interpreter must not try again when it ends, and fail."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (AttributeError, OSError, ValueError):  # no stdout, or one that is no file
-        return

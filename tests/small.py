@@ -21,6 +21,20 @@ SMALL = {
     "attention_head_dim": 4,
     "norm_num_groups": 4,
 }
+SHALLOW = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+}
+"""Two levels, five slots."""
+TINY = {
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "layers_per_block": 1,
+}
+"""One level, three slots."""
 
 
 def unet(**changes) -> UNet2DConditionModel:
@@ -32,10 +46,14 @@ def controlnet(of: UNet2DConditionModel, *, seed: int = 1) -> ControlNetModel:
     """A ControlNet whose zero convolutions are not zero: a fresh one emits nothing but zeros."""
     torch.manual_seed(seed)
     net = ControlNetModel.from_unet(of, conditioning_embedding_out_channels=(8, 8, 8, 8), load_weights_from_unet=False)
+    fill_zero_convolutions(net)
+    return net.eval()
+
+
+def fill_zero_convolutions(net: ControlNetModel) -> None:
     with torch.no_grad():
         for convolution in (*net.controlnet_down_blocks, net.controlnet_mid_block):
             torch.nn.init.normal_(convolution.weight, std=0.1)
-    return net.eval()
 
 
 def pipeline(unet_: UNet2DConditionModel, controlnet_) -> StableDiffusionControlNetPipeline:

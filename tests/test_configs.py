@@ -460,7 +460,7 @@ import dataclasses, json, sys
 from shapecheck import ShapecheckError
 from shapecheck.observe import configs
 try:
-    print(json.dumps(dataclasses.asdict(configs.find(sys.argv[1], sys.argv[2]))))
+    print(json.dumps(dataclasses.asdict(configs.find(sys.argv[1], sys.argv[2])), default=str))
 except ShapecheckError as error:
     print(json.dumps(str(error)))
 """

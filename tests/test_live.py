@@ -68,7 +68,7 @@ def test_a_subclass_that_adds_in_a_module_of_its_own_is_observed_where_it_adds()
     unet = Gate(**small.SMALL).eval()
     unet.gate = Doubling()
     contract = probe(unet, small.controlnet(unet))
-    assert contract.unet == "Gate"
+    assert contract.class_name == "Gate"
     mid = contract.slot("mid_block_residual")
     assert [add.owner for add in mid.adds] == ["gate"]
     assert mid.adds[0].function.endswith("Doubling.forward")

@@ -5,7 +5,7 @@ from shapecheck.contract.contract import Contract, ContractError
 from shapecheck.contract.dims import Dim, Shape, show
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
-from shapecheck.contract.records import AddSite, ControlNetInfo, Header, Input, Mismatch, Slot
+from shapecheck.contract.records import AddSite, ControlNetInfo, Header, Input, Mismatch, Role, Slot
 from shapecheck.contract.trace import Add, Arrival, Residual, Trace
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Input",
     "Mismatch",
     "Residual",
+    "Role",
     "Shape",
     "ShapecheckError",
     "Slot",

@@ -14,7 +14,7 @@ from shapecheck.contract.dims import Shape
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
 from shapecheck.contract.naming import SHAPECHECK
-from shapecheck.contract.records import Header, Input, Mismatch, Slot
+from shapecheck.contract.records import Header, Input, Mismatch, Role, Slot
 
 Residuals = Mapping[str, Any] | Sequence[Any] | Any
 """By slot name, as the pair (downs, mid), flat with mid last, or as diffusers' ControlNetOutput."""
@@ -24,18 +24,20 @@ Residuals = Mapping[str, Any] | Sequence[Any] | Any
 class Contract:
     """Base inputs, slots and identity of a UNet, as observed.
 
-    Two contracts are equal, and share a digest, when class, inputs, slots, config and divisor agree;
+    A ControlNet has one too, where it is exported alone: its `role` says so, and its slots are what it emits.
+    Two contracts are equal, and share a digest, when class, inputs, slots, config, divisor and role agree;
     the header (where it came from, library versions) never counts.
     """
 
-    unet: str
-    """Class name of the UNet."""
+    class_name: str
+    """Class of the UNet in diffusers, or of the ControlNet."""
     inputs: tuple[Input, ...]
     slots: tuple[Slot, ...]
     config: Config
     divisor: int = 1
     """Latent height and width must be multiples of this; 1 where every size runs."""
     header: Header = field(default_factory=Header, compare=False)
+    role: Role = "unet"
 
     @property
     def digest(self) -> str:
@@ -61,9 +63,10 @@ class Contract:
         return {slot.name: slot.shape_at(geometry) for slot in self.slots}
 
     def input_shapes(self, geometry: Geometry) -> dict[str, Shape]:
-        """The shape of every input an exported UNet has: base inputs first, then the slots."""
+        """The shape of every input the exported model has: base inputs first, then a UNet's slots."""
         self.require(geometry)
-        return {each.name: each.shape_at(geometry) for each in self.inputs} | self.shapes(geometry)
+        given = {each.name: each.shape_at(geometry) for each in self.inputs}
+        return given | self.shapes(geometry) if self.role == "unet" else given
 
     def require(self, geometry: Geometry) -> None:
         """Raise ShapecheckError unless the UNet accepts this geometry."""

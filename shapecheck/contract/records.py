@@ -11,9 +11,13 @@ from shapecheck.contract.geometry import Geometry
 Spatial = Literal["full", "pooled"]
 """`full`: the residual is as large as the skip. `pooled`: it is 1×1 and broadcast over the skip."""
 
+Role = Literal["unet", "controlnet"]
+"""Whether a model takes residuals or emits them."""
+
 MismatchKind = Literal[
-    "channels", "size", "rounding", "batch", "rank", "broadcast", "dtype", "missing", "surplus", "order", "unused", "input"
-]
+    "channels", "size", "rounding", "batch", "rank", "broadcast", "dtype", "missing", "surplus", "order", "unused", "input",
+    "baked", "symbol", "sizes", "name",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from shapecheck.contract.config import Config
 from shapecheck.contract.dims import Dim
 from shapecheck.contract.errors import ShapecheckError
-from shapecheck.contract.records import AddSite, ControlNetInfo, Header, Input, Slot, Spatial
+from shapecheck.contract.records import AddSite, ControlNetInfo, Header, Input, Role, Slot, Spatial
 
 if TYPE_CHECKING:
     from shapecheck.contract.contract import Contract
@@ -23,7 +23,8 @@ _LARGEST_TEXT = 4 * 2**20
 def identity(contract: Contract) -> dict[str, Any]:
     """The part that counts in equality, as JSON values."""
     return {
-        "unet": contract.unet,
+        "class_name": contract.class_name,
+        "role": contract.role,
         "divisor": contract.divisor,
         "inputs": [_input(each) for each in contract.inputs],
         "slots": [_slot(each, sites=False) for each in contract.slots],
@@ -90,7 +91,8 @@ def _header(header: Header) -> dict[str, Any]:
 
 def _read(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "unet": _text(record["unet"]),
+        "class_name": _text(record["class_name"]),
+        "role": _choice(record["role"], Role),
         "inputs": tuple(map(_read_input, _list(record["inputs"]))),
         "slots": tuple(map(_read_slot, _list(record["slots"]))),
         "config": Config(_table(record["config"])),
@@ -105,12 +107,10 @@ def _read_input(record: Mapping[str, Any]) -> Input:
 
 
 def _read_slot(record: Mapping[str, Any]) -> Slot:
-    if record["spatial"] not in get_args(Spatial):
-        raise ValueError(f"spatial kind {record['spatial']!r} is none of {', '.join(get_args(Spatial))}")
     slot = Slot(
         name=_text(record["name"]),
         skip=_dims(record["skip"]),
-        spatial=record["spatial"],
+        spatial=_choice(record["spatial"], Spatial),
         producer=_text(record["producer"]),
         up_block=_text(record["up_block"]),
         adds=tuple(map(_read_site, _list(record["adds"]))),
@@ -161,6 +161,12 @@ def _pair(value: Any) -> tuple[int, int]:
 def _whole(value: Any, least: int = 1) -> int:
     if type(value) is not int or value < least:
         raise TypeError(f"expected a whole number of at least {least}, got {value!r:.60}")
+    return value
+
+
+def _choice(value: Any, kinds: Any) -> Any:
+    if value not in get_args(kinds):
+        raise ValueError(f"{value!r:.60} is none of {', '.join(get_args(kinds))}")
     return value
 
 

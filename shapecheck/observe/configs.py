@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from shapecheck import presets
-from shapecheck.contract import ShapecheckError
+from shapecheck.contract import Role, ShapecheckError
 from shapecheck.observe import hub
 from shapecheck.observe.configfile import ADVICE, one_line, read_json, refuse_absurd
 
-Role = Literal["unet", "controlnet"]
 Locate = Callable[[str], Path | None]
 """From a file's place in a model, such as vae/config.json, to where it lies here; None where the model has none."""
 
@@ -41,6 +40,8 @@ class ModelSource:
     """Where the configuration was read."""
     class_name: str
     config: Mapping[str, Any] = field(repr=False)
+    folder: Path | None = None
+    """Where the configuration lies on this machine, and the weights if they are here."""
     vae_factor: int = 8
     notes: tuple[str, ...] = ()
     controlnets: tuple[ModelSource, ...] = ()
@@ -87,7 +88,7 @@ def _from_preset(name: str, role: Role) -> ModelSource:
     if role == "unet" and preset.kind == "controlnet":
         raise ShapecheckError(f"{name} is a ControlNet; name the UNet as MODEL and give this one as --controlnet {name}")
     notes = () if preset.verified else (f"preset {name} is unverified: `shapecheck presets` says where it was looked for",)
-    return ModelSource(name, f"preset {name}", _CLASS_OF[preset.kind], preset.config, preset.vae_factor, notes)
+    return ModelSource(name, f"preset {name}", _CLASS_OF[preset.kind], preset.config, None, preset.vae_factor, notes)
 
 
 def _from_folder(folder: Path, name: str, role: Role) -> ModelSource:
@@ -106,7 +107,7 @@ def _from_file(path: Path, name: str, role: Role) -> ModelSource:
     if path.name == "model_index.json":
         return _from_folder(path.parent, name, role)
     _refuse_weights(path)
-    return _with_vae_near(_source(read_json(path), name, str(path), role), path.parent)
+    return _with_vae_near(_source(read_json(path), name, str(path), role, path.parent), path.parent)
 
 
 def _from_hub(name: str, role: Role, offline: bool) -> ModelSource:
@@ -148,11 +149,12 @@ def _first(places: Iterable[str], locate: Locate, name: str, role: Role, origin:
     wrong = ""
     for place in places:
         path = locate(place)
-        record = read_json(path) if path else None
-        if record is not None and _class_of(record) == _CLASS_OF[role]:
-            return _source(record, name, origin + place, role)
-        if record is not None:
-            wrong = wrong or _wrong_class(record, origin + place, role)
+        if path is None:
+            continue
+        record = read_json(path)
+        if _class_of(record) == _CLASS_OF[role]:
+            return _source(record, name, origin + place, role, path.parent)
+        wrong = wrong or _wrong_class(record, origin + place, role)
     if wrong:
         raise ShapecheckError(wrong)
     return None
@@ -189,7 +191,7 @@ def _saved_together(
         if _class_of(record) != "ControlNetModel":
             return tuple(nets), (f"{path} is of class {_class_of(record)}, which is not read yet: it was left out",)
         title = str(folder / subfolder) if isinstance(folder, Path) else f"{folder}/{subfolder}"
-        nets.append(_source(record, title, str(path), "controlnet"))
+        nets.append(_source(record, title, str(path), "controlnet", path.parent))
     return tuple(nets), ()
 
 
@@ -244,14 +246,14 @@ def _refuse_weights(path: Path) -> None:
         )
 
 
-def _source(record: Mapping[str, Any], name: str, origin: str, role: Role) -> ModelSource:
+def _source(record: Mapping[str, Any], name: str, origin: str, role: Role, folder: Path) -> ModelSource:
     """The source of a config that was read. Raises ShapecheckError where it is another model's."""
     class_name = _class_of(record)
     if class_name is None or class_name != _CLASS_OF[role]:
         raise ShapecheckError(_wrong_class(record, origin, role))
     refuse_absurd(record, origin)
     guessed = f"no _class_name in {origin}: taken for a {class_name} by its keys"
-    return ModelSource(name, origin, class_name, record, notes=() if "_class_name" in record else (guessed,))
+    return ModelSource(name, origin, class_name, record, folder, notes=() if "_class_name" in record else (guessed,))
 
 
 def _class_of(record: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shapecheck.contract import Config, ControlNetInfo, Header, Input, ShapecheckError
+from shapecheck.contract.dims import constant
 from shapecheck.observe import configs, sources
 from shapecheck.observe.configfile import one_line
 from shapecheck.observe.inputs import controlnet_inputs, unet_inputs
@@ -92,6 +93,15 @@ def _several(choice: str | nn.Module | Sequence[str | nn.Module]) -> list[str | 
     if isinstance(choice, nn.Module):
         return list(getattr(choice, "nets", [choice]))  # a MultiControlNetModel holds its ControlNets in `nets`
     return [choice] if isinstance(choice, str) else list(choice)
+
+
+def take_controlnet_alone(module: nn.Module) -> tuple[Model, Header]:
+    """A ControlNet without a UNet, its conditioning_scale an input of its own, and a contract's header for it."""
+    net = _controlnet(module, type(module).__name__)
+    scale = Input("conditioning_scale", (constant(1),), _dtype_name(module), "conditioning_scale")
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    header = Header(source=f"live {net.name}", parameters=parameters, versions=_versions())
+    return replace(net, inputs=(*net.inputs, scale)), header
 
 
 def info(net: Model) -> ControlNetInfo:

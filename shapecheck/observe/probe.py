@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError, Trace
+from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError, Slot, Trace
 from shapecheck.observe import causes
-from shapecheck.observe.models import ControlNetChoice, Model, info, take_controlnets, take_unet
-from shapecheck.observe.reconcile import Subject, emitted_table, reconcile
-from shapecheck.observe.runs import Progress, observe, observe_call
+from shapecheck.observe.models import ControlNetChoice, Model, info, take_controlnet_alone, take_controlnets, take_unet
+from shapecheck.observe.reconcile import Subject, emitted_table, reconcile, slot_name
+from shapecheck.observe.runs import Progress, observe, observe_call, observe_controlnet
 
 
 def _silent(_: str) -> None:
@@ -76,3 +76,22 @@ def _judged(traces: Sequence[Trace], subject: Subject, unet: Model, nets: Sequen
     if not explained:
         return contract
     raise ContractError(tuple(explained), subject=f"{unet.name} with {' + '.join(net.name for net in nets)}", contract=contract)
+
+
+def probe_controlnet(module: nn.Module) -> Contract:
+    """Observe a ControlNet alone: what it takes, `conditioning_scale` included, and what it emits, as slots.
+
+    A slot's `producer` is then the module that makes the residual, and nothing consumes it.
+    Raises ShapecheckError where it does not run, or emits sizes no chain of halvings explains.
+    """
+    net, header = take_controlnet_alone(module)
+    traces = observe_controlnet(net)
+    emitted = {residual.index: residual for residual in traces[0].emitted}
+    table = emitted_table(traces, 0)
+    if unexplained := emitted.keys() - table.keys():
+        raise ShapecheckError(f"{net.name} emits sizes that no chain of halvings explains, at residual {min(unexplained)}")
+    slots = tuple(
+        Slot(slot_name(index), shape, "pooled" if shape[2].symbol is None else "full", emitted[index].module, "", ())
+        for index, shape in table.items()
+    )
+    return Contract(type(module).__name__, net.inputs, slots, net.config, 1, header, role="controlnet")

@@ -60,7 +60,7 @@ def carry_out(request: Request, *, offline: bool = False, progress: Callable[[st
     source = configs.find(request.model, "unet", offline=offline)
     for name in request.controlnets:
         configs.find(name, "controlnet", offline=offline)
-    asked = _geometry(request, source.vae_factor)
+    asked = geometry_of(request, source.vae_factor)
     progress("importing torch and diffusers")
     with _no_collection():
         from shapecheck.observe.probe import probe
@@ -138,7 +138,8 @@ def parse_pair(text: str, form: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _geometry(request: Request, vae_factor: int) -> Geometry | None:
+def geometry_of(request: Request, vae_factor: int) -> Geometry | None:
+    """The size that is asked for, if any. Raises ShapecheckError where two are, or pixels fill no whole cells."""
     if request.size_px is not None and request.latent is not None:
         raise ShapecheckError("a size in pixels and one in latent cells were given; give one of them")
     if request.size_px is not None:

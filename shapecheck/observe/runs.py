@@ -53,6 +53,16 @@ def observe_call(unet: Model, nets: Sequence[Model], call: Callable[[], object])
     return list(dict.fromkeys(recorder.traces)), failure
 
 
+def observe_controlnet(net: Model) -> list[Trace]:
+    """What a ControlNet alone emits, at the sizes a UNet would be observed at."""
+    traces = []
+    for geometry in sizes.survey(len(net.config["down_block_types"]) - 1):
+        with torch.no_grad(), record(torch.nn.Identity(), [net.module]) as recorder:
+            _run_controlnet(net, geometry)
+        traces.append(Trace(geometry, recorder.take_emitted()))
+    return traces
+
+
 def _find_divisor(unet: Model, nets: Sequence[Model], halvings: int, progress: Progress) -> tuple[int, list[Trace]]:
     """The smallest power of two whose multiples the UNet accepts, and the traces that show it."""
     easiest = _observe_at(unet, nets, Geometry(2, _LARGEST_DIVISOR, 2 * _LARGEST_DIVISOR))

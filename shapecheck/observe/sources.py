@@ -31,6 +31,19 @@ def build(source: ModelSource) -> nn.Module:
     return module.eval()
 
 
+def load(source: ModelSource, variant: str | None, dtype: torch.dtype) -> nn.Module:
+    """The model with its weights, from safetensors alone, in eval mode. Raises ShapecheckError where diffusers cannot."""
+    model: Any = UNet2DConditionModel if source.role == "unet" else ControlNetModel
+    try:
+        with quiet("diffusers"):
+            module: nn.Module = model.from_pretrained(
+                source.folder, variant=variant, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            )
+    except Exception as error:  # as above
+        raise ShapecheckError(f"diffusers cannot load {source.origin}: {_first_line(error)}") from None
+    return module.eval()
+
+
 def implied_controlnet(unet: nn.Module) -> nn.Module:
     """The ControlNet diffusers derives from a UNet, on the meta device, in eval mode.
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any
 
-from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.contract import Contract, Role, ShapecheckError
 
 _FOLDER = files(__name__)
 
@@ -19,7 +19,7 @@ class Preset:
     """A well-known model: where its config was read, and the config itself."""
 
     name: str
-    kind: Literal["unet", "controlnet"]
+    kind: Role
     title: str
     family: str
     """What people call the architecture, shared by presets that differ only in size, precision or training."""

@@ -24,7 +24,7 @@ def architecture(contract: Contract) -> tuple[object, ...]:
     settings = {key: _once(value) for key, value in contract.config.items() if key not in _NOT_ARCHITECTURE}
     config = {key: value for key, value in settings.items() if value}
     slots = tuple((slot.name, slot.skip, slot.producer) for slot in contract.slots)
-    return contract.unet, contract.inputs, slots, tuple(config.items())
+    return contract.class_name, contract.inputs, slots, tuple(config.items())
 
 
 def _once(value: Any) -> Any:

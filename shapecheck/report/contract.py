@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
-
-from tabulate import tabulate
 
 from shapecheck import presets
 from shapecheck.contract import AddSite, Contract, Geometry, Mismatch, Slot, show
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.presets.families import families
+from shapecheck.report.tables import Format, fact_list, heading, mismatch_table, note_list, shared_cause, table
 
-Format = Literal["human", "markdown"]
 Verdict = Literal["agree", "mismatch", "unet alone"]
-LINE = 100
-"""Columns a person's text is wrapped at."""
-_COLUMN = 40
-_WRAPPED = ("ControlNet gives", "claimed", "the file has", "UNet takes", "likely cause")
 
 
 def told(
@@ -39,11 +32,11 @@ def told(
     """
     verdict_line = _verdict_line(contract, mismatches, form, claim)
     parts = [_title(contract, form, claim), verdict_line, _facts(contract, geometry, form, lines=lines)]
-    parts += [_heading("Slots", form), _slots(contract, geometry, form, lines=lines)]
-    parts += [_heading("Base inputs", form), _inputs(contract, geometry, form)]
+    parts += [heading("Slots", form), _slots(contract, geometry, form, lines=lines)]
+    parts += [heading("Base inputs", form), _inputs(contract, geometry, form)]
     if mismatches:
-        parts += [_heading("Mismatches", form), _mismatch_table(mismatches, form, "claimed" if claim else "ControlNet gives")]
-    parts += [_notes(contract, form), verdict_line if form == "human" else ""]
+        parts += [heading("Mismatches", form), mismatch_table(mismatches, form, "claimed" if claim else "ControlNet gives")]
+    parts += [note_list(contract.header.notes, form), verdict_line if form == "human" else ""]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -74,10 +67,6 @@ def _title(contract: Contract, form: Format, claim: bool) -> str:
     return f"# {title}" if form == "markdown" else title
 
 
-def _heading(text: str, form: Format) -> str:
-    return f"## {text}" if form == "markdown" else text
-
-
 def _facts(contract: Contract, geometry: Geometry, form: Format, *, lines: bool) -> str:
     header = contract.header
     fits = families(contract)
@@ -85,7 +74,7 @@ def _facts(contract: Contract, geometry: Geometry, form: Format, *, lines: bool)
     factor = header.vae_factor
     facts = [
         ("identity", f"{known} (presets: {', '.join(fits)})" if fits else "no known family"),
-        ("model", f"{contract.unet}, {header.parameters:,} parameters" if header.parameters else contract.unet),
+        ("model", f"{contract.class_name}, {header.parameters:,} parameters" if header.parameters else contract.class_name),
         ("sizes", _size_rule(contract)),
         ("shown at", f"{geometry} ({geometry.width * factor}×{geometry.height * factor} pixels)"),
         *([("added at", sites)] if (sites := _shared_sites(contract, lines)) else []),
@@ -94,9 +83,7 @@ def _facts(contract: Contract, geometry: Geometry, form: Format, *, lines: bool)
     ]
     if lines:
         facts.append(("observed with", ", ".join(f"{name} {release}" for name, release in header.versions)))
-    if form == "markdown":
-        return "\n".join(f"- {name}: {value}" for name, value in facts)
-    return tabulate(facts, tablefmt="plain", disable_numparse=True)
+    return fact_list(facts, form)
 
 
 _ROUNDED = {
@@ -134,7 +121,7 @@ def _slots(contract: Contract, geometry: Geometry, form: Format, *, lines: bool)
         )
         for number, slot in enumerate(contract.slots)
     ]
-    return _table(*_without_empty_columns(rows, headers), form)
+    return table(rows, headers, form)
 
 
 def _slot_shape(slot: Slot, geometry: Geometry) -> str:
@@ -169,70 +156,12 @@ def _inputs(contract: Contract, geometry: Geometry, form: Format) -> str:
         (each.name, "×".join(map(str, each.shape)), show(each.shape_at(geometry)), each.dtype, each.argument)
         for each in contract.inputs
     ]
-    return _table(rows, ("input", "rule", "shape", "dtype", "argument of forward"), form)
-
-
-def _mismatch_table(mismatches: Sequence[Mismatch], form: Format, given: str) -> str:
-    """Every mismatch, less the cause that all of them share."""
-    headers = ("where", "kind", given, "UNet takes", "UNet module", "ControlNet", "ControlNet module", "likely cause")
-    shared = _shared_cause(mismatches)
-    several = len({each.controlnet for each in mismatches}) > 1
-    usual = form == "human" and all(map(_is_of_the_slot, mismatches))
-    rows = [
-        (
-            each.where,
-            each.kind,
-            *_sides(each),
-            each.unet_module,
-            each.controlnet if several else "",
-            "" if usual else each.controlnet_module,
-            each.cause.removeprefix(shared).removeprefix("; ") if shared else each.cause,
-        )
-        for each in mismatches
-    ]
-    table = _table(*_without_empty_columns(rows, headers), form)
-    at = next((each.geometry for each in mismatches if each.geometry), None)
-    return f"{table}\n\nTold at {at}." if at else table
-
-
-def _is_of_the_slot(mismatch: Mismatch) -> bool:
-    """Whether the ControlNet's module is the one any reader expects."""
-    number = SHAPECHECK.index(mismatch.where)
-    module = "controlnet_mid_block" if number == -1 else f"controlnet_down_blocks.{number}"
-    return mismatch.controlnet_module in ("", module)
-
-
-def _sides(mismatch: Mismatch) -> tuple[str, str]:
-    return tuple(value if isinstance(value, str) else show(value) for value in (mismatch.observed, mismatch.expected))  # type: ignore[return-value]
-
-
-def _shared_cause(mismatches: Sequence[Mismatch]) -> str:
-    """The cause that every mismatch names first, to be told once."""
-    firsts = {each.cause.split("; ")[0] for each in mismatches}
-    return firsts.pop() if len(firsts) == 1 and len(mismatches) > 1 else ""
-
-
-def _without_empty_columns(
-    rows: Sequence[Sequence[Any]], headers: Sequence[str]
-) -> tuple[list[tuple[Any, ...]], tuple[str, ...]]:
-    kept = [at for at, _ in enumerate(headers) if any(row[at] for row in rows)]
-    return [tuple(row[at] for at in kept) for row in rows], tuple(headers[at] for at in kept)
-
-
-def _notes(contract: Contract, form: Format) -> str:
-    if form == "markdown":
-        return "\n".join(f"- {note}" for note in contract.header.notes)
-    return "\n".join(wrapped(f"note: {note}", "      ") for note in contract.header.notes)
-
-
-def wrapped(text: str, indent: str) -> str:
-    """For people: lines of at most LINE columns, but no path or address broken."""
-    return textwrap.fill(text, LINE, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return table(rows, ("input", "rule", "shape", "dtype", "argument of forward"), form)
 
 
 def _verdict_line(contract: Contract, mismatches: Sequence[Mismatch], form: Format, claim: bool) -> str:
     slots = f"{len(contract.slots)} slots"
-    shared = _shared_cause(mismatches)
+    shared = shared_cause(mismatches)
     texts = {
         "mismatch": f"MISMATCH: {len(mismatches)} {'place' if len(mismatches) == 1 else 'places'}",
         "agree": f"AGREE: the claimed shapes are those of the {slots}" if claim else f"AGREE: {slots}, both sides observed",
@@ -240,15 +169,3 @@ def _verdict_line(contract: Contract, mismatches: Sequence[Mismatch], form: Form
     }
     text = texts[verdict(contract, mismatches, claim)] + (f"; likely cause: {shared}" if shared else "")
     return f"**{text}**" if form == "markdown" else text
-
-
-def _table(rows: Sequence[Sequence[Any]], headers: Sequence[str], form: Format) -> str:
-    if not rows:
-        return "none"
-    sides = ["right" if isinstance(cell, int) else "left" for cell in rows[0]]
-    if form == "markdown":
-        return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=sides)
-    widest = [_COLUMN if header in _WRAPPED else None for header in headers]
-    body = [headers, *rows]  # a header given as such is padded by two columns
-    lines = tabulate(body, tablefmt="simple", disable_numparse=True, colalign=sides, maxcolwidths=widest).splitlines()
-    return "\n".join([lines[1], lines[0], *lines[2:-1]])

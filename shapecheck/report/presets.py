@@ -8,7 +8,7 @@ from dataclasses import asdict
 from tabulate import tabulate
 
 from shapecheck import presets
-from shapecheck.report.contract import wrapped
+from shapecheck.report.tables import wrapped
 
 
 def told(form: str) -> str:

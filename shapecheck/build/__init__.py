@@ -1,0 +1,1 @@
+"""What we make of a contract: ONNX files, and the weights they point to."""

@@ -1,0 +1,107 @@
+"""Reading a contract back from what was made with it: its JSON, an ONNX file, the file beside an engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shapecheck.build import onnx_file
+from shapecheck.contract import Contract, ShapecheckError
+
+# Keys of an ONNX file's metadata_props.
+CONTRACT = "shapecheck.contract"
+DIGEST = "shapecheck.digest"
+NAMING = "shapecheck.naming"
+SIZES = "shapecheck.sizes"
+WEIGHTS = "shapecheck.weights"
+VERSIONS = "shapecheck.versions"
+
+SIDECAR = ".shapecheck.json"
+"""What is added to an engine's file name for the JSON beside it; its key "contract" holds the contract."""
+
+_ENGINES = (".plan", ".engine", ".trt")
+_LARGEST_JSON = 16 * 2**20
+_LONGEST_BLANK = 64
+_ADVICE = "`shapecheck probe MODEL --format json` writes a contract"
+
+
+def read_contract(path: str | Path) -> Contract:
+    """The contract in a JSON file, in an ONNX file's metadata, or beside an engine (`unet.plan` → `unet.plan.shapecheck.json`).
+
+    Reads no weights and no external data. Raises ShapecheckError, naming the file, where there is no contract in it.
+    """
+    path = Path(path)
+    file = _sidecar(path) if path.suffix.lower() in _ENGINES else path
+    if _is_json(file):
+        return _from_json(file)
+    contract = contract_within(file, {each.key: each.value for each in onnx_file.load(file).metadata_props})
+    if contract is None:
+        raise ShapecheckError(
+            f"{file} holds no contract (no metadata {CONTRACT!r}): shapecheck did not export it; "
+            f"`shapecheck check {file}` tells what can be seen in it"
+        )
+    return contract
+
+
+def may_hold_contract(path: Path) -> bool:
+    """Whether a file is one that `read_contract` is for, rather than a model's config.json."""
+    if path.suffix.lower() in (".onnx", *_ENGINES):
+        return True
+    try:
+        with path.open("rb") as file:
+            return b'"shapecheck_contract"' in file.read(_LARGEST_JSON)
+    except (OSError, ValueError):
+        return False
+
+
+def contract_within(path: Path, metadata: Mapping[str, str]) -> Contract | None:
+    """The contract in an ONNX file's metadata; None where there is none, ShapecheckError where it is damaged."""
+    return _parsed(path, metadata[CONTRACT]) if CONTRACT in metadata else None
+
+
+def _sidecar(engine: Path) -> Path:
+    beside = engine.with_name(engine.name + SIDECAR)
+    if not beside.exists():
+        raise ShapecheckError(
+            f"{engine} has no {beside.name} beside it, where an engine's contract is kept; copy both together, or {_ADVICE}"
+        )
+    return beside
+
+
+def _is_json(path: Path) -> bool:
+    """Whether the file begins as a JSON object does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_LONGEST_BLANK).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+    except OSError as error:
+        raise ShapecheckError(f"cannot read {path}: {error.strerror or error}; give a file: JSON, .onnx or an engine") from None
+
+
+def _from_json(path: Path) -> Contract:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_JSON + 1)
+    except OSError as error:
+        raise ShapecheckError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(data) > _LARGEST_JSON:
+        raise ShapecheckError(f"{path} is larger than {_LARGEST_JSON >> 20} MiB: no contract; {_ADVICE}")
+    try:
+        text = data.decode("utf-8-sig")
+        record: dict[str, Any] = json.loads(text)
+    except UnicodeError:
+        raise ShapecheckError(f"{path} is not UTF-8 text, as a contract is; {_ADVICE}") from None
+    except (ValueError, RecursionError) as error:
+        raise ShapecheckError(f"{path} is not valid JSON: {error}; is it cut short? Otherwise {_ADVICE}") from None
+    inner = record.get("contract") if "shapecheck_contract" not in record else None
+    if inner is not None:
+        text = inner if isinstance(inner, str) else json.dumps(inner)
+    return _parsed(path, text)
+
+
+def _parsed(path: Path, text: str) -> Contract:
+    try:
+        return Contract.from_json(text)
+    except ShapecheckError as error:
+        raise ShapecheckError(f"{path}: {error}") from None

@@ -1,0 +1,174 @@
+"""A UNet or ControlNet as an ONNX graph without weights: traced on the meta device at odd sizes, right at every size."""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from onnxscript import optimizer
+from torch import Tensor, nn
+
+from shapecheck.contract import Contract, Dim, Geometry, Input, Shape, ShapecheckError, Slot
+from shapecheck.contract.dims import BATCH, HEIGHT, WIDTH, constant
+from shapecheck.observe.configfile import one_line
+from shapecheck.observe.inputs import grouped
+from shapecheck.observe.quiet import quiet
+
+OUTPUT = "out_sample"
+"""Name of the UNet's output, as optimum and diffusers' own export call it."""
+_PREFIX = "model."
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_GIVES_ON = re.compile(r"conv_in|down_blocks\.\d+\.\w+\.\d+|mid_block|up_blocks\.\d+")
+"""Modules whose outputs become skips, or are compared block by block."""
+
+
+class _Flat(nn.Module):
+    """A model that takes every input by position, in the contract's order."""
+
+    def __init__(self, model: nn.Module, contract: Contract) -> None:
+        super().__init__()
+        self.model = model
+        self._arguments = [each.argument for each in contract.inputs]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        call = grouped(dict(zip(self._arguments, tensors, strict=False)))  # the residuals are left over
+        if residuals := tensors[len(self._arguments) :]:
+            call |= {"down_block_additional_residuals": residuals[:-1], "mid_block_additional_residual": residuals[-1]}
+        result = self.model(**call, return_dict=False)
+        return (*result[0], result[1]) if isinstance(result[0], list) else (result[0],)
+
+
+def trace_unet(model: nn.Module, contract: Contract, opset: int) -> ir.Model:
+    """The graph of a UNet on the meta device: the contract's inputs and one input a slot; one output.
+
+    The model's parameters are graph inputs too, after the others, under their state-dict names: no pass can fold them.
+    """
+    # a residual of one cell broadcasts over its skip: the graph reads no size off it, and its add is that of any size
+    element = next(model.parameters()).dtype
+    residuals = [torch.empty((1, slot.channels, 1, 1), device="meta", dtype=element) for slot in contract.slots]
+    graph = _trace(model, contract, residuals, opset)
+    rules = {each.name: each.shape for each in contract.inputs} | {slot.name: slot.shape for slot in contract.slots}
+    for value, (name, shape) in zip(graph.graph.inputs[: len(rules)], rules.items(), strict=True):
+        value.name, value.shape = name, _symbolic(shape)
+    (output,) = graph.graph.outputs
+    _name_outputs(graph)
+    for slot in contract.slots:
+        _name_slot(graph, slot)
+    output.name = OUTPUT
+    output.shape = _symbolic((BATCH, constant(contract.config["out_channels"]), HEIGHT, WIDTH))
+    return graph
+
+
+def trace_controlnet(model: nn.Module, contract: Contract, opset: int) -> ir.Model:
+    """The graph of a ControlNet on the meta device: its inputs, conditioning_scale among them, and one output a slot."""
+    graph = _trace(model, contract, [], opset)
+    for value, each in zip(graph.graph.inputs[: len(contract.inputs)], contract.inputs, strict=True):
+        value.name, value.shape = each.name, _symbolic(each.shape)
+    for value, slot in zip(graph.graph.outputs, contract.slots, strict=True):
+        value.name, value.shape = slot.name, _symbolic(slot.shape)
+    return graph
+
+
+def modules(node: ir.Node) -> list[str]:
+    """The paths of the modules a node was traced in, outermost first; the model itself is the empty path."""
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    return [str(scope).removeprefix(_PREFIX.rstrip(".")).removeprefix(".") for scope in scopes[1:-1]]
+
+
+def drop_traces(model: ir.Model) -> None:
+    """Drop what tells of the exporting machine: stack traces with its paths. `modules` knows nothing afterwards."""
+    for node in model.graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    model.graph.name = "shapecheck"
+
+
+def _trace(model: nn.Module, contract: Contract, residuals: list[Tensor], opset: int) -> ir.Model:
+    geometry = _odd_geometry(contract)
+    tensors = [_empty(each.shape_at(geometry), getattr(torch, each.dtype)) for each in contract.inputs]
+    dynamic: list[dict[int, Any]] = [_dynamic_axes(each) for each in contract.inputs]
+    dynamic += [{} for _ in residuals]
+    graph = _exported(_Flat(model, contract), (*tensors, *residuals), dynamic, opset)
+    _parameters_to_inputs(graph)
+    _simplify(graph)
+    return graph
+
+
+def _exported(model: nn.Module, tensors: tuple[Tensor, ...], dynamic: list[dict[int, Any]], opset: int) -> ir.Model:
+    try:
+        with quiet("torch.onnx"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks of the exporter on its own internals
+            program = torch.export.export(model, tensors, dynamic_shapes=(tuple(dynamic),), strict=False)
+            exported = torch.onnx.export(
+                program, (), dynamo=True, optimize=False, external_data=False, opset_version=opset, verbose=False
+            )
+    except Exception as error:  # the model's forward is the user's: whatever the exporter makes of it is told to the user
+        reason = one_line(f"{type(error).__name__}: {str(error).strip()}", longest=600)
+        raise ShapecheckError(f"PyTorch's exporter cannot trace this model: {reason}") from error
+    assert exported is not None
+    return exported.model
+
+
+def _odd_geometry(contract: Contract) -> Geometry:
+    """Where to trace: sizes at which no branch for convenient sizes is taken, and no two axes are alike."""
+    halvings = max((len(dim.halvings) for slot in contract.slots for dim in slot.skip), default=3)
+    smallest = max(3, 2 ** max(1, halvings + 1) // contract.divisor) | 1
+    return Geometry(2, contract.divisor * smallest, contract.divisor * (smallest + 8))
+
+
+def _empty(shape: Shape, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def _dynamic_axes(each: Input) -> dict[int, Any]:
+    return {axis: torch.export.Dim.AUTO for axis, dim in enumerate(each.shape) if dim.symbol is not None}
+
+
+def _parameters_to_inputs(model: ir.Model) -> None:
+    """Let the passes see parameters as unknown values: constant folding would write transposed copies of them."""
+    for name, value in list(model.graph.initializers.items()):
+        if name.startswith(_PREFIX):
+            del model.graph.initializers[name]
+            value.const_value = None
+            value.name = name.removeprefix(_PREFIX)
+            model.graph.inputs.append(value)
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold what is constant and share what is equal; the rewriter's other rules take a minute and gain nothing here."""
+    passes.InlinePass()(model)
+    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_unless_transposed)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def _unless_transposed(node: ir.Node) -> bool | None:
+    """What the folding pass asks: never fold a transposed weight into a copy of it."""
+    return False if node.op_type == "Transpose" else None
+
+
+def _symbolic(shape: tuple[Dim, ...]) -> ir.Shape:
+    return ir.Shape([dim.scale if dim.symbol is None else str(dim) for dim in shape])
+
+
+def _name_slot(model: ir.Model, slot: Slot) -> None:
+    residual = next(value for value in model.graph.inputs if value.name == slot.name)
+    (add,) = residual.consumers()
+    skip = next(value for value in add.inputs if value is not None and value is not residual)
+    skip.name = f"{slot.producer}.out"  # KOALA's mid slot shares its skip with the slot before
+    add.outputs[0].name = f"{slot.producer}.out+{slot.name}"
+
+
+def _name_outputs(model: ir.Model) -> None:
+    """What conv_in, the parts of down blocks, the mid block and the up blocks give: the last value traced in each."""
+    last: dict[str, ir.Value] = {}
+    for node in model.graph:
+        last |= {module: node.outputs[0] for module in modules(node) if _GIVES_ON.fullmatch(module)}
+    for module, value in last.items():
+        value.name = f"{module}.out"

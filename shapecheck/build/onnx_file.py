@@ -1,0 +1,33 @@
+"""Reading an ONNX file that anybody may have made: bounded, and without the weights that lie beside it."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import onnx
+
+from shapecheck.contract import ShapecheckError
+
+_LARGEST = 2**31
+"""Bytes: protobuf holds no more in one message."""
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """The model in a file; tensors kept in other files are not touched. Raises ShapecheckError where it is no ONNX model."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ShapecheckError(f"{path} is no regular file; give an .onnx file")
+        if status.st_size >= _LARGEST:
+            raise ShapecheckError(f"{path} has {status.st_size / 2**30:.1f} GiB; no ONNX model is larger than 2 GiB")
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise ShapecheckError(f"cannot read {path}: {error.strerror or error}") from None
+    except ShapecheckError:
+        raise
+    except Exception as error:  # protobuf's own error class, or one of its parser's
+        raise ShapecheckError(f"{path} is no ONNX model: {error}; export or download it again") from None
+    if not model.graph.output:
+        raise ShapecheckError(f"{path} is no ONNX model: it has no graph; is the file cut short?")
+    return model

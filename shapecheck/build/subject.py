@@ -1,0 +1,140 @@
+"""What is exported: a module on the meta device, and where its tensors are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from shapecheck.build.safetensor_files import Stored, checkpoint_files, read_table
+from shapecheck.build.weights import differing, linkable, match
+from shapecheck.contract import Contract, Role, ShapecheckError
+from shapecheck.observe import configs, sources
+from shapecheck.observe.probe import probe, probe_controlnet
+from shapecheck.observe.quiet import quiet
+
+PRECISIONS = frozenset(("float32", "float16", "bfloat16"))
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to export."""
+
+    module: nn.Module
+    """On the meta device; any live weights stay where they are."""
+    name: str
+    origin: str
+    vae_factor: int
+    role: Role
+    stored: Mapping[str, Stored] | None
+    """Where the checkpoint's tensors lie; None where there is no checkpoint."""
+    live: Mapping[str, Tensor] | None
+    """The tensors of a live module; None for a model that was named."""
+    absent: str = ""
+    """Why there is no checkpoint."""
+
+    def contract(self, dtype: str, *, control: bool) -> Contract:
+        """The contract the file is written under: without slots where no control is wanted. Casts the meta module."""
+        with quiet("diffusers"):
+            self.module.to(getattr(torch, dtype))
+        observed = probe_controlnet(self.module) if self.role == "controlnet" else probe(self.module)
+        header = replace(observed.header, source=self.origin, vae_factor=self.vae_factor)
+        return replace(observed, header=header, slots=observed.slots if control else ())
+
+    def dtype(self) -> str:
+        """The precision of the weights; float32 where there are none. Raises ShapecheckError where they have several."""
+        tensors: Mapping[str, Stored | Tensor] = self.live or self.stored or {}
+        found = sorted({str(each.dtype).removeprefix("torch.") for each in tensors.values()})
+        if len(found) > 1 or not PRECISIONS.issuperset(found):
+            raise ShapecheckError(f"the weights of {self.name} are of {' and '.join(found)}: choose a precision with --dtype")
+        return found[0] if found else "float32"
+
+    def unlinkable(self, dtype: str, folder: Path) -> str:
+        """Why no ONNX file of that precision in that folder can point into the checkpoint; empty where one can."""
+        if self.stored is None:
+            return self.absent
+        others = sorted({each.dtype for each in self.stored.values()} - {dtype})
+        if others:
+            return f"the checkpoint is {others[0]} and the graph {dtype}"
+        if self.live and (changed := differing(self.stored, self.live)):
+            return f"the live module differs from its checkpoint in {len(changed)} tensors, first {changed[0]} (a fused LoRA?)"
+        try:
+            linkable(self.stored.values(), folder)
+        except ShapecheckError as error:
+            return str(error)
+        return ""
+
+    def tensors(self, names: Iterable[str], *, linked: bool) -> dict[str, Stored | Tensor]:
+        """What these parameters hold: in the checkpoint, in the live module where that counts, else no more than shapes."""
+        checkpoint: Mapping[str, Stored | Tensor] = self.module.state_dict() if self.stored is None else self.stored
+        every = checkpoint if linked or self.live is None else self.live
+        if lost := [name for name in names if name not in every]:
+            raise ShapecheckError(f"{self.name} computes with tensors that are in no state dict: {', '.join(lost)}")
+        return {name: every[name] for name in names}
+
+
+def take(model: str | nn.Module, *, variant: str | None = None, offline: bool = False) -> Subject:
+    """The model of that name, or a live one, ready to be traced. Raises ShapecheckError where it cannot be had."""
+    if isinstance(model, nn.Module):
+        return _take_live(model, variant)
+    source = find(model, offline=offline)
+    stored, absent = None, f"{source.origin} is a configuration without weights"
+    if source.folder is None and Path(model).is_dir():
+        absent += f", and the folder of that name is ./{model}"
+    if source.folder is not None:
+        stored, absent = _stored_in(source.folder, variant, source.origin)
+    module = sources.build(source)
+    if stored is not None:
+        stored = match(stored, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
+    return Subject(module, source.name, source.origin, source.vae_factor, source.role, stored, None, absent)
+
+
+def find(model: str, *, offline: bool) -> configs.ModelSource:
+    """The source of a UNet, or of a ControlNet where that is what the name stands for."""
+    try:
+        return configs.find(model, "unet", offline=offline)
+    except ShapecheckError as error:
+        try:
+            return configs.find(model, "controlnet", offline=offline)
+        except ShapecheckError:
+            raise error from None
+
+
+def _take_live(module: nn.Module, variant: str | None) -> Subject:
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
+    name = type(module).__name__
+    if not (sources.is_unet(module) or sources.is_controlnet(module)):
+        raise ShapecheckError(f"class {name} is not exported yet: expected a UNet2DConditionModel or a ControlNetModel")
+    live = dict(module.state_dict())
+    if any(tensor.is_meta for tensor in live.values()):
+        return Subject(_meta_twin(module), name, f"live {name}", 8, _role(module), None, None, f"the {name} has no values")
+    folder = Path(str(getattr(module, "config", {}).get("_name_or_path") or ""))
+    stored, absent = None, f"the live {name} was not loaded from a folder"
+    if folder.name and folder.is_dir():
+        stored, absent = _stored_in(folder, variant, str(folder))
+    return Subject(_meta_twin(module), name, f"live {name}", 8, _role(module), stored, live, absent)
+
+
+def _role(module: nn.Module) -> Role:
+    return "controlnet" if sources.is_controlnet(module) else "unet"
+
+
+def _stored_in(folder: Path, variant: str | None, origin: str) -> tuple[Mapping[str, Stored] | None, str]:
+    if not any(entry.suffix in (".safetensors", ".bin") for entry in folder.iterdir()):
+        return None, f"there are no weights beside {origin}"
+    return read_table(checkpoint_files(folder, variant=variant)), ""
+
+
+def _meta_twin(module: nn.Module) -> nn.Module:
+    """A copy of a live module with its own forward and no memory for tensors."""
+    memo = {id(each): _meta_like(each) for each in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, memo).eval()
+
+
+def _meta_like(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty

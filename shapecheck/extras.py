@@ -1,0 +1,16 @@
+"""Packages that only some tasks need, and how to get them."""
+
+from __future__ import annotations
+
+from shapecheck.contract import ShapecheckError
+
+_EXTRAS = {"onnx": "onnx", "onnx_ir": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}
+"""From a module to the extra of this distribution that installs it."""
+
+
+def missing(error: ModuleNotFoundError, task: str) -> Exception:
+    """What to raise where a module is not there: how to install it, if an extra does; else the error itself."""
+    name = (error.name or "").partition(".")[0]
+    if name not in _EXTRAS:
+        return error
+    return ShapecheckError(f"{task} needs the package {name}: pip install 'shapecheck-controlnet[{_EXTRAS[name]}]'")

@@ -1,0 +1,60 @@
+"""Files that appear under their final name only when they are whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shapecheck.contract import ShapecheckError
+
+
+@contextmanager
+def whole(output: Path) -> Iterator[Path]:
+    """A path to write to, beside `output`; renamed to it if the block ends well, removed if it does not.
+
+    A pipe or a device is written to directly. Raises ShapecheckError naming `output` where the system refuses.
+    """
+    target = output.resolve()
+    in_place = _is_no_file(target)
+    partial = target if in_place else target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
+    try:
+        yield partial
+        if not in_place:
+            _sync(partial)
+            if target.exists():
+                shutil.copymode(target, partial)
+            partial.replace(target)
+    except OSError as error:
+        raise ShapecheckError(f"cannot write {output}: {error.strerror or error}") from error
+    finally:
+        if not in_place:
+            partial.unlink(missing_ok=True)
+
+
+def refuse_unwritable(output: Path) -> None:
+    """Raise ShapecheckError before the work is done for nothing."""
+    try:
+        target = output.resolve()
+        if target.is_dir():
+            raise ShapecheckError(f"cannot write {output}: it is a folder; name a file in it")
+        place = target if _is_no_file(target) else target.parent
+        place.stat()
+    except (OSError, RuntimeError) as error:
+        raise ShapecheckError(f"cannot write {output}: {getattr(error, 'strerror', None) or error}") from None
+    if place == target.parent and not place.is_dir():
+        raise ShapecheckError(f"cannot write {output}: {place} is no folder")
+    if not os.access(place, os.W_OK):
+        raise ShapecheckError(f"cannot write {output}: no permission to write to {place}")
+
+
+def _is_no_file(target: Path) -> bool:
+    """Whether this is a pipe or a device, which is written to and never replaced."""
+    return target.exists() and not target.is_file()
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

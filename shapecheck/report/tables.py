@@ -1,0 +1,97 @@
+"""The pieces every report is made of: headings, facts, tables and wrapped text, for people or as Markdown."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from tabulate import tabulate
+
+from shapecheck.contract import Mismatch, show
+from shapecheck.contract.naming import SHAPECHECK
+
+Format = Literal["human", "markdown"]
+LINE = 100
+"""Columns a person's text is wrapped at."""
+_COLUMN = 40
+_WRAPPED = ("ControlNet gives", "claimed", "the file has", "UNet takes", "it should have", "likely cause")
+
+
+def heading(text: str, form: Format) -> str:
+    """What stands over a table."""
+    return f"## {text}" if form == "markdown" else text
+
+
+def fact_list(facts: Sequence[tuple[str, str]], form: Format) -> str:
+    """One line a fact, each under its name."""
+    if form == "markdown":
+        return "\n".join(f"- {name}: {value}" for name, value in facts)
+    return tabulate(facts, tablefmt="plain", disable_numparse=True)
+
+
+def note_list(notes: Sequence[str], form: Format) -> str:
+    """One paragraph a note."""
+    if form == "markdown":
+        return "\n".join(f"- {note}" for note in notes)
+    return "\n".join(wrapped(f"note: {note}", "      ") for note in notes)
+
+
+def wrapped(text: str, indent: str) -> str:
+    """For people: lines of at most LINE columns, but no path or address broken."""
+    return textwrap.fill(text, LINE, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def table(rows: Sequence[Sequence[Any]], headers: Sequence[str], form: Format) -> str:
+    """Rows under their headers, without columns that are empty in every row."""
+    if not rows:
+        return "none"
+    kept = [at for at, _ in enumerate(headers) if any(row[at] != "" for row in rows)]
+    rows, headers = [[row[at] for at in kept] for row in rows], [headers[at] for at in kept]
+    sides = ["right" if isinstance(cell, int) else "left" for cell in rows[0]]
+    if form == "markdown":
+        return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=sides)
+    widest = [_COLUMN if header in _WRAPPED else None for header in headers]
+    body = [headers, *rows]  # a header given as such is padded by two columns
+    lines = tabulate(body, tablefmt="simple", disable_numparse=True, colalign=sides, maxcolwidths=widest).splitlines()
+    return "\n".join([lines[1], lines[0], *lines[2:-1]])
+
+
+def mismatch_table(mismatches: Sequence[Mismatch], form: Format, given: str, wanted: str = "UNet takes") -> str:
+    """Every mismatch, less the cause that all of them share."""
+    headers = ("where", "kind", given, wanted, "UNet module", "ControlNet", "ControlNet module", "likely cause")
+    shared = shared_cause(mismatches)
+    several = len({each.controlnet for each in mismatches}) > 1
+    usual = form == "human" and all(map(_is_of_the_slot, mismatches))
+    rows = [
+        (
+            each.where,
+            each.kind,
+            *_sides(each),
+            each.unet_module,
+            each.controlnet if several else "",
+            "" if usual else each.controlnet_module,
+            each.cause.removeprefix(shared).removeprefix("; ") if shared else each.cause,
+        )
+        for each in mismatches
+    ]
+    told = table(rows, headers, form)
+    at = next((each.geometry for each in mismatches if each.geometry), None)
+    return f"{told}\n\nTold at {at}." if at else told
+
+
+def _is_of_the_slot(mismatch: Mismatch) -> bool:
+    """Whether the ControlNet's module is the one any reader expects."""
+    number = SHAPECHECK.index(mismatch.where)
+    module = "controlnet_mid_block" if number == -1 else f"controlnet_down_blocks.{number}"
+    return mismatch.controlnet_module in ("", module)
+
+
+def _sides(mismatch: Mismatch) -> tuple[str, str]:
+    return tuple(value if isinstance(value, str) else show(value) for value in (mismatch.observed, mismatch.expected))  # type: ignore[return-value]
+
+
+def shared_cause(mismatches: Sequence[Mismatch]) -> str:
+    """The cause that every mismatch names first, to be told once."""
+    firsts = {each.cause.split("; ")[0] for each in mismatches}
+    return firsts.pop() if len(firsts) == 1 and len(mismatches) > 1 else ""

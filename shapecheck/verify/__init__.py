@@ -1,0 +1,1 @@
+"""How we prove it: an exported file against its contract."""

@@ -1,0 +1,164 @@
+"""An ONNX file against a contract: given, found inside the file, or that of the preset it fits best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from shapecheck import presets
+from shapecheck.build import artefact
+from shapecheck.build.reading import Reading, Tensor, read
+from shapecheck.contract import Config, Contract, Dim, Geometry, Input, Mismatch, ShapecheckError, Slot, show
+from shapecheck.contract.checked import Basis, Check, SeenInput, SeenSlot
+from shapecheck.contract.compare import compare
+from shapecheck.contract.naming import SHAPECHECK
+from shapecheck.presets.families import architecture
+from shapecheck.verify.findings import Case, findings
+from shapecheck.verify.roles import Roles, roles_of, sort_out
+from shapecheck.verify.survey import Survey, survey
+
+
+def _silent(_: str) -> None:
+    """Tell nobody."""
+
+
+def check(
+    path: str | Path,
+    contract: Contract | None = None,
+    geometry: Geometry | None = None,
+    *,
+    progress: Callable[[str], None] = _silent,
+) -> Check:
+    """Everything that is wrong with an exported UNet, without its weights: no mismatches where nothing is.
+
+    The file is held to `contract`; without one to the contract inside the file, else to that of the preset it fits best,
+    else to itself. A ControlNet's file is held to a contract too: its outputs to the slots of a UNet or of its own kind.
+    With `geometry` only that size has to work; without it, every size that the contract allows.
+    Raises ShapecheckError where the file cannot be read, or shows no residuals and no model is given.
+    """
+    path = Path(path)
+    progress(f"reading {path}")
+    reading = read(path)
+    inside, notes = _inside(reading, contract)
+    roles = sort_out(reading)
+    held = contract or inside
+    if roles.is_controlnet and held is None:
+        raise ShapecheckError(
+            f"{path} is a ControlNet (it gives {len(reading.outputs)} outputs) and holds no contract; "
+            "say with --model which UNet its outputs are for, or with --controlnet whether it fits one as a model"
+        )
+    seen = survey(reading, roles, geometry, progress)
+    basis: Basis = "given" if contract else "inside"
+    if held is None:
+        held, basis = _best_preset(roles, seen), "preset"
+    if held is None:
+        held, basis = _itself(reading, roles, seen), "none"
+    case = Case(roles, seen, held, geometry, basis == "none")
+    mismatches = _emitted(reading, case) if roles.is_controlnet else findings(case)
+    return Check(
+        str(path),
+        reading.producer,
+        held,
+        basis,
+        roles.naming.key if roles.naming else "",
+        tuple(SeenInput(each.name, each.rule, each.dtype) for each in roles.base),
+        _seen_slots(case),
+        seen.divisor,
+        tuple(sorted(seen.fixed.items())),
+        geometry,
+        mismatches,
+        (*notes, *_notes(reading, case, inside)),
+    )
+
+
+def _inside(reading: Reading, given: Contract | None) -> tuple[Contract | None, list[str]]:
+    """The contract in the file; a damaged one only matters where no other is given."""
+    try:
+        return artefact.contract_within(reading.path, reading.metadata), []
+    except ShapecheckError as error:
+        if given is None:
+            raise ShapecheckError(f"{error}; hold the file to a model instead: --model MODEL") from None
+        return None, [f"the contract inside the file cannot be read: {error}"]
+
+
+def _best_preset(roles: Roles, seen: Survey) -> Contract | None:
+    """The preset whose contract the file breaks least; None where even that one has other inputs, or most slots wrong."""
+    wrong = {known: findings(Case(roles, seen, known)) for known in presets.contracts().values()}
+    fitting = [known for known, found in wrong.items() if _may_be(known, found, roles)]
+    return min(fitting, key=lambda known: len(wrong[known]), default=None)
+
+
+def _may_be(known: Contract, wrong: Sequence[Mismatch], roles: Roles) -> bool:
+    slots = {slot.name for slot in known.slots} | {each.name for each in roles.slots}
+    other = any(each.kind in ("channels", "input", "rank", "missing") for each in wrong if each.where not in slots)
+    return not other and 2 * len({each.where for each in wrong} & slots) < len(known.slots)
+
+
+def _itself(reading: Reading, roles: Roles, seen: Survey) -> Contract:
+    """The file's own table as a contract: what holds for every UNet can then be asked of it."""
+    if not roles.slots:
+        names = ", ".join(each.name for each in reading.inputs) or "none"
+        raise ShapecheckError(
+            f"{reading.path} takes no residuals (inputs: {names}) and fits no preset; "
+            "say with --model which UNet it should be, or export it with `shapecheck export`"
+        )
+    rules = seen.rules(landing.skip for each in roles.slots for landing in each.landings)
+    slots = []
+    for number, each in enumerate(each for each in roles.slots if each.landings and each.landings[0].skip in rules):
+        index = roles.naming.index(each.name) if roles.naming else number
+        name = SHAPECHECK.mid if index == -1 else SHAPECHECK.down(number if index is None else index)
+        slots.append(Slot(name, rules[each.landings[0].skip], "full", each.landings[0].module, "", ()))
+    inputs = [own for each in roles.base if (own := _own_input(roles, each))]
+    return Contract("unknown", tuple(inputs), tuple(sorted(slots, key=lambda slot: slot.name)), Config())
+
+
+def _own_input(roles: Roles, each: Tensor) -> Input | None:
+    """A base input as it declares itself; None where its shape is not known."""
+    axes = zip(each.dims or (), roles.symbols(each), strict=True)
+    shape = [Dim(symbol) if symbol else Dim(None, dim) if isinstance(dim, int) else None for dim, symbol in axes]
+    known = tuple(dim for dim in shape if dim is not None)
+    return Input(roles_of(each)[0], known, each.dtype, "") if each.dims and len(known) == len(shape) else None
+
+
+def _emitted(reading: Reading, case: Case) -> tuple[Mismatch, ...]:
+    """What is wrong with a ControlNet's file: its inputs where the contract is a ControlNet's, and what it gives."""
+    contract = case.contract
+    found = findings(case) if contract.role == "controlnet" else ()
+    runs = [(geometry, run) for geometry, run in case.survey.runs.items() if case.asked in (None, geometry)]
+    for geometry, run in runs:
+        if not run.fault and not (geometry.height % contract.divisor or geometry.width % contract.divisor):
+            given = {each.name: run.known[each.name] for each in reading.outputs if each.name in run.known}
+            if wrong := compare(contract.slots, geometry, given):
+                return (*found, *wrong)
+    return found
+
+
+def _seen_slots(case: Case) -> tuple[SeenSlot, ...]:
+    matched = {each.name: slot.name for slot, each in case.matching.slots if each is not None}
+    landings = {each.name: each.landings[0] for each in case.roles.slots if each.landings}
+    rules = case.survey.rules(landing.skip for landing in landings.values())
+    seen = []
+    for each in case.roles.slots:
+        landing = landings.get(each.name)
+        skip = "" if landing is None else show(rules[landing.skip]) if landing.skip in rules else "not seen"
+        seen.append(SeenSlot(each.name, each.rule, skip, landing.module if landing else "", matched.get(each.name, "")))
+    return tuple(seen)
+
+
+def _notes(reading: Reading, case: Case, inside: Contract | None) -> list[str]:
+    """What is no fault and still worth knowing."""
+    notes, seen = [], case.survey
+    if inside is not None and architecture(inside) != architecture(case.contract):
+        notes.append(f"the contract inside the file is another one: {inside.header.source or inside.digest}")
+    if not any(run.fault or reading.outputs[0].name in run.known for run in seen.runs.values()):
+        through = ", ".join(reading.unknown) or "the graph"
+        notes.append(f"sizes could not be followed through {through}: only names and structure were checked")
+    if "tokens" in seen.fixed:
+        notes.append(f"the number of text tokens is fixed at {seen.fixed['tokens']}")
+    if case.roles.slots and case.roles.naming is None:
+        notes.append("the slots' names follow no known scheme: found by the sums they end in, numbered by their order")
+    elif case.roles.naming not in (None, SHAPECHECK):
+        notes.append(f"the slots are named as by {case.roles.naming.origin}")
+    if case.asked is not None and seen.divisor > case.contract.divisor:
+        notes.append(f"other sizes must be multiples of {seen.divisor}: {seen.fault(seen.refused)}")
+    return notes

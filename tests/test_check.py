@@ -1,0 +1,639 @@
+"""`check`: what is right is found right, and every planted fault is told, each by its own finding."""
+
+from __future__ import annotations
+
+import json
+import re
+import tracemalloc
+from pathlib import Path
+
+import onnx
+import onnx_files as files
+import onnx_ir as ir
+import pytest
+import small
+import torch
+from click.testing import CliRunner
+from diffusers import ControlNetModel
+
+from shapecheck import Contract, Geometry, Mismatch, ShapecheckError, presets, probe
+from shapecheck.build import artefact, onnx_file
+from shapecheck.build.export import export
+from shapecheck.build.shapes import parameters_to_inputs, shapes_at
+from shapecheck.cli import main
+from shapecheck.contract import show
+from shapecheck.contract.checked import Check
+from shapecheck.contract.naming import SCHEMES, scheme
+from shapecheck.observe.probe import probe_controlnet
+from shapecheck.report import check as report
+from shapecheck.verify.check import check
+from shapecheck.verify.models import contract_of, misfits
+
+File = tuple[Path, Contract]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="module")
+def ours(folder) -> File:
+    done = export(small.unet(**files.XL), folder / "ours.onnx", weights="none")
+    return done.path, done.contract
+
+
+@pytest.fixture(scope="module")
+def odd(folder) -> File:
+    """SDXL's topology, traced by torch at an odd size: right at every size."""
+    return files.exported(folder / "odd.onnx", files.XL, latent=(17, 25))
+
+
+@pytest.fixture(scope="module")
+def eight(folder) -> File:
+    """SD1.5's strides, traced at a multiple of 8, as everybody does."""
+    return files.exported(folder / "eight.onnx", files.DEEP, latent=(16, 24))
+
+
+@pytest.fixture(scope="module")
+def drawn(folder) -> File:
+    """A plan of SDXL's topology: a graph of few nodes with its inputs, skips and names."""
+    with torch.device("meta"):
+        contract = probe(small.unet(**files.XL))
+    return files.plan(folder / "plan.onnx", contract), contract
+
+
+@pytest.fixture
+def inside(drawn, tmp_path) -> Path:
+    """The same with its contract inside."""
+    return files.plan(tmp_path / "inside.onnx", drawn[1], inside=True)
+
+
+@pytest.fixture
+def plant(drawn, tmp_path):
+    """Check the plan with edits made to it, against its model."""
+    return lambda *edits: check(files.planted(drawn[0], tmp_path / "planted.onnx", *edits), drawn[1])
+
+
+def told(checked: Check) -> list[tuple[str, str]]:
+    return [(each.where, each.kind) for each in checked.mismatches]
+
+
+def only(checked: Check) -> Mismatch:
+    (found,) = checked.mismatches
+    return found
+
+
+# what is right
+
+
+def test_our_own_file_is_fine_and_needs_no_model(ours):
+    path, contract = ours
+    checked = check(path)
+    assert checked.mismatches == ()
+    assert (checked.basis, checked.contract, checked.divisor, checked.naming) == ("inside", contract, 1, "shapecheck")
+    assert [(each.name, each.skip, each.producer) for each in checked.slots] == [
+        (slot.name, show(slot.skip), slot.producer) for slot in contract.slots
+    ]
+
+
+def test_a_file_of_others_traced_at_an_odd_size_is_fine_too(odd):
+    path, contract = odd
+    for checked in (check(path, contract), check(path)):
+        assert checked.mismatches == ()
+        assert [each.skip for each in checked.slots] == [show(slot.skip) for slot in contract.slots]
+        pairs = zip(checked.slots, contract.slots, strict=True)
+        assert all(each.producer.startswith(slot.producer) for each, slot in pairs)
+    assert check(path).basis == "none"
+
+
+def test_the_plan_that_faults_are_planted_in_is_fine(drawn):
+    assert check(*drawn).mismatches == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sd15",
+        "sdxl",
+        "koala-700m",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("sd21-base", "lcm-dreamshaper-v7")),
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("kandinsky-2.2", "sd-x4-upscaler")),
+    ],
+)
+def test_the_preset_that_fits_is_found(name, tmp_path):
+    checked = check(files.plan(tmp_path / "plan.onnx", presets.contract(name)))
+    assert (checked.basis, checked.mismatches) == ("preset", ())
+    assert name in json.loads(report.as_json(checked))["presets"]
+
+
+# planted faults, each with its finding
+
+
+def test_an_unconsumed_slot(plant):
+    found = only(plant(files.unconsume("down_block_residual_03")))
+    assert (found.where, found.kind, found.observed) == ("down_block_residual_03", "unused", "added to nothing")
+    assert found.unet_module == "down_blocks.1.resnets.0"
+
+
+def test_an_unconsumed_slot_of_a_real_file_is_seen_without_any_contract(odd, tmp_path):
+    checked = check(files.planted(odd[0], tmp_path / "x.onnx", files.unconsume("down_block_residual_03")))
+    assert (checked.basis, told(checked)) == ("none", [("down_block_residual_03", "unused")])
+
+
+def test_a_slot_that_is_not_there(plant):
+    def drop(model: ir.Model) -> None:
+        model.graph.inputs.remove(next(value for value in model.graph.inputs if value.name == "down_block_residual_03"))
+
+    found = only(plant(files.unconsume("down_block_residual_03"), drop))
+    assert (found.where, found.kind, found.expected) == ("down_block_residual_03", "missing", "batch×16×ceil(h/2)×ceil(w/2)")
+
+
+def test_a_broadcast_slot(plant):
+    found = only(plant(files.declare("mid_block_residual", 1, 16, 1, 1)))
+    assert (found.where, found.kind, found.observed) == ("mid_block_residual", "broadcast", "1×16×1×1")
+
+
+def test_wrong_channels(plant):
+    found = only(plant(files.declare("down_block_residual_02", "batch", 1, "ceil(h/2)", "ceil(w/2)")))
+    assert (found.where, found.kind) == ("down_block_residual_02", "channels")
+    found = only(plant(files.declare("sample", "batch", 9, "h", "w"), files.widen_first(9)))
+    assert (found.where, found.kind, found.observed) == ("sample", "channels", "batch×9×h×w")
+
+
+def test_slots_exchanged_between_strides(plant):
+    checked = plant(files.exchange("down_block_residual_01", "down_block_residual_03"))
+    assert told(checked) == [("down_block_residual_01", "order"), ("down_block_residual_03", "order")]
+    assert checked.mismatches[0].cause == "this is the place of down_block_residual_03"
+
+
+def test_slots_exchanged_where_no_shape_shows_it(plant):
+    checked = plant(files.exchange("down_block_residual_00", "down_block_residual_01"))
+    assert told(checked) == [("down_block_residual_00", "order"), ("down_block_residual_01", "order")]
+
+
+def test_two_slots_of_one_skip_may_change_places(tmp_path):
+    koala = presets.contract("koala-700m")
+    edit = files.exchange("down_block_residual_05", "mid_block_residual")
+    path = files.planted(files.plan(tmp_path / "plan.onnx", koala), tmp_path / "x.onnx", edit)
+    assert check(path, koala).mismatches == ()
+
+
+def test_exchanged_slots_are_seen_in_a_real_file_without_module_names(odd, tmp_path):
+    edits = (files.exchange("down_block_residual_00", "down_block_residual_01"), files.forget_names)
+    checked = check(files.planted(odd[0], tmp_path / "x.onnx", *edits))
+    assert told(checked) == [("down_block_residual_00", "order"), ("down_block_residual_01", "order")]
+    assert not any(each.producer for each in checked.slots)
+
+
+def test_a_residual_in_the_place_of_a_dropped_one(plant):
+    checked = plant(files.move("down_block_residual_00", to="down_block_residual_01"))
+    assert told(checked) == [("down_block_residual_00", "order"), ("down_block_residual_01", "missing")]
+    assert checked.mismatches[0].cause == "this is the place of down_block_residual_01"
+
+
+def test_a_residual_that_is_added_twice(plant):
+    found = only(plant(files.add_again("down_block_residual_00")))
+    assert (found.where, found.kind, found.expected) == ("down_block_residual_00", "order", "added once")
+
+
+def test_skips_of_another_size_than_the_contract_says(drawn):
+    path, contract = drawn
+    other = files.without_halving(contract)
+    found = [each for each in check(path, other).mismatches if each.kind == "size"]
+    assert [each.where for each in found] == [slot.name for slot in contract.slots if slot.stride > 1]
+    assert found[0].observed == (2, 8, 9, 32)
+
+
+def test_traced_at_a_multiple_of_eight(eight):
+    path, contract = eight
+    for checked in (check(path, contract), check(path)):
+        found = only(checked)
+        assert (found.where, found.kind, found.observed) == ("sample", "sizes", "multiples of 8 only")
+        assert checked.divisor == 8
+        assert "trace it at an odd one" in found.cause
+        assert "Concat /model/up_blocks.1/Concat: sizes 5 and 6 meet on axis 2" in found.cause
+
+
+def test_where_one_size_is_asked_for_only_that_has_to_work(eight):
+    path, contract = eight
+    checked = check(path, contract, Geometry(1, 24, 40))
+    assert checked.mismatches == ()
+    assert "other sizes must be multiples of 8" in checked.notes[-1]
+    found = only(check(path, contract, Geometry(1, 24, 41)))
+    assert (found.kind, found.geometry) == ("sizes", Geometry(1, 24, 41))
+
+
+def test_a_static_file_says_which_size_it_is_for(drawn, tmp_path):
+    def fix(model: ir.Model) -> None:
+        sizes = {"batch": 2, "h": 17, "w": 25, "tokens": 7, "ceil(h/2)": 9, "ceil(w/2)": 13}
+        for value in model.graph.inputs:
+            value.shape = ir.Shape([sizes.get(str(dim), dim) for dim in value.shape])
+
+    path = files.planted(drawn[0], tmp_path / "x.onnx", fix)
+    assert only(check(path, drawn[1])).observed == "batch=2, h=17, w=25 only"
+    checked = check(path, drawn[1], Geometry(2, 17, 25))
+    assert (checked.mismatches, checked.notes) == ((), ("the number of text tokens is fixed at 7",))
+    assert only(check(path, drawn[1], Geometry(2, 17, 26))).cause == "the file fixes w=25"
+
+
+def test_a_batch_that_the_trace_froze(plant):
+    found = only(plant(files.freeze_batch))
+    assert (found.kind, found.observed) == ("sizes", "fails at batch 3 with 11 tokens")
+
+
+def test_an_output_of_another_size_than_the_sample(plant):
+    found = only(plant(files.double_output))
+    assert (found.kind, found.observed) == ("sizes", "no size that was tried works")
+    assert found.cause == "output out_sample: is 34×126 for a sample of 17×63"
+
+
+def test_a_batch_fixed_in_one_input(plant):
+    found = only(plant(files.declare("text_embeds", 1, 20)))
+    assert (found.where, found.kind, found.cause) == ("text_embeds", "input", "its batch is fixed, and the sample's is not")
+
+
+def test_a_renamed_input(plant):
+    found = only(plant(files.rename(text_embeds="pooled")))
+    assert (found.where, found.kind, found.expected) == ("pooled", "name", "text_embeds")
+
+
+def test_a_renamed_slot(plant):
+    found = only(plant(files.rename(down_block_residual_03="extra")))
+    assert (found.where, found.kind, found.expected) == ("extra", "name", "down_block_residual_03")
+
+
+def test_baked_conditioning(folder):
+    path, contract = files.exported(folder / "baked.onnx", files.XL, latent=(17, 25), baked=("text_embeds",))
+    found = only(check(path, contract))
+    assert (found.where, found.kind, found.observed) == ("text_embeds", "baked", "no such input")
+    assert "every call gets the same conditioning" in found.cause
+
+
+def test_baked_conditioning_is_seen_without_a_model_where_a_preset_fits(tmp_path):
+    path = files.plan(tmp_path / "sdxl.onnx", presets.contract("sdxl"))
+    checked = check(
+        files.planted(path, tmp_path / "x.onnx", files.bake("text_embeds", sized_by="timestep"), files.drop("text_embeds"))
+    )
+    assert (checked.basis, told(checked)) == ("preset", [("text_embeds", "baked")])
+
+
+def test_an_input_that_is_there_and_changes_nothing(plant):
+    found = only(plant(files.bake("text_embeds")))
+    assert (found.where, found.kind) == ("text_embeds", "unused")
+    assert found.cause.startswith("baked")
+
+
+def test_unrelated_symbols(plant, drawn):
+    found = only(plant(files.declare("mid_block_residual", "batch", 16, "mid_h", "ceil(w/2)")))
+    assert (found.where, found.kind, found.observed) == ("ceil(h/2)", "symbol", "`ceil(h/2)`, `mid_h`")
+    found = only(plant(files.declare("mid_block_residual", "batch", 16, None, "ceil(w/2)")))
+    assert (found.kind, found.observed) == ("symbol", "`ceil(h/2)`, unnamed")
+    unnamed = [files.declare(slot.name, "batch", slot.channels, None, "ceil(w/2)") for slot in drawn[1].slots[2:]]
+    found = only(plant(*unnamed))
+    assert (found.where, found.kind, found.observed) == ("ceil(h/2)", "symbol", "unnamed")
+
+
+def test_one_name_for_two_sizes(plant):
+    checked = plant(files.declare("mid_block_residual", "batch", 16, "h", "ceil(w/2)"))
+    assert ("h", "symbol") in told(checked)
+
+
+def test_a_timestep_of_whole_numbers(plant):
+    found = only(plant(files.retype("timestep", ir.DataType.INT64)))
+    assert (found.where, found.kind, found.observed, found.expected) == ("timestep", "dtype", "int64", "float32")
+
+
+def test_an_input_nobody_asked_for(plant):
+    found = only(plant(files.scale("mid_block_residual")))
+    assert (found.where, found.kind) == ("conditioning_scale", "surplus")
+
+
+def test_the_table_of_another_family(drawn, eight, inside):
+    kinds = dict(told(check(drawn[0], eight[1])))
+    assert kinds["text_embeds"] == "surplus"
+    assert kinds["down_block_residual_07"] == "missing"
+    assert kinds["down_block_residual_03"] == "channels"
+    assert "order" not in kinds.values()
+    checked = check(inside, presets.contract("sd15"))
+    assert len(checked.mismatches) > len(drawn[1].slots)
+    assert "the contract inside the file is another one: live UNet2DConditionModel" in checked.notes
+
+
+# other people's names
+
+
+@pytest.mark.parametrize("key", [naming.key for naming in SCHEMES])
+def test_naming_schemes(key, plant, drawn):
+    ours = [slot.name for slot in drawn[1].slots]
+    names = dict(zip(ours, scheme(key).names(len(ours) - 1), strict=True))
+    checked = plant(files.rename(**names))
+    assert checked.mismatches == ()
+    assert checked.naming == key
+    assert [(each.slot, each.name) for each in checked.slots] == list(names.items())
+
+
+def test_faults_are_told_under_the_file_s_own_names(plant, drawn):
+    ours = [slot.name for slot in drawn[1].slots]
+    names = dict(zip(ours, scheme("streamdiffusion").names(len(ours) - 1), strict=True))
+    checked = plant(files.rename(**names), files.unconsume("input_control_02"), files.drop("input_control_02"))
+    assert told(checked) == [("input_control_02", "missing")]
+
+
+def test_unknown_names_are_found_by_graph_walk(plant, drawn):
+    names = {slot.name: f"ctrl_{letter}" for slot, letter in zip(drawn[1].slots, "edcba", strict=True)}
+    checked = plant(files.rename(**names))
+    assert checked.mismatches == ()
+    assert checked.naming == ""
+    assert [(each.slot, each.name) for each in checked.slots] == list(names.items())
+    assert any("follow no known scheme" in note for note in checked.notes)
+
+
+def test_a_walk_goes_through_casts_and_scales(plant, drawn):
+    names = {slot.name: f"ctrl_{letter}" for slot, letter in zip(drawn[1].slots, "abcde", strict=True)}
+    edits = (files.scale("mid_block_residual"), files.retype("mid_block_residual", ir.DataType.FLOAT16))
+    checked = plant(*edits, files.rename(**names))
+    assert told(checked) == [("conditioning_scale", "surplus")]
+    assert checked.slots[-1].name == "ctrl_e"
+
+
+def test_sizes_may_be_read_off_a_residual(odd, tmp_path):
+    checked = check(files.planted(odd[0], tmp_path / "x.onnx", files.measure_residuals), odd[1])
+    assert (checked.mismatches, checked.divisor) == ((), 1)
+
+
+def test_comfyui_names_of_the_base_inputs(plant):
+    names = {"sample": "x", "timestep": "timesteps", "encoder_hidden_states": "context", "text_embeds": "y"}
+    joined = (files.bake("time_ids", sized_by="timestep"), files.drop("time_ids"))
+    assert plant(*joined, files.rename(**names)).mismatches == ()
+
+
+# ControlNets
+
+
+@pytest.fixture(scope="module")
+def controlnet(folder) -> File:
+    with torch.device("meta"):
+        contract = probe_controlnet(ControlNetModel.from_unet(small.unet(**files.XL), load_weights_from_unet=False))
+    return files.plan(folder / "controlnet.onnx", contract, inside=True), contract
+
+
+@pytest.mark.full
+def test_a_controlnet_of_ours_is_fine(folder):
+    done = export(small.controlnet(small.unet(**files.XL)), folder / "net.onnx", weights="none")
+    checked = check(done.path)
+    assert (checked.basis, checked.contract, checked.mismatches) == ("inside", done.contract, ())
+
+
+def test_a_controlnet_is_held_to_its_own_contract(controlnet, drawn):
+    path = controlnet[0]
+    checked = check(path)
+    assert (checked.basis, checked.mismatches) == ("inside", ())
+    assert report.told(checked).endswith("FINE: 5 outputs and 7 base inputs\n")
+    assert check(path, drawn[1]).mismatches == ()
+    assert ("down_block_residual_07", "missing") in told(check(path, presets.contract("sd15")))
+
+
+def test_a_controlnet_that_is_not_what_its_contract_says(controlnet, tmp_path):
+    path, _ = controlnet
+
+    def exchange(model: ir.Model) -> None:
+        outputs = model.graph.outputs
+        outputs[0].name, outputs[2].name = outputs[2].name, outputs[0].name
+
+    checked = check(files.planted(path, tmp_path / "x.onnx", exchange))
+    assert told(checked) == [("down_block_residual_00", "size"), ("down_block_residual_02", "size")]
+    checked = check(files.planted(path, tmp_path / "x.onnx", files.rename(conditioning_scale="strength")))
+    assert told(checked) == [("strength", "name")]
+
+
+def test_a_controlnet_of_others_needs_a_model(tmp_path, controlnet):
+    def forget(model: ir.Model) -> None:
+        model.metadata_props.clear()
+
+    path = files.planted(controlnet[0], tmp_path / "net.onnx", forget)
+    with pytest.raises(
+        ShapecheckError, match=r"net\.onnx is a ControlNet \(it gives 5 outputs\) and holds no contract; say with"
+    ):
+        check(path)
+
+
+@pytest.mark.full
+def test_a_controlnet_that_fits():
+    assert misfits(presets.contract("sd15"), ["sd15"], progress=str) == ()
+
+
+@pytest.mark.full
+def test_whether_a_controlnet_fits_what_the_file_is_of():
+    found = misfits(presets.contract("sd15"), ["sdxl"], progress=str)
+    assert ("down_block_residual_09", "missing") in [(each.where, each.kind) for each in found]
+
+
+def test_a_controlnet_cannot_be_held_to_an_unknown_unet(drawn):
+    with pytest.raises(ShapecheckError, match="it is not known which UNet this file is; name it with --model"):
+        misfits(check(drawn[0]).contract, ["sd15"], progress=str)
+
+
+# shapes
+
+
+def test_a_reshape_to_numbers_of_one_size_is_a_fault_at_another():
+    node = onnx.helper.make_node("Reshape", ["x", "to"], ["y"], name="flat")
+    to = onnx.helper.make_tensor("to", onnx.TensorProto.INT64, [2], [4, 6])
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, ["a", "b"]) for name in "xy")
+    graph = onnx.helper.make_graph([node], "g", [x], [y], [to])
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]))
+    assert shapes_at(model, {"x": (2, 12)}).known["y"] == (4, 6)
+    assert shapes_at(model, {"x": (2, 12)}).fault == ""
+    assert shapes_at(model, {"x": (2, 13)}).fault == "Reshape flat: 2×13 cannot be reshaped to 4×6"
+
+
+def test_operators_nobody_knows_hide_sizes_and_that_is_told(plant):
+    checked = plant(files.foreign("Conv"))
+    assert checked.mismatches == ()
+    assert [each.skip for each in checked.slots] == ["not seen"] * 5
+    assert checked.notes == ("sizes could not be followed through OddConv: only names and structure were checked",)
+
+
+def test_no_weight_is_left_that_could_be_read(odd):
+    model = ir.from_proto(onnx_file.load(odd[0]))
+    parameters_to_inputs(model.graph)
+    assert max(value.const_value.size for value in model.graph.initializers.values()) <= 64
+    assert "model.conv_in.weight" in {value.name for value in model.graph.inputs}
+
+
+# hostile files
+
+
+def test_data_outside_the_file_is_never_opened(odd, tmp_path, monkeypatch):
+    """A secret that exists is named where a weight and where a size should be: neither may be touched."""
+    model = onnx.load(odd[0])
+    (tmp_path / "secret").write_bytes(bytes(2**16))
+    tensors = sorted(model.graph.initializer, key=lambda each: -len(each.raw_data))
+    for tensor in (tensors[0], tensors[-1]):
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="../" * 20 + str(tmp_path / "secret"))
+    path = tmp_path / "x.onnx"
+    path.write_bytes(model.SerializeToString())
+    monkeypatch.setattr(ir.ExternalTensor, "_load", lambda self: pytest.fail("external data was opened"))
+    assert check(path, odd[1]).mismatches == ()
+
+
+def test_a_constant_whose_data_lies_outside_is_refused(tmp_path):
+    tensor = onnx.helper.make_tensor("c", onnx.TensorProto.FLOAT, [4], [0.0] * 4)
+    tensor.ClearField("float_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["c"], name="odd", value=tensor),
+        onnx.helper.make_node("Relu", ["c"], ["y"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "g", [], [onnx.helper.make_tensor_value_info("y", 1, [4])])
+    path = tmp_path / "x.onnx"
+    path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    with pytest.raises(ShapecheckError, match=r"x\.onnx: not a sound .*: a constant keeps its data in another file"):
+        check(path)
+
+
+def test_a_large_tensor_that_a_small_file_asks_for_is_not_made():
+    sizes = onnx.helper.make_tensor("sizes", onnx.TensorProto.INT64, [2], [2**13, 2**13])
+    one = onnx.helper.make_tensor("one", onnx.TensorProto.FLOAT, [1, 1], [1.0])
+    output = onnx.helper.make_tensor_value_info("huge", 1, ["a", "b"])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Tile", ["one", "sizes"], ["huge"])], "g", [], [output], [sizes, one])
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]))
+    tracemalloc.start()
+    try:
+        assert shapes_at(model, {}).known["huge"] == (2**13, 2**13)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("share", [0, 1, 10, 50, 99])
+def test_a_truncated_file_is_refused_wherever_it_is_cut(share, drawn, tmp_path):
+    data = drawn[0].read_bytes()
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(data[: len(data) * share // 100])
+    with pytest.raises(ShapecheckError, match=r"cut\.onnx"):
+        check(path)
+
+
+def test_damage_anywhere_is_one_message_or_a_report(drawn, tmp_path):
+    data = drawn[0].read_bytes()
+    path = tmp_path / "damaged.onnx"
+    for at in range(11, len(data), len(data) // 8):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+        try:
+            assert isinstance(check(path), Check)
+        except ShapecheckError as error:
+            assert "damaged.onnx" in str(error)
+
+
+def test_a_graph_that_contradicts_itself_is_refused(tmp_path):
+    output = onnx.helper.make_tensor_value_info("a", 1, ["n"])
+    path = tmp_path / "odd.onnx"
+    loop = [onnx.helper.make_node("Relu", ["b"], ["a"]), onnx.helper.make_node("Relu", ["a"], ["b"])]
+    for nodes in (loop, [onnx.helper.make_node("Relu", ["nowhere"], ["a"])]):
+        path.write_bytes(onnx.helper.make_model(onnx.helper.make_graph(nodes, "odd", [], [output])).SerializeToString())
+        with pytest.raises(ShapecheckError, match=r"odd\.onnx: not a sound ONNX graph"):
+            check(path)
+
+
+def test_a_damaged_contract_inside_needs_a_model(drawn, inside, tmp_path):
+    def damage(model: ir.Model) -> None:
+        model.metadata_props[artefact.CONTRACT] = drawn[1].to_json().replace("UNet2DCond", "UNet3DCond")
+
+    path = files.planted(inside, tmp_path / "x.onnx", damage)
+    with pytest.raises(ShapecheckError, match=r"an edited contract: .* hold the file to a model instead: --model"):
+        check(path)
+    checked = check(path, drawn[1])
+    assert checked.mismatches == ()
+    assert "cannot be read" in checked.notes[0]
+
+
+def test_what_is_no_unet_is_said_to_be_none(tmp_path):
+    image, output = (onnx.helper.make_tensor_value_info(name, 1, ["n", 3, "a", "b"]) for name in ("pixels", "out"))
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["pixels"], ["out"])], "g", [image], [output])
+    path = tmp_path / "relu.onnx"
+    onnx.save(onnx.helper.make_model(graph), path)
+    with pytest.raises(ShapecheckError, match=r"relu\.onnx takes no residuals \(inputs: pixels\) and fits no preset"):
+        check(path)
+    assert ("down_block_residual_00", "missing") in told(check(path, presets.contract("sd15")))
+
+
+# what people see
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(main, ["check", *map(str, arguments)])
+
+
+def test_the_command_tells_and_exits_as_it_found(drawn, tmp_path):
+    model = tmp_path / "contract.json"
+    model.write_text(drawn[1].to_json(), encoding="utf-8")
+    result = run(drawn[0], "--model", model)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.search(r"held to +the contract of live UNet2DConditionModel\n", result.stdout)
+    assert result.stdout.endswith("\nFINE: 5 slots and 5 base inputs\n")
+    result = run(drawn[0], "--model", model, "--size", "328x200")
+    assert result.stdout.endswith("FINE: 5 slots and 5 base inputs at batch 1, latent 25×41\n")
+    broken = run(files.planted(drawn[0], tmp_path / "x.onnx", files.unconsume("mid_block_residual")), "--model", model)
+    assert broken.exit_code == 1
+    assert re.search(r"mid_block_residual +unused +added to nothing +added to the output of mid_block", broken.stdout)
+    assert broken.stdout.endswith("\nBROKEN: 1 fault\n")
+
+
+def test_markdown_and_json_say_the_same(drawn, tmp_path):
+    path = files.planted(drawn[0], tmp_path / "x.onnx", files.rename(text_embeds="pooled"))
+    model = tmp_path / "contract.json"
+    model.write_text(drawn[1].to_json(), encoding="utf-8")
+    text = run(path, "--model", model, "--format", "markdown").stdout
+    assert text.startswith(f"# {path}\n\n**BROKEN: 1 fault**\n\n")
+    assert "\n| pooled  | name   | pooled         | text_embeds" in text
+    output = tmp_path / "report.json"
+    result = run(path, "--model", model, "--format", "json", "-o", output)
+    assert (result.exit_code, result.stdout) == (1, "")
+    record = json.loads(output.read_text(encoding="utf-8"))
+    assert (record["verdict"], record["basis"], record["sizes"]) == ("broken", "given", {"divisor": 1, "fixed": {}})
+    assert [each["kind"] for each in record["mismatches"]] == ["name"]
+    assert [each["slot"] for each in record["slots"]] == [slot.name for slot in drawn[1].slots]
+
+
+def test_the_report_tells_of_controlnets_apart_from_the_file(drawn):
+    checked = check(*drawn)
+    misfit = Mismatch("channels", "mid_block_residual", (1, 8, 9, 9), (1, 16, 9, 9))
+    text = report.told(checked, controlnets=["mine"], misfits=[misfit])
+    assert text.endswith("FINE: 5 slots and 5 base inputs\nCONTROLNET: mine does not fit: 1 place\n")
+    assert json.loads(report.as_json(checked, controlnets=["mine"], misfits=[misfit]))["verdict"] == "broken"
+    assert report.told(checked, controlnets=["mine"]).endswith("CONTROLNET: mine fits\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.onnx"], "cannot read no.onnx: No such file"),
+        (["."], ". is no regular file"),
+        ([__file__], "is no ONNX model"),
+        (["{drawn}", "--model", "sd16"], "did you mean"),
+        (["{drawn}", "--model", "no.onnx"], "cannot read no.onnx: No such file"),
+        (["{drawn}", "--model", "{drawn}"], "plan.onnx holds no contract"),
+        (["{drawn}", "--size", "8"], "'8' is no size"),
+        (["{drawn}", "--size", "63x64"], "the width 63 is no multiple of 8"),
+        (["{drawn}", "--size", "64x64", "--latent", "8x8"], "give one of them"),
+        (["{drawn}", "-o", "no/such/folder/report.txt"], "cannot write no/such/folder/report.txt"),
+    ],
+)
+def test_what_cannot_be_done_is_exit_status_2_and_one_message(arguments, message, drawn):
+    result = run(*(each.format(drawn=drawn[0]) for each in arguments))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+
+
+def test_a_model_is_a_preset_a_file_with_a_contract_or_observed(drawn, inside, tmp_path):
+    assert contract_of("sd15", progress=str) == presets.contract("sd15")
+    assert contract_of(str(inside), progress=str) == drawn[1]
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(drawn[1].config.to_json()), encoding="utf-8")
+    assert contract_of(str(config), progress=str) == drawn[1]

@@ -1,0 +1,411 @@
+"""Exported files against PyTorch in ONNX Runtime: right at every size, with the checkpoint's own weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import pytest
+import small
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from small import SHALLOW
+
+from shapecheck import Geometry, ShapecheckError, export, presets, probe, read_contract
+from shapecheck.build import graph, postconditions
+from shapecheck.build.subject import take
+from shapecheck.presets.families import architecture
+
+XL = SHALLOW | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 80,
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+}
+SIZES = [Geometry(1, 8, 8), Geometry(2, 17, 25), Geometry(3, 33, 41, 5), Geometry(2, 9, 10, 1), Geometry(1, 16, 24)]
+
+
+def inputs_for(contract, geometry, seed=1, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = contract.input_shapes(geometry)
+    given = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    given["timestep"] = torch.linspace(3, 997, geometry.batch)
+    return given
+
+
+def given_to(contract, given):
+    """The arguments of a model's forward, without residuals."""
+    call = {"encoder_hidden_states": None}
+    for each in contract.inputs:
+        group, _, key = each.argument.rpartition(".")
+        (call.setdefault(group, {}) if group else call)[key] = given[each.name]
+    return call
+
+
+def with_torch(unet, contract, given):
+    call = given_to(contract, given)
+    if contract.slots:
+        call["down_block_additional_residuals"] = [given[slot.name] for slot in contract.slots[:-1]]
+        call["mid_block_additional_residual"] = given[contract.slots[-1].name]
+    with torch.no_grad():
+        return unet(**call).sample.float().numpy()
+
+
+def session(path):
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def with_onnx(runtime, given):
+    wanted = {each.name for each in runtime.get_inputs()}
+    return [np.asarray(each, dtype=np.float32) for each in runtime.run(None, {name: given[name].numpy() for name in wanted})]
+
+
+def difference(found, expected):
+    """The largest difference, as a share of the largest expected value."""
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder as diffusers saves it."""
+    folder = tmp_path_factory.mktemp("model")
+    small.unet(**SHALLOW).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def linked(folder):
+    return export(str(folder), folder / "unet.onnx")
+
+
+def test_a_linked_file_is_right_at_every_size(folder, linked):
+    assert (linked.weights, linked.reason, linked.dtype, linked.opset) == ("link", "", "float32", 20)
+    assert linked.files == (folder / "unet.onnx", folder / "unet" / "diffusion_pytorch_model.safetensors")
+    unet, runtime = small.unet(**SHALLOW), session(linked.path)
+    for geometry in SIZES:
+        given = inputs_for(linked.contract, geometry)
+        (found,) = with_onnx(runtime, given)
+        assert difference(found, with_torch(unet, linked.contract, given)) <= 2e-6, geometry
+
+
+def test_its_inputs_are_the_contracts_and_every_one_acts(linked):
+    runtime = session(linked.path)
+    geometry = Geometry(2, 13, 21)
+    contract = linked.contract
+    declared = [(each.name, [str(size) for size in each.shape]) for each in runtime.get_inputs()]
+    rules = {each.name: each.shape for each in contract.inputs} | {slot.name: slot.shape for slot in contract.slots}
+    assert declared == [(name, list(map(str, shape))) for name, shape in rules.items()]
+    given = inputs_for(contract, geometry)
+    (plain,) = with_onnx(runtime, given)
+    effects = set()
+    for name in rules:
+        changed = given | {name: given[name] + (100 if name == "timestep" else 0.5)}
+        (found,) = with_onnx(runtime, changed)
+        effects.add(round(difference(found, plain), 7))
+        assert difference(found, plain) > 1e-5, name
+    assert len(effects) == len(rules)
+
+
+def test_it_carries_its_contract(linked):
+    assert read_contract(linked.path) == linked.contract
+    metadata = {each.key: each.value for each in onnx.load(linked.path, load_external_data=False).metadata_props}
+    assert metadata["shapecheck.digest"] == linked.contract.digest
+    assert metadata["shapecheck.sizes"] == "any"
+    assert metadata["shapecheck.weights"].startswith("sha256:")
+    assert json.loads(metadata["shapecheck.versions"]).keys() >= {"torch", "onnx"}
+
+
+def test_it_says_nothing_of_the_machine_it_was_made_on(linked):
+    assert os.fsencode(Path(torch.__file__).parent) not in linked.path.read_bytes()
+    onnx.checker.check_model(str(linked.path), full_check=True)
+
+
+def test_linking_leaves_the_checkpoint_as_it_was_and_writes_little(folder, linked):
+    again = small.unet(**SHALLOW)
+    checkpoint = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    before = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    again.save_pretrained(folder.parent / f"{folder.name}-twin")
+    twin = folder.parent / f"{folder.name}-twin" / "diffusion_pytorch_model.safetensors"
+    assert hashlib.sha256(twin.read_bytes()).hexdigest() == before
+    tensors = onnx.load(linked.path, load_external_data=False).graph.initializer
+    places = {each.value for tensor in tensors for each in tensor.external_data if each.key == "location"}
+    assert places == {"unet/diffusion_pytorch_model.safetensors"}
+    assert sum(len(tensor.raw_data) for tensor in tensors) < 4096
+
+
+def test_weights_are_copied_where_they_cannot_be_linked_and_in_another_precision(folder, tmp_path):
+    done = export(str(folder), tmp_path / "half.onnx", dtype="float16", naming="streamdiffusion")
+    assert (done.weights, done.reason) == ("copy", "the checkpoint is float32 and the graph float16")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["half.onnx", "half.onnx.data"]
+    runtime = session(done.path)
+    names = [each.name for each in runtime.get_inputs()]
+    assert names[:4] == ["sample", "timestep", "encoder_hidden_states", "input_control_00"]
+    assert names[-1] == "input_control_middle"
+    half, full = small.unet(**SHALLOW).half(), small.unet(**SHALLOW)
+    given = inputs_for(done.contract, Geometry(2, 17, 25), dtype=torch.float16)
+    wide = {name: value.float() for name, value in given.items()}
+    expected = with_torch(full, done.contract, wide)
+    theirs = dict(zip(names[3:], [slot.name for slot in done.contract.slots], strict=True))
+    (found,) = with_onnx(runtime, given | {name: given[ours] for name, ours in theirs.items()})
+    own = difference(with_torch(half, done.contract, given), expected)
+    assert difference(found, expected) <= 2 * own
+
+
+def test_a_live_module_that_differs_from_its_checkpoint_is_copied_and_not_linked(folder, tmp_path):
+    live = UNet2DConditionModel.from_pretrained(folder / "unet")
+    with torch.no_grad():
+        live.conv_in.weight += 0.25  # as a fused LoRA does
+    with pytest.raises(ShapecheckError, match=r"--weights link: the live module differs.* in 1 tensors, first conv_in.weight"):
+        export(live, folder / "live.onnx", weights="link")
+    done = export(live, folder / "live.onnx", control=False)
+    assert done.weights == "copy"
+    assert "fused LoRA" in done.reason
+    runtime = session(done.path)
+    assert [each.name for each in runtime.get_inputs()] == ["sample", "timestep", "encoder_hidden_states"]
+    given = inputs_for(done.contract, Geometry(1, 9, 14))
+    assert difference(with_onnx(runtime, given)[0], with_torch(live, done.contract, given)) <= 2e-6
+
+
+def test_a_controlnet_has_one_output_a_slot_and_a_live_strength(tmp_path):
+    net = small.controlnet(small.unet(**SHALLOW))
+    net.save_pretrained(tmp_path / "controlnet")
+    done = export(str(tmp_path / "controlnet"), tmp_path / "controlnet.onnx")
+    runtime = session(done.path)
+    outputs = [each.name for each in runtime.get_outputs()]
+    assert outputs == [slot.name for slot in probe(small.unet(**SHALLOW)).slots]
+    for geometry, strength in ((Geometry(2, 17, 25), 0.75), (Geometry(1, 8, 12, 3), 1.5)):
+        given = inputs_for(done.contract, geometry) | {"conditioning_scale": torch.tensor([strength])}
+        with torch.no_grad():
+            downs, mid = net(**given_to(done.contract, given), return_dict=False)
+        for found, expected in zip(with_onnx(runtime, given), [*downs, mid], strict=True):
+            assert difference(found, expected.numpy()) <= 2e-6
+
+
+def test_structure_alone_needs_no_checkpoint(tmp_path):
+    small.unet(**SHALLOW).save_config(tmp_path / "unet")
+    with pytest.raises(ShapecheckError, match=r"no weights for .*there are no weights beside .*; give .*, or --weights none"):
+        export(str(tmp_path / "unet"), tmp_path / "unet.onnx")
+    done = export(str(tmp_path / "unet"), tmp_path / "unet.onnx", weights="none")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["unet", "unet.onnx"]
+    model = onnx.load(done.path, load_external_data=False)
+    places = [
+        {each.key: each.value for each in tensor.external_data} for tensor in model.graph.initializer if tensor.external_data
+    ]
+    assert {place["location"] for place in places} == {"unet.onnx.data"}
+    ends = [int(place["offset"]) + int(place["length"]) for place in places]
+    starts = [int(place["offset"]) for place in places]
+    assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "link", "dtype": "float16"}, "--weights link: the checkpoint is float32 and the graph float16"),
+        ({"dtype": "int8"}, "no dtype 'int8'; known: float32, float16, bfloat16"),
+        ({"dtype": "bfloat16", "opset": 20}, "opset 20 with bfloat16: expected 22 to 23"),
+        ({"naming": "webui"}, "no naming scheme 'webui'"),
+        ({"variant": "fp16"}, "fp16"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(folder, tmp_path, options, message):
+    with pytest.raises(ShapecheckError, match=message):
+        export(str(folder), tmp_path / "unet.onnx", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preset_has_no_weights_and_a_missing_folder_is_told(folder, tmp_path):
+    with pytest.raises(ShapecheckError, match="no weights for sd15: preset sd15 is a configuration without weights"):
+        export("sd15", tmp_path / "unet.onnx", weights="copy")
+    with pytest.raises(ShapecheckError, match=r"cannot write .*nowhere"):
+        export(str(folder), tmp_path / "nowhere" / "unet.onnx")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    small.unet(**SHALLOW).save_pretrained(tmp_path / "unet")
+    config = tmp_path / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 20}), encoding="utf-8")
+    with pytest.raises(ShapecheckError, match=r"attn2\.to_k\.weight"):
+        export(str(tmp_path), tmp_path / "unet.onnx")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["unet"]
+
+
+def test_the_values_that_later_parts_look_for_are_those_of_the_modules_in_their_names(linked, folder, tmp_path):
+    unet, contract = small.unet(**SHALLOW), linked.contract
+    model = onnx.load(linked.path, load_external_data=False)
+    blocks = ["mid_block", *(f"up_blocks.{number}" for number in range(len(unet.up_blocks)))]
+    parts = [name for name, _ in unet.named_modules() if re.fullmatch(r"conv_in|down_blocks\.\d+\.\w+\.\d+", name)]
+    assert {slot.producer for slot in contract.slots} <= {*parts, *blocks}
+    names = [f"{module}.out" for module in (*parts, *blocks)]
+    sums = [f"{slot.producer}.out+{slot.name}" for slot in contract.slots]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in (*names, *sums))
+    onnx.save(model, folder / "watched.onnx")
+    seen = {}
+    for path in (*parts, *blocks):
+        hook = lambda module, given, result, path=path: seen.update({path: result})  # noqa: E731
+        unet.get_submodule(path).register_forward_hook(hook)
+    given = inputs_for(contract, Geometry(2, 17, 25))
+    with_torch(unet, contract, given)
+    found = dict(zip([*names, *sums], with_onnx(session(folder / "watched.onnx"), given)[1:], strict=True))
+    for name in names:
+        result = seen[name.rpartition(".")[0]]
+        expected = (result[0] if isinstance(result, tuple) else result).numpy()
+        assert difference(found[name], expected) <= 2e-6, name
+    for slot, total in zip(contract.slots, sums, strict=True):
+        assert difference(found[total], found[f"{slot.producer}.out"] + given[slot.name].numpy()) <= 1e-6, total
+
+
+@pytest.fixture(scope="module")
+def traced(folder):
+    """The graph before its weights are bound, as the exporter checks it, in a form every test can have its own of."""
+    subject = take(str(folder))
+    contract = subject.contract("float32", control=True)
+    return graph.trace_unet(subject.module, contract, 20), contract
+
+
+def swapped(model):
+    """Two slots of one shape exchanged: no shape can show it."""
+    first, second = (next(each for each in model.graph.inputs if each.name == f"down_block_residual_0{at}") for at in (0, 1))
+    (one,), (other,) = list(first.uses()), list(second.uses())
+    one.node.replace_input_with(one.idx, second)
+    other.node.replace_input_with(other.idx, first)
+
+
+def used_twice(model):
+    residual = next(each for each in model.graph.inputs if each.name == "mid_block_residual")
+    model.graph.append(onnx_ir.node("Neg", [residual]))
+
+
+def renamed(model):
+    model.graph.inputs[1].name = "t"
+
+
+def undeclared(model):
+    model.graph.inputs[3].shape = onnx_ir.Shape(["batch", 8, "height", "w"])
+
+
+def fixed_size(model):
+    """As where a size was taken for a constant: right at the traced size only."""
+    node = next(each for each in model.graph if each.op_type == "Resize")
+    node.replace_input_with(3, onnx_ir.val("sizes", const_value=onnx_ir.tensor([2, 16, 9, 13])))
+    model.graph.register_initializer(node.inputs[3])
+
+
+def sequence(model):
+    split = onnx_ir.node("SplitToSequence", [model.graph.inputs[0]], {"axis": 1})
+    model.graph.append(split)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (swapped, "makes the skip of down_block_residual_00"),
+        (used_twice, "consumers of mid_block_residual"),
+        (renamed, "inputs: the graph has .*'t'"),
+        (undeclared, "inputs: the graph has .*'height'"),
+        (fixed_size, "a node that cannot work at batch 2, latent 17×33: .*Concat"),
+        (sequence, "operators TensorRT rejects: the graph has .'SplitToSequence'"),
+    ],
+)
+def test_the_exporter_refuses_a_graph_that_is_not_what_the_contract_says(traced, fault, message):
+    model, contract = traced
+    postconditions.check(model, contract)
+    twin = model.clone()
+    fault(twin)
+    with pytest.raises(postconditions.ExportError, match=message):
+        postconditions.check(twin, contract)
+
+
+def narrowed(config):
+    """A preset's config at a fortieth of its width and of little depth; levels, kinds of blocks and inputs are kept.
+
+    Transformers are at most two layers deep, and levels one, but where each layer of a level has a depth of its own.
+    """
+    first, heads = config["block_out_channels"][0], config["attention_head_dim"]
+    depths = config.get("transformer_layers_per_block") or 1
+    shallow = lambda depth: [shallow(each) for each in depth] if isinstance(depth, list) else min(depth, 2)  # noqa: E731
+    uneven = isinstance(depths, list) and any(isinstance(each, list) for each in depths)
+    return config | {
+        "block_out_channels": [8 * width // first for width in config["block_out_channels"]],
+        "attention_head_dim": 4 if heads == 64 else 2 if isinstance(heads, int) else [1, 2, 4, 4][: len(heads)],
+        "norm_num_groups": 4,
+        "layers_per_block": config["layers_per_block"] if uneven else 1,
+        "transformer_layers_per_block": shallow(depths),
+    }
+
+
+def distinct_presets():
+    """One preset of each architecture, and every ControlNet."""
+    architectures = {architecture(contract): name for name, contract in sorted(presets.contracts().items(), reverse=True)}
+    return sorted([*architectures.values(), *(name for name in presets.names() if presets.load(name).kind == "controlnet")])
+
+
+def odd_size(contract):
+    """Odd, or odd multiples of what the model's sizes must be multiples of."""
+    return Geometry(2, 17, 25, 5) if contract.divisor == 1 else Geometry(2, 3 * contract.divisor, 5 * contract.divisor, 5)
+
+
+def agrees_with_torch(model, done):
+    given = inputs_for(done.contract, odd_size(done.contract))
+    if "class_labels" in given:
+        given["class_labels"] = torch.tensor([7, 940])
+    found = session(done.path).run(None, {name: value.numpy() for name, value in given.items()})
+    if done.contract.role == "unet":
+        expected = [with_torch(model, done.contract, given)]
+    else:
+        call = given_to(done.contract, given)
+        with torch.no_grad():
+            downs, mid = model(**call, return_dict=False)
+        expected = [each.numpy() for each in (*downs, mid)]
+    return max(difference(*pair) for pair in zip(found, expected, strict=True)) <= 2e-6
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", distinct_presets())
+def test_every_preset_is_right_at_an_odd_size(tmp_path, name):
+    torch.manual_seed(0)
+    preset = presets.load(name)
+    model_class = UNet2DConditionModel if preset.kind == "unet" else ControlNetModel
+    model = model_class.from_config(narrowed(preset.config)).eval()
+    if preset.kind == "controlnet":
+        small.fill_zero_convolutions(model)
+    model.save_pretrained(tmp_path / "model")
+    done = export(str(tmp_path / "model"), tmp_path / "model.onnx", weights="link")
+    assert agrees_with_torch(model, done)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("changes", "opset"),
+    [
+        *((XL, opset) for opset in (18, 19, 21, 22, 23)),
+        (SHALLOW | {"mid_block_type": None}, 20),
+        (SHALLOW | {"downsample_padding": 0}, 20),
+        (SHALLOW | {"class_embed_type": "timestep"}, 20),
+    ],
+)
+def test_other_opsets_and_topologies_are_right_at_an_odd_size(tmp_path, changes, opset):
+    unet = small.unet(**changes)
+    unet.save_pretrained(tmp_path / "unet")
+    done = export(str(tmp_path), tmp_path / "unet.onnx", opset=opset)
+    assert {each.version for each in onnx.load(done.path, load_external_data=False).opset_import if not each.domain} == {opset}
+    assert agrees_with_torch(unet, done)
+
+
+@pytest.mark.full
+def test_bfloat16_is_written_as_such(folder, tmp_path):
+    done = export(str(folder), tmp_path / "unet.onnx", dtype="bfloat16")
+    model = onnx.load(done.path)
+    assert {each.data_type for each in model.graph.initializer if each.name.endswith("weight")} == {onnx.TensorProto.BFLOAT16}
+    onnx.checker.check_model(str(done.path), full_check=True)
+    kernel = next(each for each in model.graph.initializer if each.name == "conv_in.weight")
+    stored = torch.frombuffer(bytearray(kernel.raw_data), dtype=torch.bfloat16).reshape(tuple(kernel.dims))
+    assert torch.equal(stored, small.unet(**SHALLOW).conv_in.weight.detach().bfloat16())

@@ -1,0 +1,245 @@
+"""`shapecheck export` as a user meets it: what it says, its exit status, and what it leaves behind when it fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import small
+import torch
+from click.testing import CliRunner
+
+from shapecheck import Geometry, ShapecheckError, export
+from shapecheck.build import export as exporter
+from shapecheck.cli import main
+from shapecheck.contract.exported import Agreement
+from shapecheck.report import exported as report
+from shapecheck.verify import agreement
+
+CHECKPOINT = "diffusion_pytorch_model.safetensors"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["export", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model folder, for reading."""
+    folder = tmp_path_factory.mktemp("saved")
+    small.unet(**small.TINY).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A model folder of the test's own."""
+    shutil.copytree(saved, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def copied(saved, tmp_path_factory):
+    return export(str(saved), tmp_path_factory.mktemp("copied") / "unet.onnx", weights="copy")
+
+
+def names(folder):
+    return sorted(each.name for each in folder.iterdir())
+
+
+def test_it_says_what_it_wrote_and_how_far_from_pytorch_it_is(folder):
+    result = run(folder, "-o", folder / "unet.onnx", "--verify")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "verifying: up to 0.6 GB of memory, PyTorch and ONNX Runtime one after the other\n"
+    assert "3 slots, named as by shapecheck" in result.stdout
+    assert "linked, where they lie: unet/diffusion_pytorch_model.safetensors" in result.stdout
+    assert "every latent size" in result.stdout
+    assert result.stdout.count("of its largest value") == 2
+    assert result.stdout.endswith("EXPORTED: PyTorch and ONNX Runtime agree\n")
+
+
+def test_json_says_the_same_to_machines(copied):
+    found = (
+        Agreement("out_sample", Geometry(2, 17, 25), 3e-7, 1e-5),
+        Agreement("out_sample", Geometry(1, 8, 9), math.nan, 1e-5),
+    )
+    told = json.loads(report.as_json(copied, found))
+    assert told["files"] == [str(copied.path), f"{copied.path}.data"]
+    assert (told["weights"], told["reason"], told["slots"], told["verified"]) == ("copy", None, 3, False)
+    assert [each["difference"] for each in told["agreements"]] == [3e-7, None]
+    assert json.loads(report.as_json(copied))["verified"] is None
+
+
+def test_weights_that_are_not_the_models_are_found_by_verifying(saved, copied):
+    good = agreement.verify(copied, str(saved))
+    assert [each.agrees for each in good] == [True, True]
+    assert max(each.difference for each in good) <= 2e-6
+    data = copied.files[1]
+    whole = data.read_bytes()
+    tensors = bytearray(whole)
+    tensors[4000:4004] = torch.tensor(1.5).numpy().tobytes()
+    try:
+        data.write_bytes(tensors)
+        assert not all(each.agrees for each in agreement.verify(copied, str(saved)))
+    finally:
+        data.write_bytes(whole)
+
+
+def test_a_live_module_is_verified_where_it_is(copied):
+    unet = small.unet(**small.TINY)
+    assert all(each.agrees for each in agreement.verify(copied, unet))
+    with torch.no_grad():
+        unet.conv_out.weight *= 1.001
+    assert not any(each.agrees for each in agreement.verify(copied, unet))
+
+
+def test_not_a_number_is_no_agreement():
+    each = Agreement("out_sample", Geometry(1, 8, 8), float("nan"), 1e-5)
+    assert not each.agrees
+    assert replace(each, difference=1e-5).agrees
+
+
+def test_a_disagreement_ends_in_status_1(copied, monkeypatch):
+    found = (Agreement("out_sample", Geometry(1, 8, 8), 0.5, 1e-5), Agreement("out_sample", Geometry(2, 9, 8), 0.0, 1e-5))
+    monkeypatch.setattr(exporter, "export", lambda *given, **options: copied)
+    monkeypatch.setattr(agreement, "verify", lambda *given, **options: found)
+    result = run("model", "-o", "unet.onnx", "--verify")
+    assert result.exit_code == 1
+    assert result.stdout.endswith("EXPORTED, and DISAGREES with PyTorch\n")
+
+
+@pytest.mark.parametrize("options", [("--weights", "none"), ("--dtype", "bfloat16")])
+def test_what_cannot_be_verified_is_refused_before_the_export(folder, options):
+    result = run(folder, "-o", folder / "unet.onnx", "--verify", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: --verify ")
+    assert names(folder) == ["unet"]
+
+
+@pytest.mark.full
+def test_a_controlnet_of_zeros_cannot_be_verified(tmp_path):
+    net = small.controlnet(small.unet(**small.TINY))
+    for convolution in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+        torch.nn.init.zeros_(convolution.weight)
+    net.save_pretrained(tmp_path / "net")
+    done = export(str(tmp_path / "net"), tmp_path / "net.onnx")
+    with pytest.raises(ShapecheckError, match="zero everywhere, so nothing can be compared; an untrained ControlNet"):
+        agreement.verify(done, str(tmp_path / "net"))
+
+
+def header(length, table):
+    text = json.dumps(table).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text
+
+
+def entry(start, end, shape=(1,)):
+    return {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def endless_header(file):
+    file.write_bytes(header(2**62, {}))
+
+
+def overlapping(file):
+    file.write_bytes(header(None, {"a": entry(0, 4), "b": entry(2, 6)}) + bytes(8))
+
+
+def beyond_the_end(file):
+    file.write_bytes(header(None, {"a": entry(0, 2**40, (2**38,))}) + bytes(8))
+
+
+def pickled(file):
+    file.unlink()
+    file.with_suffix(".bin").write_bytes(b"\x80\x04cos\nsystem\n")
+
+
+def escaping_shard(file):
+    index = file.parent / f"{file.name}.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../secret.safetensors"}}))
+
+
+def other_architecture(file):
+    config = file.parent / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 20}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (cut_short, "is no valid .safetensors file"),
+        (endless_header, "expected a header of 2 to 100000000"),
+        (overlapping, "tensor b at byte"),
+        (beyond_the_end, "ends at byte"),
+        (pickled, "its weights are pickled, which shapecheck never opens"),
+        (escaping_shard, "escapes the folder"),
+        (other_architecture, "attn2.to_k.weight is 8×12, the model wants 8×20"),
+    ],
+)
+def test_a_damaged_or_hostile_checkpoint_is_refused_in_a_message(folder, fault, told):
+    fault(folder / "unet" / CHECKPOINT)
+    result = run(folder, "-o", folder / "unet.onnx")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert told in result.stderr
+    assert names(folder) == ["unet"]
+
+
+def test_linking_from_elsewhere_is_refused_with_a_path_that_works(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    result = run(folder, "-o", tmp_path / "elsewhere" / "unet.onnx", "--weights", "link")
+    assert result.exit_code == 2
+    assert f"an output that works is {folder / 'unet' / 'model.onnx'}" in result.stderr
+    assert names(tmp_path / "elsewhere") == []
+
+
+def test_a_folder_of_a_presets_name_is_pointed_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd15").mkdir()
+    assert "the folder of that name is ./sd15" in run("sd15", "-o", "unet.onnx").stderr
+
+
+@pytest.mark.full
+@pytest.mark.skipif(os.name == "nt", reason="limits of a process are POSIX's")
+@pytest.mark.parametrize("limit", [100_000, 400_000])
+def test_a_full_disk_leaves_nothing_and_an_earlier_export_as_it_was(tmp_path, limit):
+    """The limit on a file's size stops the ONNX file of 150 kB, or after it the weights of a megabyte."""
+    folder = tmp_path / "model"
+    small.unet(**small.TINY | {"cross_attention_dim": 9000}).save_pretrained(folder / "unet")
+    before = {"unet.onnx": b"earlier", "unet.onnx.data": b"earlier too"}
+    for name, content in before.items():
+        (folder / name).write_bytes(content)
+    code = (
+        "import resource, sys; from shapecheck.cli import main; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "export", str(folder), "-o", str(folder / "unet.onnx"), "--weights", "copy"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: cannot write")
+    assert {name: (folder / name).read_bytes() for name in names(folder) if name != "unet"} == before
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seconds", [4, 6, 8, 9, 10, 11, 12])
+def test_a_crash_at_any_time_leaves_no_half_written_file(folder, seconds):
+    command = [sys.executable, "-m", "shapecheck", "export", str(folder), "-o", str(folder / "unet.onnx"), "--weights", "copy"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+    present = {name for name in names(folder) if not name.startswith(".")}
+    assert present in ({"unet"}, {"unet", "unet.onnx.data"}, {"unet", "unet.onnx", "unet.onnx.data"})
+    if "unet.onnx" in present:
+        done = export(str(folder), folder / "again.onnx", weights="copy")
+        assert (folder / "unet.onnx.data").read_bytes() == done.files[1].read_bytes()
