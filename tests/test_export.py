@@ -121,7 +121,7 @@ def test_it_carries_its_contract(linked):
     assert metadata["shapecheck.digest"] == linked.contract.digest
     assert metadata["shapecheck.sizes"] == "any"
     assert metadata["shapecheck.weights"].startswith("sha256:")
-    assert json.loads(metadata["shapecheck.versions"]).keys() >= {"torch", "onnx"}
+    assert json.loads(metadata["shapecheck.versions"]).keys() >= {"shapecheck", "torch", "onnx"}
 
 
 def test_it_says_nothing_of_the_machine_it_was_made_on(linked):

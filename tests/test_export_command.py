@@ -232,7 +232,7 @@ def test_a_full_disk_leaves_nothing_and_an_earlier_export_as_it_was(tmp_path, li
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seconds", [4, 6, 8, 9, 10, 11, 12])
+@pytest.mark.parametrize("seconds", [5, 7, 9])
 def test_a_crash_at_any_time_leaves_no_half_written_file(folder, seconds):
     command = [sys.executable, "-m", "shapecheck", "export", str(folder), "-o", str(folder / "unet.onnx"), "--weights", "copy"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:

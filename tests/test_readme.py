@@ -7,9 +7,12 @@ import re
 import shlex
 from pathlib import Path
 
+import onnx_files
 import pytest
+import small
 from click.testing import CliRunner
 
+from shapecheck import presets
 from shapecheck.cli import main
 
 README = Path(__file__).parent.parent / "README.md"
@@ -17,7 +20,35 @@ TEXT = README.read_text(encoding="utf-8")
 OUTPUTS = re.findall(r"<!-- output: shapecheck ([^|>]*?)(?: \| from (\w+))? -->\n```text\n(.*?)```", TEXT, re.DOTALL)
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("shapecheck ")]
+COMMANDS = [block for block in BLOCKS if block.startswith("shapecheck ")]
+
+
+SLOW = ("export sd15",)
+"""Outputs that take more than a few seconds, by how their commands begin."""
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """Every test in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def prepare(text: str) -> None:
+    """Make the models that commands name."""
+    if "my-model" in text:
+        small.unet(**small.TINY).save_pretrained("my-model/unet")
+    if "my-controlnet" in text:
+        small.controlnet(small.unet(**small.TINY)).save_pretrained("my-controlnet")
+    if "theirs.onnx" in text:
+        plan = onnx_files.plan(Path("plan.onnx"), presets.contract("sdxl"))
+        onnx_files.planted(
+            plan,
+            Path("theirs.onnx"),
+            onnx_files.bake("text_embeds", sized_by="time_ids"),
+            onnx_files.drop("text_embeds"),
+            onnx_files.exchange("down_block_residual_04", "down_block_residual_06"),
+            onnx_files.unconsume("mid_block_residual"),
+        )
 
 
 def said(command: str) -> str:
@@ -33,11 +64,15 @@ def settled(text: str) -> str:
 
 
 def test_there_is_something_to_run():
-    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS)) == (2, 2, 4)
+    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS)) == (4, 3, 2)
 
 
-@pytest.mark.parametrize(("command", "start", "shown"), OUTPUTS, ids=[each[0] for each in OUTPUTS])
+@pytest.mark.parametrize(
+    ("command", "start", "shown"),
+    [pytest.param(*each, id=each[0], marks=[pytest.mark.full] * each[0].startswith(SLOW)) for each in OUTPUTS],
+)
 def test_an_output_is_what_the_command_says(command, start, shown, update_reports):
+    prepare(command)
     text = said(command)
     text = text[text.index(start) :] if start else text
     if update_reports:
@@ -48,15 +83,17 @@ def test_an_output_is_what_the_command_says(command, start, shown, update_report
         assert settled(shown) == settled(text)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_runs(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, shlex.split(command.removeprefix("shapecheck ")))
-    assert result.exit_code == 0, result.output
-    assert result.stdout or list(tmp_path.iterdir())
+@pytest.mark.parametrize("block", COMMANDS, ids=[block.splitlines()[0] for block in COMMANDS])
+def test_commands_run_one_after_the_other(block):
+    prepare(block)
+    for line in block.splitlines():
+        before = len(list(Path().iterdir()))
+        result = CliRunner().invoke(main, shlex.split(line.removeprefix("shapecheck ")))
+        assert result.exit_code == 0, result.output
+        assert result.stdout or len(list(Path().iterdir())) > before
 
 
-@pytest.mark.parametrize(("snippet", "values"), list(zip(SNIPPETS, (3, 0), strict=True)), ids=range(len(SNIPPETS)))
+@pytest.mark.parametrize(("snippet", "values"), list(zip(SNIPPETS, (1, 3, 0), strict=True)), ids=range(len(SNIPPETS)))
 def test_a_snippet_runs_and_says_what_its_comments_say(snippet, values):
     scope: dict[str, object] = {}
     exec(compile(snippet, "<snippet>", "exec"), scope)

@@ -11,6 +11,7 @@ from typing import Protocol
 import onnx_ir as ir
 from torch import Tensor, nn
 
+from shapecheck import __version__
 from shapecheck.build import artefact, graph, postconditions
 from shapecheck.build import weights as checkpoints
 from shapecheck.build.safetensor_files import Stored
@@ -84,6 +85,7 @@ def export(
     _bind(traced, parameters, placed, target.parent)
     _rename(traced, contract, names)
     identity = "" if mode == "none" else checkpoints.digest(tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
+    traced.producer_name, traced.producer_version = "shapecheck", __version__
     traced.metadata_props.update(_metadata(contract, names, identity))
     with whole(target) as partial:
         ir.save(traced, partial)
@@ -165,5 +167,5 @@ def _metadata(contract: Contract, naming: Naming, weights: str) -> dict[str, str
         artefact.NAMING: naming.key,
         artefact.SIZES: "any" if contract.divisor == 1 else f"multiples of {contract.divisor}",
         artefact.WEIGHTS: weights,
-        artefact.VERSIONS: json.dumps({name: version(name) for name in libraries}),
+        artefact.VERSIONS: json.dumps({"shapecheck": __version__} | {name: version(name) for name in libraries}),
     }

@@ -106,8 +106,9 @@ def _itself(reading: Reading, roles: Roles, seen: Survey) -> Contract:
     slots = []
     for number, each in enumerate(each for each in roles.slots if each.landings and each.landings[0].skip in rules):
         index = roles.naming.index(each.name) if roles.naming else number
-        name = SHAPECHECK.mid if index == -1 else SHAPECHECK.down(number if index is None else index)
-        slots.append(Slot(name, rules[each.landings[0].skip], "full", each.landings[0].module, "", ()))
+        if index is not None:
+            name = SHAPECHECK.mid if index == -1 else SHAPECHECK.down(index)
+            slots.append(Slot(name, rules[each.landings[0].skip], "full", each.landings[0].module, "", ()))
     inputs = [own for each in roles.base if (own := _own_input(roles, each))]
     return Contract("unknown", tuple(inputs), tuple(sorted(slots, key=lambda slot: slot.name)), Config())
 

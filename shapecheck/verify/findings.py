@@ -96,7 +96,8 @@ def _slots(case: Case, matching: Matching) -> Iterator[Mismatch]:
         declared = [*_declared(case, slot, each)]
         yield from declared
         makers = [landing.module or landing.skip for landing in each.landings]
-        expected = f"added to the output of {slot.producer or 'its own module'}"
+        known = slot.producer if not case.itself else ""  # the file's own table says where it is, not where it should be
+        expected = f"added to the output of {known or 'its own module'}"
         if not each.landings or not each.live:
             observed = "no effect on the output" if each.landings else "added to nothing"
             yield Mismatch("unused", each.name, observed, expected, None, slot.producer, cause=_NOTHING)
