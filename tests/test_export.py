@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 import small
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
-from small import SHALLOW
+from small import SHALLOW, TINY
 
 from shapecheck import Geometry, ShapecheckError, export, presets, probe, read_contract
 from shapecheck.build import graph, postconditions
@@ -83,6 +84,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The same with the smallest model."""
+    folder = tmp_path_factory.mktemp("tiny")
+    small.unet(**TINY).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def linked(folder):
     return export(str(folder), folder / "unet.onnx")
 
@@ -142,15 +151,15 @@ def test_linking_leaves_the_checkpoint_as_it_was_and_writes_little(folder, linke
     assert sum(len(tensor.raw_data) for tensor in tensors) < 4096
 
 
-def test_weights_are_copied_where_they_cannot_be_linked_and_in_another_precision(folder, tmp_path):
-    done = export(str(folder), tmp_path / "half.onnx", dtype="float16", naming="streamdiffusion")
+def test_weights_are_copied_where_they_cannot_be_linked_and_in_another_precision(tiny, tmp_path):
+    done = export(str(tiny), tmp_path / "half.onnx", dtype="float16", naming="streamdiffusion")
     assert (done.weights, done.reason) == ("copy", "the checkpoint is float32 and the graph float16")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["half.onnx", "half.onnx.data"]
     runtime = session(done.path)
     names = [each.name for each in runtime.get_inputs()]
     assert names[:4] == ["sample", "timestep", "encoder_hidden_states", "input_control_00"]
     assert names[-1] == "input_control_middle"
-    half, full = small.unet(**SHALLOW).half(), small.unet(**SHALLOW)
+    half, full = small.unet(**TINY).half(), small.unet(**TINY)
     given = inputs_for(done.contract, Geometry(2, 17, 25), dtype=torch.float16)
     wide = {name: value.float() for name, value in given.items()}
     expected = with_torch(full, done.contract, wide)
@@ -160,13 +169,13 @@ def test_weights_are_copied_where_they_cannot_be_linked_and_in_another_precision
     assert difference(found, expected) <= 2 * own
 
 
-def test_a_live_module_that_differs_from_its_checkpoint_is_copied_and_not_linked(folder, tmp_path):
-    live = UNet2DConditionModel.from_pretrained(folder / "unet")
+def test_a_live_module_that_differs_from_its_checkpoint_is_copied_and_not_linked(tiny, tmp_path):
+    live = UNet2DConditionModel.from_pretrained(tiny / "unet")
     with torch.no_grad():
         live.conv_in.weight += 0.25  # as a fused LoRA does
     with pytest.raises(ShapecheckError, match=r"--weights link: the live module differs.* in 1 tensors, first conv_in.weight"):
-        export(live, folder / "live.onnx", weights="link")
-    done = export(live, folder / "live.onnx", control=False)
+        export(live, tiny / "live.onnx", weights="link")
+    done = export(live, tiny / "live.onnx", control=False)
     assert done.weights == "copy"
     assert "fused LoRA" in done.reason
     runtime = session(done.path)
@@ -176,12 +185,12 @@ def test_a_live_module_that_differs_from_its_checkpoint_is_copied_and_not_linked
 
 
 def test_a_controlnet_has_one_output_a_slot_and_a_live_strength(tmp_path):
-    net = small.controlnet(small.unet(**SHALLOW))
+    net = small.controlnet(small.unet(**TINY))
     net.save_pretrained(tmp_path / "controlnet")
     done = export(str(tmp_path / "controlnet"), tmp_path / "controlnet.onnx")
     runtime = session(done.path)
     outputs = [each.name for each in runtime.get_outputs()]
-    assert outputs == [slot.name for slot in probe(small.unet(**SHALLOW)).slots]
+    assert outputs == [slot.name for slot in probe(small.unet(**TINY)).slots]
     for geometry, strength in ((Geometry(2, 17, 25), 0.75), (Geometry(1, 8, 12, 3), 1.5)):
         given = inputs_for(done.contract, geometry) | {"conditioning_scale": torch.tensor([strength])}
         with torch.no_grad():
@@ -191,7 +200,7 @@ def test_a_controlnet_has_one_output_a_slot_and_a_live_strength(tmp_path):
 
 
 def test_structure_alone_needs_no_checkpoint(tmp_path):
-    small.unet(**SHALLOW).save_config(tmp_path / "unet")
+    small.unet(**TINY).save_config(tmp_path / "unet")
     with pytest.raises(ShapecheckError, match=r"no weights for .*there are no weights beside .*; give .*, or --weights none"):
         export(str(tmp_path / "unet"), tmp_path / "unet.onnx")
     done = export(str(tmp_path / "unet"), tmp_path / "unet.onnx", weights="none")
@@ -354,23 +363,39 @@ def odd_size(contract):
 
 
 def agrees_with_torch(model, done):
-    given = inputs_for(done.contract, odd_size(done.contract))
+    """Whether float32 is within 2e-6 of the largest value, and float16 within twice PyTorch's own error."""
+    half = done.dtype == "float16"
+    given = inputs_for(done.contract, odd_size(done.contract), dtype=torch.float16 if half else torch.float32)
     if "class_labels" in given:
         given["class_labels"] = torch.tensor([7, 940])
     found = session(done.path).run(None, {name: value.numpy() for name, value in given.items()})
-    if done.contract.role == "unet":
-        expected = [with_torch(model, done.contract, given)]
-    else:
-        call = given_to(done.contract, given)
-        with torch.no_grad():
-            downs, mid = model(**call, return_dict=False)
-        expected = [each.numpy() for each in (*downs, mid)]
-    return max(difference(*pair) for pair in zip(found, expected, strict=True)) <= 2e-6
+    exact = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
+    expected = every_output(model, done.contract, exact)
+    allowed = [2e-6] * len(expected)
+    if half:
+        own = every_output(copy.deepcopy(model).half(), done.contract, given)
+        allowed = [2 * difference(*pair) for pair in zip(own, expected, strict=True)]
+    errors = [difference(each.astype(np.float32), wanted) for each, wanted in zip(found, expected, strict=True)]
+    return all(error <= most for error, most in zip(errors, allowed, strict=True))
+
+
+def every_output(model, contract, given):
+    if contract.role == "unet":
+        return [with_torch(model, contract, given)]
+    with torch.no_grad():
+        downs, mid = model(**given_to(contract, given), return_dict=False)
+    return [each.float().numpy() for each in (*downs, mid)]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", distinct_presets())
-def test_every_preset_is_right_at_an_odd_size(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in distinct_presets()),
+        *((name, "float16") for name in ("sd15", "sdxl", "kandinsky-2.2", "controlnet-sdxl-small")),
+    ],
+)
+def test_every_preset_is_right_at_an_odd_size(tmp_path, name, dtype):
     torch.manual_seed(0)
     preset = presets.load(name)
     model_class = UNet2DConditionModel if preset.kind == "unet" else ControlNetModel
@@ -378,7 +403,8 @@ def test_every_preset_is_right_at_an_odd_size(tmp_path, name):
     if preset.kind == "controlnet":
         small.fill_zero_convolutions(model)
     model.save_pretrained(tmp_path / "model")
-    done = export(str(tmp_path / "model"), tmp_path / "model.onnx", weights="link")
+    done = export(str(tmp_path / "model"), tmp_path / "model.onnx", dtype=dtype)
+    assert done.weights == ("link" if dtype == "float32" else "copy")
     assert agrees_with_torch(model, done)
 
 
