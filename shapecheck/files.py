@@ -6,9 +6,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from shapecheck.contract import ShapecheckError
+
+_numbers = count()
+"""So that no two files are written under one name."""
 
 
 @contextmanager
@@ -19,7 +23,7 @@ def whole(output: Path) -> Iterator[Path]:
     """
     target = output.resolve()
     in_place = _is_no_file(target)
-    partial = target if in_place else target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
+    partial = target if in_place else target.with_name(f".shapecheck.{os.getpid()}.{next(_numbers)}.partial")
     try:
         yield partial
         if not in_place:

@@ -35,6 +35,12 @@ TINY = {
     "layers_per_block": 1,
 }
 """One level, three slots."""
+TEXT_TIME = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 80,
+}
+"""SDXL's conditioning."""
 
 
 def unet(**changes) -> UNet2DConditionModel:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import small
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
-from shapecheck import Geometry, ShapecheckError, export
+from shapecheck import Geometry, ShapecheckError, export, presets, read_contract
 from shapecheck.build import export as exporter
+from shapecheck.build.subject import take
 from shapecheck.cli import main
-from shapecheck.contract.exported import Agreement
+from shapecheck.contract.exported import Agreement, Exported
 from shapecheck.report import exported as report
 from shapecheck.verify import agreement
 
 CHECKPOINT = "diffusion_pytorch_model.safetensors"
+SAMPLE = Exported(
+    Path("u.onnx"), presets.contract("sd15"), "none", "", (Path("u.onnx"), Path("u.onnx.data")), "float32", 20, "shapecheck"
+)
 
 
 def run(*arguments):
@@ -196,6 +202,73 @@ def test_a_damaged_or_hostile_checkpoint_is_refused_in_a_message(folder, fault, 
     assert names(folder) == ["unet"]
 
 
+def test_nothing_but_an_onnx_file_is_written(folder):
+    """Above all not over the checkpoint."""
+    checkpoint = folder / "unet" / CHECKPOINT
+    before = checkpoint.read_bytes()
+    for output in (checkpoint, folder / "unet" / "config.json", folder, os.devnull):
+        result = run(folder, "-o", output)
+        assert result.exit_code == 2
+    assert checkpoint.read_bytes() == before
+    assert "the name of an ONNX file ends in .onnx" in run(folder, "-o", checkpoint).stderr
+
+
+def test_weights_of_an_earlier_export_are_never_taken_for_this_ones(folder):
+    (folder / "unet.onnx.data").write_bytes(b"of another model")
+    result = run(folder, "-o", folder / "unet.onnx", "--weights", "none")
+    assert result.exit_code == 2
+    assert "unet.onnx.data is there and would be read as this model's weights" in result.stderr
+    assert names(folder) == ["unet", "unet.onnx.data"]
+
+
+def test_verifying_runs_no_code_of_the_current_folder(saved, copied, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for module in ("safetensors", "torch", "onnxruntime"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('code of the current folder was run')")
+    assert all(each.agrees for each in agreement.verify(copied, str(saved)))
+
+
+def test_an_option_for_unets_is_refused_for_a_controlnet(tmp_path):
+    small.controlnet(small.unet(**small.TINY)).save_pretrained(tmp_path / "net")
+    result = run(tmp_path / "net", "-o", tmp_path / "net.onnx", "--no-control")
+    assert result.exit_code == 2
+    assert "--no-control is for UNets" in result.stderr
+
+
+def test_quantised_weights_are_refused(folder):
+    unet = small.unet(**small.TINY)
+    tensors = unet.state_dict()
+    tensors["conv_in.weight"] = (tensors["conv_in.weight"] * 100).to(torch.int8)
+    save_file(tensors, folder / "unet" / CHECKPOINT)
+    for options in ((), ("--dtype", "float16")):
+        result = run(folder, "-o", folder / "unet.onnx", *options)
+        assert result.exit_code == 2
+        assert "are quantised to int8" in result.stderr
+
+
+def test_a_live_module_needs_no_files(folder, tmp_path):
+    """Loaded from half precision files, from a root with other weights in it, or from files that are gone."""
+    from diffusers import UNet2DConditionModel
+
+    live = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    (folder / "v1-5-pruned.safetensors").write_bytes(b"")
+    assert take(live).stored is not None
+    (folder / "unet" / CHECKPOINT).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    subject = take(live)
+    assert (subject.stored, subject.live is None) == (None, False)
+    assert "choose one that is there: `--variant fp16`" in subject.absent
+
+
+def test_a_file_says_no_more_of_a_path_than_the_models_folder(copied, saved):
+    assert os.fsencode(saved.parent) not in copied.path.read_bytes()
+    assert read_contract(copied.path).header.source == f"{saved.name}/unet"
+
+
+def test_an_infinite_allowance_allows_nothing_infinite():
+    assert not Agreement("out_sample", Geometry(1, 8, 8), math.inf, math.inf).agrees
+    assert "out_sample" in report.told(SAMPLE, [Agreement("out_sample", Geometry(1, 8, 8), 0.0, 0.0)])
+
+
 def test_linking_from_elsewhere_is_refused_with_a_path_that_works(folder, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     result = run(folder, "-o", tmp_path / "elsewhere" / "unet.onnx", "--weights", "link")
@@ -232,14 +305,34 @@ def test_a_full_disk_leaves_nothing_and_an_earlier_export_as_it_was(tmp_path, li
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seconds", [5, 7, 9])
-def test_a_crash_at_any_time_leaves_no_half_written_file(folder, seconds):
-    command = [sys.executable, "-m", "shapecheck", "export", str(folder), "-o", str(folder / "unet.onnx"), "--weights", "copy"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-    present = {name for name in names(folder) if not name.startswith(".")}
-    assert present in ({"unet"}, {"unet", "unet.onnx.data"}, {"unet", "unet.onnx", "unet.onnx.data"})
-    if "unet.onnx" in present:
-        done = export(str(folder), folder / "again.onnx", weights="copy")
-        assert (folder / "unet.onnx.data").read_bytes() == done.files[1].read_bytes()
+def test_a_crash_at_any_time_leaves_the_earlier_export_or_the_new_one(folder, copied, tmp_path):
+    """Killed later and later until an export ends before it is killed."""
+    output, data = folder / "unet.onnx", folder / "unet.onnx.data"
+    seen = set()
+    for tenths in itertools.count(50, 15):
+        output.write_bytes(b"earlier")
+        data.write_bytes(b"earlier too")
+        command = [sys.executable, "-m", "shapecheck", "export", str(folder), "-o", str(output), "--weights", "copy"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(tenths / 10)
+            process.kill()
+        shown = {name for name in names(folder) if not name.startswith(".")}
+        assert shown in ({"unet", "unet.onnx", "unet.onnx.data"}, {"unet", "unet.onnx.data"})
+        state = (output.exists() and output.read_bytes() == b"earlier", data.read_bytes() == b"earlier too")
+        assert state in ((True, True), (False, False))
+        seen.add(state)
+        if process.returncode == 0:
+            break
+    assert data.read_bytes() == copied.files[1].read_bytes()
+    assert seen == {(True, True), (False, False)}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_told_before_the_work(folder):
+    folder.chmod(0o555)
+    result = run(folder, "-o", folder / "unet.onnx")
+    folder.chmod(0o755)
+    assert (result.exit_code, names(folder)) == (2, ["unet"])
+    assert "no permission to write to" in result.stderr

@@ -44,7 +44,7 @@ def _silent(_step: str, _done: int = 0, _total: int = 0, /) -> None:
 
 
 def export(
-    model: str | nn.Module,
+    model: str | Path | nn.Module,
     output: str | Path,
     *,
     weights: Weights | None = None,
@@ -58,7 +58,8 @@ def export(
 ) -> Exported:
     """Write `model` to the ONNX file `output`, right at every size the model accepts, without loading its weights.
 
-    `model` is what `probe` takes, or a ControlNet: a UNet gets one input a slot, a ControlNet one output a slot.
+    `model` is what `probe` takes, or a ControlNet: a UNet gets one input a slot, a ControlNet one output a slot. `output`
+    ends in .onnx.
     `weights`: `link` points into the checkpoint's own safetensors, `copy` writes them to `output` + `.data`, `none` writes
     neither and leaves that file to be made later; by default they are linked where that is possible, else copied, and
     `reason` says why. `dtype` is by default the checkpoint's. `opset` is by default 20, for bfloat16 22.
@@ -67,20 +68,22 @@ def export(
 
     Raises ShapecheckError where the model, the weights or the output cannot serve; nothing is left behind then.
     """
-    target, names = Path(output), scheme(naming)
-    refuse_unwritable(target)
+    target, names = _target(Path(output)), scheme(naming)
+    data = target.with_name(f"{target.name}.data")
     progress("reading the model")
     subject = take(model, variant=variant, offline=offline)
-    dtype = dtype or subject.dtype()
+    if subject.role == "controlnet" and not control:
+        raise ShapecheckError(f"--no-control is for UNets, which then take no residuals; {subject.name} is a ControlNet")
+    dtype = subject.dtype(dtype)
     opset = _checked_opset(opset, dtype)
     mode, reason = _mode(weights, dtype, subject, target)
+    _refuse_unfit(data, mode)
     progress("observing the contract")
     contract = subject.contract(dtype, control=control)
     progress("tracing the graph: half a minute for SD1.5, two minutes for SDXL")
     traced = _traced(subject, contract, opset)
     parameters = _parameters(traced, contract)
     tensors = subject.tensors([str(each.name) for each in parameters], linked=mode == "link")
-    data = target.with_name(f"{target.name}.data")
     placed = checkpoints.layout(tensors, dtype, data) if mode != "link" else _places(tensors)
     _bind(traced, parameters, placed, target.parent)
     _rename(traced, contract, names)
@@ -90,9 +93,29 @@ def export(
     with whole(target) as partial:
         ir.save(traced, partial)
         if mode == "copy":  # last: until every byte is there, no file of an earlier export changes
-            checkpoints.copy(tensors, dtype, data, lambda *bytes_: progress("copying the weights", *bytes_))
-    files = (target, *dict.fromkeys(each.file for each in placed.values()))
-    return Exported(target, contract, mode, reason, files, dtype, opset, naming)
+            copied = lambda *bytes_: progress("copying the weights", *bytes_)  # noqa: E731
+            checkpoints.copy(tensors, dtype, data, copied, outdated=target)
+    files = (Path(output), *dict.fromkeys(each.file for each in placed.values()))
+    return Exported(Path(output), contract, mode, reason, files, dtype, opset, naming)
+
+
+def _target(output: Path) -> Path:
+    """Where the file really goes. Raises ShapecheckError where no ONNX file can be written there."""
+    if output.suffix.lower() != ".onnx":
+        raise ShapecheckError(f"cannot write {output}: the name of an ONNX file ends in .onnx")
+    target = output.resolve() if output.is_symlink() else output  # its weights lie beside the file, not beside the link
+    if target.exists() and not target.is_file():
+        raise ShapecheckError(f"cannot write {output}: it is a folder, a pipe or a device")
+    refuse_unwritable(target)
+    return target
+
+
+def _refuse_unfit(data: Path, mode: Weights) -> None:
+    """Raise ShapecheckError where the file of weights cannot be written, or another model's would be taken for it."""
+    if mode == "copy":
+        refuse_unwritable(data)
+    if mode == "none" and data.exists():
+        raise ShapecheckError(f"--weights none: {data} is there and would be read as this model's weights; move it away")
 
 
 def _checked_opset(opset: int | None, dtype: str) -> int:

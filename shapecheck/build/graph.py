@@ -96,6 +96,7 @@ def _trace(model: nn.Module, contract: Contract, residuals: list[Tensor], opset:
     dynamic += [{} for _ in residuals]
     graph = _exported(_Flat(model, contract), (*tensors, *residuals), dynamic, opset)
     _parameters_to_inputs(graph)
+    _promote(graph)
     _simplify(graph)
     return graph
 
@@ -138,6 +139,25 @@ def _parameters_to_inputs(model: ir.Model) -> None:
             value.const_value = None
             value.name = name.removeprefix(_PREFIX)
             model.graph.inputs.append(value)
+
+
+def _promote(model: ir.Model) -> None:
+    """Cast what a Concat joins to the widest of its types, as PyTorch does and its exporter forgets.
+
+    SDXL in half precision joins text_embeds with an embedding of time_ids that diffusers computes in float32.
+    """
+    for node in list(model.graph.all_nodes()):
+        dtypes = {value.dtype for value in node.inputs if value is not None and value.dtype is not None}
+        if node.op_type != "Concat" or len(dtypes) < 2:
+            continue
+        widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+        for at, value in enumerate(node.inputs):
+            if value is not None and value.dtype != widest:
+                cast = ir.node("Cast", [value], {"to": int(widest)})
+                cast.metadata_props.update(node.metadata_props)
+                node.graph.insert_before(node, cast)  # type: ignore[union-attr]
+                node.replace_input_with(at, cast.outputs[0])
+        node.outputs[0].dtype = widest
 
 
 def _simplify(model: ir.Model) -> None:

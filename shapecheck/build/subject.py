@@ -36,22 +36,28 @@ class Subject:
     """The tensors of a live module; None for a model that was named."""
     absent: str = ""
     """Why there is no checkpoint."""
+    notes: tuple[str, ...] = ()
 
     def contract(self, dtype: str, *, control: bool) -> Contract:
         """The contract the file is written under: without slots where no control is wanted. Casts the meta module."""
         with quiet("diffusers"):
             self.module.to(getattr(torch, dtype))
         observed = probe_controlnet(self.module) if self.role == "controlnet" else probe(self.module)
-        header = replace(observed.header, source=self.origin, vae_factor=self.vae_factor)
+        notes = (*self.notes, *observed.header.notes)
+        header = replace(observed.header, source=self.origin, vae_factor=self.vae_factor, notes=notes)
         return replace(observed, header=header, slots=observed.slots if control else ())
 
-    def dtype(self) -> str:
-        """The precision of the weights; float32 where there are none. Raises ShapecheckError where they have several."""
-        tensors: Mapping[str, Stored | Tensor] = self.live or self.stored or {}
+    def dtype(self, wanted: str | None) -> str:
+        """The wanted precision, else that of the weights. Raises ShapecheckError where they have several, or are quantised."""
+        tensors: Mapping[str, Stored | Tensor] = self.live or self.stored or self.module.state_dict()
         found = sorted({str(each.dtype).removeprefix("torch.") for each in tensors.values()})
+        if quantised := [each for each in found if not each.startswith(("float", "bfloat")) or each.startswith("float8")]:
+            raise ShapecheckError(f"the weights of {self.name} are quantised to {', '.join(quantised)}: give those before")
+        if wanted is not None:
+            return wanted
         if len(found) > 1 or not PRECISIONS.issuperset(found):
             raise ShapecheckError(f"the weights of {self.name} are of {' and '.join(found)}: choose a precision with --dtype")
-        return found[0] if found else "float32"
+        return found[0]
 
     def unlinkable(self, dtype: str, folder: Path) -> str:
         """Why no ONNX file of that precision in that folder can point into the checkpoint; empty where one can."""
@@ -77,11 +83,11 @@ class Subject:
         return {name: every[name] for name in names}
 
 
-def take(model: str | nn.Module, *, variant: str | None = None, offline: bool = False) -> Subject:
+def take(model: str | Path | nn.Module, *, variant: str | None = None, offline: bool = False) -> Subject:
     """The model of that name, or a live one, ready to be traced. Raises ShapecheckError where it cannot be had."""
     if isinstance(model, nn.Module):
         return _take_live(model, variant)
-    source = find(model, offline=offline)
+    source = find(str(model), offline=offline)
     stored, absent = None, f"{source.origin} is a configuration without weights"
     if source.folder is None and Path(model).is_dir():
         absent += f", and the folder of that name is ./{model}"
@@ -90,7 +96,10 @@ def take(model: str | nn.Module, *, variant: str | None = None, offline: bool = 
     module = sources.build(source)
     if stored is not None:
         stored = match(stored, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
-    return Subject(module, source.name, source.origin, source.vae_factor, source.role, stored, None, absent)
+    notes = source.notes
+    if source.role == "controlnet" and source.controlnets:
+        notes += (f"the first of {1 + len(source.controlnets)} ControlNets that were saved together; export each",)
+    return Subject(module, source.name, _place(source), source.vae_factor, source.role, stored, None, absent, notes)
 
 
 def find(model: str, *, offline: bool) -> configs.ModelSource:
@@ -100,8 +109,16 @@ def find(model: str, *, offline: bool) -> configs.ModelSource:
     except ShapecheckError as error:
         try:
             return configs.find(model, "controlnet", offline=offline)
-        except ShapecheckError:
-            raise error from None
+        except ShapecheckError as other:
+            raise (other if isinstance(error, configs.OtherModelError) else error) from None
+
+
+def _place(source: configs.ModelSource) -> str:
+    """What the file says of where it came from: no more of a path than the model's own folder, for files are passed on."""
+    if source.folder is None or not Path(source.origin).is_file():
+        return source.origin
+    parts = source.folder.absolute().parts
+    return "/".join(parts[-2:] if parts[-1] in ("unet", "controlnet") else parts[-1:])
 
 
 def _take_live(module: nn.Module, variant: str | None) -> Subject:
@@ -112,11 +129,20 @@ def _take_live(module: nn.Module, variant: str | None) -> Subject:
     live = dict(module.state_dict())
     if any(tensor.is_meta for tensor in live.values()):
         return Subject(_meta_twin(module), name, f"live {name}", 8, _role(module), None, None, f"the {name} has no values")
-    folder = Path(str(getattr(module, "config", {}).get("_name_or_path") or ""))
-    stored, absent = None, f"the live {name} was not loaded from a folder"
-    if folder.name and folder.is_dir():
-        stored, absent = _stored_in(folder, variant, str(folder))
+    stored, absent = _origin_of(module, variant)
     return Subject(_meta_twin(module), name, f"live {name}", 8, _role(module), stored, live, absent)
+
+
+def _origin_of(module: nn.Module, variant: str | None) -> tuple[Mapping[str, Stored] | None, str]:
+    """The checkpoint that a live module was loaded from, as far as that can be known, or why none is taken."""
+    root = Path(str(getattr(module, "config", {}).get("_name_or_path") or ""))
+    folder = next((each for each in (root, root / _role(module)) if (each / "config.json").is_file()), None)
+    if not root.name or folder is None:
+        return None, f"the live {type(module).__name__} was not loaded from a folder"
+    try:
+        return _stored_in(folder, variant, str(folder))
+    except ShapecheckError as error:  # the module has its weights whatever became of the files
+        return None, f"the live {type(module).__name__} was loaded from {folder}, which cannot be linked: {error}"
 
 
 def _role(module: nn.Module) -> Role:
@@ -124,8 +150,13 @@ def _role(module: nn.Module) -> Role:
 
 
 def _stored_in(folder: Path, variant: str | None, origin: str) -> tuple[Mapping[str, Stored] | None, str]:
-    if not any(entry.suffix in (".safetensors", ".bin") for entry in folder.iterdir()):
-        return None, f"there are no weights beside {origin}"
+    try:
+        held = any(entry.suffix in (".safetensors", ".bin") for entry in folder.iterdir())
+    except OSError as error:
+        raise ShapecheckError(f"cannot read the folder {folder}: {error.strerror or error}") from None
+    if not held:
+        fetch = "; `hf download REPOSITORY --local-dir FOLDER` fetches them" if origin.startswith("hub ") else ""
+        return None, f"there are no weights beside {origin}{fetch}"
     return read_table(checkpoint_files(folder, variant=variant)), ""
 
 

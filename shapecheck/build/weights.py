@@ -141,8 +141,13 @@ def copy(
     dtype: str | None,
     target: Path,
     progress: Callable[[int, int], object],
+    *,
+    outdated: Path | None = None,
 ) -> dict[str, Stored]:
     """Write the tensors one after the other to `target`, and tell where each lies. A file there before is replaced.
+
+    `outdated` is a file that reads `target` as it was: it is removed when every byte is written, so that no crash leaves it
+    beside tensors that are not its own.
 
     Floating tensors are converted to `dtype`, by the name PyTorch gives it; None keeps each as it is. `target` appears when it
     is whole; on any failure nothing new is left. `progress` is called with the bytes written and those to write. Memory: a
@@ -157,6 +162,8 @@ def copy(
         try:
             with partial.open("wb") as file:
                 _write(file, source, placed, lambda done: progress(done, total))
+            if outdated is not None:
+                outdated.unlink(missing_ok=True)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ShapecheckError(f"cannot write {target}: {error.strerror}; it takes {total / 1e9:.2f} GB") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,5 +42,5 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is allowed; not a number is no agreement."""
-        return self.difference <= self.allowed
+        """Whether the difference is allowed; infinite or not a number is no agreement, whatever is allowed."""
+        return math.isfinite(self.difference) and self.difference <= self.allowed

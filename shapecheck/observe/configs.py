@@ -30,6 +30,10 @@ _HUB_ID = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _MOST_CONTROLNETS = 32
 
 
+class OtherModelError(ShapecheckError):
+    """There is a model under that name, and it is another kind of model."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """A model's configuration and where it was found."""
@@ -86,7 +90,7 @@ def _from_outside(name: str, role: Role, offline: bool) -> ModelSource:
 def _from_preset(name: str, role: Role) -> ModelSource:
     preset = presets.load(name)
     if role == "unet" and preset.kind == "controlnet":
-        raise ShapecheckError(f"{name} is a ControlNet; name the UNet as MODEL and give this one as --controlnet {name}")
+        raise OtherModelError(f"{name} is a ControlNet; name the UNet as MODEL and give this one as --controlnet {name}")
     notes = () if preset.verified else (f"preset {name} is unverified: `shapecheck presets` says where it was looked for",)
     return ModelSource(name, f"preset {name}", _CLASS_OF[preset.kind], preset.config, None, preset.vae_factor, notes)
 
@@ -156,7 +160,7 @@ def _first(places: Iterable[str], locate: Locate, name: str, role: Role, origin:
             return _source(record, name, origin + place, role, path.parent)
         wrong = wrong or _wrong_class(record, origin + place, role)
     if wrong:
-        raise ShapecheckError(wrong)
+        raise OtherModelError(wrong)
     return None
 
 
@@ -250,7 +254,7 @@ def _source(record: Mapping[str, Any], name: str, origin: str, role: Role, folde
     """The source of a config that was read. Raises ShapecheckError where it is another model's."""
     class_name = _class_of(record)
     if class_name is None or class_name != _CLASS_OF[role]:
-        raise ShapecheckError(_wrong_class(record, origin, role))
+        raise OtherModelError(_wrong_class(record, origin, role))
     refuse_absurd(record, origin)
     guessed = f"no _class_name in {origin}: taken for a {class_name} by its keys"
     return ModelSource(name, origin, class_name, record, folder, notes=() if "_class_name" in record else (guessed,))

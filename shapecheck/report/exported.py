@@ -88,8 +88,8 @@ def _worst(agreements: Sequence[Agreement]) -> list[Agreement]:
     return [max((one for one in agreements if one.geometry == size), key=_excess) for size in sizes]
 
 
-def _excess(each: Agreement) -> float:
-    return each.difference / each.allowed if each.agrees else float("inf")
+def _excess(each: Agreement) -> tuple[bool, float]:
+    return not each.agrees, each.difference - each.allowed
 
 
 def _agreement(each: Agreement) -> str:

@@ -113,7 +113,7 @@ def _run_live(module: nn.Module, job: Job, folder: Path) -> None:
 def _run(job: Job, folder: Path, side: str, needed: int) -> None:
     path = folder / "job.json"
     job.write(path)
-    command = [sys.executable, "-m", "shapecheck.verify.sides", str(path)]
+    command = [sys.executable, "-P", "-m", "shapecheck.verify.sides", str(path)]  # -P: no modules of the current folder
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603  # this interpreter, our own module
     if done.returncode < 0:
         raise ShapecheckError(

@@ -1,0 +1,104 @@
+"""Every preset and topology at reduced width and depth, exported and compared with PyTorch at an odd size."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import onnx
+import pytest
+import small
+import torch
+from comparison import difference, every_output, inputs_for, session
+from diffusers import ControlNetModel, UNet2DConditionModel
+from small import SHALLOW
+
+from shapecheck import Geometry, export, presets
+from shapecheck.presets.families import architecture
+
+XL = SHALLOW | small.TEXT_TIME | {"transformer_layers_per_block": (1, 2), "use_linear_projection": True}
+
+
+def narrowed(config):
+    """A preset's config at a fortieth of its width and of little depth; levels, kinds of blocks and inputs are kept.
+
+    Transformers are at most two layers deep, and levels one, but where each layer of a level has a depth of its own.
+    """
+    first, heads = config["block_out_channels"][0], config["attention_head_dim"]
+    depths = config.get("transformer_layers_per_block") or 1
+    shallow = lambda depth: [shallow(each) for each in depth] if isinstance(depth, list) else min(depth, 2)  # noqa: E731
+    uneven = isinstance(depths, list) and any(isinstance(each, list) for each in depths)
+    return config | {
+        "block_out_channels": [8 * width // first for width in config["block_out_channels"]],
+        "attention_head_dim": 4 if heads == 64 else 2 if isinstance(heads, int) else [1, 2, 4, 4][: len(heads)],
+        "norm_num_groups": 4,
+        "layers_per_block": config["layers_per_block"] if uneven else 1,
+        "transformer_layers_per_block": shallow(depths),
+    }
+
+
+def distinct_presets():
+    """One preset of each architecture, and every ControlNet."""
+    architectures = {architecture(contract): name for name, contract in sorted(presets.contracts().items(), reverse=True)}
+    return sorted([*architectures.values(), *(name for name in presets.names() if presets.load(name).kind == "controlnet")])
+
+
+def odd_size(contract):
+    """Odd, or odd multiples of what the model's sizes must be multiples of."""
+    return Geometry(2, 17, 25, 5) if contract.divisor == 1 else Geometry(2, 3 * contract.divisor, 5 * contract.divisor, 5)
+
+
+def agrees_with_torch(model, done):
+    """Whether float32 is within 2e-6 of the largest value, and float16 within twice PyTorch's own error."""
+    half = done.dtype == "float16"
+    given = inputs_for(done.contract, odd_size(done.contract), dtype=torch.float16 if half else torch.float32)
+    if done.contract.config.get("num_class_embeds"):
+        given["class_labels"] = torch.tensor([7, 940])
+    found = session(done.path).run(None, {name: value.numpy() for name, value in given.items()})
+    exact = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
+    expected = every_output(model, done.contract, exact)
+    allowed = [2e-6] * len(expected)
+    if half:
+        own = every_output(copy.deepcopy(model).half(), done.contract, given)
+        allowed = [2 * difference(*pair) for pair in zip(own, expected, strict=True)]
+    errors = [difference(each.astype(np.float32), wanted) for each, wanted in zip(found, expected, strict=True)]
+    return all(error <= most for error, most in zip(errors, allowed, strict=True))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in distinct_presets()),
+        *((name, "float16") for name in ("sdxl", "controlnet-sdxl-small")),
+    ],
+)
+def test_every_preset_is_right_at_an_odd_size(tmp_path, name, dtype):
+    torch.manual_seed(0)
+    preset = presets.load(name)
+    model_class = UNet2DConditionModel if preset.kind == "unet" else ControlNetModel
+    model = model_class.from_config(narrowed(preset.config)).eval()
+    if preset.kind == "controlnet":
+        small.fill_zero_convolutions(model)
+    model.save_pretrained(tmp_path / "model")
+    done = export(str(tmp_path / "model"), tmp_path / "model.onnx", dtype=dtype)
+    assert done.weights == ("link" if dtype == "float32" else "copy")
+    assert agrees_with_torch(model, done)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("changes", "opset"),
+    [
+        *((XL, opset) for opset in (18, 19, 21, 22, 23)),
+        (SHALLOW | {"mid_block_type": None}, 20),
+        (SHALLOW | {"downsample_padding": 0}, 20),
+        (SHALLOW | {"class_embed_type": "timestep"}, 20),
+    ],
+)
+def test_other_opsets_and_topologies_are_right_at_an_odd_size(tmp_path, changes, opset):
+    unet = small.unet(**changes)
+    unet.save_pretrained(tmp_path / "unet")
+    done = export(str(tmp_path), tmp_path / "unet.onnx", opset=opset)
+    assert {each.version for each in onnx.load(done.path, load_external_data=False).opset_import if not each.domain} == {opset}
+    assert agrees_with_torch(unet, done)
