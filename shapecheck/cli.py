@@ -226,7 +226,11 @@ def export(
             offline=offline,
             progress=steps,
         )
-    agreements = _verified(done, model, variant, offline) if verify else ()
+    try:
+        agreements = _verified(done, model, variant, offline) if verify else ()
+    except ShapecheckError:  # the file is written all the same
+        write(report.as_json(done) if form == "json" else report.told(done), None)
+        raise
     write(report.as_json(done, agreements) if form == "json" else report.told(done, agreements), None)
     return 0 if all(each.agrees for each in agreements) else ContractError.exit_status
 
@@ -260,12 +264,16 @@ def check(
     best, else to itself. Without --size every size that the contract allows has to work. A ControlNet's file is held to
     the contract inside it, or its outputs to the UNet of --model.
 
+    Exit status 0 says that the file is fine, 1 that something is wrong. It is 2, and the verdict NOT CHECKED, where nothing
+    was found wrong but sizes could not be followed through the graph.
+
     \b
     Examples:
       shapecheck check unet.onnx
       shapecheck check unet.onnx --model sdxl --controlnet controlnet-sdxl-small
       shapecheck check unet.onnx --model ./my-model --size 904x512 --format json
     """
+    from shapecheck.build.artefact import contract_inside
     from shapecheck.observe.request import geometry_of
     from shapecheck.report import check as report
     from shapecheck.verify.check import check as verify
@@ -276,7 +284,8 @@ def check(
         refuse_unwritable(output)
     with progress() as tell:
         contract = contract_of(model, offline=offline, progress=tell) if model else None
-        asked = geometry_of(request, contract.header.vae_factor if contract else 8)
+        known = contract or (contract_inside(file) if size else None)
+        asked = geometry_of(request, known.header.vae_factor if known else 8)
         checked = verify(file, contract, asked, progress=tell)
         found = misfits(checked.contract, controlnets, asked, offline=offline, progress=tell) if controlnets else ()
     if form == "json":
@@ -284,7 +293,9 @@ def check(
     else:
         text = report.told(checked, form=form, controlnets=controlnets, misfits=found)
     write(text, output)
-    return ContractError.exit_status if checked.mismatches or found else 0
+    if checked.mismatches or found:
+        return ContractError.exit_status
+    return ShapecheckError.exit_status if checked.unchecked else 0
 
 
 @main.command()

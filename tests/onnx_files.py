@@ -235,16 +235,20 @@ def widen_first(channels: int):
     return edit
 
 
-def freeze_batch(model: ir.Model) -> None:
-    """The sample goes through a shape of batch 2, as a trace leaves it that took a number for a size."""
-    sample = _input(model, "sample")
-    uses = list(sample.uses())
-    frozen = ir.Value(name="frozen", const_value=ir.tensor([2, 1, 1, 1], name="frozen"))
-    model.graph.register_initializer(frozen)
-    spread = ir.Node("", "Expand", [sample, frozen])
-    model.graph.insert_before(model.graph[0], spread)
-    for node, index in uses:
-        node.replace_input_with(index, spread.outputs[0])
+def freeze(*shape: int):
+    """The sample goes through a fixed shape, as a trace leaves it that took a number for a size; 1 leaves an axis open."""
+
+    def edit(model: ir.Model) -> None:
+        sample = _input(model, "sample")
+        uses = list(sample.uses())
+        frozen = ir.Value(name="frozen", const_value=ir.tensor(shape, name="frozen"))
+        model.graph.register_initializer(frozen)
+        spread = ir.Node("", "Expand", [sample, frozen])
+        model.graph.insert_before(model.graph[0], spread)
+        for node, index in uses:
+            node.replace_input_with(index, spread.outputs[0])
+
+    return edit
 
 
 def forget_names(model: ir.Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import onnx
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from shapecheck import ShapecheckError, presets
 from shapecheck.build import artefact
 from shapecheck.build.artefact import may_hold_contract, read_contract
+from shapecheck.verify.models import contract_of
 
 CONTRACT = presets.contract("sd15")
 
@@ -90,3 +92,12 @@ def test_a_folder_and_nothing_at_all_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none.onnx", tmp_path / "none.plan"):
         with pytest.raises(ShapecheckError, match=str(path)):
             read_contract(path)
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.onnx", "pipe.json"])
+def test_nothing_waits_for_a_pipe(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ShapecheckError, match="is no regular file"):
+        contract_of(str(tmp_path / name), progress=str)
+    with pytest.raises(ShapecheckError, match="is no regular file"):
+        read_contract(tmp_path / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -19,6 +20,7 @@ from diffusers import ControlNetModel
 from shapecheck import Contract, Geometry, Mismatch, ShapecheckError, presets, probe
 from shapecheck.build import artefact, onnx_file
 from shapecheck.build.export import export
+from shapecheck.build.reading import read
 from shapecheck.build.shapes import parameters_to_inputs, shapes_at
 from shapecheck.cli import main
 from shapecheck.contract import show
@@ -238,7 +240,7 @@ def test_a_static_file_says_which_size_it_is_for(drawn, tmp_path):
 
 
 def test_a_batch_that_the_trace_froze(plant):
-    found = only(plant(files.freeze_batch))
+    found = only(plant(files.freeze(2, 1, 1, 1)))
     assert (found.kind, found.observed) == ("sizes", "fails at batch 3 with 11 tokens")
 
 
@@ -407,6 +409,38 @@ def test_a_controlnet_that_is_not_what_its_contract_says(controlnet, tmp_path):
     assert told(checked) == [("strength", "name")]
 
 
+def test_a_controlnet_s_outputs_may_be_named_by_any_scheme(controlnet, drawn, tmp_path):
+    path, contract = controlnet
+    names = dict(zip([slot.name for slot in contract.slots], scheme("streamdiffusion").names(4), strict=True))
+
+    def rename(model: ir.Model) -> None:
+        for value in model.graph.outputs:
+            value.name = names[value.name]
+
+    def drop_last(model: ir.Model) -> None:
+        model.graph.outputs.pop()
+
+    renamed = files.planted(path, tmp_path / "x.onnx", rename)
+    for checked in (check(renamed), check(renamed, drawn[1])):
+        assert (checked.mismatches, checked.naming, checked.unchecked) == ((), "streamdiffusion", "")
+    checked = check(files.planted(renamed, tmp_path / "y.onnx", drop_last))
+    assert told(checked) == [("input_control_middle", "missing")]
+
+
+def test_a_controlnet_s_outputs_may_come_in_any_order(controlnet, tmp_path):
+    checked = check(files.planted(controlnet[0], tmp_path / "x.onnx", lambda model: model.graph.outputs.reverse()))
+    assert (checked.mismatches, checked.divisor) == ((), 1)
+
+
+def test_a_controlnet_that_hides_its_sizes_or_works_at_none_is_not_fine(controlnet, drawn, tmp_path):
+    path, contract = controlnet
+    for held in (contract, drawn[1]):
+        hidden = check(files.planted(path, tmp_path / "x.onnx", files.foreign("Conv")), held)
+        assert (hidden.mismatches, hidden.unchecked[:35]) == ((), "sizes could not be followed through")
+        wrong = check(files.planted(path, tmp_path / "y.onnx", files.freeze(1, 1, 2, 2)), held)
+        assert ("sample", "sizes") in told(wrong)
+
+
 def test_a_controlnet_of_others_needs_a_model(tmp_path, controlnet):
     def forget(model: ir.Model) -> None:
         model.metadata_props.clear()
@@ -446,13 +480,80 @@ def test_a_reshape_to_numbers_of_one_size_is_a_fault_at_another():
     assert shapes_at(model, {"x": (2, 12)}).known["y"] == (4, 6)
     assert shapes_at(model, {"x": (2, 12)}).fault == ""
     assert shapes_at(model, {"x": (2, 13)}).fault == "Reshape flat: 2×13 cannot be reshaped to 4×6"
+    model.graph[0].name = "flat\x1b\nFINE"
+    assert shapes_at(model, {"x": (2, 13)}).fault.startswith(r"Reshape flat\x1b\nFINE: ")
 
 
 def test_operators_nobody_knows_hide_sizes_and_that_is_told(plant):
     checked = plant(files.foreign("Conv"))
     assert checked.mismatches == ()
     assert [each.skip for each in checked.slots] == ["not seen"] * 5
-    assert checked.notes == ("sizes could not be followed through OddConv: only names and structure were checked",)
+    assert checked.unchecked == "sizes could not be followed through OddConv: only names and structure were checked"
+    assert report.told(checked).endswith(f"NOT CHECKED: {checked.unchecked}\n")
+    assert json.loads(report.as_json(checked))["verdict"] == "not checked"
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+def test_shapes_are_followed_through_group_normalization(opset):
+    floats = onnx.TensorProto.FLOAT
+    given = [onnx.helper.make_tensor_value_info(name, floats, shape) for name, shape in (("x", ["n", 8, "h"]), ("scale", [8]))]
+    nodes = [
+        onnx.helper.make_node("GroupNormalization", ["x", "scale", "scale"], ["norm"], num_groups=2),
+        onnx.helper.make_node("Concat", ["norm", "norm"], ["y"], axis=2),
+    ]
+    graph = onnx.helper.make_graph(nodes, "g", given, [onnx.helper.make_tensor_value_info("y", floats, None)])
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    found = shapes_at(ir.from_proto(proto), {"x": (3, 8, 5)})
+    assert (found.known["norm"], found.known["y"], found.fault) == ((3, 8, 5), (3, 8, 10), "")
+
+
+@pytest.mark.parametrize("what", ["sample", "output"])
+def test_what_cannot_be_followed_is_never_called_fine(what, drawn, tmp_path):
+    def clear(model: ir.Model) -> None:
+        for value in model.graph.inputs:
+            value.shape = None
+
+    def flatten(model: ir.Model) -> None:
+        model.graph.outputs[0].shape = ir.Shape(["n"])
+
+    model = tmp_path / "contract.json"
+    model.write_text(drawn[1].to_json(), encoding="utf-8")
+    path = files.planted(drawn[0], tmp_path / "x.onnx", clear if what == "sample" else flatten)
+    result = run(path, "--model", model)
+    assert result.exit_code == 2
+    assert re.search(r"\nNOT CHECKED: .*: only names and structure were checked\n$", result.stdout)
+    found = run(files.planted(path, tmp_path / "y.onnx", files.unconsume("mid_block_residual")), "--model", model)
+    assert found.exit_code == 1
+    assert "only names and structure" in found.stdout
+
+
+def test_an_output_that_is_no_image_may_come_first(plant):
+    def lead(model: ir.Model) -> None:
+        flat = ir.Node(
+            "", "ReduceMean", [model.graph.outputs[0]], [ir.AttrInt64s("axes", [1, 2, 3]), ir.AttrInt64("keepdims", 0)]
+        )
+        flat.outputs[0].name, flat.outputs[0].type = "mean", ir.TensorType(ir.DataType.FLOAT)
+        flat.outputs[0].shape = ir.Shape(["batch"])
+        model.graph.append(flat)
+        model.graph.outputs.insert(0, flat.outputs[0])
+
+    checked = plant(lead)
+    assert (checked.mismatches, checked.unchecked) == ((), "")
+    assert plant(files.double_output, lead).mismatches[0].cause == "output out_sample: is 34×126 for a sample of 17×63"
+
+
+def test_the_size_asked_for_is_looked_at_where_the_file_fixes_its_tokens(eight, tmp_path):
+    width = eight[1].config["cross_attention_dim"]
+    path = files.planted(eight[0], tmp_path / "x.onnx", files.declare("encoder_hidden_states", "batch", 7, width))
+    assert check(path, eight[1], Geometry(1, 24, 40)).mismatches == ()
+    assert only(check(path, eight[1], Geometry(1, 24, 41))).observed == "does not work"
+
+
+def test_sizes_are_compared_where_the_contract_allows_only_multiples(drawn):
+    path, contract = drawn
+    assert check(path, replace(contract, divisor=8)).unchecked == ""
+    other = replace(files.without_halving(contract), divisor=8)
+    assert ("mid_block_residual", "size") in told(check(path, other))
 
 
 def test_no_weight_is_left_that_could_be_read(odd):
@@ -510,6 +611,121 @@ def test_a_large_tensor_that_a_small_file_asks_for_is_not_made():
         tracemalloc.stop()
 
 
+def calls(name: str, *called: str) -> onnx.FunctionProto:
+    """A function of one input and one output that calls others in a row, or nothing."""
+    values = ["a", *(f"v{number}" for number in range(len(called) - 1)), "b"]
+    nodes = [onnx.helper.make_node(each, [values[at]], [values[at + 1]], domain="own") for at, each in enumerate(called)]
+    nodes = nodes or [onnx.helper.make_node("Relu", ["a"], ["b"])]
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in (("", 17), ("own", 1))]
+    return onnx.helper.make_function("own", name, ["a"], ["b"], nodes, opsets)
+
+
+@pytest.mark.parametrize("called", ["F0", ""])
+@pytest.mark.parametrize("depth", [1, 40])
+def test_functions_that_double_at_every_level_are_refused(called, depth, drawn, tmp_path):
+    model = onnx.load(drawn[0], load_external_data=False)
+    model.functions.extend(calls(f"F{level}", *[f"F{level + 1}"] * 2) for level in range(depth))
+    model.functions.append(calls(f"F{depth}"))
+    model.opset_import.add(domain="own", version=1)
+    if called:
+        model.graph.node[-1].op_type, model.graph.node[-1].domain = called, "own"
+    path = tmp_path / "x.onnx"
+    path.write_bytes(model.SerializeToString())
+    if depth == 1:
+        assert check(path, drawn[1]).mismatches == ()
+        return
+    with pytest.raises(ShapecheckError, match=r"x\.onnx: not a sound .* its functions come to more than 200000 nodes"):
+        check(path, drawn[1])
+
+
+def test_functions_that_call_themselves_are_refused(drawn, tmp_path):
+    model = onnx.load(drawn[0], load_external_data=False)
+    model.functions.extend([calls("F", "G"), calls("G", "F")])
+    path = tmp_path / "x.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ShapecheckError, match="its functions come to more than"):
+        check(path)
+
+
+def test_a_residual_that_forks_and_joins_is_followed_once(tmp_path):
+    shape = [1, 1, 1, 1]
+    nodes, value = [], "forked"
+    for level in range(60):
+        sides = [f"{side}{level}" for side in "lr"]
+        nodes += [onnx.helper.make_node("Mul", [value, "one"], [side]) for side in sides]
+        nodes.append(onnx.helper.make_node("Mul", sides, [value := f"v{level}"]))
+    nodes += [onnx.helper.make_node("Relu", ["one"], ["skip"]), onnx.helper.make_node("Add", ["skip", value], ["y"])]
+    names = [name for node in nodes for name in node.output]
+    given, inner, end = (
+        [onnx.helper.make_tensor_value_info(name, 1, shape) for name in group] for group in (["forked", "one"], names, ["y"])
+    )
+    graph = onnx.helper.make_graph(nodes, "g", given, end, value_info=inner[:-1])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "x.onnx")
+    forked = next(each for each in read(tmp_path / "x.onnx").inputs if each.name == "forked")
+    assert [landing.skip for landing in forked.landings] == ["skip"]
+
+
+EVIL = "evil\x1b[2J\nFINE: 13 slots\u202e\x9b"
+
+
+def test_no_name_in_a_file_can_forge_a_line_of_the_report(inside, drawn, tmp_path):
+    header = replace(drawn[1].header, source=EVIL, notes=(EVIL,), versions=((EVIL, EVIL),))
+
+    def forge(model: ir.Model) -> None:
+        model.producer_name, model.opset_imports["somewhere"] = EVIL, 1
+        model.metadata_props[artefact.CONTRACT] = replace(drawn[1], header=header).to_json()
+        skip = next(node for node in model.graph if node.op_type == "Conv")
+        skip.name = skip.outputs[0].name = EVIL + "skip"
+        residual = next(value for value in model.graph.inputs if value.name == "down_block_residual_01")
+        residual.shape = ir.Shape([EVIL, *residual.shape[1:]])
+        last = [node for node in model.graph if node.op_type == "ReduceMean"][-1]
+        last.domain, last.op_type = "somewhere", EVIL
+
+    path = files.planted(inside, tmp_path / "x.onnx", forge, files.rename(text_embeds=EVIL, down_block_residual_00=f"{EVIL}2"))
+    checked = check(path)
+    shown = r"evil\x1b[2J\nFINE: 13 slots\u202e\x9b"
+    assert {(shown, "name"), (f"{shown}2", "name")} <= set(told(checked))
+    assert checked.slots[0].skip == "batch×8×h×w"
+    for text in (report.told(checked), report.told(checked, form="markdown"), "\n".join(checked.notes)):
+        assert all(line.isprintable() and not line.startswith("FINE") for line in text.split("\n"))
+    assert checked.unchecked.startswith(f"sizes could not be followed through {shown}: ")
+
+
+def test_a_contract_inside_that_forges_names_is_refused(inside, drawn, tmp_path):
+    def forge(model: ir.Model) -> None:
+        first, *rest = drawn[1].slots
+        model.metadata_props[artefact.CONTRACT] = replace(drawn[1], slots=(replace(first, producer=EVIL), *rest)).to_json()
+
+    with pytest.raises(ShapecheckError, match=r"an edited contract: evil\\x1b\[2J\\nFINE: .* is no name"):
+        check(files.planted(inside, tmp_path / "x.onnx", forge))
+
+
+def test_two_names_that_would_be_shown_alike_are_refused(drawn, tmp_path):
+    rename = files.rename(text_embeds="a\x1b", time_ids=r"a\x1b")
+    with pytest.raises(ShapecheckError, match=r"not a sound .* two values are called a\\x1b"):
+        check(files.planted(drawn[0], tmp_path / "x.onnx", rename), drawn[1])
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_no_size_at_all_is_as_good_as_no_name(size, plant):
+    checked = plant(files.declare("sample", size, 4, size, size))
+    assert {each.kind for each in checked.mismatches} == {"symbol"}
+    assert checked.inputs[0].shape == "?×4×?×?"
+
+
+def test_the_parser_is_not_chosen_by_the_file_s_name(drawn, tmp_path):
+    for name in ("x.onnxtxt", "x.json", "x.textproto"):
+        path = tmp_path / name
+        path.write_bytes(drawn[0].read_bytes())
+        assert check(path, drawn[1]).mismatches == ()
+
+
+def test_a_bug_of_ours_is_not_blamed_on_the_file(drawn, monkeypatch):
+    monkeypatch.setattr("shapecheck.build.reading._live", lambda graph: graph.no_such_thing)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        check(*drawn)
+
+
 @pytest.mark.parametrize("share", [0, 1, 10, 50, 99])
 def test_a_truncated_file_is_refused_wherever_it_is_cut(share, drawn, tmp_path):
     data = drawn[0].read_bytes()
@@ -528,6 +744,14 @@ def test_damage_anywhere_is_one_message_or_a_report(drawn, tmp_path):
             assert isinstance(check(path), Check)
         except ShapecheckError as error:
             assert "damaged.onnx" in str(error)
+
+
+@pytest.mark.parametrize("text", [b"Conv", b"/conv_in/Conv"])
+def test_text_that_is_no_utf_8_is_refused(text, drawn, tmp_path):
+    path = tmp_path / "x.onnx"
+    path.write_bytes(drawn[0].read_bytes().replace(text, b"\xff" + text[1:]))
+    with pytest.raises(ShapecheckError, match=r"x\.onnx: not a sound .* is no UTF-8 text"):
+        check(path)
 
 
 def test_a_graph_that_contradicts_itself_is_refused(tmp_path):
@@ -582,6 +806,12 @@ def test_the_command_tells_and_exits_as_it_found(drawn, tmp_path):
     assert broken.exit_code == 1
     assert re.search(r"mid_block_residual +unused +added to nothing +added to the output of mid_block", broken.stdout)
     assert broken.stdout.endswith("\nBROKEN: 1 fault\n")
+
+
+def test_pixels_are_counted_as_the_contract_inside_says(drawn, tmp_path):
+    contract = replace(drawn[1], header=replace(drawn[1].header, vae_factor=4))
+    result = run(files.plan(tmp_path / "x.onnx", contract, inside=True), "--size", "164x100")
+    assert result.stdout.endswith("FINE: 5 slots and 5 base inputs at batch 1, latent 25×41\n")
 
 
 def test_markdown_and_json_say_the_same(drawn, tmp_path):

@@ -336,3 +336,14 @@ def test_a_read_only_folder_is_told_before_the_work(folder):
     folder.chmod(0o755)
     assert (result.exit_code, names(folder)) == (2, ["unet"])
     assert "no permission to write to" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "call", ["from shapecheck.cli import main; main(['export', 'sd15', '-o', 'u.onnx'])", "shapecheck.export"]
+)
+def test_a_missing_package_is_told_with_what_installs_it(call, tmp_path):
+    code = f"import sys; sys.modules['onnx_ir'] = None; import shapecheck; {call}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "needs the package onnx_ir: pip install 'shapecheck-controlnet[onnx]'" in done.stderr
+    assert ("Traceback" in done.stderr) == (call == "shapecheck.export")

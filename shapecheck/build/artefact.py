@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shapecheck.build import onnx_file
 from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.contract.records import Header
+from shapecheck.observe.configfile import one_line
 
 # Keys of an ONNX file's metadata_props.
 CONTRACT = "shapecheck.contract"
@@ -24,6 +27,7 @@ SIDECAR = ".shapecheck.json"
 _ENGINES = (".plan", ".engine", ".trt")
 _LARGEST_JSON = 16 * 2**20
 _LONGEST_BLANK = 64
+_LONGEST_LINE = 2000
 _ADVICE = "`shapecheck probe MODEL --format json` writes a contract"
 
 
@@ -36,7 +40,7 @@ def read_contract(path: str | Path) -> Contract:
     file = _sidecar(path) if path.suffix.lower() in _ENGINES else path
     if _is_json(file):
         return _from_json(file)
-    contract = contract_within(file, {each.key: each.value for each in onnx_file.load(file).metadata_props})
+    contract = contract_inside(file)
     if contract is None:
         raise ShapecheckError(
             f"{file} holds no contract (no metadata {CONTRACT!r}): shapecheck did not export it; "
@@ -46,14 +50,25 @@ def read_contract(path: str | Path) -> Contract:
 
 
 def may_hold_contract(path: Path) -> bool:
-    """Whether a file is one that `read_contract` is for, rather than a model's config.json."""
+    """Whether a file is one that `read_contract` is for, rather than a model's config.json.
+
+    Raises ShapecheckError where it is neither a file nor a folder: nothing may wait for a pipe.
+    """
     if path.suffix.lower() in (".onnx", *_ENGINES):
         return True
     try:
+        if path.is_dir():
+            return False
+        onnx_file.size_of(path)
         with path.open("rb") as file:
             return b'"shapecheck_contract"' in file.read(_LARGEST_JSON)
     except (OSError, ValueError):
         return False
+
+
+def contract_inside(path: Path) -> Contract | None:
+    """The contract in an ONNX file, None where there is none. Raises ShapecheckError where it is damaged, or no such file."""
+    return contract_within(path, {each.key: each.value for each in onnx_file.load(path).metadata_props})
 
 
 def contract_within(path: Path, metadata: Mapping[str, str]) -> Contract | None:
@@ -73,6 +88,7 @@ def _sidecar(engine: Path) -> Path:
 def _is_json(path: Path) -> bool:
     """Whether the file begins as a JSON object does."""
     try:
+        onnx_file.size_of(path)
         with path.open("rb") as file:
             return file.read(_LONGEST_BLANK).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
     except OSError as error:
@@ -102,6 +118,37 @@ def _from_json(path: Path) -> Contract:
 
 def _parsed(path: Path, text: str) -> Contract:
     try:
-        return Contract.from_json(text)
+        contract = Contract.from_json(text)
     except ShapecheckError as error:
-        raise ShapecheckError(f"{path}: {error}") from None
+        raise ShapecheckError(f"{path}: {one_line(error, _LONGEST_LINE)}") from None
+    for name in _names(contract):
+        if not name.isprintable():
+            raise ShapecheckError(f"{path}: an edited contract: {one_line(name)} is no name; {_ADVICE}")
+    return replace(contract, header=_printable(contract.header))
+
+
+def _names(contract: Contract) -> Iterator[str]:
+    """What reports show of a contract besides its header."""
+    yield contract.class_name
+    for each in contract.inputs:
+        yield from (each.name, each.dtype, each.argument)
+    for slot in contract.slots:
+        yield from (slot.name, slot.producer, slot.up_block)
+
+
+def _printable(header: Header) -> Header:
+    """Anybody may have written it, and reports show it: one line a text."""
+
+    def lines(texts: Iterable[str]) -> tuple[str, ...]:
+        return tuple(one_line(text, _LONGEST_LINE) for text in texts)
+
+    return replace(
+        header,
+        source=one_line(header.source, _LONGEST_LINE),
+        controlnets=tuple(
+            replace(each, source=one_line(each.source), class_name=one_line(each.class_name)) for each in header.controlnets
+        ),
+        handover=lines(header.handover),
+        notes=lines(header.notes),
+        versions=tuple((one_line(package), one_line(release)) for package, release in header.versions),
+    )

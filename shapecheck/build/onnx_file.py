@@ -13,15 +13,20 @@ _LARGEST = 2**31
 """Bytes: protobuf holds no more in one message."""
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file. Raises ShapecheckError where it is none, such as a pipe, which would never end; OSError without it."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ShapecheckError(f"{path} is no regular file; give a file: JSON, .onnx or an engine")
+    return status.st_size
+
+
 def load(path: Path) -> onnx.ModelProto:
     """The model in a file; tensors kept in other files are not touched. Raises ShapecheckError where it is no ONNX model."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ShapecheckError(f"{path} is no regular file; give an .onnx file")
-        if status.st_size >= _LARGEST:
-            raise ShapecheckError(f"{path} has {status.st_size / 2**30:.1f} GiB; no ONNX model is larger than 2 GiB")
-        model = onnx.load(path, load_external_data=False)
+        if (size := size_of(path)) >= _LARGEST:
+            raise ShapecheckError(f"{path} has {size / 2**30:.1f} GiB; no ONNX model is larger than 2 GiB")
+        model = onnx.load(path, format="protobuf", load_external_data=False)  # whatever its name ends in
     except OSError as error:
         raise ShapecheckError(f"cannot read {path}: {error.strerror or error}") from None
     except ShapecheckError:

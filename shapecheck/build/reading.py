@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ import onnx_ir.passes.common as passes
 from shapecheck.build import onnx_file
 from shapecheck.build.shapes import Shapes, parameters_to_inputs, shapes_at
 from shapecheck.contract import ShapecheckError
+from shapecheck.observe.configfile import one_line
 from shapecheck.observe.quiet import quiet
 
 DeclaredDim = int | str | None
@@ -28,6 +29,9 @@ _SAME_VALUE = ("Cast", "CastLike", "Identity")
 _SCALED = ("Mul", "Div")
 _SUMS = ("Add", "Sum")
 _SIZE_ONLY = ("Shape", "Size")
+_MOST_NODES = 200_000
+"""More than any UNet has, its functions written out."""
+_LONGEST_NAME = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,11 @@ class Reading:
     """Operators onnx does not know, behind which no size can be followed."""
     _model: ir.Model = field(repr=False, compare=False)
 
+    @property
+    def image(self) -> Tensor | None:
+        """The first output that may be (batch, channels, height, width)."""
+        return next((each for each in self.outputs if each.is_image), None)
+
     def at(self, given: Mapping[str, Sequence[int | None]]) -> Shapes:
         """Every shape where the inputs have these; see `shapes_at`."""
         with _told_of(self.path):
@@ -96,10 +105,13 @@ def read(path: Path) -> Reading:
     proto = onnx_file.load(path)
     with _told_of(path), quiet("onnx_ir"):
         model = ir.from_proto(proto)
+        _refuse_endless(model)
         passes.InlinePass()(model)
         model.graph.sort()
+        _refuse_undecoded(model)
         _refuse_unsound(model)
-        return _reading(path, model)
+        _make_printable(model)
+    return _reading(path, model)
 
 
 @contextmanager
@@ -108,7 +120,7 @@ def _told_of(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = one_line(" ".join(f"{type(error).__name__}: {error}".split()), 300)
         raise ShapecheckError(f"{path}: not a sound ONNX graph ({reason}); export or download it again") from None
 
 
@@ -120,13 +132,55 @@ def _reading(path: Path, model: ir.Model) -> Reading:
     ranks = {node: rank for rank, node in enumerate(graph)}
     return Reading(
         path,
-        " ".join(filter(None, (model.producer_name, model.producer_version))),
+        one_line(" ".join(filter(None, (model.producer_name, model.producer_version)))),
         dict(model.metadata_props),
-        tuple(_tensor(value, live, tuple(_landings(value, ranks))) for value in own),
+        tuple(_tensor(value, live, _landings(value, ranks)) for value in own),
         tuple(_tensor(value, live, ()) for value in graph.outputs),
-        tuple(sorted({node.op_type for node in graph if not _is_known(node, model)})),
+        tuple(sorted({one_line(node.op_type) for node in graph if not _is_known(node, model)})),
         model,
     )
+
+
+def _refuse_endless(model: ir.Model) -> None:
+    """Raise ValueError where functions that call functions come to more nodes than can be written out."""
+    nodes = [*model.graph.all_nodes(), *(node for function in model.functions.values() for node in function.all_nodes())]
+    if _written_out(nodes, model, {}) > _MOST_NODES:
+        raise ValueError(f"its functions come to more than {_MOST_NODES} nodes")
+
+
+def _written_out(nodes: Iterable[ir.Node], model: ir.Model, sizes: dict[ir.OperatorIdentifier, int]) -> int:
+    """How many nodes these are with every call replaced by its function; `sizes` keeps what is known of functions."""
+    count = 0
+    for node in nodes:
+        called = node.op_identifier()
+        if called in model.functions and called not in sizes:
+            sizes[called] = _MOST_NODES  # while it is counted: what calls itself is too large
+            sizes[called] = _written_out(model.functions[called].all_nodes(), model, sizes)
+        count += 1 + sizes.get(called, 0)
+    return count
+
+
+def _refuse_undecoded(model: ir.Model) -> None:
+    """Raise ValueError where a text is no UTF-8: protobuf then gives its bytes."""
+    texts: list[object] = [model.producer_name, model.producer_version]
+    for each in (model, *model.graph):
+        texts += [*each.metadata_props, *each.metadata_props.values()]
+    for node in model.graph:
+        texts += [node.op_type, node.domain, node.name, *(value.name for value in node.outputs)]
+    if undecoded := [text for text in texts if isinstance(text, bytes)]:
+        raise ValueError(f"{undecoded[0]!r:.60} is no UTF-8 text")
+
+
+def _make_printable(model: ir.Model) -> None:
+    """Rename what could not be shown in one line. Raises ValueError where another value has that name."""
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    taken = {value.name for value in values}
+    for value in values:
+        if (name := one_line(_name(value), _LONGEST_NAME)) != _name(value):
+            if name in taken:
+                raise ValueError(f"two values are called {one_line(name)}")
+            taken.add(name)
+            value.name = name
 
 
 def _refuse_unsound(model: ir.Model) -> None:
@@ -146,28 +200,44 @@ def _tensor(value: ir.Value, live: frozenset[ir.Value], landings: tuple[Landing,
     dtype = value.dtype.name if value.dtype is not None else "unknown"
     dims = None
     if value.shape is not None:
-        dims = tuple(dim if isinstance(dim, int) else dim.value or None for dim in value.shape)
+        dims = tuple(map(_dim, value.shape))
     measured = any(node.op_type in _SIZE_ONLY for node in value.consumers())
     return Tensor(_name(value), _DTYPES.get(dtype, dtype.lower()), dims, value in live, landings, measured)
 
 
-def _landings(value: ir.Value, ranks: Mapping[ir.Node, int]) -> Iterator[Landing]:
+def _dim(dim: int | ir.SymbolicDim) -> DeclaredDim:
+    """An axis as declared; some exporters write 0 or -1 where they mean any size."""
+    if isinstance(dim, int):
+        return dim if dim > 0 else None
+    return one_line(dim.value, _LONGEST_NAME) if dim.value else None
+
+
+def _landings(given: ir.Value, ranks: Mapping[ir.Node, int]) -> tuple[Landing, ...]:
     """Every sum of the value, scaled or cast on its way, with something the graph computes."""
-    for node in value.consumers():
-        others = [each for each in node.inputs if each is not None and each is not value]
-        if node.op_type in _SAME_VALUE or (node.op_type in _SCALED and all(map(_is_scalar, others))):
-            yield from _landings(node.outputs[0], ranks)
-        elif node.op_type in _SUMS and len(others) == 1:
-            skip = _origin(others[0])
-            maker = skip.producer()
-            if maker is not None and maker.op_type != "Constant":
-                texts = (_name(skip), maker.name or "", maker.metadata_props.get(_SCOPES, ""))
-                yield Landing(_name(skip), next(filter(None, map(_module, texts)), ""), ranks[maker])
+    found: list[Landing] = []
+    waiting, seen = [given], {given}
+    for value in waiting:  # which grows on the way
+        for node in value.consumers():
+            others = [each for each in node.inputs if each is not None and each is not value]
+            if node.op_type in _SAME_VALUE or (node.op_type in _SCALED and all(map(_is_scalar, others))):
+                waiting += {*node.outputs[:1]} - seen
+                seen |= {*node.outputs[:1]}
+            elif node.op_type in _SUMS and len(others) == 1:
+                found += _landing(_origin(others[0]), ranks)
+    return tuple(found)
+
+
+def _landing(skip: ir.Value, ranks: Mapping[ir.Node, int]) -> Iterator[Landing]:
+    """A sum with this value, where the graph computes it."""
+    maker = skip.producer()
+    if maker is not None and maker.op_type != "Constant":
+        texts = (_name(skip), maker.name or "", maker.metadata_props.get(_SCOPES, ""))
+        yield Landing(_name(skip), next(filter(None, map(_module, texts)), ""), ranks[maker])
 
 
 def _origin(value: ir.Value) -> ir.Value:
     """The value before casts, which exporters insert between a module and its consumer."""
-    while (node := value.producer()) is not None and node.op_type in _SAME_VALUE and node.inputs[0] is not None:
+    while (node := value.producer()) is not None and node.op_type in _SAME_VALUE and node.inputs and node.inputs[0]:
         value = node.inputs[0]
     return value
 

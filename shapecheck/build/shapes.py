@@ -13,6 +13,7 @@ from onnx.shape_inference import InferenceError, infer_shapes
 from onnxscript import optimizer
 
 from shapecheck.contract import Shape, show
+from shapecheck.observe.configfile import one_line
 
 FEW = 64
 """Elements of a tensor that may hold sizes; a larger one is a weight, and never read."""
@@ -63,7 +64,17 @@ def _sized(proto: onnx.ModelProto, given: Mapping[str, Sequence[int | None]]) ->
     del proto.graph.value_info[:]
     for each in proto.graph.output:
         each.type.tensor_type.ClearField("shape")
+    for node in proto.graph.node:
+        if node.op_type == "GroupNormalization" and not node.domain:
+            _keep_shape(node)
     return proto
+
+
+def _keep_shape(node: onnx.NodeProto) -> None:
+    """Let an operator that onnx has no inference rule for stand for what it does to a shape: nothing."""
+    node.op_type = "Identity"
+    del node.input[1:]
+    del node.attribute[:]
 
 
 def _inferred(proto: onnx.ModelProto) -> Shapes:
@@ -73,7 +84,7 @@ def _inferred(proto: onnx.ModelProto) -> Shapes:
         graph, fault = infer_shapes(proto).graph, _first(str(error))
     values = (*graph.input, *graph.initializer, *graph.value_info, *graph.output)
     known = {value.name: shape for value in values if (shape := _shape(value)) is not None}
-    return Shapes(known, fault or _lost_elements(graph, known))
+    return Shapes(known, one_line(fault or _lost_elements(graph, known), 200))
 
 
 def _unless_large(node: ir.Node) -> bool | None:

@@ -57,3 +57,5 @@ class Check:
     """The one size that was asked for."""
     mismatches: tuple[Mismatch, ...]
     notes: tuple[str, ...]
+    unchecked: str
+    """Why the sizes were not looked at; empty where they were."""

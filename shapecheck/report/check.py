@@ -25,15 +25,18 @@ def told(checked: Check, *, form: Format = "human", controlnets: Sequence[str] =
         parts += [heading("Faults", form), mismatch_table(checked.mismatches, form, "the file has", "it should have")]
     if misfits:
         parts += [heading(f"ControlNet: {', '.join(controlnets)}", form), mismatch_table(misfits, form, "ControlNet gives")]
-    parts += [note_list(checked.notes, form), verdict if form == "human" else ""]
+    notes = (*checked.notes, checked.unchecked) if checked.mismatches and checked.unchecked else checked.notes
+    parts += [note_list(notes, form), verdict if form == "human" else ""]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def as_json(checked: Check, *, controlnets: Sequence[str] = (), misfits: Sequence[Mismatch] = ()) -> str:
     """The same for machines."""
+    verdict = "not checked" if checked.unchecked else "fine"
     record = {
         "file": checked.path,
-        "verdict": "broken" if checked.mismatches or misfits else "fine",
+        "verdict": "broken" if checked.mismatches or misfits else verdict,
+        "unchecked": checked.unchecked or None,
         "basis": checked.basis,
         "presets": list(families(checked.contract)),
         "digest": checked.contract.digest,
@@ -99,6 +102,8 @@ def _slots(checked: Check, form: Format) -> str:
 def _verdict(checked: Check, form: Format, controlnets: Sequence[str], misfits: Sequence[Mismatch]) -> str:
     if checked.mismatches:
         lines = [f"BROKEN: {_counted(checked.mismatches, 'fault')}"]
+    elif checked.unchecked:
+        lines = [f"NOT CHECKED: {checked.unchecked}"]
     else:
         emitted = len(checked.contract.slots)
         slots = f"{emitted} outputs" if emitted and not checked.slots else f"{len(checked.slots)} slots"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from shapecheck import presets
@@ -13,7 +14,7 @@ from shapecheck.contract.checked import Basis, Check, SeenInput, SeenSlot
 from shapecheck.contract.compare import compare
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.presets.families import architecture
-from shapecheck.verify.findings import Case, findings
+from shapecheck.verify.findings import Case, findings, size_faults
 from shapecheck.verify.roles import Roles, roles_of, sort_out
 from shapecheck.verify.survey import Survey, survey
 
@@ -34,6 +35,7 @@ def check(
     The file is held to `contract`; without one to the contract inside the file, else to that of the preset it fits best,
     else to itself. A ControlNet's file is held to a contract too: its outputs to the slots of a UNet or of its own kind.
     With `geometry` only that size has to work; without it, every size that the contract allows.
+    Where sizes cannot be followed through the graph, `unchecked` says so, and no mismatches do not mean that nothing is wrong.
     Raises ShapecheckError where the file cannot be read, or shows no residuals and no model is given.
     """
     path = Path(path)
@@ -47,7 +49,7 @@ def check(
             f"{path} is a ControlNet (it gives {len(reading.outputs)} outputs) and holds no contract; "
             "say with --model which UNet its outputs are for, or with --controlnet whether it fits one as a model"
         )
-    seen = survey(reading, roles, geometry, progress)
+    seen = survey(reading, roles, geometry, progress, allowed=held.divisor if held else 1)
     basis: Basis = "given" if contract else "inside"
     if held is None:
         held, basis = _best_preset(roles, seen), "preset"
@@ -67,7 +69,8 @@ def check(
         tuple(sorted(seen.fixed.items())),
         geometry,
         mismatches,
-        (*notes, *_notes(reading, case, inside)),
+        (*notes, *_notes(case, inside)),
+        _unchecked(reading, case, mismatches),
     )
 
 
@@ -122,16 +125,35 @@ def _own_input(roles: Roles, each: Tensor) -> Input | None:
 
 
 def _emitted(reading: Reading, case: Case) -> tuple[Mismatch, ...]:
-    """What is wrong with a ControlNet's file: its inputs where the contract is a ControlNet's, and what it gives."""
+    """What is wrong with a ControlNet's file: its inputs where the contract is a ControlNet's, its sizes, and what it gives."""
     contract = case.contract
-    found = findings(case) if contract.role == "controlnet" else ()
-    runs = [(geometry, run) for geometry, run in case.survey.runs.items() if case.asked in (None, geometry)]
-    for geometry, run in runs:
-        if not run.fault and not (geometry.height % contract.divisor or geometry.width % contract.divisor):
-            given = {each.name: run.known[each.name] for each in reading.outputs if each.name in run.known}
-            if wrong := compare(contract.slots, geometry, given):
-                return (*found, *wrong)
+    found = findings(case) if contract.role == "controlnet" else tuple(size_faults(case))
+    slots = [replace(slot, name=case.called(slot)) for slot in contract.slots]
+    names = {each.name for each in reading.outputs}
+    for geometry, run in case.survey.working(case.asked, contract.divisor).items():
+        given = {name: run.known[name] for name in names & run.known.keys()}
+        comparable = [slot for slot in slots if slot.name in given or slot.name not in names]
+        if wrong := compare(comparable, geometry, given):
+            return (*found, *wrong)
     return found
+
+
+def _unchecked(reading: Reading, case: Case, mismatches: Sequence[Mismatch]) -> str:
+    """Why the sizes were not looked at; empty where they were, or where it is a fault that none works."""
+    runs = case.survey.working(case.asked, case.contract.divisor).values()
+    if not runs:
+        none = "it works at no size that was tried and that the contract allows"
+        return none if not any(each.kind == "sizes" for each in mismatches) else ""
+    if reading.image is None:
+        return "it gives no image (batch, channels, height, width): only names and structure were checked"
+    told = [reading.image.name, *(each.landings[0].skip for each in case.roles.slots if each.landings)]
+    if case.roles.is_controlnet:
+        called = {case.called(slot) for slot in case.contract.slots}
+        told = [each.name for each in reading.outputs if each.name in called]
+    if all(len(run.known.get(name, ())) == 4 for run in runs for name in told):
+        return ""
+    through = ", ".join(reading.unknown) or "the graph"
+    return f"sizes could not be followed through {through}: only names and structure were checked"
 
 
 def _seen_slots(case: Case) -> tuple[SeenSlot, ...]:
@@ -146,14 +168,11 @@ def _seen_slots(case: Case) -> tuple[SeenSlot, ...]:
     return tuple(seen)
 
 
-def _notes(reading: Reading, case: Case, inside: Contract | None) -> list[str]:
+def _notes(case: Case, inside: Contract | None) -> list[str]:
     """What is no fault and still worth knowing."""
     notes, seen = [], case.survey
     if inside is not None and architecture(inside) != architecture(case.contract):
         notes.append(f"the contract inside the file is another one: {inside.header.source or inside.digest}")
-    if not any(run.fault or reading.outputs[0].name in run.known for run in seen.runs.values()):
-        through = ", ".join(reading.unknown) or "the graph"
-        notes.append(f"sizes could not be followed through {through}: only names and structure were checked")
     if "tokens" in seen.fixed:
         notes.append(f"the number of text tokens is fixed at {seen.fixed['tokens']}")
     if case.roles.slots and case.roles.naming is None:

@@ -54,7 +54,7 @@ def findings(case: Case) -> tuple[Mismatch, ...]:
         *_slots(case, matching),
         *_surplus(case, matching),
     ]
-    return (*found, *_symbols(matching, {each.where for each in found}), *_sizes(case))
+    return (*found, *_symbols(matching, {each.where for each in found}), *size_faults(case))
 
 
 def _input(case: Case, matching: Matching, want: Input, each: Tensor | None) -> Iterator[Mismatch]:
@@ -200,13 +200,13 @@ def _symbols(matching: Matching, wrong: set[str]) -> Iterator[Mismatch]:
             yield Mismatch("symbol", name, told, "one size under one name", cause="TensorRT refuses inputs that differ there")
 
 
-def _sizes(case: Case) -> Iterator[Mismatch]:
+def size_faults(case: Case) -> Iterator[Mismatch]:
     """Sizes at which the graph cannot work; where one size was asked for, only whether it works there."""
     survey, asked, divisor = case.survey, case.asked, case.contract.divisor
     every = f"multiples of {divisor}" if divisor > 1 else "every latent size"
     fixed = {symbol: size for symbol, size in survey.fixed.items() if symbol != "tokens"}
     if asked is not None:
-        fault = survey.fault(asked)
+        fault = survey.fault(survey.pinned(asked))
         if others := {symbol: size for symbol, size in fixed.items() if size != asked.sizes[symbol]}:
             fault = f"the file fixes {_told(others)}"
         if fault:

@@ -30,6 +30,7 @@ class Roles:
     """The graph's inputs, sorted into residuals and the rest."""
 
     naming: Naming | None
+    """Of the residuals, which a UNet takes and a ControlNet gives."""
     slots: tuple[Tensor, ...]
     """In the order in which the graph makes their skips; those that are added to nothing last."""
     base: tuple[Tensor, ...]
@@ -75,7 +76,10 @@ def sort_out(reading: Reading) -> Roles:
     slots.sort(key=lambda each: min((landing.rank for landing in each.landings), default=math.inf))
     emits = not slots and len(reading.outputs) >= _FEWEST_RESIDUALS
     base = tuple(each for each in reading.inputs if each not in slots)
-    return Roles(naming, tuple(slots), base, emits or any(each.name == "controlnet_cond" for each in base))
+    is_controlnet = emits or any(each.name == "controlnet_cond" for each in base)
+    if is_controlnet:
+        naming = namings.detect(each.name for each in reading.outputs)
+    return Roles(naming, tuple(slots), base, is_controlnet)
 
 
 def match(roles: Roles, contract: Contract) -> Matching:

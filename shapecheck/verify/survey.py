@@ -32,6 +32,16 @@ class Survey:
     refused_batch: Geometry | None
     """A batch and number of tokens at which it does not work, where another does."""
 
+    def pinned(self, geometry: Geometry) -> Geometry:
+        """The size with what the file fixes."""
+        return replace(geometry, **{_FIELDS[symbol]: size for symbol, size in self.fixed.items()})
+
+    def working(self, asked: Geometry | None, divisor: int) -> dict[Geometry, Shapes]:
+        """What was seen where the graph works, at multiples of `divisor`; where one size is asked for, there alone."""
+        counted = self.runs if asked is None else {self.pinned(asked)} & self.runs.keys()
+        allowed = [each for each in counted if not (each.height % divisor or each.width % divisor)]
+        return {each: self.runs[each] for each in allowed if not self.runs[each].fault}
+
     def fault(self, geometry: Geometry | None) -> str:
         """Why the graph does not work there; empty where it does, or where it was not tried."""
         run = None if geometry is None else self.runs.get(geometry)
@@ -54,14 +64,21 @@ class Survey:
         return {skip: tuple(rule) for skip, rule in rules.items()}
 
 
-def survey(reading: Reading, roles: Roles, asked: Geometry | None, progress: Callable[[str], None]) -> Survey:
-    """Try a graph at odd sizes; where it fails there, at multiples of 2, 4, … until it works."""
+def survey(
+    reading: Reading, roles: Roles, asked: Geometry | None, progress: Callable[[str], None], *, allowed: int = 1
+) -> Survey:
+    """Try a graph at odd sizes; where it fails there, at multiples of 2, 4, … until it works.
+
+    Multiples of `allowed` are among the sizes that are tried.
+    """
     trial = _Trial(reading, roles, progress)
     refused = trial.first_refusal(sizes.survey(_HALVINGS))
     divisor, failed = 1, refused
     while failed and divisor < _LARGEST_DIVISOR and not {"h", "w"} <= trial.fixed.keys():
         divisor *= 2
         failed = trial.first_refusal(sizes.multiples_of(divisor, _HALVINGS))
+    if divisor < allowed and not failed:
+        failed = trial.first_refusal(sizes.multiples_of(allowed, _HALVINGS))
     works = next((geometry for geometry, run in trial.runs.items() if not run.fault), None)
     other = works and trial.first_refusal([replace(works, batch=_OTHER_BATCH, tokens=_OTHER_TOKENS)])
     if asked is not None:
@@ -118,11 +135,13 @@ class _Trial:
         return [_size(*axis, geometry) for axis in zip(each.dims or (), self._roles.symbols(each), strict=True)]
 
     def _wrong_output(self, run: Shapes, geometry: Geometry) -> str:
-        output = self._reading.outputs[0].name
-        shape = run.known.get(output, ())
+        output = self._reading.image
+        if output is None or self._roles.is_controlnet:
+            return ""
+        shape = run.known.get(output.name, ())
         if len(shape) != 4 or shape[2:] == (geometry.height, geometry.width):
             return ""
-        return f"output {output}: is {show(shape[2:])} for a sample of {geometry.height}×{geometry.width}"
+        return f"output {output.name}: is {show(shape[2:])} for a sample of {geometry.height}×{geometry.width}"
 
 
 def _size(dim: DeclaredDim, symbol: str | None, geometry: Geometry) -> int | None:

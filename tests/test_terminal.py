@@ -1,0 +1,44 @@
+"""Progress where a person is watching, and nothing of it elsewhere."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from shapecheck.terminal import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_step_is_told_and_a_long_copy_has_a_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with progress() as steps:
+        steps("reading the model")
+        assert "reading the model …" in terminal.getvalue()
+        for done in (0, 2**30, 2**31):
+            steps("copying the weights", done, 2**31)
+    text = terminal.getvalue()
+    assert "copying the weights:   0%" in text
+    assert "2.15G" in text
+    assert text.rstrip(" ").endswith("\r")  # an empty line is left
+
+
+def test_nobody_watches_a_pipe(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", pipe := io.StringIO())
+    with progress() as steps:
+        steps("reading the model")
+        steps("copying the weights", 1, 2)
+    assert pipe.getvalue() == ""
+
+
+def test_the_line_is_emptied_when_the_work_fails(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with pytest.raises(RuntimeError), progress() as steps:
+        steps("reading the model")
+        raise RuntimeError
+    assert terminal.getvalue().rstrip(" ").endswith("\r")
