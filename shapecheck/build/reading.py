@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 
 from shapecheck.build import onnx_file
 from shapecheck.build.shapes import Shapes, parameters_to_inputs, shapes_at
+from shapecheck.build.soundness import LONGEST_NAME, make_sound
 from shapecheck.contract import ShapecheckError
 from shapecheck.observe.configfile import one_line
 from shapecheck.observe.quiet import quiet
@@ -29,9 +29,6 @@ _SAME_VALUE = ("Cast", "CastLike", "Identity")
 _SCALED = ("Mul", "Div")
 _SUMS = ("Add", "Sum")
 _SIZE_ONLY = ("Shape", "Size")
-_MOST_NODES = 200_000
-"""More than any UNet has, its functions written out."""
-_LONGEST_NAME = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +102,7 @@ def read(path: Path) -> Reading:
     proto = onnx_file.load(path)
     with _told_of(path), quiet("onnx_ir"):
         model = ir.from_proto(proto)
-        _refuse_endless(model)
-        passes.InlinePass()(model)
-        model.graph.sort()
-        _refuse_undecoded(model)
-        _refuse_unsound(model)
-        _make_printable(model)
+        make_sound(model)
     return _reading(path, model)
 
 
@@ -141,61 +133,6 @@ def _reading(path: Path, model: ir.Model) -> Reading:
     )
 
 
-def _refuse_endless(model: ir.Model) -> None:
-    """Raise ValueError where functions that call functions come to more nodes than can be written out."""
-    nodes = [*model.graph.all_nodes(), *(node for function in model.functions.values() for node in function.all_nodes())]
-    if _written_out(nodes, model, {}) > _MOST_NODES:
-        raise ValueError(f"its functions come to more than {_MOST_NODES} nodes")
-
-
-def _written_out(nodes: Iterable[ir.Node], model: ir.Model, sizes: dict[ir.OperatorIdentifier, int]) -> int:
-    """How many nodes these are with every call replaced by its function; `sizes` keeps what is known of functions."""
-    count = 0
-    for node in nodes:
-        called = node.op_identifier()
-        if called in model.functions and called not in sizes:
-            sizes[called] = _MOST_NODES  # while it is counted: what calls itself is too large
-            sizes[called] = _written_out(model.functions[called].all_nodes(), model, sizes)
-        count += 1 + sizes.get(called, 0)
-    return count
-
-
-def _refuse_undecoded(model: ir.Model) -> None:
-    """Raise ValueError where a text is no UTF-8: protobuf then gives its bytes."""
-    texts: list[object] = [model.producer_name, model.producer_version]
-    for each in (model, *model.graph):
-        texts += [*each.metadata_props, *each.metadata_props.values()]
-    for node in model.graph:
-        texts += [node.op_type, node.domain, node.name, *(value.name for value in node.outputs)]
-    if undecoded := [text for text in texts if isinstance(text, bytes)]:
-        raise ValueError(f"{undecoded[0]!r:.60} is no UTF-8 text")
-
-
-def _make_printable(model: ir.Model) -> None:
-    """Rename what could not be shown in one line. Raises ValueError where another value has that name."""
-    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
-    taken = {value.name for value in values}
-    for value in values:
-        if (name := one_line(_name(value), _LONGEST_NAME)) != _name(value):
-            if name in taken:
-                raise ValueError(f"two values are called {one_line(name)}")
-            taken.add(name)
-            value.name = name
-
-
-def _refuse_unsound(model: ir.Model) -> None:
-    """Raise ValueError where a value comes from nowhere, or a constant's data from a file that a pass might open."""
-    made = {*model.graph.inputs, *model.graph.initializers.values(), *(each for node in model.graph for each in node.outputs)}
-    for value in (*(each for node in model.graph for each in node.inputs), *model.graph.outputs):
-        if value is not None and value not in made:
-            raise ValueError(f"nothing makes {_name(value)}")
-    for graph in model.graphs():
-        constants = [attribute.value for node in graph for attribute in node.attributes.values()]
-        constants += [value.const_value for value in graph.initializers.values() if graph is not model.graph]
-        if any(isinstance(constant, ir.ExternalTensor) for constant in constants):
-            raise ValueError("a constant keeps its data in another file")
-
-
 def _tensor(value: ir.Value, live: frozenset[ir.Value], landings: tuple[Landing, ...]) -> Tensor:
     dtype = value.dtype.name if value.dtype is not None else "unknown"
     dims = None
@@ -209,7 +146,7 @@ def _dim(dim: int | ir.SymbolicDim) -> DeclaredDim:
     """An axis as declared; some exporters write 0 or -1 where they mean any size."""
     if isinstance(dim, int):
         return dim if dim > 0 else None
-    return one_line(dim.value, _LONGEST_NAME) if dim.value else None
+    return one_line(dim.value, LONGEST_NAME) if dim.value else None
 
 
 def _landings(given: ir.Value, ranks: Mapping[ir.Node, int]) -> tuple[Landing, ...]:
