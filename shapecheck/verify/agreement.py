@@ -20,7 +20,7 @@ from shapecheck.contract.exported import Agreement, Exported
 from shapecheck.verify.sides import Job, arguments, compute
 
 _EXACT = 1e-5
-"""Allowed in float32: fifty times what was measured, and a hundredth of what the smallest planted fault gives."""
+"""Allowed in float32: ten times the largest difference measured at full size, a hundredth of a scale wrong by 0.1 %."""
 _TIMES_OWN = 2
 """Allowed in a half precision: this many times PyTorch's own error there."""
 _PROCESS = 0.6e9
