@@ -246,6 +246,14 @@ def test_quantised_weights_are_refused(folder):
         assert "are quantised to int8" in result.stderr
 
 
+def test_the_files_of_a_variant_are_linked_and_right(tmp_path):
+    small.unet(**small.TINY).half().save_pretrained(tmp_path / "unet", variant="fp16")
+    done = export(tmp_path, tmp_path / "unet.onnx", variant="fp16")
+    assert (done.weights, done.dtype, done.files[1].name) == ("link", "float16", "diffusion_pytorch_model.fp16.safetensors")
+    found = agreement.verify(done, tmp_path, variant="fp16")
+    assert [each.agrees for each in found] == [True, True]
+
+
 def test_a_live_module_needs_no_files(folder, tmp_path):
     """Loaded from half precision files, from a root with other weights in it, or from files that are gone."""
     from diffusers import UNet2DConditionModel
@@ -264,8 +272,9 @@ def test_a_file_says_no_more_of_a_path_than_the_models_folder(copied, saved):
     assert read_contract(copied.path).header.source == f"{saved.name}/unet"
 
 
-def test_an_infinite_allowance_allows_nothing_infinite():
-    assert not Agreement("out_sample", Geometry(1, 8, 8), math.inf, math.inf).agrees
+def test_an_infinite_allowance_allows_nothing():
+    for difference in (math.inf, 5.0, 0.0):
+        assert not Agreement("out_sample", Geometry(1, 8, 8), difference, math.inf).agrees
     assert "out_sample" in report.told(SAMPLE, [Agreement("out_sample", Geometry(1, 8, 8), 0.0, 0.0)])
 
 

@@ -62,6 +62,7 @@ def agrees_with_torch(model, done):
         own = every_output(copy.deepcopy(model).half(), done.contract, given)
         allowed = [2 * difference(*pair) for pair in zip(own, expected, strict=True)]
     errors = [difference(each.astype(np.float32), wanted) for each, wanted in zip(found, expected, strict=True)]
+    assert np.isfinite(allowed).all()
     return all(error <= most for error, most in zip(errors, allowed, strict=True))
 
 

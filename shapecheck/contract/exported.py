@@ -42,5 +42,5 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is allowed; infinite or not a number is no agreement, whatever is allowed."""
-        return math.isfinite(self.difference) and self.difference <= self.allowed
+        """Whether the difference is allowed; where PyTorch's own error is infinite or not a number, nothing is."""
+        return math.isfinite(self.allowed) and self.difference <= self.allowed

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from shapecheck.contract.exported import Agreement, Exported
+from shapecheck.report.tables import fact_list
 
 
 def told(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
@@ -29,7 +28,7 @@ def told(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
         ("contract", contract.digest),
         *((f"at {each.geometry}", _agreement(each)) for each in _worst(agreements)),
     ]
-    text = f"{exported.path}\n\n{tabulate(facts, tablefmt='plain', disable_numparse=True)}\n\nEXPORTED"
+    text = f"{exported.path}\n\n{fact_list(facts, 'human')}\n\nEXPORTED"
     if agreements:
         text += ": PyTorch and ONNX Runtime agree" if _agree(agreements) else ", and DISAGREES with PyTorch"
     return f"{text}\n"

@@ -48,7 +48,7 @@ def memory_needed(exported: Exported) -> int:
 
 def verify(
     exported: Exported,
-    model: str | nn.Module,
+    model: str | Path | nn.Module,
     *,
     geometries: Sequence[Geometry] | None = None,
     variant: str | None = None,
@@ -67,17 +67,17 @@ def verify(
     residuals = tuple(slot.name for slot in contract.slots) if contract.role == "unet" else ()
     precisions = tuple(dict.fromkeys(("float32", exported.dtype)))
     geometries = geometries or _geometries(contract.divisor)
-    name = model if isinstance(model, str) else ""
+    name = "" if isinstance(model, nn.Module) else str(model)
     job = Job(name, precisions, arguments(contract.inputs), residuals, outputs, len(geometries), variant, offline)
     with tempfile.TemporaryDirectory(prefix="shapecheck-") as place:
         folder = Path(place)
         for case, geometry in enumerate(geometries):
             save_file(_inputs(exported, geometry, case), folder / f"{case}.safetensors")
         progress("computing with PyTorch")
-        if isinstance(model, str):
-            _run(job, folder, "PyTorch", memory_needed(exported))
-        else:
+        if isinstance(model, nn.Module):
             _run_live(model, job, folder)
+        else:
+            _run(job, folder, "PyTorch", memory_needed(exported))
         progress("computing with ONNX Runtime")
         onnx_job = replace(job, model=str(exported.path.absolute()), precisions=())
         _run(onnx_job, folder, "ONNX Runtime", memory_needed(exported))

@@ -34,7 +34,7 @@ class Survey:
 
     def pinned(self, geometry: Geometry) -> Geometry:
         """The size with what the file fixes."""
-        return replace(geometry, **{_FIELDS[symbol]: size for symbol, size in self.fixed.items()})
+        return _pinned(geometry, self.fixed)
 
     def working(self, asked: Geometry | None, divisor: int) -> dict[Geometry, Shapes]:
         """What was seen where the graph works, at multiples of `divisor`; where one size is asked for, there alone."""
@@ -102,8 +102,7 @@ class _Trial:
 
     def first_refusal(self, geometries: Sequence[Geometry]) -> Geometry | None:
         """The first of these sizes, as far as the file leaves them open, at which the graph does not work."""
-        pinned = {_FIELDS[symbol]: size for symbol, size in self.fixed.items()}
-        for geometry in dict.fromkeys(replace(each, **pinned) for each in geometries):
+        for geometry in dict.fromkeys(_pinned(each, self.fixed) for each in geometries):
             if geometry not in self.runs:
                 self._progress(f"following the shapes at {geometry}")
                 run = self._run(geometry)
@@ -142,6 +141,10 @@ class _Trial:
         if len(shape) != 4 or shape[2:] == (geometry.height, geometry.width):
             return ""
         return f"output {output.name}: is {show(shape[2:])} for a sample of {geometry.height}×{geometry.width}"
+
+
+def _pinned(geometry: Geometry, fixed: Mapping[str, int]) -> Geometry:
+    return replace(geometry, **{_FIELDS[symbol]: size for symbol, size in fixed.items()})
 
 
 def _size(dim: DeclaredDim, symbol: str | None, geometry: Geometry) -> int | None:
