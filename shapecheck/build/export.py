@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 import onnx_ir as ir
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.contract.exported import Exported, Weights
 from shapecheck.contract.naming import Naming, scheme
 from shapecheck.files import refuse_unwritable, whole
+from shapecheck.observe.progress import Progress, silent
 
 ELEMENTS: Mapping[str, ir.DataType] = {
     "float32": ir.DataType.FLOAT,
@@ -30,17 +30,6 @@ ELEMENTS: Mapping[str, ir.DataType] = {
 _OLDEST_OPSET = {"float32": 18, "float16": 18, "bfloat16": 22}
 _USUAL_OPSET = {"float32": 20, "float16": 20, "bfloat16": 22}
 _NEWEST_OPSET = 23
-
-
-class Progress(Protocol):
-    """Told what is being done, and of long copies how many bytes of how many are."""
-
-    def __call__(self, step: str, done: int = 0, total: int = 0, /) -> object:
-        """Take note."""
-
-
-def _silent(_step: str, _done: int = 0, _total: int = 0, /) -> None:
-    """Tell nobody."""
 
 
 def export(
@@ -54,7 +43,7 @@ def export(
     naming: str = "shapecheck",
     variant: str | None = None,
     offline: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Exported:
     """Write `model` to the ONNX file `output`, right at every size the model accepts, without loading its weights.
 

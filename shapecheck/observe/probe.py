@@ -10,12 +10,9 @@ from torch import nn
 from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError, Slot, Trace
 from shapecheck.observe import causes
 from shapecheck.observe.models import ControlNetChoice, Model, info, take_controlnet_alone, take_controlnets, take_unet
+from shapecheck.observe.progress import Progress, silent
 from shapecheck.observe.reconcile import Subject, emitted_table, reconcile, slot_name
-from shapecheck.observe.runs import Progress, observe, observe_call, observe_controlnet
-
-
-def _silent(_: str) -> None:
-    """Tell nobody."""
+from shapecheck.observe.runs import observe, observe_call, observe_controlnet
 
 
 def probe(
@@ -26,7 +23,7 @@ def probe(
     run: Callable[[], object] | None = None,
     offline: bool = False,
     vae_factor: int | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Contract:
     """Observe a UNet and its ControlNet, and return the contract both agree on.
 

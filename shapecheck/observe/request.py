@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, Shape, ShapecheckError
 from shapecheck.observe import configs, hub
 from shapecheck.observe.configfile import one_line
+from shapecheck.observe.progress import Progress
 
 _MOST_IN_BATCH = 65_536
 _KEYS = {"story", "model", "controlnet", "size", "latent", "batch", "mapping", "expect"}
@@ -52,7 +53,7 @@ class Finding:
     geometry: Geometry
 
 
-def carry_out(request: Request, *, offline: bool = False, progress: Callable[[str], None]) -> Finding:
+def carry_out(request: Request, *, offline: bool = False, progress: Progress) -> Finding:
     """Probe what is asked for. Raises ShapecheckError where it cannot be done; mismatches are part of the finding.
 
     Everything that can be refused by reading configurations is refused before torch is imported.

@@ -13,13 +13,13 @@ from shapecheck.contract import Geometry, ShapecheckError, Trace
 from shapecheck.observe import sizes
 from shapecheck.observe.inputs import call_arguments
 from shapecheck.observe.models import Model
+from shapecheck.observe.progress import Progress
 from shapecheck.observe.record import Recorder, record
 
 _PROBES_GIVEN = 256
 """Residuals of one cell given to a UNet that is asked alone: more than any UNet has slots."""
 _LARGEST_DIVISOR = 2**6
 
-Progress = Callable[[str], None]
 Residuals = tuple[list[Tensor], Tensor]
 
 

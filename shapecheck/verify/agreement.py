@@ -6,7 +6,7 @@ import copy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shapecheck.contract import Geometry, ShapecheckError
 from shapecheck.contract.exported import Agreement, Exported
+from shapecheck.observe.progress import Progress, silent
 from shapecheck.verify.sides import Job, arguments, compute
 
 _EXACT = 1e-5
@@ -25,10 +26,6 @@ _TIMES_OWN = 2
 """Allowed in a half precision: this many times PyTorch's own error there."""
 _PROCESS = 0.6e9
 """Bytes of a process with PyTorch before any weights."""
-
-
-def _silent(_: str) -> None:
-    """Tell nobody."""
 
 
 def refuse_unverifiable(dtype: str | None, weights: str | None) -> None:
@@ -53,7 +50,7 @@ def verify(
     geometries: Sequence[Geometry] | None = None,
     variant: str | None = None,
     offline: bool = False,
-    progress: Callable[[str], object] = _silent,
+    progress: Progress = silent,
 ) -> tuple[Agreement, ...]:
     """Compare the file with the model it was made from: every output, at the given sizes or at two, one of them odd.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +13,11 @@ from shapecheck.contract import Config, Contract, Dim, Geometry, Input, Mismatch
 from shapecheck.contract.checked import Basis, Check, SeenInput, SeenSlot
 from shapecheck.contract.compare import compare
 from shapecheck.contract.naming import SHAPECHECK
+from shapecheck.observe.progress import Progress, silent
 from shapecheck.presets.families import architecture
 from shapecheck.verify.findings import Case, findings, size_faults
 from shapecheck.verify.roles import Roles, roles_of, sort_out
 from shapecheck.verify.survey import Survey, survey
-
-
-def _silent(_: str) -> None:
-    """Tell nobody."""
 
 
 def check(
@@ -28,7 +25,7 @@ def check(
     contract: Contract | None = None,
     geometry: Geometry | None = None,
     *,
-    progress: Callable[[str], None] = _silent,
+    progress: Progress = silent,
 ) -> Check:
     """Everything that is wrong with an exported UNet, without its weights: no mismatches where nothing is.
 

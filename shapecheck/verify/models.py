@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from shapecheck import presets
@@ -11,9 +11,10 @@ from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, Sha
 from shapecheck.observe import configs
 from shapecheck.observe.configfile import refuse_absurd
 from shapecheck.observe.configs import ModelSource
+from shapecheck.observe.progress import Progress
 
 
-def contract_of(model: str, *, offline: bool = False, progress: Callable[[str], None]) -> Contract:
+def contract_of(model: str, *, offline: bool = False, progress: Progress) -> Contract:
     """The contract of a preset or a file that holds one, else that of a model observed now.
 
     Raises ShapecheckError where there is neither.
@@ -33,7 +34,7 @@ def misfits(
     geometry: Geometry | None = None,
     *,
     offline: bool = False,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[Mismatch, ...]:
     """Every disagreement between the named ControlNets and the UNet of this contract, both built from configurations.
 

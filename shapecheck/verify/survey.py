@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shapecheck.build.reading import DeclaredDim, Reading, Tensor
@@ -10,6 +10,7 @@ from shapecheck.build.shapes import Shapes
 from shapecheck.contract import Dim, Geometry, Shape, show
 from shapecheck.contract.dims import BATCH, constant
 from shapecheck.observe import sizes
+from shapecheck.observe.progress import Progress
 from shapecheck.verify.roles import Roles
 
 _LARGEST_DIVISOR = 64
@@ -64,9 +65,7 @@ class Survey:
         return {skip: tuple(rule) for skip, rule in rules.items()}
 
 
-def survey(
-    reading: Reading, roles: Roles, asked: Geometry | None, progress: Callable[[str], None], *, allowed: int = 1
-) -> Survey:
+def survey(reading: Reading, roles: Roles, asked: Geometry | None, progress: Progress, *, allowed: int = 1) -> Survey:
     """Try a graph at odd sizes; where it fails there, at multiples of 2, 4, … until it works.
 
     Multiples of `allowed` are among the sizes that are tried.
@@ -89,7 +88,7 @@ def survey(
 class _Trial:
     """One graph, tried at one size after another."""
 
-    def __init__(self, reading: Reading, roles: Roles, progress: Callable[[str], None]) -> None:
+    def __init__(self, reading: Reading, roles: Roles, progress: Progress) -> None:
         self._reading, self._roles, self._progress = reading, roles, progress
         self.runs: dict[Geometry, Shapes] = {}
         self.fixed = {

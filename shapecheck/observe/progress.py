@@ -1,0 +1,16 @@
+"""How long work tells what it is doing."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Told what is being done, and of long copies how many bytes of how many are."""
+
+    def __call__(self, step: str, done: int = 0, total: int = 0, /) -> object:
+        """Take note."""
+
+
+def silent(_step: str, _done: int = 0, _total: int = 0, /) -> None:
+    """Tell nobody."""
