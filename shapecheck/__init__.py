@@ -1,6 +1,6 @@
 """Shape contracts between ControlNets and diffusion UNets: observed, checked, and carried to ONNX and TensorRT.
 
-Importing this package imports neither torch nor diffusers; `probe` and `export` do when they are first used.
+Importing this package imports neither torch nor diffusers; `probe`, `export` and `EngineSession` do when they are first used.
 """
 
 from __future__ import annotations
@@ -10,29 +10,43 @@ from typing import TYPE_CHECKING, Any
 
 from shapecheck import extras
 from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError, Slot
+from shapecheck.contract.engine import BuildOptions
+from shapecheck.contract.profiles import Profile, Range, profile_of
+from shapecheck.contract.ranges import parse_ranges
 
 if TYPE_CHECKING:
     from shapecheck.build.artefact import read_contract
+    from shapecheck.build.engine import build_engine
     from shapecheck.build.export import export
     from shapecheck.observe.probe import probe
     from shapecheck.observe.record import record
+    from shapecheck.run.engine_session import EngineSession
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BuildOptions",
     "Contract",
     "ContractError",
+    "EngineSession",
     "Geometry",
     "Mismatch",
+    "Profile",
+    "Range",
     "ShapecheckError",
     "Slot",
+    "build_engine",
     "export",
+    "parse_ranges",
     "probe",
+    "profile_of",
     "read_contract",
     "record",
 ]
 
 _LAZY = {
+    "EngineSession": "shapecheck.run.engine_session",
+    "build_engine": "shapecheck.build.engine",
     "export": "shapecheck.build.export",
     "probe": "shapecheck.observe.probe",
     "read_contract": "shapecheck.build.artefact",

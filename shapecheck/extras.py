@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from shapecheck.contract import ShapecheckError
 
-_EXTRAS = {"onnx": "onnx", "onnx_ir": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}
+_EXTRAS = {
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "tensorrt": "gpu",
+    "tensorrt_rtx": "rtx",
+}
 """From a module to the extra of this distribution that installs it."""
 
 

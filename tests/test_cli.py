@@ -12,8 +12,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from shapecheck import Contract, Geometry, cli, presets
-from shapecheck.cli import main
+from shapecheck import Contract, Geometry, presets
+from shapecheck.cli import main, models
 
 
 def shapecheck(*arguments: str):
@@ -113,7 +113,7 @@ def test_nothing_but_a_mismatch_ends_in_1(monkeypatch, raised, status):
     def fail(*_):
         raise raised("planted")
 
-    monkeypatch.setattr(cli, "_request", fail)
+    monkeypatch.setattr(models, "request_for", fail)
     result = shapecheck("probe", "sd15")
     assert result.exit_code == status
     assert ("Traceback" in result.stderr) is (status == 2)

@@ -1,4 +1,4 @@
-"""SD1.5 and SDXL at their real sizes: memory of an export, bytes written, numbers beside PyTorch's."""
+"""SD1.5 and SDXL at their real sizes: memory of an export, bytes written, numbers beside PyTorch's; SD1.5 as an engine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import full_size
 import pytest
 
 from shapecheck import Geometry, read_contract
+from shapecheck.contract.engine_files import read_engine
 from shapecheck.contract.exported import Exported
 from shapecheck.verify import agreement
 
@@ -59,3 +60,16 @@ def test_a_linked_file_is_small_made_in_little_memory_and_right(preset, tmp_path
     assert [each.geometry for each in found] == geometries
     assert all(each.difference <= 2e-6 for each in found)
     assert digests(tmp_path / "unet") == before
+    if preset == "sd15":
+        is_built(output)
+
+
+def is_built(file: Path) -> None:
+    """By TensorRT for RTX, for a range of sizes, from weights that are linked."""
+    sizes = ("--sizes", "512x512:512x512:904x768", "--batch", "1:2:2")
+    plan = file.with_suffix(".plan")
+    peak = run("build", str(file), "-o", str(plan), *sizes, "--target", "rtx", "--compute-capability", "8.9")
+    print(f"engine: peak {peak / 2**20:.0f} MiB, {plan.stat().st_size / 1e6:.0f} MB")
+    assert plan.stat().st_size > 1e9
+    run("check", str(plan), "--controlnet", "sd15", "--size", "904x768", "--weights", str(file))
+    assert read_engine(plan).request.weights == read_engine(plan).request.checkpoint

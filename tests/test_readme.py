@@ -5,15 +5,20 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
+import engines
 import onnx_files
 import pytest
 import small
 from click.testing import CliRunner
 
-from shapecheck import presets
+from shapecheck import parse_ranges, presets, profile_of
+from shapecheck.build.engine import build_engine
 from shapecheck.cli import main
+from shapecheck.contract import profile_forms
+from shapecheck.contract.profiles import Profile
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -35,8 +40,12 @@ def workplace(tmp_path, monkeypatch):
 
 def prepare(text: str) -> None:
     """Make the models that commands name."""
-    if "my-model" in text:
+    if "my-model" in text or "unet.plan" in text:
         small.unet(**small.TINY).save_pretrained("my-model/unet")
+    if ("my-model/unet.onnx" in text or "unet.plan" in text) and "export" not in text:
+        prepare_engine(text)
+    if "from_json(Path" in text:
+        Path("sdxl.contract.json").write_text(presets.contract("sdxl").to_json(), encoding="utf-8")
     if "my-controlnet" in text:
         small.controlnet(small.unet(**small.TINY)).save_pretrained("my-controlnet")
     if "theirs.onnx" in text:
@@ -49,6 +58,18 @@ def prepare(text: str) -> None:
             onnx_files.exchange("down_block_residual_04", "down_block_residual_06"),
             onnx_files.unconsume("mid_block_residual"),
         )
+
+
+def prepare_engine(text: str) -> None:
+    """An ONNX file, profiles that somebody edited, and where it is checked the engine."""
+    file, contract = engines.exported(Path("my-model/unet.onnx"), small.TINY)
+    (sizes,) = parse_ranges(["384x384:512x512:904x768"], ["1:2:4"])
+    good = profile_of(contract, sizes)
+    kept = [each for each in good.inputs if each.name != "down_block_residual_01"]
+    wrong = [replace(each, max=(4, 8, 96, 96)) if each.name == "mid_block_residual" else each for each in kept]
+    Path("edited.json").write_text(profile_forms.dumps([Profile(tuple(wrong))], contract.digest), encoding="utf-8")
+    if text.startswith("check"):
+        build_engine(file, "unet.plan", profiles=[sizes], options=engines.RTX)
 
 
 def said(command: str) -> str:
@@ -64,7 +85,7 @@ def settled(text: str) -> str:
 
 
 def test_there_is_something_to_run():
-    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS)) == (4, 3, 2)
+    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS)) == (7, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +114,9 @@ def test_commands_run_one_after_the_other(block):
         assert result.stdout or len(list(Path().iterdir())) > before
 
 
-@pytest.mark.parametrize(("snippet", "values"), list(zip(SNIPPETS, (1, 3, 0), strict=True)), ids=range(len(SNIPPETS)))
+@pytest.mark.parametrize(("snippet", "values"), list(zip(SNIPPETS, (1, 1, 3, 0), strict=True)), ids=range(len(SNIPPETS)))
 def test_a_snippet_runs_and_says_what_its_comments_say(snippet, values):
+    prepare(snippet)
     scope: dict[str, object] = {}
     exec(compile(snippet, "<snippet>", "exec"), scope)
     said = re.findall(r"(?m)^(.+?)  # (\([^)]*\)|'[^']*')", snippet)

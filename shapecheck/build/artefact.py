@@ -10,6 +10,7 @@ from typing import Any
 
 from shapecheck.build import onnx_file
 from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.contract.engine_files import is_engine, record_of
 from shapecheck.contract.records import Header
 from shapecheck.observe.configfile import one_line
 
@@ -21,10 +22,6 @@ SIZES = "shapecheck.sizes"
 WEIGHTS = "shapecheck.weights"
 VERSIONS = "shapecheck.versions"
 
-SIDECAR = ".shapecheck.json"
-"""What is added to an engine's file name for the JSON beside it; its key "contract" holds the contract."""
-
-_ENGINES = (".plan", ".engine", ".trt")
 _LARGEST_JSON = 16 * 2**20
 _LONGEST_BLANK = 64
 _LONGEST_LINE = 2000
@@ -37,7 +34,7 @@ def read_contract(path: str | Path) -> Contract:
     Reads no weights and no external data. Raises ShapecheckError, naming the file, where there is no contract in it.
     """
     path = Path(path)
-    file = _sidecar(path) if path.suffix.lower() in _ENGINES else path
+    file = _sidecar(path) if is_engine(path) else path
     if _is_json(file):
         return _from_json(file)
     contract = contract_inside(file)
@@ -54,7 +51,7 @@ def may_hold_contract(path: Path) -> bool:
 
     Raises ShapecheckError where it is neither a file nor a folder: nothing may wait for a pipe.
     """
-    if path.suffix.lower() in (".onnx", *_ENGINES):
+    if path.suffix.lower() == ".onnx" or is_engine(path):
         return True
     try:
         if path.is_dir():
@@ -77,7 +74,7 @@ def contract_within(path: Path, metadata: Mapping[str, str]) -> Contract | None:
 
 
 def _sidecar(engine: Path) -> Path:
-    beside = engine.with_name(engine.name + SIDECAR)
+    beside = record_of(engine)
     if not beside.exists():
         raise ShapecheckError(
             f"{engine} has no {beside.name} beside it, where an engine's contract is kept; copy both together, or {_ADVICE}"
@@ -96,7 +93,21 @@ def _is_json(path: Path) -> bool:
 
 
 def _from_json(path: Path) -> Contract:
+    text = text_in(path)
     try:
+        record: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ShapecheckError(f"{path} is not valid JSON: {error}; is it cut short? Otherwise {_ADVICE}") from None
+    inner = record.get("contract") if "shapecheck_contract" not in record else None
+    if inner is not None:
+        text = inner if isinstance(inner, str) else json.dumps(inner)
+    return _parsed(path, text)
+
+
+def text_in(path: Path) -> str:
+    """The text of a file that holds a contract. Raises ShapecheckError where it is too large, or no text."""
+    try:
+        onnx_file.size_of(path)
         with path.open("rb") as file:
             data = file.read(_LARGEST_JSON + 1)
     except OSError as error:
@@ -104,16 +115,9 @@ def _from_json(path: Path) -> Contract:
     if len(data) > _LARGEST_JSON:
         raise ShapecheckError(f"{path} is larger than {_LARGEST_JSON >> 20} MiB: no contract; {_ADVICE}")
     try:
-        text = data.decode("utf-8-sig")
-        record: dict[str, Any] = json.loads(text)
+        return data.decode("utf-8-sig")
     except UnicodeError:
         raise ShapecheckError(f"{path} is not UTF-8 text, as a contract is; {_ADVICE}") from None
-    except (ValueError, RecursionError) as error:
-        raise ShapecheckError(f"{path} is not valid JSON: {error}; is it cut short? Otherwise {_ADVICE}") from None
-    inner = record.get("contract") if "shapecheck_contract" not in record else None
-    if inner is not None:
-        text = inner if isinstance(inner, str) else json.dumps(inner)
-    return _parsed(path, text)
 
 
 def _parsed(path: Path, text: str) -> Contract:

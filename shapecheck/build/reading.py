@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,16 +11,16 @@ import onnx
 import onnx_ir as ir
 
 from shapecheck.build import onnx_file
+from shapecheck.build.places import Places, module_in
 from shapecheck.build.shapes import Shapes, parameters_to_inputs, shapes_at
 from shapecheck.build.soundness import LONGEST_NAME, make_sound
-from shapecheck.contract import ShapecheckError
+from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.observe.configfile import one_line
 from shapecheck.observe.quiet import quiet
 
 DeclaredDim = int | str | None
 """A number, a name, or nothing where the file gives neither."""
 
-_MODULE = re.compile(r"(?:(?:down_blocks|up_blocks)\.\d+|mid_block|conv_in)(?:\.[a-z]\w*|\.\d+)*")
 _DTYPES = {"FLOAT": "float32", "DOUBLE": "float64"}
 _SCOPES = "pkg.torch.onnx.name_scopes"
 """Where torch's newer exporter leaves the modules a node comes from, outermost first."""
@@ -96,6 +95,10 @@ class Reading:
         with _told_of(self.path):
             return shapes_at(self._model, given)
 
+    def places(self, contract: Contract, names: Mapping[str, str]) -> Places:
+        """Where nodes and inputs are, in a contract's words; `names` is what the file calls its inputs."""
+        return Places(self._model, contract, names)
+
 
 def read(path: Path) -> Reading:
     """Read an ONNX file, without the weights beside it or in it. Raises ShapecheckError where it is no sound ONNX model."""
@@ -169,7 +172,7 @@ def _landing(skip: ir.Value, ranks: Mapping[ir.Node, int]) -> Iterator[Landing]:
     maker = skip.producer()
     if maker is not None and maker.op_type != "Constant":
         texts = (_name(skip), maker.name or "", maker.metadata_props.get(_SCOPES, ""))
-        yield Landing(_name(skip), next(filter(None, map(_module, texts)), ""), ranks[maker])
+        yield Landing(_name(skip), next(filter(None, map(module_in, texts)), ""), ranks[maker])
 
 
 def _origin(value: ir.Value) -> ir.Value:
@@ -204,11 +207,6 @@ def _is_parameter(value: ir.Value) -> bool:
 
 def _is_known(node: ir.Node, model: ir.Model) -> bool:
     return onnx.defs.has(node.op_type, node.domain) and node.domain in model.graph.opset_imports
-
-
-def _module(text: str) -> str:
-    """The innermost diffusers module in a name such as `/down_blocks.1/resnets.0/conv1/Conv_output_0`."""
-    return max(_MODULE.findall(text.replace("/", ".")), key=len, default="").removesuffix(".out")
 
 
 def _name(value: ir.Value) -> str:

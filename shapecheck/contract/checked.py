@@ -57,5 +57,7 @@ class Check:
     """The one size that was asked for."""
     mismatches: tuple[Mismatch, ...]
     notes: tuple[str, ...]
+    names: tuple[tuple[str, str], ...]
+    """Inputs of the contract that were found: the contract's name, and the file's."""
     unchecked: str
     """Why the sizes were not looked at; empty where they were."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from shapecheck.contract.dims import Shape
+from shapecheck.contract.dims import Dim, Shape
 from shapecheck.contract.geometry import Geometry
 from shapecheck.contract.records import Mismatch, MismatchKind, Slot
 
@@ -34,6 +34,16 @@ def compare(
         if name not in table
     ]
     return (*found, *surplus)
+
+
+def kind_of(rule: tuple[Dim, ...], shape: Shape, expected: Shape) -> MismatchKind:
+    """In what the shape of an input is not what its rule gives."""
+    if len(shape) != len(expected):
+        return "rank"
+    wrong = {dim.symbol for dim, size, wanted in zip(rule, shape, expected, strict=True) if size != wanted}
+    if None in wrong:
+        return "channels"
+    return "batch" if wrong == {"batch"} else "size"
 
 
 def _diagnosis(expected: Shape, given: Shape, table: Mapping[str, Shape]) -> tuple[MismatchKind, str]:

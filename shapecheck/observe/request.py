@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, Shape, ShapecheckError
+from shapecheck.contract.ranges import parse_pair
 from shapecheck.observe import configs, hub
 from shapecheck.observe.configfile import one_line
 from shapecheck.observe.progress import Progress
@@ -129,14 +129,6 @@ def checked_batch(value: object, name: str) -> int:
     if type(value) is not int or not 1 <= value <= _MOST_IN_BATCH:
         raise ShapecheckError(f"{name} must be a whole number from 1 to {_MOST_IN_BATCH}, got {one_line(value)}")
     return value
-
-
-def parse_pair(text: str, form: str) -> tuple[int, int]:
-    """Two whole numbers out of `904x512`. Raises ShapecheckError showing the form expected."""
-    match = re.fullmatch(r"([0-9]{1,6})[xX×]([0-9]{1,6})", text.strip())
-    if not match or not int(match[1]) or not int(match[2]):
-        raise ShapecheckError(f"{text!r} is no size; expected {form}, two whole numbers such as 904x512")
-    return int(match[1]), int(match[2])
 
 
 def geometry_of(request: Request, vae_factor: int) -> Geometry | None:

@@ -67,6 +67,7 @@ def check(
         geometry,
         mismatches,
         (*notes, *_notes(case, inside)),
+        case.matching.names,
         _unchecked(reading, case, mismatches),
     )
 

@@ -63,6 +63,12 @@ class Matching:
     surplus: tuple[Tensor, ...]
     renamed: frozenset[str]
 
+    @property
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """Inputs of the contract that were found: the contract's name, and the file's."""
+        inputs = [(own.name, each.name) for own, each in self.inputs if each is not None]
+        return (*inputs, *((own.name, each.name) for own, each in self.slots if each is not None))
+
 
 def roles_of(each: Tensor) -> tuple[str, ...]:
     """What diffusers calls this base input; two names for one that joins two."""

@@ -1,0 +1,255 @@
+"""An ONNX file as an engine: profiles and graph checked first, then built in a process of its own, then written whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shapecheck import doctor
+from shapecheck.build import artefact, engine_cache, ports, serving
+from shapecheck.build import weights as checkpoints
+from shapecheck.build.engine_process import EngineError, EngineProcess
+from shapecheck.build.external import external_tensors, file_digest
+from shapecheck.build.reading import Reading, read
+from shapecheck.contract import Contract, ContractError, Mismatch, ShapecheckError, profile_check, profile_forms
+from shapecheck.contract.engine import BuildOptions, Built, Engine, Request
+from shapecheck.contract.engine_files import ENGINES, record_of
+from shapecheck.contract.engine_seen import DTYPES, SeenEngine, differences, seen_from
+from shapecheck.contract.profiles import Profile, Range, profile_of, range_of
+from shapecheck.files import refuse_unwritable, whole
+from shapecheck.observe.configfile import one_line
+from shapecheck.observe.progress import Progress, silent
+
+_LONGEST = 500
+"""Characters of one of TensorRT's own messages."""
+
+
+_ANY_GPU = "every one that TensorRT for RTX supports, but 7.5"
+"""What it builds for where no compute capability is named, by its own message (1.7.1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The ONNX file an engine is made from, with what it is known to be."""
+
+    path: Path
+    reading: Reading
+    contract: Contract
+    names: Mapping[str, str]
+    """From the contract's name of an input to the file's."""
+
+
+def source_of(
+    file: str | Path, contract: Contract | None = None, names: Mapping[str, str] | None = None, progress: Progress = silent
+) -> Source:
+    """Read an ONNX file to build from. `names` says what it calls each input; by default as the naming scheme in it does.
+
+    Raises ShapecheckError where it is no ONNX file, or holds no contract and none is given.
+    """
+    path = Path(file)
+    progress(f"reading {path}")
+    reading = read(path)
+    known = contract or artefact.contract_within(path, reading.metadata)
+    if known is None:
+        raise ShapecheckError(f"{path} holds no contract: say which UNet it is with --model, or contract= from Python")
+    called = names or ports.names_for(known, [each.name for each in reading.inputs])
+    return Source(path, reading, known, called)
+
+
+def build_engine(
+    file: str | Path | Source,
+    output: str | Path | None = None,
+    *,
+    profiles: Sequence[Profile | Range],
+    cache: str | Path | None = None,
+    contract: Contract | None = None,
+    options: BuildOptions | None = None,
+    timing_cache: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Built:
+    """Build the engine of an ONNX file, or find it where it was built before.
+
+    `profiles` are ranges of geometries, or profiles made of them, in the contract's names. `output` ends in .plan, .engine or
+    .trt; without it `cache` is a folder in which engines are kept by all that they depend on. `contract` is needed for a file
+    that holds none. `timing_cache` is a file that TensorRT's timings are read from and added to; in a cache folder there is
+    one by default. `force` builds even what is there unchanged.
+
+    Beside the engine appears its record, `output` + `.shapecheck.json`. Both appear when they are whole.
+
+    Raises ContractError with everything that is wrong where graph, profiles and contract disagree, before TensorRT is loaded;
+    EngineError where TensorRT refuses the graph or cannot build it; ShapecheckError where files or TensorRT are missing.
+    """
+    options = _checked(options or BuildOptions())
+    target = _target(output, cache)
+    source = file if isinstance(file, Source) else source_of(file, contract, progress=progress)
+    wanted = tuple(profile_of(source.contract, each) if isinstance(each, Range) else each for each in profiles)
+    check(source, wanted, progress)
+    digests = _digests(source, progress)
+    with EngineProcess(options.target, progress) as process:
+        ready = _ready(process, options)
+        outputs = tuple(each.name for each in source.reading.outputs)
+        request = Request(
+            source.contract, wanted, tuple(source.names.items()), outputs, **digests, options=options,
+            tensorrt=ready["tensorrt"], gpu=ready["gpu"] or ", ".join(options.compute_capabilities) or _ANY_GPU,
+        )  # fmt: skip
+        path = target or engine_cache.place(Path(cache or ""), source.path, request)
+        progress(f"looking for {path}")
+        hashing = lambda *bytes_: progress(f"hashing {path}", *bytes_)  # noqa: E731
+        if not force and (engine := engine_cache.find(path, request, hashing)) is not None:
+            return Built(path, engine, True, 0.0)
+        timings = Path(timing_cache) if timing_cache else Path(cache) / f"{options.target}.timings" if cache else None
+        return _build(process, source, request, path, timings, progress)
+
+
+def check(source: Source, profiles: Sequence[Profile], progress: Progress = silent) -> None:
+    """Raise ContractError with everything that is wrong between graph, profiles and contract, or return in silence.
+
+    Needs no TensorRT: inputs of the graph as in the contract; every profile with exactly those inputs, all images of one
+    range; dtypes; and sizes at which the graph works.
+    """
+    declared = ports.ports_of(source.reading.inputs)
+    found: list[Mismatch] = [*ports.mismatches(source.contract, declared, source.names)]
+    for profile in profiles:
+        found += profile_check.mismatches(source.contract, profile)
+        found += [each for each in ports.profile_mismatches(profile, declared, source.names) if _is_new(each, found)]
+    for profile in () if found else profiles:
+        sizes = range_of(source.contract, profile)
+        wrong = serving.refusal(source.reading, source.contract, source.names, sizes, progress)
+        found += [wrong] if wrong else []
+    if not profiles:
+        raise ShapecheckError("no profile was given; give --sizes, such as --sizes 512x512:768x768:1024x1024")
+    if found:
+        raise ContractError(tuple(found), subject=f"{source.path} is not built", contract=source.contract)
+
+
+def read_back(path: Path, engine: Engine, progress: Progress = silent) -> SeenEngine:
+    """What TensorRT shows of an engine. Raises ShapecheckError where it cannot be loaded here: no TensorRT, driver or GPU."""
+    with EngineProcess(engine.request.options.target, progress) as process:
+        progress("loading TensorRT")
+        process.hear("ready")
+        process.say({"read": str(path.absolute())})
+        progress(f"loading {path}")
+        return seen_from(process.hear("read"))
+
+
+def _is_new(each: Mismatch, found: Sequence[Mismatch]) -> bool:
+    return all((each.where, each.kind) != (other.where, other.kind) for other in found)
+
+
+def _checked(options: BuildOptions) -> BuildOptions:
+    """Raise ShapecheckError for options that no build can keep."""
+    if options.target == "rtx" and options.version_compatible:
+        raise ShapecheckError("--version-compatible is for --target trt: TensorRT for RTX comes without the library it needs")
+    for each in options.compute_capabilities:
+        if options.target != "rtx":
+            raise ShapecheckError("--compute-capability is for --target rtx; TensorRT builds for the GPU it runs on")
+        if not re.fullmatch(r"[0-9]{1,2}\.[0-9]", each):
+            raise ShapecheckError(f"--compute-capability: {each!r:.40} is no compute capability such as 8.9")
+    return options
+
+
+def _target(output: str | Path | None, cache: str | Path | None) -> Path | None:
+    """Where the engine goes, if that is known before the build. Raises ShapecheckError where nothing can be written there."""
+    if (output is None) == (cache is None):
+        raise ShapecheckError("say where the engine goes: -o FILE.plan, or --cache FOLDER, and not both")
+    if output is None:
+        try:
+            Path(cache or "").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ShapecheckError(f"cannot write to {cache}: {error.strerror or error}") from None
+        return None
+    path = Path(output)
+    if path.suffix.lower() not in ENGINES:
+        raise ShapecheckError(f"cannot write {path}: the name of an engine ends in {', '.join(ENGINES)}")
+    refuse_unwritable(path)
+    refuse_unwritable(record_of(path))
+    return path
+
+
+def _digests(source: Source, progress: Progress) -> dict[str, str]:
+    """What the file and its weights are, by their bytes: what its metadata says may be older than the weights beside it."""
+    tensors = external_tensors(source.path)
+    weights = checkpoints.digest(tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
+    checkpoint = one_line(source.reading.metadata.get(artefact.WEIGHTS, ""))
+    return {"onnx": file_digest(source.path), "weights": weights, "checkpoint": checkpoint}
+
+
+def _ready(process: EngineProcess, options: BuildOptions) -> Mapping[str, Any]:
+    """What TensorRT there is. Raises ShapecheckError with what to do where there is none."""
+    process.progress("loading TensorRT")
+    try:
+        return process.hear("ready")
+    except EngineError as error:
+        known = doctor.backend(options.target)
+        fix = f"; {known.fix}" if known.fix else ""
+        raise ShapecheckError(f"cannot build with --target {options.target}: {known.reason or error}{fix}") from error
+
+
+def _build(
+    process: EngineProcess, source: Source, request: Request, path: Path, timings: Path | None, progress: Progress
+) -> Built:
+    record = record_of(path)
+    with ExitStack() as files:
+        beside = files.enter_context(whole(record))
+        partial = files.enter_context(whole(path))
+        try:
+            process.say(_job(source, request, partial, timings))
+            _check_network(source, process.hear("parsed"))
+            process.say({})
+            progress("building")
+            done = process.hear("built")
+        except EngineError as error:
+            raise _told(error, source, request.options) from error
+        engine = Engine(request, file_digest(partial), partial.stat().st_size)
+        if request.options.target == "trt":  # the other builds for GPUs that are not here
+            _check_built(partial, engine, path, progress)
+        beside.write_text(engine.to_json(), encoding="utf-8")
+    return Built(path, engine, False, done["seconds"], tuple(process.messages))
+
+
+def _job(source: Source, request: Request, partial: Path, timings: Path | None) -> dict[str, Any]:
+    return {
+        "onnx": str(source.path.absolute()),
+        "name": request.contract.digest,
+        "profiles": profile_forms.as_json([profile.renamed(request.engine_names) for profile in request.profiles]),
+        "options": asdict(request.options),
+        "output": str(partial.absolute()),
+        "timing_cache": str(timings.absolute()) if timings else None,
+    }
+
+
+def _check_network(source: Source, parsed: Mapping[str, Any]) -> None:
+    """Raise ContractError where TensorRT's parser made other inputs of the file than it declares."""
+    seen = [ports.Port(each["name"], DTYPES.get(each["dtype"], each["dtype"].lower()), tuple(each["dims"]))
+            for each in parsed["inputs"]]  # fmt: skip
+    if found := ports.mismatches(source.contract, seen, source.names):
+        raise ContractError(found, subject=f"TensorRT's parser reads {source.path} otherwise", contract=source.contract)
+
+
+def _check_built(partial: Path, engine: Engine, path: Path, progress: Progress) -> None:
+    """Raise ContractError where the engine that was built is not what was asked for."""
+    if found := differences(engine.request, read_back(partial, engine, progress)):
+        raise ContractError(found, subject=f"{path} came out otherwise than asked for", contract=engine.request.contract)
+
+
+def _told(error: EngineError, source: Source, options: BuildOptions) -> EngineError:
+    """The same error in the contract's words, TensorRT's own kept below."""
+    places = source.reading.places(source.contract, source.names)
+    if error.errors:
+        lines = [f"TensorRT's parser refuses {len(error.errors)} of the nodes of {source.path}:"]
+        for each in error.errors:
+            place = places.of_node(each.node)
+            lines.append(f"  {one_line(each.operator)} {one_line(each.node)}{f' ({place})' if place else ''}:")
+            lines.append(f"    {one_line(each.text, _LONGEST)}")
+    else:
+        lines = [f"TensorRT could not {'parse' if error.stage == 'parse' else 'build'} {source.path}:"]
+        lines += [f"  {text}" for text in error.texts]
+        lines += [f"  {name} is {place}" for name, place in places.named_in(" ".join(error.texts)).items()]
+    if error.stage == "build" and options.target == "rtx" and options.refittable:
+        lines.append("  refittable engines are compiled on the GPU: without one TensorRT for RTX builds none")
+    return EngineError(error.stage, "\n".join(lines), (), error.errors)

@@ -1,0 +1,31 @@
+"""The command line: one small function a subcommand, thin over the library."""
+
+from __future__ import annotations
+
+import click
+
+from shapecheck import __version__
+from shapecheck.cli.engines import build, profile
+from shapecheck.cli.files import check, export
+from shapecheck.cli.group import Commands
+from shapecheck.cli.machine import doctor
+from shapecheck.cli.models import presets, probe
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="shapecheck")
+def main() -> None:
+    """Verify the shapes that ControlNets and diffusion UNets agree on, from PyTorch to ONNX Runtime to TensorRT.
+
+    Exit status: 0 fine, 1 the contract is broken, 2 it could not run.
+    """
+
+
+for _command in (probe, export, check, profile, build, doctor, presets):
+    main.add_command(_command)
+
+
+@main.result_callback()
+@click.pass_context
+def _exit(ctx: click.Context, /, status: int, **_: object) -> None:
+    ctx.exit(status)

@@ -1,0 +1,203 @@
+"""Subcommands about engines: profile, build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from shapecheck import ContractError
+from shapecheck.cli.options import held_to, human_or_json, offline_option, output_option, size_options
+from shapecheck.contract.engine import Target
+from shapecheck.contract.profile_forms import Tool
+from shapecheck.files import refuse_unwritable
+from shapecheck.terminal import progress, write
+
+
+@click.command()
+@click.argument("model")
+@size_options
+@click.option("--model", "contract", metavar="MODEL", help="The UNet of an ONNX file that holds no contract.")
+@click.option(
+    "--for",
+    "tool",
+    type=click.Choice(get_args(Tool)),
+    help="Print the options of Polygraphy's or trtexec's command line, or of ONNX Runtime's TensorRT provider.",
+)
+@offline_option
+@human_or_json
+@output_option
+def profile(
+    model: str,
+    sizes: tuple[str, ...],
+    batch: tuple[str, ...],
+    tokens: str,
+    contract: str | None,
+    tool: Tool | None,
+    offline: bool,
+    form: str,
+    output: Path | None,
+) -> int:
+    """Print the optimization profiles of MODEL: min, opt and max of every dynamic input, all images of one range of sizes.
+
+    MODEL is what `probe` takes, a saved contract, or FILE.onnx, whose own input names are then used and whose graph is
+    tried at sizes of the range. Exit status 1 where the graph cannot serve them.
+
+    \b
+    Examples:
+      shapecheck profile sd15 --sizes 384x384:512x512:768x768 --batch 1:2:4
+      shapecheck profile unet.onnx --sizes 512x512:512x512:904x512 --for trtexec
+      shapecheck profile contract.json --sizes 512x512 --sizes 768x768 --for ort --format json
+    """
+    from shapecheck.report import check as check_report
+    from shapecheck.report import engine as engine_report
+    from shapecheck.report import profile as report
+    from shapecheck.verify import buildable
+
+    if output is not None:
+        refuse_unwritable(output)
+    wanted = buildable.Sizes(sizes, batch, tokens)
+    try:
+        with progress() as tell:
+            held = held_to(contract, offline, tell)
+            made = buildable.profiles_of(model, wanted, held, offline=offline, progress=tell)
+    except ContractError as error:
+        write(engine_report.refused(error, form), None)
+        return error.exit_status
+    if made.broken is not None:
+        write(check_report.as_json(made.broken) if form == "json" else check_report.told(made.broken), None)
+        return ContractError.exit_status
+    if tool is not None:
+        text = report.for_tool(made.profiles, tool, form)
+    else:
+        text = (
+            report.as_json(made.contract, made.profiles)
+            if form == "json"
+            else report.told(made.contract, made.profiles, made.names)
+        )
+    write(text, output)
+    return 0
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="ENGINE.plan",
+    help="The engine to write. Its record goes to ENGINE.plan.shapecheck.json.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Instead of -o: keep the engine in this folder, under a name made of all that it depends on, or find it there.",
+)
+@size_options
+@click.option(
+    "--profile",
+    "profiles",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.json",
+    help="Profiles that `shapecheck profile --format json` wrote, instead of --sizes.",
+)
+@click.option("--model", "contract", metavar="MODEL", help="The UNet of an ONNX file that holds no contract.")
+@click.option(
+    "--target",
+    type=click.Choice(get_args(Target)),
+    default="trt",
+    show_default=True,
+    help="TensorRT, which builds for the GPU it runs on; or TensorRT for RTX, which builds on any machine.",
+)
+@click.option(
+    "--compute-capability",
+    "capabilities",
+    multiple=True,
+    metavar="N.N",
+    help="With --target rtx: a GPU to build for, such as 8.9. Repeatable.  [default: every one it supports but 7.5]",
+)
+@click.option(
+    "--optimization-level",
+    "level",
+    type=click.IntRange(0, 5),
+    help="How long TensorRT searches for fast kernels.  [default: TensorRT's]",
+)
+@click.option("--workspace", type=click.IntRange(min=1), metavar="MiB", help="Scratch memory a layer may use.  [default: all]")
+@click.option("--refittable", is_flag=True, help="Weights can be exchanged in the engine.")
+@click.option("--version-compatible", is_flag=True, help="The engine runs with later versions of TensorRT too.")
+@click.option("--tf32/--no-tf32", default=True, show_default=True, help="Let float32 products be computed in TF32.")
+@click.option(
+    "--timing-cache",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Read TensorRT's timings from this file and add to it.  [default: none; with --cache one in that folder]",
+)
+@click.option("--force", is_flag=True, help="Build even where the same engine is there, unchanged.")
+@offline_option
+@human_or_json
+def build(
+    file: Path,
+    output: Path | None,
+    cache: Path | None,
+    sizes: tuple[str, ...],
+    batch: tuple[str, ...],
+    tokens: str,
+    profiles: Path | None,
+    contract: str | None,
+    target: Target,
+    capabilities: tuple[str, ...],
+    level: int | None,
+    workspace: int | None,
+    refittable: bool,
+    version_compatible: bool,
+    tf32: bool,
+    timing_cache: Path | None,
+    force: bool,
+    offline: bool,
+    form: str,
+) -> int:
+    """Build the TensorRT engine of FILE.onnx, for a range of sizes.
+
+    Before TensorRT is loaded the graph is checked, and profiles and graph are held to the contract: exit status 1 and every
+    fault where they disagree. Precision is that of the graph. An engine that is there already is found, not built again,
+    unless weights, graph, sizes, options, TensorRT or GPU are others. `shapecheck doctor` says whether TensorRT runs here.
+
+    \b
+    Examples:
+      shapecheck build unet.onnx -o unet.plan --sizes 512x512:768x768:1024x1024 --batch 1:2:4
+      shapecheck build unet.onnx --cache engines --sizes 512x512 --sizes 904x512
+      shapecheck build unet.onnx -o unet.plan --sizes 512x512 --target rtx --compute-capability 8.9
+    """
+    from shapecheck.build import engine
+    from shapecheck.contract.engine import BuildOptions
+    from shapecheck.report import check as check_report
+    from shapecheck.report import engine as report
+    from shapecheck.verify import buildable
+
+    options = BuildOptions(
+        target, level, workspace << 20 if workspace else None, refittable, version_compatible, tf32, capabilities
+    )
+    wanted = buildable.Sizes(sizes, batch, tokens, profiles)
+    try:
+        with progress() as tell:
+            source, found = buildable.examine(file, held_to(contract, offline, tell), tell)
+            if source is None:
+                write(check_report.as_json(found) if form == "json" else check_report.told(found), None)
+                return ContractError.exit_status
+            built = engine.build_engine(
+                source,
+                output,
+                cache=cache,
+                profiles=buildable.profiles_for(source.contract, wanted, dict(source.names)),
+                options=options,
+                timing_cache=timing_cache,
+                force=force,
+                progress=tell,
+            )
+    except ContractError as error:
+        write(report.refused(error, form), None)
+        return error.exit_status
+    write(report.as_json(built) if form == "json" else report.told(built), None)
+    return 0

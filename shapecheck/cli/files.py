@@ -1,0 +1,237 @@
+"""Subcommands about files: export, check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shapecheck import ContractError, ShapecheckError
+from shapecheck.cli.options import Form, format_option, held_to, human_or_json, offline_option, output_option, request_for
+from shapecheck.contract.engine_files import is_engine
+from shapecheck.contract.naming import SCHEMES, SHAPECHECK
+from shapecheck.files import refuse_unwritable
+from shapecheck.terminal import progress, write
+
+if TYPE_CHECKING:
+    from shapecheck.contract.exported import Agreement, Exported, Weights
+    from shapecheck.observe.request import Request
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.onnx",
+    help="The file to write.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["link", "copy", "none"]),
+    help="Point into the checkpoint's own safetensors, which FILE.onnx must lie beside or above; copy them to FILE.onnx.data; "
+    "or write the structure alone.  [default: link where that is possible, else copy]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Precision of the graph and its weights.  [default: the checkpoint's]",
+)
+@click.option("--opset", type=int, metavar="N", help="ONNX opset, 18 to 23.  [default: 20; 22 for bfloat16]")
+@click.option("--control/--no-control", default=True, show_default=True, help="With one input a slot, or with none.")
+@click.option(
+    "--naming",
+    type=click.Choice([naming.key for naming in SCHEMES]),
+    default=SHAPECHECK.key,
+    show_default=True,
+    help="Whose names for the slots.",
+)
+@click.option("--variant", metavar="NAME", help="Which of a checkpoint's files, such as fp16.")
+@click.option(
+    "--verify/--no-verify",
+    default=False,
+    show_default=True,
+    help="Compare with PyTorch afterwards, in ONNX Runtime on the CPU, at two sizes. This loads the weights.",
+)
+@offline_option
+@human_or_json
+def export(
+    model: str,
+    output: Path,
+    weights: Weights | None,
+    dtype: str | None,
+    opset: int | None,
+    control: bool,
+    naming: str,
+    variant: str | None,
+    verify: bool,
+    offline: bool,
+    form: str,
+) -> int:
+    """Write MODEL to an ONNX file that is right at every size, without loading its weights.
+
+    MODEL is a diffusers folder, a config.json, a hub id or a preset: of a UNet, which gets one input a slot, or of a
+    ControlNet, which gets one output a slot and conditioning_scale as an input. The file carries its contract; `shapecheck
+    check FILE.onnx` reads it. Half a minute for SD1.5, two for SDXL; less than 1 GB of memory.
+
+    \b
+    Examples:
+      shapecheck export ./sd15 -o ./sd15/unet.onnx
+      shapecheck export ./sd15 -o unet_fp16.onnx --dtype float16 --verify
+      shapecheck export ./my-controlnet -o controlnet.onnx --weights copy
+      shapecheck export sdxl -o sdxl.onnx --weights none
+    """
+    from shapecheck.build import export as exporter
+    from shapecheck.report import exported as report
+
+    if verify:
+        _refuse_unverifiable(dtype, weights)
+    with progress() as steps:
+        done = exporter.export(
+            model,
+            output,
+            weights=weights,
+            dtype=dtype,
+            opset=opset,
+            control=control,
+            naming=naming,
+            variant=variant,
+            offline=offline,
+            progress=steps,
+        )
+    try:
+        agreements = _verified(done, model, variant, offline) if verify else ()
+    except ShapecheckError:  # the file is written all the same
+        write(report.as_json(done) if form == "json" else report.told(done), None)
+        raise
+    write(report.as_json(done, agreements) if form == "json" else report.told(done, agreements), None)
+    return 0 if all(each.agrees for each in agreements) else ContractError.exit_status
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", metavar="MODEL", help="The UNet it should be: what `probe` takes, or a file that holds a contract.")
+@click.option(
+    "--controlnet", "controlnets", multiple=True, metavar="NAME", help="Say too whether this ControlNet fits. Repeatable."
+)
+@click.option("--size", metavar="WxH", help="Only this image size in pixels has to work.")
+@click.option("--latent", metavar="HxW", help="The same in latent cells.")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    help="Batch, with --size or --latent.  [default: 1; for an engine, one that it takes]",
+)
+@click.option(
+    "--weights", metavar="MODEL", help="Say too whether an engine was built from these: an ONNX file, or a model's folder."
+)
+@offline_option
+@format_option
+@output_option
+def check(
+    file: Path,
+    model: str | None,
+    controlnets: tuple[str, ...],
+    size: str | None,
+    latent: str | None,
+    batch: int | None,
+    weights: str | None,
+    offline: bool,
+    form: Form,
+    output: Path | None,
+) -> int:
+    """Say what is wrong with FILE: an ONNX file that anybody exported, or an engine with its record.
+
+    Of an ONNX file the graph is read and no weights. Without --model it is held to the contract inside it, else to the
+    preset it fits best, else to itself. Without --size every size that the contract allows has to work. A ControlNet's file
+    is held to the contract inside it, or its outputs to the UNet of --model.
+
+    An engine (.plan, .engine, .trt) is read where TensorRT can load it, else the record beside it: does it belong to the
+    record, which profile does the size fit, does the ControlNet fit, was it built from these weights; and what to do if not.
+
+    Exit status 0 says that the file is fine, 1 that something is wrong or does not fit. It is 2, and the verdict NOT CHECKED,
+    where nothing was found wrong but sizes could not be followed through the graph.
+
+    \b
+    Examples:
+      shapecheck check unet.onnx
+      shapecheck check unet.onnx --model sdxl --controlnet controlnet-sdxl-small
+      shapecheck check unet.onnx --model ./my-model --size 904x512 --format json
+      shapecheck check unet.plan --controlnet controlnet-sd15 --size 904x512 --weights unet.onnx
+    """
+    from shapecheck.build.artefact import contract_inside
+    from shapecheck.observe.request import geometry_of
+    from shapecheck.report import check as report
+    from shapecheck.verify.check import check as verify
+    from shapecheck.verify.models import contract_of, misfits
+
+    request = request_for("", (), size, latent, batch)
+    if output is not None:
+        refuse_unwritable(output)
+    if is_engine(file):
+        return _check_engine(file, model, controlnets, request, batch is None, weights, offline, form, output)
+    if weights is not None:
+        raise ShapecheckError("--weights is for engines; `shapecheck export --verify` compares an ONNX file with its model")
+    with progress() as tell:
+        contract = contract_of(model, offline=offline, progress=tell) if model else None
+        known = contract or (contract_inside(file) if size else None)
+        asked = geometry_of(request, known.header.vae_factor if known else 8)
+        checked = verify(file, contract, asked, progress=tell)
+        found = misfits(checked.contract, controlnets, asked, offline=offline, progress=tell) if controlnets else ()
+    if form == "json":
+        text = report.as_json(checked, controlnets=controlnets, misfits=found)
+    else:
+        text = report.told(checked, form=form, controlnets=controlnets, misfits=found)
+    write(text, output)
+    if checked.mismatches or found:
+        return ContractError.exit_status
+    return ShapecheckError.exit_status if checked.unchecked else 0
+
+
+def _check_engine(
+    file: Path,
+    model: str | None,
+    controlnets: tuple[str, ...],
+    request: Request,
+    any_batch: bool,
+    weights: str | None,
+    offline: bool,
+    form: Form,
+    output: Path | None,
+) -> int:
+    from shapecheck.build.artefact import read_contract
+    from shapecheck.observe.request import geometry_of
+    from shapecheck.report import engine_check as report
+    from shapecheck.verify.engine_check import check_engine
+
+    asked = geometry_of(request, read_contract(file).header.vae_factor)
+    with progress() as tell:
+        checked = check_engine(
+            file,
+            held_to(model, offline, tell),
+            controlnets=controlnets,
+            asked=asked,
+            any_batch=any_batch,
+            weights=weights,
+            offline=offline,
+            progress=tell,
+        )
+    write(report.as_json(checked) if form == "json" else report.told(checked, form), output)
+    return 0 if checked.is_fine else ContractError.exit_status
+
+
+def _refuse_unverifiable(dtype: str | None, weights: Weights | None) -> None:
+    from shapecheck.verify import agreement
+
+    agreement.refuse_unverifiable(dtype, weights)
+
+
+def _verified(exported: Exported, model: str, variant: str | None, offline: bool) -> tuple[Agreement, ...]:
+    from shapecheck.verify import agreement
+
+    needed = agreement.memory_needed(exported) / 1e9
+    click.echo(f"verifying: up to {needed:.1f} GB of memory, PyTorch and ONNX Runtime one after the other", err=True)
+    with progress() as steps:
+        return agreement.verify(exported, model, variant=variant, offline=offline, progress=steps)

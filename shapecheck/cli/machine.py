@@ -1,0 +1,48 @@
+"""The subcommand about this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shapecheck import ContractError
+from shapecheck.cli.options import human_or_json, output_option
+from shapecheck.contract.environment import BACKENDS, check_known
+from shapecheck.files import refuse_unwritable
+from shapecheck.terminal import progress, write
+
+
+@click.command()
+@click.option(
+    "--require",
+    "required",
+    multiple=True,
+    metavar="BACKEND",
+    help=f"Exit with 1 where this cannot run: {', '.join(BACKENDS)}. Repeatable.",
+)
+@human_or_json
+@output_option
+def doctor(required: tuple[str, ...], form: str, output: Path | None) -> int:
+    """Say what is installed, what can really run here, and which command puts right what cannot.
+
+    Every backend is tried in a process of its own: a provider counts as running only where it computed something. Exit
+    status 0 whatever is missing; 1 where something required cannot run.
+
+    \b
+    Examples:
+      shapecheck doctor
+      shapecheck doctor --require trt --require ort-cuda
+      shapecheck doctor --format json -o environment.json
+    """
+    from shapecheck import doctor as examiner
+    from shapecheck.report import environment as report
+
+    check_known(required)
+    if output is not None:
+        refuse_unwritable(output)
+    with progress() as tell:
+        environment = examiner.examine(progress=tell)
+    text = report.as_json(environment, required) if form == "json" else report.told(environment, required)
+    write(text, output)
+    return ContractError.exit_status if environment.failing(required) else 0

@@ -1,0 +1,79 @@
+"""Subcommands about models: probe, presets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shapecheck import ContractError
+from shapecheck.cli.options import Form, format_option, offline_option, output_option, request_for
+from shapecheck.files import refuse_unwritable
+from shapecheck.terminal import progress, write
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--controlnet",
+    "controlnets",
+    multiple=True,
+    metavar="NAME",
+    help="A ControlNet: preset, diffusers folder, config.json or hub id; or a UNet preset, for the ControlNet made for it. "
+    "Repeat for several at once. A folder that MultiControlNetModel saved gives all of its ControlNets. "
+    "Default: the ControlNet that MODEL implies.",
+)
+@click.option("--size", metavar="WxH", help="Show shapes at this image size in pixels, and observe it too.")
+@click.option("--latent", metavar="HxW", help="The same in latent cells.")
+@click.option("--batch", type=click.IntRange(min=1), help="Batch to show shapes at.  [default: 1]")
+@offline_option
+@format_option
+@output_option
+def probe(
+    model: str,
+    controlnets: tuple[str, ...],
+    size: str | None,
+    latent: str | None,
+    batch: int | None,
+    offline: bool,
+    form: Form,
+    output: Path | None,
+) -> int:
+    """Observe MODEL and its ControlNet, and print the exact slot table.
+
+    MODEL is a preset (see `shapecheck presets`), a UNet's config.json, a diffusers folder, a hub id, or a probes/*.toml
+    file. Nothing but configurations is read: no weights, no GPU, no code from the model. A .toml file holds `model` and
+    any of `controlnet`, `size`, `latent`, `batch`, `mapping` (claimed shapes, instead of a ControlNet) and `story`; its
+    `expect` is for tests and is not compared here.
+
+    \b
+    Examples:
+      shapecheck probe sd15
+      shapecheck probe sdxl --controlnet controlnet-sdxl-small --size 904x512
+      shapecheck probe ./my-model --controlnet ./my-controlnet --format json -o contract.json
+    """
+    from shapecheck.observe import request as requests
+    from shapecheck.report import contract as report
+
+    request = request_for(model, controlnets, size, latent, batch)
+    if output is not None:
+        refuse_unwritable(output)
+    with progress() as steps:
+        finding = requests.carry_out(request, offline=offline, progress=steps)
+    claim = request.claim is not None
+    if form == "json":
+        text = report.as_json(finding.contract, finding.mismatches, finding.geometry, claim=claim)
+    else:
+        text = report.told(finding.contract, finding.mismatches, finding.geometry, form=form, claim=claim)
+    write(text, output)
+    return ContractError.exit_status if finding.mismatches else 0
+
+
+@click.command()
+@format_option
+def presets(form: str) -> int:
+    """List the well-known models that can be named as MODEL or --controlnet."""
+    from shapecheck.report import presets as report
+
+    write(report.told(form), None)
+    return 0

@@ -1,0 +1,79 @@
+"""What several subcommands take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import click
+
+from shapecheck import ShapecheckError
+from shapecheck.contract.ranges import USUAL_TOKENS, parse_pair
+from shapecheck.terminal import Steps
+
+if TYPE_CHECKING:
+    from shapecheck.contract import Contract
+    from shapecheck.observe.request import Request
+
+Form = Literal["human", "json", "markdown"]
+format_option = click.option(
+    "--format", "form", type=click.Choice(get_args(Form)), default="human", show_default=True, help="How to print."
+)
+human_or_json = click.option(
+    "--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True, help="How to print."
+)
+offline_option = click.option("--offline", is_flag=True, help="Never ask the hub; use its local cache only.")
+output_option = click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file instead of stdout."
+)
+
+
+def size_options(command: Callable[..., int]) -> Callable[..., int]:
+    """The options that give the sizes of an engine."""
+    for option in (
+        click.option(
+            "--tokens", default=USUAL_TOKENS, show_default=True, metavar="MIN:OPT:MAX", help="Text tokens, or one number."
+        ),
+        click.option(
+            "--batch",
+            multiple=True,
+            default=["1"],
+            show_default=True,
+            metavar="MIN:OPT:MAX",
+            help="Batch, or one number; 2 for one image with classifier-free guidance. Once for all --sizes, or once for each.",
+        ),
+        click.option(
+            "--sizes",
+            multiple=True,
+            metavar="MIN:OPT:MAX",
+            help="Image sizes, WxH in pixels each, or one size that never changes. Repeat for further profiles.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def request_for(model: str, controlnets: tuple[str, ...], size: str | None, latent: str | None, batch: int | None) -> Request:
+    """What to probe, as the command line or a .toml file says it. Raises ShapecheckError where that is no request."""
+    from shapecheck.observe import request as requests
+
+    path = Path(model)
+    if path.suffix == ".toml" and os.path.isfile(path):  # noqa: PTH113  # Path.is_file raises on names too long
+        if controlnets or size is not None or latent is not None or batch is not None:
+            raise ShapecheckError(
+                f"{path} says itself what to probe and at which size; drop --controlnet, --size, --latent and --batch"
+            )
+        return requests.read(path)
+    size_px = parse_pair(size, "WxH in pixels") if size is not None else None
+    cells = parse_pair(latent, "HxW in latent cells") if latent is not None else None
+    number = requests.checked_batch(1 if batch is None else batch, "--batch")
+    return requests.Request(model, controlnets, size_px, cells, number)
+
+
+def held_to(model: str | None, offline: bool, tell: Steps) -> Contract | None:
+    """The contract of the model that an ONNX file is said to be of, if it is said."""
+    from shapecheck.verify.models import contract_of
+
+    return contract_of(model, offline=offline, progress=tell) if model else None

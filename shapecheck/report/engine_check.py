@@ -1,0 +1,91 @@
+"""What an engine came to when it was checked, as text, Markdown or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from shapecheck.contract import profile_forms as forms
+from shapecheck.contract.engine_checked import EngineCheck, Fit
+from shapecheck.contract.ranges import written
+from shapecheck.report.engine import request_facts
+from shapecheck.report.profile import in_pixels
+from shapecheck.report.tables import Format, fact_list, heading, mismatch_table
+
+
+def told(checked: EngineCheck, form: Format = "human") -> str:
+    """The whole report."""
+    lines = [*_verdicts(checked)]
+    verdict = "\n\n".join(f"**{line}**" for line in lines) if form == "markdown" else "\n".join(lines)
+    parts = [f"# {checked.path}" if form == "markdown" else checked.path, verdict, fact_list(_facts(checked), form)]
+    if checked.mismatches:
+        parts += [heading("Faults", form), mismatch_table(checked.mismatches, form, "the engine has", "it should have")]
+    if checked.misfits:
+        title = f"ControlNet: {', '.join(checked.controlnets)}"
+        parts += [heading(title, form), mismatch_table(checked.misfits, form, "ControlNet gives")]
+    if checked.fit and checked.fit.profile is None:
+        parts += [
+            heading("Why the size does not fit", form),
+            _why(checked.fit, checked.engine.request.contract.header.vae_factor),
+        ]
+    parts += [verdict if form == "human" else ""]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def as_json(checked: EngineCheck) -> str:
+    """The same for machines."""
+    request, fit = checked.engine.request, checked.fit
+    record = {
+        "file": checked.path,
+        "verdict": "fine" if checked.is_fine else "broken" if checked.mismatches else "does not fit",
+        "read_from": checked.read,
+        "unread": checked.unread or None,
+        "contract_digest": request.contract.digest,
+        "key": request.key,
+        "target": request.options.target,
+        "tensorrt": request.tensorrt,
+        "gpu": request.gpu,
+        "profiles": forms.as_json(request.profiles),
+        "mismatches": [asdict(each) for each in checked.mismatches],
+        "size": asdict(fit) if fit else None,
+        "controlnets": list(checked.controlnets),
+        "controlnet_mismatches": [asdict(each) for each in checked.misfits],
+        "weights": asdict(checked.weights) if checked.weights else None,
+    }
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+def _facts(checked: EngineCheck) -> list[tuple[str, str]]:
+    how = "the engine itself, by TensorRT" if checked.read == "engine" else "the record beside it"
+    if checked.unread:
+        how += f"; the engine was not loaded: {checked.unread}"
+    return [("read from", how), *request_facts(checked.engine.request)]
+
+
+def _verdicts(checked: EngineCheck) -> Iterator[str]:
+    count = len(checked.mismatches)
+    yield f"BROKEN: {count} fault{'' if count == 1 else 's'}" if count else "FINE: engine and record belong together"
+    if checked.fit:
+        size = _size(checked.fit, checked.engine.request.contract.header.vae_factor)
+        fits = checked.fit.profile
+        yield f"SIZE: {size} fits profile {fits}" if fits is not None else f"SIZE: {size} fits no profile"
+    if checked.controlnets:
+        count = len(checked.misfits)
+        fit = f"does not fit: {count} place{'' if count == 1 else 's'}" if count else "fits"
+        yield f"CONTROLNET: {', '.join(checked.controlnets)} {fit}"
+    if checked.weights:
+        yield f"WEIGHTS: {'' if checked.weights.same else 'not '}built from {checked.weights.name} ({checked.weights.told})"
+
+
+def _size(fit: Fit, vae_factor: int) -> str:
+    return f"{in_pixels(fit.geometry, vae_factor)} pixels ({fit.geometry})"
+
+
+def _why(fit: Fit, vae_factor: int) -> str:
+    lines = [*fit.reasons]
+    if fit.nearest is not None:
+        lines.append(f"the nearest that fits: {in_pixels(fit.nearest, vae_factor)} pixels ({fit.nearest})")
+    if fit.rebuilt is not None:
+        lines.append(f"or build for it: {written(fit.rebuilt, vae_factor)}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""How a contract is used: sessions that take torch tensors and check every call before it runs."""

@@ -1,0 +1,258 @@
+"""Which calls an engine takes, and how each is bound. Plain values in and out: needs neither torch nor TensorRT."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+from shapecheck.contract import Contract, ContractError, Dim, Geometry, Mismatch, Shape, ShapecheckError, profile_check, show
+from shapecheck.contract.compare import compare, kind_of
+from shapecheck.contract.engine import Request
+from shapecheck.contract.profiles import choose, dtypes_of, range_of, refusals, rules_of
+from shapecheck.contract.ranges import written
+
+Given = tuple[Shape, str, str]
+"""A tensor as it is before it is bound: shape, dtype, device."""
+
+_SYMBOLS = ("batch", "h", "w", "tokens")
+_USUAL_TOKENS = Geometry(1, 1, 1).tokens
+"""Also of a geometry where no input has any."""
+_KEPT = 64
+"""Geometries whose shapes are remembered."""
+
+_Places = tuple[tuple[str, int, int], ...]
+"""Where a size is read off: input, axis, and how many axes that input has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How calls of one geometry are served."""
+
+    geometry: Geometry
+    profile: int
+    given: Mapping[str, Given]
+    """What every input has to be, by the contract's names and in its order."""
+    inputs: Mapping[str, Shape]
+    """The same shapes by the engine's names."""
+    outputs: Mapping[str, Shape]
+    """Shapes of the outputs by the engine's names, where the contract tells them; else empty."""
+
+
+class CallError(ContractError):
+    """An engine cannot serve a call, for all of these reasons.
+
+    `mismatches` are with the contract; `refusals` say, input by input, why no profile takes the size.
+    """
+
+    def __init__(
+        self, mismatches: tuple[Mismatch, ...], refusals: tuple[str, ...], advice: Sequence[str], *, contract: Contract
+    ) -> None:
+        super().__init__(mismatches, subject="the engine cannot serve this call", contract=contract)
+        self.refusals = refusals
+        count = len(mismatches) + len(refusals)
+        first = f"{self.subject}: {count} reason{'s' if count != 1 else ''}"
+        self.args = ("\n".join([first, *(f"  {each}" for each in (*mismatches, *refusals)), *advice]),)
+
+
+class Binding:
+    """The calls that one engine takes on one device, such as `cuda:0`.
+
+    Raises ShapecheckError where the engine's record contradicts itself: an input without a name, profiles that are not
+    images of one range.
+    """
+
+    def __init__(self, request: Request, device: str) -> None:
+        names, rules = request.engine_names, rules_of(request.contract)
+        if names.keys() != rules.keys() or len(set(names.values())) != len(request.names):
+            raise ShapecheckError("the engine's record does not name each input of its contract once; build the engine again")
+        profile_check.verify(request.contract, request.profiles)
+        self._request, self._device, self._names = request, device, names
+        self._places = _places(rules)
+        self._at = lru_cache(_KEPT)(partial(serving_at, request, device))
+
+    def serve(self, given: Mapping[str, Given]) -> Serving:
+        """How a call is served. `given` is by the contract's names.
+
+        Raises CallError with everything that is wrong: names, shapes, dtypes, devices, and sizes that no profile takes.
+        """
+        sizes = _sizes(self._places, given)
+        if sizes is not None and (found := self._at(sizes)) is not None and given == found.given:
+            return found
+        raise refusal(self._request, self._device, given)
+
+    def addresses(self, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> dict[str, int]:
+        """Where every tensor lies, by the engine's names. `inputs` are by the contract's names, `outputs` by the engine's.
+
+        Raises ShapecheckError where one is missing or lies nowhere.
+        """
+        table = {self._names[name]: address for name, address in inputs.items()} | dict(outputs)
+        wanted = (*self._names.values(), *self._request.outputs)
+        if lost := [name for name in wanted if not table.get(name)]:
+            raise ShapecheckError(f"no memory was given for {', '.join(lost)}")
+        return {name: table[name] for name in wanted}
+
+
+def serving_at(request: Request, device: str, sizes: tuple[int, ...]) -> Serving | None:
+    """How calls of these sizes (batch, latent height, latent width, tokens) are served; None where nothing serves them."""
+    contract = request.contract
+    try:
+        geometry = Geometry(*sizes)
+        shapes = contract.input_shapes(geometry)
+    except ShapecheckError:
+        return None
+    if (profile := choose(request.profiles, shapes)) is None:
+        return None
+    dtypes, names = dtypes_of(contract), request.engine_names
+    return Serving(
+        geometry,
+        profile,
+        given={name: (shape, dtypes[name], device) for name, shape in shapes.items()},
+        inputs={names[name]: shape for name, shape in shapes.items()},
+        outputs=_outputs(request, geometry),
+    )
+
+
+def refusal(request: Request, device: str, given: Mapping[str, Given]) -> CallError:
+    """What to raise for a call that cannot be served: every reason at once, and what to do."""
+    contract = request.contract
+    rules = rules_of(contract)
+    sizes = _sizes(_places(rules), given)
+    found: list[Mismatch] = []
+    refused: tuple[str, ...] = ()
+    advice: list[str] = []
+    try:
+        geometry = Geometry(*sizes) if sizes is not None else None
+        if geometry is not None:
+            contract.require(geometry)
+    except ShapecheckError as error:
+        empty = [f"{name}: {show(shape)} given, which is empty" for name, (shape, _, _) in given.items() if 0 in shape]
+        geometry, refused = None, tuple(empty or [str(error)])
+    if geometry is None:
+        found += _unplaced(rules, given)
+    else:
+        found += _misshapen(contract, geometry, given)
+        wrong = {each.where for each in found}
+        refused = refusals(request.profiles, {name: given[name][0] for name in rules if name not in wrong})
+        advice += _sizes_advice(request, geometry) if refused else ()
+    found += _of_another_kind(contract, device, given)
+    order = {name: place for place, name in enumerate(rules)}
+    found.sort(key=lambda each: order[each.where])
+    found += _unknown(request, given)
+    return CallError(tuple(found), refused, [*advice, *_advice(contract, found)], contract=contract)
+
+
+def _places(rules: Mapping[str, tuple[Dim, ...]]) -> tuple[_Places, ...]:
+    """For each symbol, the axes that show it, base inputs first."""
+    shown = [(name, axis, rule) for name, rule in rules.items() for axis in range(len(rule))]
+    return tuple(
+        tuple((name, axis, len(rule)) for name, axis, rule in shown if rule[axis] == Dim(symbol)) for symbol in _SYMBOLS
+    )
+
+
+def _sizes(places: Sequence[_Places], given: Mapping[str, Given]) -> tuple[int, ...] | None:
+    """The size of each symbol; None where one is nowhere to be seen."""
+    sizes = []
+    for candidates in places:
+        for name, axis, rank in candidates:
+            if (each := given.get(name)) is not None and len(each[0]) == rank:
+                sizes.append(each[0][axis])
+                break
+        else:
+            if candidates:
+                return None
+            sizes.append(_USUAL_TOKENS)
+    return tuple(sizes)
+
+
+def _outputs(request: Request, geometry: Geometry) -> dict[str, Shape]:
+    contract = request.contract
+    if contract.role == "controlnet":
+        shapes = contract.shapes(geometry)
+        return {name: shapes[name] for name in request.outputs} if shapes.keys() == set(request.outputs) else {}
+    channels = contract.config.get("out_channels")
+    if len(request.outputs) != 1 or channels is None:
+        return {}
+    return {request.outputs[0]: (geometry.batch, channels, geometry.height, geometry.width)}
+
+
+def _misshapen(contract: Contract, geometry: Geometry, given: Mapping[str, Given]) -> Iterator[Mismatch]:
+    shapes = {name: shape for name, (shape, _, _) in given.items()}
+    for each in contract.inputs:
+        expected, shape = each.shape_at(geometry), shapes.get(each.name)
+        if shape is None:
+            yield Mismatch("missing", each.name, "nothing", expected, geometry)
+        elif shape != expected:
+            yield Mismatch(
+                kind_of(each.shape, shape, expected), each.name, tuple(shape), expected, geometry, cause=_axes(each.shape)
+            )
+    slots = contract.slots if contract.role == "unet" else ()
+    yield from compare(slots, geometry, {slot.name: tuple(shapes[slot.name]) for slot in slots if slot.name in shapes})
+
+
+def _unplaced(rules: Mapping[str, tuple[Dim, ...]], given: Mapping[str, Given]) -> Iterator[Mismatch]:
+    """What can be said of the shapes where they show no size."""
+    for name, rule in rules.items():
+        if name not in given:
+            yield Mismatch("missing", name, "nothing", show(rule))
+        elif len(given[name][0]) != len(rule):
+            yield Mismatch("rank", name, tuple(given[name][0]), show(rule), cause=_axes(rule))
+
+
+def _of_another_kind(contract: Contract, device: str, given: Mapping[str, Given]) -> Iterator[Mismatch]:
+    """Tensors of another dtype, or that lie on another device."""
+    producers = {slot.name: slot.producer for slot in contract.slots}
+    for name, wanted in dtypes_of(contract).items():
+        if name not in given:
+            continue
+        _, dtype, place = given[name]
+        if dtype != wanted:
+            yield Mismatch("dtype", name, dtype, wanted, unet_module=producers.get(name, ""))
+        if place != device:
+            yield Mismatch("device", name, f"a tensor on {place}", f"one on {device}")
+
+
+def _unknown(request: Request, given: Mapping[str, Given]) -> Iterator[Mismatch]:
+    known = rules_of(request.contract)
+    theirs = {engine: name for name, engine in request.names if name != engine}
+    for name, (shape, _, _) in given.items():
+        if name not in known:
+            meant = [theirs[name]] if name in theirs else difflib.get_close_matches(name, known, 1)
+            cause = f"the name here is {meant[0]}" if meant else ""
+            yield Mismatch("surplus", name, tuple(shape), "no such input", cause=cause)
+
+
+def _axes(rule: tuple[Dim, ...]) -> str:
+    return f"its axes are ({', '.join(map(str, rule))})"
+
+
+def _advice(contract: Contract, found: Sequence[Mismatch]) -> Iterator[str]:
+    """What to do about disagreements with the contract, a line for each sort of them."""
+    seen, slots = {each.kind for each in found}, {slot.name for slot in contract.slots}
+    if any(each.kind == "missing" and each.where in slots for each in found):
+        yield "without a ControlNet give zeros for every slot: a slot that is left out is never taken for zero"
+    if "dtype" in seen:
+        yield "nothing is converted on the way in: give every tensor in the dtype of the engine, with tensor.to(dtype)"
+    if "device" in seen:
+        yield "nothing is copied to the GPU on the way in: give every tensor where the engine is, with tensor.to(device)"
+    if "surplus" in seen:
+        yield f"this engine takes {', '.join(rules_of(contract))}"
+
+
+def _sizes_advice(request: Request, geometry: Geometry) -> Iterator[str]:
+    """What the profiles take, the size nearest to the one that was wanted, and how to get an engine for that one."""
+    contract = request.contract
+    ranges = [range_of(contract, profile) for profile in request.profiles]
+    for number, each in enumerate(ranges):
+        yield f"profile {number}, in latent cells: {'; '.join(each.outside(geometry))}"
+    best = min(ranges, key=lambda each: _distance(each.nearest(geometry), geometry))
+    nearest, factor = best.nearest(geometry), contract.header.vae_factor
+    tokens = f", {nearest.tokens} tokens" if nearest.tokens != geometry.tokens else ""
+    yield f"the nearest size it takes: {nearest}{tokens} ({nearest.width * factor}×{nearest.height * factor} pixels)"
+    yield f"or build for this one too: {written(best.with_(geometry), factor)}"
+
+
+def _distance(one: Geometry, other: Geometry) -> float:
+    """The largest ratio between two sizes of the same symbol."""
+    return max(max(a / b, b / a) for a, b in zip(one.sizes.values(), other.sizes.values(), strict=True))

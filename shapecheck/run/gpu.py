@@ -1,0 +1,73 @@
+"""One GPU, and the streams that calls run on: all of a session that needs CUDA itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+
+from shapecheck.contract import Shape, ShapecheckError
+
+
+class Gpu:
+    """One GPU, and the streams that calls run on: all that needs CUDA itself."""
+
+    def __init__(self, wanted: torch.device | str | None) -> None:
+        if not torch.cuda.is_available():
+            raise ShapecheckError("an engine runs on an NVIDIA GPU, and PyTorch sees none here; `shapecheck doctor` says why")
+        names = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        self.name = f"cuda:{torch.cuda.current_device()}" if wanted is None or str(wanted) == "cuda" else str(wanted)
+        """`cuda:0`."""
+        if self.name not in names:
+            raise ShapecheckError(f"no GPU {self.name!r:.40}: PyTorch sees {', '.join(names)}")
+        self._own = torch.cuda.Stream(self.name)  # type: ignore[no-untyped-call]
+        self._last: torch.cuda.Stream | None = None
+
+    def here(self) -> AbstractContextManager[object]:
+        """Make it the current device."""
+        return torch.cuda.device(self.name)
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """The handle of the stream to run on: torch's current one; its own for the default one, on which TensorRT would wait.
+
+        What was queued before on torch's current stream comes first, and so does the last call, on whatever stream it was.
+        """
+        with self.here():
+            current = torch.cuda.current_stream()
+            stream = current if current.cuda_stream else self._own
+            if self._last not in (None, stream) and not torch.cuda.is_current_stream_capturing():
+                stream.wait_stream(self._last)
+            self._last = stream
+            if stream is self._own:
+                stream.wait_stream(current)
+            try:
+                yield stream.cuda_stream
+            finally:
+                if stream is self._own:
+                    current.wait_stream(stream)
+
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Record what `launch` queues on this call's stream. Returns what queues it again, on the stream of that call."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._last, capture_error_mode="thread_local"):
+                launch()
+        except (RuntimeError, ShapecheckError) as error:
+            raise ShapecheckError(f"cannot capture a CUDA graph: {error}\nopen the engine without graphs") from error
+
+        def replay() -> None:
+            with torch.cuda.stream(self._last):
+                graph.replay()
+
+        return replay
+
+    def empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Memory for an output."""
+        return torch.empty(shape, dtype=dtype, device=self.name)
+
+    def settle(self) -> None:
+        """Wait until everything that was queued is done."""
+        torch.cuda.synchronize(self.name)

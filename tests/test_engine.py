@@ -1,0 +1,396 @@
+"""Engines really built by TensorRT for RTX, on a machine without a GPU: nothing here is a result of standard TensorRT."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import engines
+import onnx
+import onnx_files
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from shapecheck import ContractError, Geometry, ShapecheckError, read_contract
+from shapecheck.build import engine, engine_process
+from shapecheck.build.engine import build_engine
+from shapecheck.build.engine_cache import place
+from shapecheck.cli import main
+from shapecheck.contract import profile_forms
+from shapecheck.contract.engine import BuildOptions, Engine, Request
+from shapecheck.contract.engine_files import read_engine
+from shapecheck.contract.profiles import Profile, Range, profile_of, rules_of
+
+TINY = Range(Geometry(2, 17, 25), Geometry(2, 17, 25), Geometry(2, 17, 25))
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """SD1.5's four levels without attention: nine slots, three halvings. Its ONNX file and contract."""
+    return engines.exported(tmp_path_factory.mktemp("deep") / "deep.onnx", onnx_files.DEEP)
+
+
+@pytest.fixture(scope="module")
+def built(deep, tmp_path_factory):
+    """An engine of it, built once through the command line."""
+    path = tmp_path_factory.mktemp("built") / "unet.plan"
+    result = shapecheck("build", deep[0], "-o", path, *ASKED, "--timing-cache", path.with_name("timings"))
+    assert result.exit_code == 0, result.output
+    return path, result.stdout
+
+
+ASKED = ("--sizes", "72x64:200x136:328x264", "--batch", "1:2:3", "--target", "rtx", "--compute-capability", "8.9")
+
+
+def shapecheck(*arguments):
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result
+
+
+def test_what_is_built_is_told(built, deep):
+    path, told = built
+    assert told.startswith(f"{path}\n")
+    for text in (
+        "inputs     3 base inputs, 9 slots",
+        "profile 0  72×64 … 200×136 … 328×264 pixels, batch 1 … 2 … 3",
+        "precision  float32",
+        "built by   TensorRT for RTX ",
+        "for GPU    8.9",
+        f"contract   {deep[1].digest}",
+    ):
+        assert text in told
+    assert "\nBUILT: in " in told
+
+
+def test_the_contract_travels_with_the_engine(built, deep):
+    record = read_engine(built[0])
+    assert read_contract(built[0]) == record.request.contract == deep[1]
+    assert record.request.profiles == (profile_of(deep[1], engines.SIZES),)
+    assert record.size == built[0].stat().st_size
+    assert deep[1].digest.encode() in built[0].read_bytes()  # TensorRT's own name of the network
+    assert Engine.from_json(record.to_json()) == record
+
+
+def test_a_reduced_sd15_is_built_whole(tmp_path):
+    file, contract = engines.exported(tmp_path / "unet.onnx", {})
+    assert len(contract.slots) == 13
+    told: list[str] = []
+    done = build_engine(
+        file, tmp_path / "unet.plan", profiles=[engines.SIZES], options=engines.RTX, progress=lambda step, *_: told.append(step)
+    )
+    assert not done.found and not done.notes
+    assert done.engine.digest == read_engine(done.path).digest
+    assert sum(step.startswith("building: ") for step in told) > 3
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["unet.onnx", "unet.plan", "unet.plan.shapecheck.json"]
+
+
+def test_an_sdxl_on_two_levels_is_built_with_two_profiles_and_options(tmp_path):
+    file, contract = engines.exported(tmp_path / "xl.onnx", onnx_files.XL)
+    options = replace(engines.RTX, optimization_level=1, workspace=2**28, tf32=False)
+    done = build_engine(file, tmp_path / "xl.engine", profiles=[engines.SIZES, TINY], options=options)
+    assert done.engine.request.options == options
+    assert [len(each.inputs) for each in done.engine.request.profiles] == [len(contract.inputs) + len(contract.slots)] * 2
+
+
+def test_other_projects_names_stay_in_the_engine(tmp_path, deep):
+    model = onnx.load(deep[0])
+    ours = [slot.name for slot in deep[1].slots]
+    theirs = dict(zip(ours, [*(f"input_control_{at:02}" for at in range(len(ours) - 1)), "input_control_middle"], strict=True))
+    for each in model.graph.input:
+        each.name = theirs.get(each.name, each.name)
+    for node in model.graph.node:
+        node.input[:] = [theirs.get(name, name) for name in node.input]
+    onnx.save(model, tmp_path / "theirs.onnx")
+    result = shapecheck("profile", tmp_path / "theirs.onnx", "--sizes", "200x136", "--format", "json")
+    (profile,), _ = profile_forms.loads(result.stdout)
+    assert profile.bounds("input_control_middle").max == (1, 16, 3, 4)
+    (tmp_path / "profile.json").write_text(result.stdout, encoding="utf-8")
+    named = ("--profile", tmp_path / "profile.json", "--target", "rtx", "--compute-capability", "8.9")
+    assert shapecheck("build", tmp_path / "theirs.onnx", "-o", tmp_path / "theirs.plan", *named).exit_code == 0
+    record = read_engine(tmp_path / "theirs.plan")
+    assert record.request.engine_names["mid_block_residual"] == "input_control_middle"
+    assert record.request.profiles[0].bounds("mid_block_residual").max == (1, 16, 3, 4)
+
+
+def edited(profile: Profile, name: str, **changes) -> Profile:
+    return Profile(tuple(replace(each, **changes) if each.name == name else each for each in profile.inputs))
+
+
+def planted(contract) -> dict[str, tuple[Profile, str, str]]:
+    good = profile_of(contract, engines.SIZES)
+    assert good.bounds("mid_block_residual").max == (3, 16, 5, 6)
+    assert good.bounds("down_block_residual_03").max == (3, 8, 17, 21)
+    short = Profile(tuple(each for each in good.inputs if each.name != "down_block_residual_05"))
+    halves = Profile(tuple(replace(each, dtype="float16") for each in good.inputs))
+    return {
+        "a slot missing": (short, "down_block_residual_05", "missing"),
+        "mid's max disagrees": (edited(good, "mid_block_residual", max=(3, 16, 5, 7)), "mid_block_residual", "rounding"),
+        "min above opt": (edited(good, "down_block_residual_03", min=(1, 8, 10, 5)), "down_block_residual_03", "range"),
+        "wrong channels": (
+            edited(good, "down_block_residual_03", min=(1, 16, 4, 5), opt=(2, 16, 9, 13), max=(3, 16, 17, 21)),
+            "down_block_residual_03",
+            "channels",
+        ),
+        "wrong stride": (
+            edited(good, "down_block_residual_03", min=(1, 8, 8, 9), opt=(2, 8, 17, 25), max=(3, 8, 33, 41)),
+            "down_block_residual_03",
+            "size",
+        ),
+        "half precision": (halves, "sample", "dtype"),
+    }
+
+
+FAULTS = ("a slot missing", "mid's max disagrees", "min above opt", "wrong channels", "wrong stride", "half precision")
+
+
+@pytest.fixture
+def no_tensorrt(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("TensorRT was asked although something was wrong")
+
+    monkeypatch.setattr(engine, "EngineProcess", refuse)
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_refused_before_tensorrt_is_loaded(fault, deep, tmp_path):
+    profile, where, kind = planted(deep[1])[fault]
+    (tmp_path / "profile.json").write_text(profile_forms.dumps([profile], deep[1].digest), encoding="utf-8")
+    command = ("build", deep[0], "-o", tmp_path / "unet.plan", "--profile", tmp_path / "profile.json", "--target", "rtx")
+    result = shapecheck(*command)
+    assert result.exit_code == 1
+    assert f"\nREFUSED: {deep[0]} is not built: " in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [where, kind] in [row[:2] for row in rows]
+    found = json.loads(shapecheck(*command, "--format", "json").stdout)["mismatches"]
+    assert {each["where"] for each in found} == ({where} if fault != "half precision" else set(rules_of(deep[1])))
+    assert not (tmp_path / "unet.plan").exists()
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+def test_a_range_the_graph_cannot_serve_is_refused_with_the_size(tmp_path):
+    file, _ = engines.exported(tmp_path / "eight.onnx", onnx_files.DEEP, latent=(16, 24))
+    result = shapecheck("build", file, "-o", tmp_path / "unet.plan", "--sizes", "64x64:128x192:256x320", "--target", "rtx")
+    assert result.exit_code == 1
+    assert "cannot work at batch 1, latent 9×11 (88×72 pixels)" in " ".join(result.stdout.split())
+    assert "REFUSED" in result.stdout
+
+
+def test_multiples_of_eight_serve_a_size_that_never_changes(tmp_path):
+    file, _ = engines.exported(tmp_path / "eight.onnx", onnx_files.DEEP, latent=(16, 24))
+    assert shapecheck("profile", file, "--sizes", "128x192").exit_code == 0
+    assert shapecheck("profile", file, "--sizes", "128x200").exit_code == 1
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+def test_a_graph_that_is_wrong_is_not_built(deep, tmp_path):
+    onnx_files.planted(deep[0], tmp_path / "bad.onnx", onnx_files.exchange("down_block_residual_01", "down_block_residual_02"))
+    result = shapecheck("build", tmp_path / "bad.onnx", "-o", tmp_path / "unet.plan", *ASKED)
+    assert result.exit_code == 1
+    assert "BROKEN: " in result.stdout and "order" in result.stdout
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-o", "unet.bin"), "the name of an engine ends in .plan, .engine, .trt"),
+        ((), "say where the engine goes: -o FILE.plan, or --cache FOLDER"),
+        (("-o", "unet.plan", "--cache", "."), "and not both"),
+        (("-o", "none/unet.plan"), "cannot write none/unet.plan"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_told_first(options, message, deep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = shapecheck("build", deep[0], *options, "--sizes", "200x136", "--target", "rtx")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_an_unknown_gpu_is_refused_in_tensorrt_s_words(deep, tmp_path):
+    asked = ("--sizes", "200x136", "--target", "rtx", "--compute-capability")
+    result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *asked, "9.0")
+    assert result.exit_code == 2
+    assert "SM90" in result.stderr and "could not build" in result.stderr
+    result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *asked, "ada")
+    assert "'ada' is no compute capability such as 8.9" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_cannot_be_kept_are_told(deep, tmp_path):
+    for option, message in (
+        ("--version-compatible", "--version-compatible is for --target trt"),
+        ("--refittable", "without one TensorRT for RTX builds none"),
+    ):
+        result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *ASKED, option)
+        assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
+        assert message in result.stderr
+    result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", "--sizes", "200x136", "--compute-capability", "8.9")
+    assert "--compute-capability is for --target rtx" in result.stderr
+
+
+def test_a_missing_tensorrt_is_told_with_its_fix(deep, tmp_path):
+    result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", "--sizes", "200x136")
+    assert result.exit_code == 2
+    assert "cannot build with --target trt: tensorrt is not installed" in result.stderr
+    assert "; pip install '" in result.stderr
+
+
+def test_a_node_that_tensorrt_refuses_is_told_with_its_slot(deep, tmp_path):
+    model = onnx.load(deep[0])
+    at, node = next((at, node) for at, node in enumerate(model.graph.node) if "down_blocks.1/resnets.0/conv1" in node.name)
+    planted_node = onnx.helper.make_node("Bernoulli", [node.output[0]], ["planted_out"], name="planted")
+    for each in model.graph.node:
+        each.input[:] = ["planted_out" if name == node.output[0] else name for name in each.input]
+    model.graph.node.insert(at + 1, planted_node)
+    model.opset_import[0].version = max(15, model.opset_import[0].version)
+    onnx.save(model, tmp_path / "unet.onnx")
+    with pytest.raises(engine_process.EngineError) as caught:
+        build_engine(tmp_path / "unet.onnx", tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX)
+    told = str(caught.value)
+    assert "Bernoulli planted (computes down_blocks.1.resnets.0" in told
+    assert "Error" in told or "error" in told  # TensorRT's own words are kept
+    assert [each.name for each in tmp_path.iterdir()] == ["unet.onnx"]
+
+
+def test_an_unchanged_request_finds_its_engine_and_no_other_does(built, deep, tmp_path):
+    path, _ = built
+    again = shapecheck("build", deep[0], "-o", path, *ASKED)
+    assert "\nFOUND: unchanged since it was built" in again.stdout
+    request = read_engine(path).request
+    others = [
+        replace(request, weights="sha256:other"),
+        replace(request, onnx="sha256:other"),
+        replace(request, profiles=(profile_of(deep[1], TINY),)),
+        replace(request, profiles=request.profiles * 2),
+        replace(request, contract=replace(deep[1], slots=())),
+        replace(request, options=replace(request.options, refittable=True)),
+        replace(request, options=replace(request.options, tf32=False)),
+        replace(request, options=replace(request.options, optimization_level=2)),
+        replace(request, tensorrt="1.8.0"),
+        replace(request, gpu="8.6"),
+    ]
+    keys = {each.key for each in (request, *others)}
+    assert len(keys) == len(others) + 1
+    assert len({place(tmp_path, deep[0], each) for each in (request, *others)}) == len(keys)
+
+
+def test_the_cache_tells_weights_and_sizes_apart_and_mends_what_was_changed(deep, tmp_path):
+    cache = tmp_path / "cache"
+
+    def build(file, sizes=TINY):
+        return build_engine(file, cache=cache, profiles=[sizes], options=engines.RTX)
+
+    first = build(deep[0])
+    assert build(deep[0]).found
+    model = onnx.load(deep[0])
+    weight = next(each for each in model.graph.initializer if each.name.endswith("conv_in.weight"))
+    weight.raw_data = bytes(len(weight.raw_data))
+    onnx.save(model, tmp_path / "deep.onnx")
+    other = build(tmp_path / "deep.onnx")
+    assert not other.found and other.path != first.path
+    first.path.write_bytes(first.path.read_bytes()[:-1] + b"?")
+    assert not build(deep[0]).found
+    assert {each.suffix for each in cache.iterdir()} <= {".plan", ".json", ".timings", ".lock"}
+
+
+BUILD = """
+import sys
+from shapecheck import Geometry
+from shapecheck.build.engine import build_engine
+from shapecheck.contract.engine import BuildOptions
+from shapecheck.contract.profiles import Range
+def tell(step, *_):
+    print(step, flush=True)
+sizes = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(3, 33, 41))
+options = BuildOptions("rtx", compute_capabilities=("8.9",))
+build_engine(sys.argv[1], sys.argv[2], profiles=[sizes], options=options, timing_cache=sys.argv[3], progress=tell)
+"""
+
+
+def building(deep, folder: Path, moment: str) -> tuple[subprocess.Popen, psutil.Process | None]:
+    """A build in a process of its own that has come to this moment, and the process in which TensorRT is."""
+    command = [sys.executable, "-c", BUILD, str(deep[0]), str(folder / "unet.plan"), str(folder / "timings")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with process.stdout as lines:
+        if any(line.startswith(moment) for line in lines):
+            children = psutil.Process(process.pid).children()
+            return process, children[0] if children else None
+    raise AssertionError(f"the build never came to {moment!r}")
+
+
+@pytest.mark.parametrize("moment", ["trying the graph", "loading TensorRT", "building", "building: "])
+def test_a_build_that_is_killed_leaves_nothing_half_written(moment, deep, built, tmp_path):
+    timings = built[0].with_name("timings").read_bytes()
+    assert timings
+    (tmp_path / "timings").write_bytes(timings)
+    process, worker = building(deep, tmp_path, moment)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if worker is not None:
+        worker.wait(timeout=20)
+    kept = {each.name for each in tmp_path.iterdir() if not each.name.startswith(".shapecheck.")}
+    assert kept <= {"timings", "timings.lock"}
+    assert (tmp_path / "timings").read_bytes() == timings
+    partials = [each for each in tmp_path.iterdir() if each.name.startswith(".shapecheck.")]
+    assert not [each for each in partials if each.stat().st_size]
+
+
+def test_a_worker_that_is_killed_is_told_and_an_engine_of_before_stays(deep, tmp_path):
+    (tmp_path / "unet.plan").write_bytes(b"of before")
+    killed: list[int] = []
+
+    def kill(step, *_):
+        if step.startswith("building: ") and not killed:
+            (child,) = psutil.Process().children()
+            killed.append(child.pid)
+            child.kill()
+
+    with pytest.raises(ShapecheckError, match=r"was killed by signal 9; was there too little memory\?"):
+        build_engine(deep[0], tmp_path / "unet.plan", profiles=[engines.SIZES], options=engines.RTX, progress=kill)
+    assert killed
+    assert (tmp_path / "unet.plan").read_bytes() == b"of before"
+    assert [each.name for each in tmp_path.iterdir()] == ["unet.plan"]
+
+
+def test_no_process_is_left_behind(deep, tmp_path):
+    def stop(step, *_):
+        if step.startswith("building: "):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(deep[0], tmp_path / "unet.plan", profiles=[engines.SIZES], options=engines.RTX, progress=stop)
+    assert not psutil.Process().children()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_tensorrt_reads_otherwise_is_refused(deep):
+    source = engine.source_of(deep[0])
+    inputs = [{"name": name, "dtype": "FLOAT", "dims": [str(dim) if dim.symbol else dim.scale for dim in rule]}
+              for name, rule in rules_of(deep[1]).items()]  # fmt: skip
+    engine._check_network(source, {"inputs": inputs})
+    with pytest.raises(ContractError, match=r"(?s)TensorRT's parser reads .* otherwise.*mid_block_residual.*missing"):
+        engine._check_network(source, {"inputs": inputs[:-1]})
+    inputs[5] |= {"dims": ["batch", 8, "h", "w"]}
+    told = r"down_block_residual_02: symbol: got an axis named h, expected ceil\(h/2\); h is h elsewhere"
+    with pytest.raises(ContractError, match=told):
+        engine._check_network(source, {"inputs": inputs})
+
+
+def test_a_request_is_told_apart_from_an_edited_one(built):
+    text = (built[0].with_name("unet.plan.shapecheck.json")).read_text(encoding="utf-8")
+    for old, new in (('"refittable": false', '"refittable": true'), ('"gpu": "8.9"', '"gpu": "8.6"')):
+        assert old in text
+        with pytest.raises(ShapecheckError, match="an edited engine's record: its key is not that of its contents"):
+            Engine.from_json(text.replace(old, new))
+    for bad in ("", "{}", "[]", text[:-40], text.replace('"names"', '"nomes"'), text.replace('"rtx"', '"cpu"')):
+        with pytest.raises(ShapecheckError, match="engine's record"):
+            Engine.from_json(bad)
+    assert isinstance(Engine.from_json(text).request, Request)
+    assert Engine.from_json(text).request.options == BuildOptions("rtx", compute_capabilities=("8.9",))

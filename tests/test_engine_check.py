@@ -1,0 +1,257 @@
+"""`shapecheck check` of engines really built by TensorRT for RTX, where no driver can load them: the record tells."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import engines
+import onnx
+import pytest
+import small
+from click.testing import CliRunner
+
+from shapecheck import Geometry, ShapecheckError
+from shapecheck.build.engine import build_engine
+from shapecheck.build.external import external_tensors
+from shapecheck.cli import main
+from shapecheck.contract.engine_files import read_engine
+from shapecheck.contract.engine_seen import SeenEngine, SeenTensor, differences, seen_from
+from shapecheck.contract.profiles import dtypes_of, rules_of
+from shapecheck.verify import engine_check
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of an engine of five slots, its ONNX file, and a ControlNet that fits it."""
+    folder = tmp_path_factory.mktemp("engine")
+    file, contract = engines.exported(folder / "unet.onnx", small.SHALLOW)
+    build_engine(file, folder / "unet.plan", profiles=[engines.SIZES], options=engines.RTX)
+    small.controlnet(small.unet(**small.SHALLOW)).save_pretrained(folder / "controlnet")
+    assert len(contract.slots) == 5
+    return folder
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """The engine and its record, to be changed."""
+    for name in ("unet.plan", "unet.plan.shapecheck.json", "unet.onnx"):
+        shutil.copy(made / name, tmp_path / name)
+    return tmp_path
+
+
+def check(*arguments):
+    result = CliRunner().invoke(main, ["check", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result
+
+
+def test_an_engine_is_told_from_its_record_where_tensorrt_cannot_load_it(made):
+    result = check(made / "unet.plan")
+    assert result.exit_code == 0
+    told = " ".join(result.stdout.split())
+    assert "FINE: engine and record belong together" in told
+    assert "read from the record beside it; the engine was not loaded: " in told
+    assert "CUDA driver" in told
+    assert "profile 0 72×64 … 200×136 … 328×264 pixels, batch 1 … 2 … 3" in told
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "texts"),
+    [
+        (("--size", "200x136"), 0, ["SIZE: 200×136 pixels (batch 2, latent 17×25) fits profile 0"]),
+        (("--latent", "33x41", "--batch", "3"), 0, ["fits profile 0"]),
+        (
+            ("--size", "336x264"),
+            1,
+            [
+                "SIZE: 336×264 pixels (batch 2, latent 33×42) fits no profile",
+                "profile 0: width 42, where it takes 9 to 41",
+                "the nearest that fits: 328×264 pixels (batch 2, latent 33×41)",
+                "or build for it: --sizes 72x64:200x136:336x264 --batch 1:2:3",
+            ],
+        ),
+        (
+            ("--latent", "7x9", "--batch", "4"),
+            1,
+            ["profile 0: batch 4, where it takes 1 to 3; height 7, where it takes 8 to 33"],
+        ),
+    ],
+)
+def test_a_size_fits_a_profile_or_is_told_what_would(made, asked, status, texts):
+    result = check(made / "unet.plan", *asked)
+    assert result.exit_code == status
+    for text in texts:
+        assert text in result.stdout
+
+
+def test_a_controlnet_fits_or_every_place_is_named(made):
+    fits = check(made / "unet.plan", "--controlnet", made / "controlnet")
+    assert fits.exit_code == 0
+    assert f"CONTROLNET: {made / 'controlnet'} fits" in fits.stdout
+    wrong = check(made / "unet.plan", "--controlnet", "sd15", "--format", "json")
+    assert wrong.exit_code == 1
+    record = json.loads(wrong.stdout)
+    assert (record["verdict"], len(record["controlnet_mismatches"])) == ("does not fit", 14)
+
+
+def test_weights_are_told_apart(made, tmp_path):
+    same = check(made / "unet.plan", "--weights", made / "unet.onnx")
+    assert same.exit_code == 0
+    assert f"WEIGHTS: built from {made / 'unet.onnx'} (the very file)" in same.stdout
+    model = onnx.load(made / "unet.onnx")
+    weight = next(each for each in model.graph.initializer if each.name.endswith("conv_in.weight"))
+    weight.raw_data = bytes(len(weight.raw_data))
+    onnx.save(model, tmp_path / "unet.onnx")
+    other = check(made / "unet.plan", "--weights", tmp_path / "unet.onnx")
+    assert other.exit_code == 1
+    assert f"WEIGHTS: not built from {tmp_path / 'unet.onnx'} (" in other.stdout
+    unknown = check(made / "unet.plan", "--weights", made / "controlnet")
+    assert unknown.exit_code == 2
+    assert "does not say from which checkpoint; give the ONNX file instead" in unknown.stderr
+
+
+def test_another_model_is_told_slot_by_slot(made):
+    result = check(made / "unet.plan", "--model", "sd15", "--format", "json")
+    assert result.exit_code == 1
+    found = {(each["where"], each["kind"]) for each in json.loads(result.stdout)["mismatches"]}
+    assert {
+        ("encoder_hidden_states", "input"),
+        ("mid_block_residual", "channels"),
+        ("down_block_residual_11", "missing"),
+    } <= found
+
+
+def test_an_exchanged_or_cut_engine_is_noticed(copied):
+    plan = copied / "unet.plan"
+    whole = plan.read_bytes()
+    plan.write_bytes(whole[:-1])
+    result = check(plan)
+    assert result.exit_code == 1
+    assert f"{len(whole) - 1} bytes" in result.stdout and "BROKEN: 1 fault" in result.stdout
+    plan.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "another engine, or one cut short" in " ".join(check(plan).stdout.split())
+
+
+def test_an_engine_without_or_with_a_damaged_record_is_refused(copied):
+    record = copied / "unet.plan.shapecheck.json"
+    record.write_text(record.read_text(encoding="utf-8").replace('"gpu": "8.9"', '"gpu": "9.0"'), encoding="utf-8")
+    result = check(copied / "unet.plan")
+    assert result.exit_code == 2
+    assert "unet.plan.shapecheck.json: an edited engine's record" in result.stderr
+    record.unlink()
+    result = check(copied / "unet.plan")
+    assert result.exit_code == 2
+    assert "has no unet.plan.shapecheck.json beside it" in result.stderr
+
+
+def test_weights_are_asked_of_engines_alone(made):
+    result = check(made / "unet.onnx", "--weights", made / "unet.onnx")
+    assert result.exit_code == 2
+    assert "--weights is for engines" in result.stderr
+
+
+# What TensorRT would show of an engine is made up here: loading one needs a GPU.
+
+
+def shown(request) -> SeenEngine:
+    rules, dtypes = rules_of(request.contract), dtypes_of(request.contract)
+    profile = request.profiles[0]
+    tensors = [
+        SeenTensor(
+            name, True, dtypes[name], tuple(-1 if dim.symbol else dim.scale for dim in rule), (profile.bounds(name).shapes,)
+        )
+        for name, rule in rules.items()
+    ]
+    return SeenEngine(request.contract.digest, (*tensors, SeenTensor("out_sample", False, "float32", (-1, 4, -1, -1), ())), 1)
+
+
+def altered(seen: SeenEngine, name: str, /, **changes) -> SeenEngine:
+    return replace(seen, tensors=tuple(replace(each, **changes) if each.name == name else each for each in seen.tensors))
+
+
+def test_an_engine_that_is_not_what_its_record_says_is_told(made):
+    request = read_engine(made / "unet.plan").request
+    seen = shown(request)
+    assert differences(request, seen) == ()
+    bounds = ((1, 16, 4, 5), (2, 16, 9, 13), (3, 16, 17, 22))
+    cases = {
+        ("engine", "the engine"): replace(seen, name="sha256:other"),
+        ("engine", "the profiles"): replace(seen, profiles=2),
+        ("missing", "mid_block_residual"): replace(
+            seen, tensors=tuple(e for e in seen.tensors if e.name != "mid_block_residual")
+        ),
+        ("surplus", "more"): replace(seen, tensors=(*seen.tensors, replace(seen.tensors[0], name="more"))),
+        ("dtype", "timestep"): altered(seen, "timestep", dtype="float16"),
+        ("range", "mid_block_residual"): altered(seen, "mid_block_residual", bounds=(bounds,)),
+        ("range", "down_block_residual_00"): altered(seen, "down_block_residual_00", shape=(3, 8, 33, 41), bounds=()),
+        ("name", "the outputs"): altered(seen, "out_sample", name="sample_out"),
+    }
+    for expected, wrong in cases.items():
+        assert [(each.kind, each.where) for each in differences(request, wrong)] == [expected]
+
+
+def test_what_the_process_tells_is_read(made):
+    record = {
+        "name": "sha256:x",
+        "profiles": 1,
+        "tensors": [
+            {"name": "sample", "is_input": True, "dtype": "HALF", "shape": [-1, 4, 8, -1], "bounds": [[[1, 4, 8, 8]] * 3]},
+            {"name": "out", "is_input": False, "dtype": "FP8", "shape": [1], "bounds": []},
+        ],
+    }
+    seen = seen_from(record)
+    assert [each.dtype for each in seen.tensors] == ["float16", "fp8"]
+    assert seen.profile(0).bounds("sample").max == (1, 4, 8, 8)
+
+
+# Weights in other files: hostile places.
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("../weights.bin", "outside of the ONNX file's folder; that is never opened"),
+        ("/etc/passwd", "outside of the ONNX file's folder"),
+        ("C:\\weights.bin", "outside of the ONNX file's folder"),
+        ("", "lies in no file, outside"),
+        ("link.bin", "outside of the ONNX file's folder"),
+        ("none.bin", "keeps its weights in none.bin: No such file or directory"),
+        ("short.bin", "short.bin does not hold all of w; is the file cut short"),
+    ],
+)
+def test_weights_are_read_in_the_file_s_own_folder_only(location, message, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "weights.bin").write_bytes(bytes(64))
+    (folder / "link.bin").symlink_to(tmp_path / "weights.bin")
+    (folder / "short.bin").write_bytes(bytes(15))
+    weight = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in {"location": location, "offset": "0", "length": "16"}.items():
+        weight.external_data.add(key=key, value=value)
+    value = onnx.helper.make_tensor_value_info("x", 1, [4])
+    out = onnx.helper.make_tensor_value_info("y", 1, [4])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "w"], ["y"])], "g", [value], [out], [weight])
+    (folder / "unet.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    with pytest.raises(ShapecheckError, match=message):
+        external_tensors(folder / "unet.onnx")
+
+
+def test_weights_without_a_length_reach_to_the_end(tmp_path):
+    (tmp_path / "w.bin").write_bytes(bytes(24))
+    weight = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value="w.bin")
+    weight.external_data.add(key="offset", value="8")
+    out = onnx.helper.make_tensor_value_info("y", 1, [4])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["y"])], "g", [], [out], [weight])
+    (tmp_path / "unet.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    (stored,) = external_tensors(tmp_path / "unet.onnx").values()
+    assert (stored.offset, stored.nbytes, stored.dtype, stored.shape) == (8, 16, "float32", (4,))
+
+
+def test_a_contract_that_refuses_a_size_says_so(made):
+    engine = read_engine(made / "unet.plan")
+    eight = replace(engine, request=replace(engine.request, contract=replace(engine.request.contract, divisor=8)))
+    fit = engine_check._fit(eight, Geometry(2, 17, 24), False)
+    assert fit.profile is None and "refuses latents of 17×24" in fit.reasons[0]
