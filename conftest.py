@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 
@@ -18,9 +20,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def shapecheck_backends(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    """The backends that were asked for: where one cannot run, its tests fail instead of being skipped."""
-    return tuple(filter(None, request.config.getoption("--shapecheck-backends").split(",")))
+def require_backend(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Ends a test whose backend cannot run here: as failed where `--shapecheck-backends` asks for it, else as skipped."""
+    asked = str(request.config.getoption("--shapecheck-backends")).split(",")
+
+    def require(name: str) -> None:
+        from shapecheck import doctor
+
+        known = doctor.backend(name)
+        if not known.runs:
+            (pytest.fail if name in asked else pytest.skip)(f"{name} cannot run here: {known.reason}")
+
+    return require
 
 
 @pytest.fixture

@@ -84,6 +84,7 @@ def test_json_says_the_same_to_machines(copied):
     assert json.loads(report.as_json(copied))["verified"] is None
 
 
+@pytest.mark.full
 def test_weights_that_are_not_the_models_are_found_by_verifying(saved, copied):
     good = agreement.verify(copied, str(saved))
     assert [each.agrees for each in good] == [True, True]
@@ -246,6 +247,7 @@ def test_quantised_weights_are_refused(folder):
         assert "are quantised to int8" in result.stderr
 
 
+@pytest.mark.full
 def test_the_files_of_a_variant_are_linked_and_right(tmp_path):
     small.unet(**small.TINY).half().save_pretrained(tmp_path / "unet", variant="fp16")
     done = export(tmp_path, tmp_path / "unet.onnx", variant="fp16")

@@ -10,7 +10,7 @@ import pytest
 import small
 import torch
 
-from shapecheck import BuildOptions, EngineSession, Geometry, doctor
+from shapecheck import BuildOptions, EngineSession, Geometry
 from shapecheck.build.engine import build_engine, read_back
 from shapecheck.contract.engine_seen import differences
 from shapecheck.contract.profiles import Range
@@ -24,10 +24,8 @@ EXACT = BuildOptions(tf32=False)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def tensorrt(shapecheck_backends):
-    known = doctor.backend("trt")
-    if not known.runs:
-        (pytest.fail if "trt" in shapecheck_backends else pytest.skip)(f"trt cannot run here: {known.reason}")
+def tensorrt(require_backend):
+    require_backend("trt")
 
 
 @pytest.fixture(scope="module")
