@@ -19,17 +19,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """End the run where a backend that was asked for cannot run here, whatever tests were chosen."""
+    asked = session.config.getoption("--shapecheck-backends")
+    if not asked or hasattr(session.config, "workerinput"):  # the other processes of pytest-xdist need not ask again
+        return
+    from shapecheck import ShapecheckError, doctor
+
+    for name in asked.split(","):
+        try:
+            known = doctor.backend(name.strip())
+        except ShapecheckError as error:
+            raise pytest.UsageError(f"--shapecheck-backends: {error}") from None
+        if not known.runs:
+            pytest.exit(f"{known.name} cannot run here: {known.reason}", returncode=1)
+
+
 @pytest.fixture(scope="session")
-def require_backend(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Ends a test whose backend cannot run here: as failed where `--shapecheck-backends` asks for it, else as skipped."""
-    asked = str(request.config.getoption("--shapecheck-backends")).split(",")
+def require_backend() -> Callable[[str], None]:
+    """Skips a test whose backend cannot run here, and that nobody asked for."""
 
     def require(name: str) -> None:
         from shapecheck import doctor
 
         known = doctor.backend(name)
         if not known.runs:
-            (pytest.fail if name in asked else pytest.skip)(f"{name} cannot run here: {known.reason}")
+            pytest.skip(f"{name} cannot run here: {known.reason}")
 
     return require
 

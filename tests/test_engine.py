@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,13 @@ from pathlib import Path
 import engines
 import onnx
 import onnx_files
+import onnx_ir as ir
 import psutil
 import pytest
+import small
 from click.testing import CliRunner
 
-from shapecheck import ContractError, Geometry, ShapecheckError, read_contract
+from shapecheck import ContractError, Geometry, ShapecheckError, export, presets, probe, read_contract
 from shapecheck.build import engine, engine_process
 from shapecheck.build.engine import build_engine
 from shapecheck.build.engine_cache import place
@@ -189,6 +193,32 @@ def test_multiples_of_eight_serve_a_size_that_never_changes(tmp_path):
 
 
 @pytest.mark.usefixtures("no_tensorrt")
+def test_a_file_of_profiles_says_itself_which_sizes_and_for_which_contract(deep, tmp_path):
+    profile = profile_of(deep[1], TINY)
+    (tmp_path / "profile.json").write_text(profile_forms.dumps([profile], deep[1].digest), encoding="utf-8")
+    command = ("build", deep[0], "-o", tmp_path / "unet.plan", "--target", "rtx", "--profile")
+    for option in (("--sizes", "200x136"), ("--batch", "2"), ("--tokens", "154")):
+        result = shapecheck(*command, tmp_path / "profile.json", *option)
+        assert (result.exit_code, "says itself which sizes" in result.stderr) == (2, True)
+    sd15 = presets.contract("sd15")
+    (tmp_path / "other.json").write_text(profile_forms.dumps([profile_of(sd15, TINY)], sd15.digest), encoding="utf-8")
+    result = shapecheck(*command, tmp_path / "other.json")
+    assert result.exit_code == 1
+    assert f"REFUSED: {tmp_path / 'other.json'} was made for another contract: " in result.stdout
+    for name, message in (("deep.onnx", "holds no profiles; `shapecheck profile"), ("none.json", "cannot read")):
+        result = shapecheck(*command, deep[0].with_name(name))
+        assert (result.exit_code, message in result.stderr) == (2, True)
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+def test_sizes_that_no_engine_runs_at_are_refused(deep, tmp_path):
+    sizes = ("--sizes", "512x512:512x512:99992x99992", "--batch", "9999")
+    result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *sizes, "--target", "rtx")
+    assert result.exit_code == 1, result.stderr
+    assert "2^40 elements" in result.stdout
+
+
+@pytest.mark.usefixtures("no_tensorrt")
 def test_a_graph_that_is_wrong_is_not_built(deep, tmp_path):
     onnx_files.planted(deep[0], tmp_path / "bad.onnx", onnx_files.exchange("down_block_residual_01", "down_block_residual_02"))
     result = shapecheck("build", tmp_path / "bad.onnx", "-o", tmp_path / "unet.plan", *ASKED)
@@ -211,6 +241,104 @@ def test_a_place_that_cannot_be_written_to_is_told_first(options, message, deep,
     result = shapecheck("build", deep[0], *options, "--sizes", "200x136", "--target", "rtx")
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+def test_nothing_waits_for_a_pipe_and_no_file_is_written_over(deep, tmp_path):
+    shutil.copy(deep[0], tmp_path / "deep.onnx")
+    before = (tmp_path / "deep.onnx").read_bytes()
+    os.mkfifo(tmp_path / "pipe.plan")
+    os.mkfifo(tmp_path / "pipe")
+    asked = ("--sizes", "200x136", "--target", "rtx")
+    cases = {
+        ("-o", "pipe.plan"): "it is a pipe or a device",
+        ("-o", "x.plan", "--timing-cache", "pipe"): "it is a pipe or a device",
+        ("-o", "x.plan", "--timing-cache", "deep.onnx"): "that is another file's name, and it would be written over",
+        ("-o", "x.plan", "--timing-cache", "x.plan"): "it would be written over",
+        ("-o", "x.plan", "--timing-cache", "nofolder/x"): "nofolder is no folder",
+    }
+    for options, message in cases.items():
+        places = [each if each.startswith("-") else tmp_path / each for each in options]
+        result = shapecheck("build", tmp_path / "deep.onnx", *places, *asked)
+        assert result.exit_code == 2
+        assert message in result.stderr or "No such file" in result.stderr
+    assert (tmp_path / "deep.onnx").read_bytes() == before
+
+
+def test_a_timing_cache_that_cannot_be_written_costs_no_engine(deep, tmp_path, monkeypatch):
+    (tmp_path / "timings.lock").mkdir()  # where the lock should be
+    done = build_engine(
+        deep[0], tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX, timing_cache=tmp_path / "timings"
+    )
+    assert any("the timing cache" in note and "was not written" in note for note in done.notes)
+    assert read_engine(done.path).request.contract == deep[1]
+
+
+def test_a_fixed_batch_and_an_axis_that_never_varies_are_built_as_they_are(deep, tmp_path):
+    onnx_files.planted(deep[0], tmp_path / "two.onnx", *fixed_batch(deep[1]))
+    wrong = shapecheck("build", tmp_path / "two.onnx", "-o", tmp_path / "unet.plan", *ASKED)
+    assert wrong.exit_code == 1
+    assert "the graph fixes this axis" in " ".join(wrong.stdout.split())
+    right = ("--sizes", "72x64:200x136:328x264", "--batch", "2", "--target", "rtx", "--compute-capability", "8.9")
+    assert shapecheck("build", tmp_path / "two.onnx", "-o", tmp_path / "unet.plan", *right).exit_code == 0
+    words = shapecheck("profile", tmp_path / "two.onnx", *right[:4], "--for", "trtexec").stdout
+    assert "sample:2x4x8x9" in words and "timestep" not in words
+
+
+def fixed_batch(contract):
+    """Every input at batch 2."""
+    rules = rules_of(contract)
+    return [
+        onnx_files.declare(name, 2, *(str(dim) if dim.symbol else dim.scale for dim in rule[1:]))
+        for name, rule in rules.items()
+    ]
+
+
+@pytest.mark.usefixtures("no_tensorrt")
+def test_half_precision_of_others_is_held_to_a_contract_in_its_own_precision(deep, tmp_path):
+    edits = [onnx_files.retype(name, ir.DataType.FLOAT16) for name in rules_of(deep[1])]
+    without_contract(onnx_files.planted(deep[0], tmp_path / "half.onnx", *edits))
+    (tmp_path / "deep.json").write_text(deep[1].to_json(), encoding="utf-8")
+    options = ("--sizes", "200x136", "--format", "json", "--model", tmp_path / "deep.json")
+    result = shapecheck("profile", tmp_path / "half.onnx", *options)
+    assert result.exit_code == 0, result.output
+    ((profile,), _) = profile_forms.loads(result.stdout)
+    assert {each.dtype for each in profile.inputs} == {"float16"}
+
+
+def without_contract(path: Path) -> Path:
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+    return path
+
+
+def test_a_file_without_slots_is_built_as_one_without_control(deep, tmp_path):
+    names = [slot.name for slot in deep[1].slots]
+    edits = [*map(onnx_files.unconsume, names), *map(onnx_files.drop, names)]
+    without_contract(onnx_files.planted(deep[0], tmp_path / "off.onnx", *edits))
+    (tmp_path / "deep.json").write_text(deep[1].to_json(), encoding="utf-8")
+    command = ("build", tmp_path / "off.onnx", "--cache", tmp_path / "cache", *ASKED, "--model", tmp_path / "deep.json")
+    assert shapecheck(*command).exit_code == 1
+    result = shapecheck(*command, "--no-control")
+    assert result.exit_code == 0, result.output
+    assert "3 base inputs, 0 slots" in result.stdout
+    assert "goes with --model" in shapecheck(*command[:-2], "--no-control").stderr
+
+
+def test_a_controlnet_is_told_from_a_unet(tmp_path):
+    unet = small.unet(**small.TINY)
+    net = small.controlnet(unet)
+    export(net, tmp_path / "net.onnx")
+    asked = ("--sizes", "200x136", "--target", "rtx", "--compute-capability", "8.9")
+    assert shapecheck("build", tmp_path / "net.onnx", "-o", tmp_path / "net.plan", *asked).exit_code == 0
+    record = read_engine(tmp_path / "net.plan").request
+    assert [each.name for each in record.profiles[0].inputs][-1] == "controlnet_cond"  # conditioning_scale never varies
+    assert len(record.outputs) == len(record.contract.slots)
+    (tmp_path / "unet.json").write_text(probe(unet).to_json(), encoding="utf-8")
+    result = shapecheck("build", tmp_path / "net.onnx", "-o", tmp_path / "x.plan", *asked, "--model", tmp_path / "unet.json")
+    assert result.exit_code == 2
+    assert "is a ControlNet, and --model says which UNet its outputs are for" in result.stderr
 
 
 def test_an_unknown_gpu_is_refused_in_tensorrt_s_words(deep, tmp_path):
@@ -238,8 +366,7 @@ def test_options_that_cannot_be_kept_are_told(deep, tmp_path):
 def test_a_missing_tensorrt_is_told_with_its_fix(deep, tmp_path):
     result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", "--sizes", "200x136")
     assert result.exit_code == 2
-    assert "cannot build with --target trt: tensorrt is not installed" in result.stderr
-    assert "; pip install '" in result.stderr
+    assert "cannot build with --target trt:\n  tensorrt is not installed: pip install '" in result.stderr
 
 
 def test_a_node_that_tensorrt_refuses_is_told_with_its_slot(deep, tmp_path):
@@ -297,7 +424,9 @@ def test_the_cache_tells_weights_and_sizes_apart_and_mends_what_was_changed(deep
     assert not other.found and other.path != first.path
     first.path.write_bytes(first.path.read_bytes()[:-1] + b"?")
     assert not build(deep[0]).found
-    assert {each.suffix for each in cache.iterdir()} <= {".plan", ".json", ".timings", ".lock"}
+    assert len([each for each in cache.iterdir() if each.suffix == ".plan"]) == 2
+    long = shutil.copy(deep[0], tmp_path / f"{'x' * 230}.onnx")
+    assert build(Path(long)).path.stem.startswith("x" * 100 + "-")
 
 
 BUILD = """
@@ -374,20 +503,24 @@ def test_what_tensorrt_reads_otherwise_is_refused(deep):
     source = engine.source_of(deep[0])
     inputs = [{"name": name, "dtype": "FLOAT", "dims": [str(dim) if dim.symbol else dim.scale for dim in rule]}
               for name, rule in rules_of(deep[1]).items()]  # fmt: skip
-    engine._check_network(source, {"inputs": inputs})
+    request = Request(deep[1], (), (), ("out_sample",), "", "", "", BuildOptions(), "", "")
+    outputs = [{"name": "out_sample"}]
+    engine._check_network(source, request, {"inputs": inputs, "outputs": outputs})
+    with pytest.raises(ContractError, match=r"the outputs: name: got other, expected out_sample"):
+        engine._check_network(source, request, {"inputs": inputs, "outputs": [{"name": "other"}]})
     with pytest.raises(ContractError, match=r"(?s)TensorRT's parser reads .* otherwise.*mid_block_residual.*missing"):
-        engine._check_network(source, {"inputs": inputs[:-1]})
+        engine._check_network(source, request, {"inputs": inputs[:-1], "outputs": outputs})
     inputs[5] |= {"dims": ["batch", 8, "h", "w"]}
     told = r"down_block_residual_02: symbol: got an axis named h, expected ceil\(h/2\); h is h elsewhere"
     with pytest.raises(ContractError, match=told):
-        engine._check_network(source, {"inputs": inputs})
+        engine._check_network(source, request, {"inputs": inputs, "outputs": outputs})
 
 
 def test_a_request_is_told_apart_from_an_edited_one(built):
     text = (built[0].with_name("unet.plan.shapecheck.json")).read_text(encoding="utf-8")
     for old, new in (('"refittable": false', '"refittable": true'), ('"gpu": "8.9"', '"gpu": "8.6"')):
         assert old in text
-        with pytest.raises(ShapecheckError, match="an edited engine's record: its key is not that of its contents"):
+        with pytest.raises(ShapecheckError, match="an edited engine's record: its checksum is not that of its contents"):
             Engine.from_json(text.replace(old, new))
     for bad in ("", "{}", "[]", text[:-40], text.replace('"names"', '"nomes"'), text.replace('"rtx"', '"cpu"')):
         with pytest.raises(ShapecheckError, match="engine's record"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -15,11 +16,14 @@ from click.testing import CliRunner
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.build.engine import build_engine
 from shapecheck.build.external import external_tensors
+from shapecheck.build.weights import checkpoint_files, digest, read_table
 from shapecheck.cli import main
 from shapecheck.contract.engine_files import read_engine
 from shapecheck.contract.engine_seen import SeenEngine, SeenTensor, differences, seen_from
-from shapecheck.contract.profiles import dtypes_of, rules_of
+from shapecheck.contract.profiles import Range, dtypes_of, profile_of, rules_of
+from shapecheck.contract.ranges import written
 from shapecheck.verify import engine_check
+from shapecheck.verify.models import misfits
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +110,53 @@ def test_weights_are_told_apart(made, tmp_path):
     onnx.save(model, tmp_path / "unet.onnx")
     other = check(made / "unet.plan", "--weights", tmp_path / "unet.onnx")
     assert other.exit_code == 1
-    assert f"WEIGHTS: not built from {tmp_path / 'unet.onnx'} (" in other.stdout
+    assert f"WEIGHTS: not built from {tmp_path / 'unet.onnx'} (other weights: sha256:" in other.stdout
+    assert read_engine(made / "unet.plan").request.weights != digest({})
     unknown = check(made / "unet.plan", "--weights", made / "controlnet")
     assert unknown.exit_code == 2
     assert "does not say from which checkpoint; give the ONNX file instead" in unknown.stderr
+
+
+def test_a_checkpoint_is_believed_by_its_bytes(made, tmp_path):
+    small.unet(**small.SHALLOW).save_pretrained(tmp_path / "unet")
+    stored = read_table(checkpoint_files(tmp_path / "unet"))
+    engine = read_engine(made / "unet.plan")
+    for weights, checkpoint, same, told in (
+        (digest(stored), "", True, "bit by bit"),
+        ("sha256:x", digest(stored), False, "its weights were changed before it was built"),
+        ("sha256:x", "sha256:y", False, "other weights: sha256:"),
+    ):
+        one = replace(engine, request=replace(engine.request, weights=weights, checkpoint=checkpoint))
+        found = engine_check._weights(one, str(tmp_path), True, lambda *_: None)
+        assert (found.same, told in found.told) == (same, True)
+    half = replace(engine.request.contract, inputs=tuple(replace(e, dtype="float16") for e in engine.request.contract.inputs))
+    one = replace(engine, request=replace(engine.request, contract=half, weights="sha256:x", checkpoint=digest(stored)))
+    found = engine_check._weights(one, str(tmp_path), True, lambda *_: None)
+    assert (found.same, "by the word of the ONNX file" in found.told) == (True, True)
+
+
+def test_an_engine_without_slots_takes_no_controlnet(made):
+    contract = read_engine(made / "unet.plan").request.contract
+    (found,) = misfits(replace(contract, slots=()), [str(made / "controlnet")], progress=print)
+    assert (found.kind, "exported with --no-control" in found.cause) == ("missing", True)
+    assert {each.kind for each in engine_check._unlike(replace(contract, slots=()), contract)} == {"missing"}
+    with pytest.raises(ShapecheckError, match="this file is itself a ControlNet"):
+        misfits(replace(contract, role="controlnet"), ["sd15"], progress=print)
+
+
+def test_the_profile_told_is_the_one_a_session_takes_and_tokens_count(made):
+    engine = read_engine(made / "unet.plan")
+    contract = engine.request.contract
+    wide = Range(Geometry(1, 8, 8), Geometry(2, 16, 40), Geometry(3, 40, 48))
+    square = Range(Geometry(1, 8, 8), Geometry(2, 16, 16), Geometry(3, 40, 48))
+    two = replace(engine, request=replace(engine.request, profiles=(profile_of(contract, wide), profile_of(contract, square))))
+    assert engine_check._fit(two, Geometry(2, 16, 16), False, False).profile == 1
+    long = Range(*(replace(each, tokens=154) for each in square.geometries))
+    one = replace(engine, request=replace(engine.request, profiles=(profile_of(contract, long),)))
+    assert engine_check._fit(one, Geometry(2, 16, 16), False, True).profile == 0
+    refused = engine_check._fit(one, Geometry(2, 16, 16), False, False)
+    assert (refused.profile, refused.reasons) == (None, ("profile 0: tokens 77, where it takes 154 only",))
+    assert "--tokens 77:154:154" in written(refused.rebuilt)
 
 
 def test_another_model_is_told_slot_by_slot(made):
@@ -146,10 +193,43 @@ def test_an_engine_without_or_with_a_damaged_record_is_refused(copied):
     assert "has no unet.plan.shapecheck.json beside it" in result.stderr
 
 
+def test_hostile_records_end_in_one_message(copied):
+    record = copied / "unet.plan.shapecheck.json"
+    text = record.read_text(encoding="utf-8")
+    good = json.loads(text)
+    header = good["contract"]["header"]
+    for change, message in (
+        ({"engine": {"digest": "x", "bytes": float("inf")}}, "expected a whole number"),
+        ({"options": good["options"] | {"workspace": "abc"}}, "expected a whole number"),
+        ({"options": good["options"] | {"refittable": 1}}, "expected true or false"),
+        ({"gpu": "\x1b[31mred"}, "cannot be printed"),
+        ({"contract": good["contract"] | {"header": header | {"source": "x\nBROKEN"}}}, "cannot be printed"),
+        ({"names": {"sample": "sample"}}, "does not name each input of its contract once"),
+        ({"contract": good["contract"] | {"header": header | {"vae_factor": 16}}}, "an edited engine's record"),
+        ({"engine": {"digest": "sha256:other", "bytes": 1}}, "an edited engine's record"),
+    ):
+        record.write_text(json.dumps(good | change), encoding="utf-8")
+        result = check(copied / "unet.plan")
+        assert (result.exit_code, message in result.stderr, "\x1b" in result.output) == (2, True, False)
+    record.write_text(text, encoding="utf-8")
+    assert check(copied / "unet.plan").exit_code == 0
+
+
+def test_what_is_no_file_is_told(copied):
+    (copied / "unet.plan").unlink()
+    (copied / "unet.plan").mkdir()
+    assert "unet.plan is a folder, not an engine" in check(copied / "unet.plan").stderr
+    (copied / "unet.plan").rmdir()
+    os.mkfifo(copied / "unet.plan")
+    assert "unet.plan is no regular file, not an engine" in check(copied / "unet.plan").stderr
+    result = check(copied / f"{'x' * 300}.plan")
+    assert (result.exit_code, "File name too long" in result.stderr) == (2, True)
+
+
 def test_weights_are_asked_of_engines_alone(made):
     result = check(made / "unet.onnx", "--weights", made / "unet.onnx")
     assert result.exit_code == 2
-    assert "--weights is for engines" in result.stderr
+    assert "--weights and --tokens are for engines" in result.stderr
 
 
 # What TensorRT would show of an engine is made up here: loading one needs a GPU.
@@ -186,10 +266,20 @@ def test_an_engine_that_is_not_what_its_record_says_is_told(made):
         ("dtype", "timestep"): altered(seen, "timestep", dtype="float16"),
         ("range", "mid_block_residual"): altered(seen, "mid_block_residual", bounds=(bounds,)),
         ("range", "down_block_residual_00"): altered(seen, "down_block_residual_00", shape=(3, 8, 33, 41), bounds=()),
+        ("range", "sample"): altered(seen, "sample", shape=(2, 4, 17, 25), bounds=()),
         ("name", "the outputs"): altered(seen, "out_sample", name="sample_out"),
     }
     for expected, wrong in cases.items():
         assert [(each.kind, each.where) for each in differences(request, wrong)] == [expected]
+
+
+def test_an_engine_of_one_size_is_what_its_record_says(made):
+    request = read_engine(made / "unet.plan").request
+    size = Geometry(2, 17, 25)
+    static = replace(request, profiles=(profile_of(request.contract, Range(size, size, size)),))
+    shapes = request.contract.input_shapes(size)
+    tensors = tuple(replace(each, shape=shapes.get(each.name, (2, 4, 17, 25)), bounds=()) for each in shown(request).tensors)
+    assert differences(static, replace(shown(request), tensors=tensors)) == ()
 
 
 def test_what_the_process_tells_is_read(made):
@@ -212,7 +302,7 @@ def test_what_the_process_tells_is_read(made):
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("../weights.bin", "outside of the ONNX file's folder; that is never opened"),
+        ("../weights.bin", "outside of the ONNX file's folder; never opened: keep real files beside it"),
         ("/etc/passwd", "outside of the ONNX file's folder"),
         ("C:\\weights.bin", "outside of the ONNX file's folder"),
         ("", "lies in no file, outside"),
@@ -253,5 +343,5 @@ def test_weights_without_a_length_reach_to_the_end(tmp_path):
 def test_a_contract_that_refuses_a_size_says_so(made):
     engine = read_engine(made / "unet.plan")
     eight = replace(engine, request=replace(engine.request, contract=replace(engine.request.contract, divisor=8)))
-    fit = engine_check._fit(eight, Geometry(2, 17, 24), False)
+    fit = engine_check._fit(eight, Geometry(2, 17, 24), False, False)
     assert fit.profile is None and "refuses latents of 17×24" in fit.reasons[0]

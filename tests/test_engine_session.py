@@ -125,7 +125,7 @@ def test_an_edited_record_is_refused(tmp_path):
     path = written(tmp_path)
     record = tmp_path / "unet.plan.shapecheck.json"
     record.write_text(record.read_text(encoding="utf-8").replace("NVIDIA H100 (9.0)", "NVIDIA L4 (8.9)"), encoding="utf-8")
-    with pytest.raises(ShapecheckError, match="an edited engine's record: its key is not that of its contents; build"):
+    with pytest.raises(ShapecheckError, match="an edited engine's record: its checksum is not that of its contents; build"):
         EngineSession.open(path)
 
 

@@ -75,7 +75,11 @@ def contract_within(path: Path, metadata: Mapping[str, str]) -> Contract | None:
 
 def _sidecar(engine: Path) -> Path:
     beside = record_of(engine)
-    if not beside.exists():
+    try:
+        found = beside.exists()
+    except OSError as error:
+        raise ShapecheckError(f"cannot read {beside}: {error.strerror or error}") from None
+    if not found:
         raise ShapecheckError(
             f"{engine} has no {beside.name} beside it, where an engine's contract is kept; copy both together, or {_ADVICE}"
         )
@@ -93,7 +97,7 @@ def _is_json(path: Path) -> bool:
 
 
 def _from_json(path: Path) -> Contract:
-    text = text_in(path)
+    text = _text_in(path)
     try:
         record: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -104,7 +108,7 @@ def _from_json(path: Path) -> Contract:
     return _parsed(path, text)
 
 
-def text_in(path: Path) -> str:
+def _text_in(path: Path) -> str:
     """The text of a file that holds a contract. Raises ShapecheckError where it is too large, or no text."""
     try:
         onnx_file.size_of(path)

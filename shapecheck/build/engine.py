@@ -13,17 +13,21 @@ from shapecheck import doctor
 from shapecheck.build import artefact, engine_cache, ports, serving
 from shapecheck.build import weights as checkpoints
 from shapecheck.build.engine_process import EngineError, EngineProcess
-from shapecheck.build.external import external_tensors, file_digest
+from shapecheck.build.external import external_tensors, file_digest, tensors_of
 from shapecheck.build.reading import Reading, read
 from shapecheck.contract import Contract, ContractError, Mismatch, ShapecheckError, profile_check, profile_forms
 from shapecheck.contract.engine import BuildOptions, Built, Engine, Request
 from shapecheck.contract.engine_files import ENGINES, record_of
 from shapecheck.contract.engine_seen import DTYPES, SeenEngine, differences, seen_from
-from shapecheck.contract.profiles import Profile, Range, profile_of, range_of
+from shapecheck.contract.profiles import Profile, Range, profile_of, range_of, rules_of
 from shapecheck.files import refuse_unwritable, whole
 from shapecheck.observe.configfile import one_line
 from shapecheck.observe.progress import Progress, silent
 
+_NO_TIMINGS = (".onnx", ".data", ".safetensors", ".bin", ".json", *ENGINES)
+"""How no timing cache's name ends."""
+_IMPOSSIBLE = "not self-consistent"
+"""What TensorRT says of a profile whose largest sizes no engine can run at, and then builds."""
 _LONGEST = 500
 """Characters of one of TensorRT's own messages."""
 
@@ -57,7 +61,7 @@ def source_of(
     if known is None:
         raise ShapecheckError(f"{path} holds no contract: say which UNet it is with --model, or contract= from Python")
     called = names or ports.names_for(known, [each.name for each in reading.inputs])
-    return Source(path, reading, known, called)
+    return Source(path, reading, known, {name: called.get(name, name) for name in rules_of(known)})
 
 
 def build_engine(
@@ -87,6 +91,9 @@ def build_engine(
     options = _checked(options or BuildOptions())
     target = _target(output, cache)
     source = file if isinstance(file, Source) else source_of(file, contract, progress=progress)
+    timings = Path(timing_cache) if timing_cache else Path(cache) / f"{options.target}.timings" if cache else None
+    if timings is not None:
+        _refuse_as_timings(timings, source, target)
     wanted = tuple(profile_of(source.contract, each) if isinstance(each, Range) else each for each in profiles)
     check(source, wanted, progress)
     digests = _digests(source, progress)
@@ -102,7 +109,6 @@ def build_engine(
         hashing = lambda *bytes_: progress(f"hashing {path}", *bytes_)  # noqa: E731
         if not force and (engine := engine_cache.find(path, request, hashing)) is not None:
             return Built(path, engine, True, 0.0)
-        timings = Path(timing_cache) if timing_cache else Path(cache) / f"{options.target}.timings" if cache else None
         return _build(process, source, request, path, timings, progress)
 
 
@@ -132,7 +138,7 @@ def read_back(path: Path, engine: Engine, progress: Progress = silent) -> SeenEn
     with EngineProcess(engine.request.options.target, progress) as process:
         progress("loading TensorRT")
         process.hear("ready")
-        process.say({"read": str(path.absolute())})
+        process.say({"read": str(path.absolute()), "host_code": engine.request.options.version_compatible})
         progress(f"loading {path}")
         return seen_from(process.hear("read"))
 
@@ -162,19 +168,35 @@ def _target(output: str | Path | None, cache: str | Path | None) -> Path | None:
             Path(cache or "").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ShapecheckError(f"cannot write to {cache}: {error.strerror or error}") from None
+        refuse_unwritable(Path(cache or "") / "engine.plan")
         return None
     path = Path(output)
     if path.suffix.lower() not in ENGINES:
         raise ShapecheckError(f"cannot write {path}: the name of an engine ends in {', '.join(ENGINES)}")
-    refuse_unwritable(path)
-    refuse_unwritable(record_of(path))
+    _refuse_unfit(path)
+    _refuse_unfit(record_of(path))
     return path
+
+
+def _refuse_unfit(path: Path) -> None:
+    """Raise ShapecheckError unless a regular file can be written here: nothing may wait for a pipe."""
+    refuse_unwritable(path)
+    if path.exists() and not path.is_file():
+        raise ShapecheckError(f"cannot write {path}: it is a pipe or a device")
+
+
+def _refuse_as_timings(timings: Path, source: Source, target: Path | None) -> None:
+    """Raise ShapecheckError where a timing cache would be written over something else."""
+    _refuse_unfit(timings)
+    others = {source.path, *(each.file for each in external_tensors(source.path).values())}
+    others |= {target, record_of(target)} if target else set()
+    if timings.suffix.lower() in _NO_TIMINGS or timings.resolve() in {each.resolve() for each in others}:
+        raise ShapecheckError(f"--timing-cache {timings}: that is another file's name, and it would be written over")
 
 
 def _digests(source: Source, progress: Progress) -> dict[str, str]:
     """What the file and its weights are, by their bytes: what its metadata says may be older than the weights beside it."""
-    tensors = external_tensors(source.path)
-    weights = checkpoints.digest(tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
+    weights = checkpoints.digest(tensors_of(source.path), lambda *bytes_: progress("hashing the weights", *bytes_))
     checkpoint = one_line(source.reading.metadata.get(artefact.WEIGHTS, ""))
     return {"onnx": file_digest(source.path), "weights": weights, "checkpoint": checkpoint}
 
@@ -186,8 +208,9 @@ def _ready(process: EngineProcess, options: BuildOptions) -> Mapping[str, Any]:
         return process.hear("ready")
     except EngineError as error:
         known = doctor.backend(options.target)
-        fix = f"; {known.fix}" if known.fix else ""
-        raise ShapecheckError(f"cannot build with --target {options.target}: {known.reason or error}{fix}") from error
+        lines = [f"cannot build with --target {options.target}{':' if not known.runs else f': {error}'}"]
+        lines += [f"  {gap.problem}: {gap.fix}" for gap in known.gaps if not known.runs]
+        raise ShapecheckError("\n".join(lines)) from error
 
 
 def _build(
@@ -199,10 +222,13 @@ def _build(
         partial = files.enter_context(whole(path))
         try:
             process.say(_job(source, request, partial, timings))
-            _check_network(source, process.hear("parsed"))
+            _check_network(source, request, process.hear("parsed"))
             process.say({})
             progress("building")
             done = process.hear("built")
+            process.finish()  # and gives the memory of the GPU back
+            if any(_IMPOSSIBLE in message for message in process.messages):
+                raise EngineError("build", "TensorRT built for sizes that it cannot run at", tuple(process.messages))
         except EngineError as error:
             raise _told(error, source, request.options) from error
         engine = Engine(request, file_digest(partial), partial.stat().st_size)
@@ -223,11 +249,15 @@ def _job(source: Source, request: Request, partial: Path, timings: Path | None) 
     }
 
 
-def _check_network(source: Source, parsed: Mapping[str, Any]) -> None:
-    """Raise ContractError where TensorRT's parser made other inputs of the file than it declares."""
+def _check_network(source: Source, request: Request, parsed: Mapping[str, Any]) -> None:
+    """Raise ContractError where TensorRT's parser made other inputs or outputs of the file than it declares."""
     seen = [ports.Port(each["name"], DTYPES.get(each["dtype"], each["dtype"].lower()), tuple(each["dims"]))
             for each in parsed["inputs"]]  # fmt: skip
-    if found := ports.mismatches(source.contract, seen, source.names):
+    found = ports.mismatches(source.contract, seen, source.names)
+    outputs = tuple(each["name"] for each in parsed["outputs"])
+    if sorted(outputs) != sorted(request.outputs):
+        found += (Mismatch("name", "the outputs", ", ".join(outputs), ", ".join(request.outputs)),)
+    if found:
         raise ContractError(found, subject=f"TensorRT's parser reads {source.path} otherwise", contract=source.contract)
 
 

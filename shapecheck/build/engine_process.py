@@ -54,9 +54,13 @@ class EngineProcess:
     def __enter__(self) -> Self:
         self._stderr = tempfile.TemporaryFile()
         command = [sys.executable, "-P", "-m", "shapecheck.build.engine_worker", self.target]
-        self._process = subprocess.Popen(  # noqa: S603  # our own module, by our own interpreter
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, encoding="utf-8"
-        )
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  # our own module, by our own interpreter
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, encoding="utf-8"
+            )
+        except OSError as error:
+            self._stderr.close()
+            raise ShapecheckError(f"cannot start {sys.executable}: {error.strerror or error}") from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -77,6 +81,8 @@ class EngineProcess:
         """Wait until it tells of this event. Raises EngineError where it tells of a failure, or ends."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            if not line.endswith("\n"):  # it ended in the middle of a line
+                break
             told = json.loads(line)
             if told["event"] == event:
                 return told  # type: ignore[no-any-return]
@@ -85,6 +91,10 @@ class EngineProcess:
                 raise EngineError(told["stage"], told["text"], tuple(self.messages), errors)
             self._note(told)
         raise self._ended()
+
+    def finish(self) -> None:
+        """Wait until it has ended by itself, after the last thing it had to tell."""
+        self._process.wait()
 
     def _note(self, told: Mapping[str, Any]) -> None:
         if told["event"] == "progress":

@@ -8,6 +8,7 @@ place of any of them `failed`. When stdin ends, whoever asked is gone, and so is
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import logging
@@ -73,9 +74,11 @@ def _read(trt: Any, job: Mapping[str, Any], tell: Teller) -> None:
         from polygraphy.backend.trt import get_trt_logger
 
         runtime = trt.Runtime(get_trt_logger())
+        if job["host_code"]:
+            runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(Path(job["read"]).read_bytes())
         if engine is None:
-            tell("failed", stage="read", text="TensorRT cannot load it here")
+            tell("failed", stage="refused" if _has_driver() else "read", text="TensorRT cannot load it here")
             return
         tell("read", **shown(trt, engine))
     except Exception as error:  # whatever TensorRT raises is told
@@ -100,8 +103,9 @@ def _carry_out(trt: Any, target: str, job: Mapping[str, Any], tell: Teller) -> N
         plan = _built(builder, network, config)
         with Path(job["output"]).open("wb") as file:
             file.write(plan)
-        cached = _save_timing_cache(config, job["timing_cache"])
-        tell("built", seconds=time.monotonic() - start, timing_cache=cached)
+        seconds = time.monotonic() - start
+        _save_timing_cache(config, job["timing_cache"], tell)
+        tell("built", seconds=seconds)
     except Exception as error:  # whatever TensorRT or Polygraphy raises is told, with what they logged before it
         tell("failed", stage=stage, text=f"{type(error).__name__}: {error}")
 
@@ -201,24 +205,33 @@ def _monitor(trt: Any, tell: Teller) -> Any:
     return Monitor()
 
 
-def _save_timing_cache(config: Any, path: str | None) -> bool:
-    """Write what was timed, with what another build has written meanwhile; whole or not at all."""
-    cache = config.get_timing_cache() if path else None
-    if not path or cache is None:
-        return False
+def _save_timing_cache(config: Any, path: str | None, tell: Teller) -> None:
+    """Write what was timed, with what another build has written meanwhile; whole or not at all. The engine is worth more."""
+    if path is None or (cache := config.get_timing_cache()) is None:
+        return
     from polygraphy.util import LockFile
 
     from shapecheck.files import whole
 
     file = Path(path)
-    with LockFile(path):
-        if file.is_file():
-            before = config.create_timing_cache(file.read_bytes())
-            if before is not None:
-                cache.combine(before, True)
-        with whole(file) as partial:
-            partial.write_bytes(cache.serialize())
-    return True
+    try:
+        with LockFile(path):
+            if file.is_file():
+                before = config.create_timing_cache(file.read_bytes())
+                if before is not None:
+                    cache.combine(before, True)
+            with whole(file) as partial:
+                partial.write_bytes(cache.serialize())
+    except Exception as error:  # whatever is wrong with a cache, the engine is built
+        tell("message", severity="warning", text=f"the timing cache {file} was not written: {error}")
+
+
+def _has_driver() -> bool:
+    """Whether a GPU could run an engine here."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuInit(0) == 0  # type: ignore[no-any-return]
+    except OSError:
+        return False
 
 
 def _listen(tell: Teller) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
+import onnx.numpy_helper
 from onnx import TensorProto
 
 from shapecheck.build import onnx_file
 from shapecheck.build.safetensor_files import Stored
+from shapecheck.build.weights import Embedded
 from shapecheck.contract import ShapecheckError
 from shapecheck.observe.configfile import one_line
 
@@ -35,6 +37,16 @@ def external_tensors(path: Path) -> dict[str, Stored]:
     """
     tensors = [each for each in onnx_file.load(path).graph.initializer if each.data_location == TensorProto.EXTERNAL]
     return {each.name: _stored(path, each) for each in tensors}
+
+
+def tensors_of(path: Path) -> Mapping[str, Stored | Embedded]:
+    """The weights of an ONNX file: those that lie in other files; where none does, every tensor in the file itself.
+
+    What lies in the file beside weights that do not is part of the graph. Raises as `external_tensors` does.
+    """
+    if stored := external_tensors(path):
+        return stored
+    return {each.name: _embedded(path, each) for each in onnx_file.load(path).graph.initializer}
 
 
 def file_digest(path: Path, progress: Callable[[int, int], object] = lambda done, total: None) -> str:
@@ -73,6 +85,14 @@ def _stored(path: Path, tensor: onnx.TensorProto) -> Stored:
     return Stored(file, offset, length, dtype, tuple(tensor.dims))
 
 
+def _embedded(path: Path, tensor: onnx.TensorProto) -> Embedded:
+    try:
+        values = onnx.numpy_helper.to_array(tensor)
+    except Exception as error:  # the file is the user's
+        raise ShapecheckError(f"{path}: {one_line(tensor.name)} cannot be read ({one_line(error)}); export it again") from None
+    return Embedded(values.tobytes(), _DTYPES.get(tensor.data_type, values.dtype.name), tuple(tensor.dims))
+
+
 def _inside(path: Path, location: str, name: str) -> Path:
     """The file a location names. Raises ShapecheckError where that is not in or below the ONNX file's folder."""
     folder = path.absolute().parent
@@ -81,6 +101,7 @@ def _inside(path: Path, location: str, name: str) -> Path:
     file = folder / steps
     if outside or not file.resolve().is_relative_to(folder.resolve()):
         raise ShapecheckError(
-            f"{path}: {name} lies in {one_line(location) or 'no file'}, outside of the ONNX file's folder; that is never opened"
+            f"{path}: {name} lies in {one_line(location) or 'no file'}, outside of the ONNX file's folder; never opened: "
+            "keep real files beside it (`hf download REPOSITORY --local-dir FOLDER` makes no links)"
         )
     return file

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from shapecheck.build.reading import Reading
-from shapecheck.contract import Contract, Geometry, Mismatch
+from shapecheck.build.shapes import Shapes
+from shapecheck.contract import Contract, Geometry, Mismatch, show
 from shapecheck.contract.profiles import Range
 from shapecheck.observe.progress import Progress, silent
 
+_MOST_ELEMENTS = 2**40
+"""In one tensor; by the message of TensorRT for RTX 1.7.1, which builds for more all the same."""
 _RESIDUES = ((1, 3), (3, 7), (7, 1), (4, 6))
 """Of height and width modulo 8: odd at the first, second or third halving, or before none of them."""
 
@@ -23,9 +27,16 @@ def refusal(
         progress(f"trying the graph at {geometry} ({number + 1} of {len(tried)})")
         shapes = contract.input_shapes(geometry)
         found = reading.at({names[name]: shape for name, shape in shapes.items()})
-        if found.fault:
-            return Mismatch("sizes", "the graph", f"cannot work at {_told(contract, geometry)}", f"{sizes}", cause=found.fault)
+        fault = found.fault or _too_large(found)
+        if fault:
+            return Mismatch("sizes", "the graph", f"cannot work at {_told(contract, geometry)}", f"{sizes}", cause=fault)
     return None
+
+
+def _too_large(found: Shapes) -> str:
+    """The first tensor of more elements than TensorRT takes; empty where there is none."""
+    large = (f"{name} would be {show(shape)}" for name, shape in found.known.items() if math.prod(shape) > _MOST_ELEMENTS)
+    return next((f"{told}, more than the 2^40 elements that TensorRT takes" for told in large), "")
 
 
 def _trials(contract: Contract, sizes: Range) -> Iterator[Geometry]:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Stored", "checkpoint_files", "copy", "differing", "digest", "layout", "linkable", "location", "match", "read_table"]
+__all__ = [
+    "Embedded", "Stored", "checkpoint_files", "copy", "differing", "digest", "layout", "linkable", "location", "match",
+    "read_table",
+]  # fmt: skip
 
 _CHUNK = 2**23
 """Bytes held at a time."""
@@ -35,6 +39,20 @@ _SIGNS: Mapping[str, str] = {
     ".proj_attn.": "these are names of old diffusers versions: from_pretrained and save_pretrained once write today's",
 }
 """What a name that is not wanted says about the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A tensor that lies in the ONNX file itself."""
+
+    data: bytes
+    dtype: str
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+        return len(self.data)
 
 
 def match(table: Mapping[str, Stored], wanted: Mapping[str, Shape], *, ignore: Collection[str] = ()) -> dict[str, Stored]:
@@ -210,21 +228,33 @@ def layout(source: Mapping[str, Stored | Tensor], dtype: str | None, target: Pat
     return placed
 
 
-def digest(weights: Mapping[str, Stored | Tensor], progress: Callable[[int, int], object] = lambda done, total: None) -> str:
+def digest(
+    weights: Mapping[str, Stored | Tensor | Embedded], progress: Callable[[int, int], object] = lambda done, total: None
+) -> str:
     """The identity of weights: sha256 over names, dtypes, shapes and bytes, wherever they are kept and in whatever order.
 
-    `progress` is called with the bytes read and those to read.
+    `progress` is called with the bytes read and those to read. Needs torch for live tensors only.
     """
     found, done = hashlib.sha256(), 0
-    total = sum(_dtype_of(value).itemsize * math.prod(value.shape) for value in weights.values())
+    total = sum(value.nbytes for value in weights.values())
     for name in sorted(weights):
         value = weights[name]
-        found.update(json.dumps([name, _name_of(_dtype_of(value)), list(value.shape)]).encode() + b"\n")
-        for chunk in _chunks(value):
-            found.update(_raw(chunk))
+        dtype = value.dtype if isinstance(value.dtype, str) else _name_of(value.dtype)
+        found.update(json.dumps([name, dtype, list(value.shape)]).encode() + b"\n")
+        for chunk in _bytes(value):
+            found.update(chunk)
             done += chunk.nbytes
             progress(done, total)
     return f"sha256:{found.hexdigest()}"
+
+
+def _bytes(value: Stored | Tensor | Embedded) -> Iterator[memoryview]:
+    if isinstance(value, Stored):
+        yield from _read(value)
+    elif isinstance(value, Embedded):
+        yield memoryview(value.data)
+    else:
+        yield from map(_raw, _chunks(value))
 
 
 def differing(stored: Mapping[str, Stored], live: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import get_args
 import click
 
 from shapecheck import ContractError
-from shapecheck.cli.options import held_to, human_or_json, offline_option, output_option, size_options
+from shapecheck.cli.options import control_option, held_to, human_or_json, offline_option, output_option, size_options
 from shapecheck.contract.engine import Target
 from shapecheck.contract.profile_forms import Tool
 from shapecheck.files import refuse_unwritable
@@ -19,6 +19,7 @@ from shapecheck.terminal import progress, write
 @click.argument("model")
 @size_options
 @click.option("--model", "contract", metavar="MODEL", help="The UNet of an ONNX file that holds no contract.")
+@control_option
 @click.option(
     "--for",
     "tool",
@@ -32,8 +33,9 @@ def profile(
     model: str,
     sizes: tuple[str, ...],
     batch: tuple[str, ...],
-    tokens: str,
+    tokens: str | None,
     contract: str | None,
+    control: bool,
     tool: Tool | None,
     offline: bool,
     form: str,
@@ -61,7 +63,7 @@ def profile(
     try:
         with progress() as tell:
             held = held_to(contract, offline, tell)
-            made = buildable.profiles_of(model, wanted, held, offline=offline, progress=tell)
+            made = buildable.profiles_of(model, wanted, held, control=control, offline=offline, progress=tell)
     except ContractError as error:
         write(engine_report.refused(error, form), None)
         return error.exit_status
@@ -69,7 +71,7 @@ def profile(
         write(check_report.as_json(made.broken) if form == "json" else check_report.told(made.broken), None)
         return ContractError.exit_status
     if tool is not None:
-        text = report.for_tool(made.profiles, tool, form)
+        text = report.for_tool(made.dynamic, tool, form)
     else:
         text = (
             report.as_json(made.contract, made.profiles)
@@ -104,6 +106,7 @@ def profile(
     help="Profiles that `shapecheck profile --format json` wrote, instead of --sizes.",
 )
 @click.option("--model", "contract", metavar="MODEL", help="The UNet of an ONNX file that holds no contract.")
+@control_option
 @click.option(
     "--target",
     type=click.Choice(get_args(Target)),
@@ -143,9 +146,10 @@ def build(
     cache: Path | None,
     sizes: tuple[str, ...],
     batch: tuple[str, ...],
-    tokens: str,
+    tokens: str | None,
     profiles: Path | None,
     contract: str | None,
+    control: bool,
     target: Target,
     capabilities: tuple[str, ...],
     level: int | None,
@@ -182,7 +186,7 @@ def build(
     wanted = buildable.Sizes(sizes, batch, tokens, profiles)
     try:
         with progress() as tell:
-            source, found = buildable.examine(file, held_to(contract, offline, tell), tell)
+            source, found = buildable.examine(file, held_to(contract, offline, tell), tell, control=control)
             if source is None:
                 write(check_report.as_json(found) if form == "json" else check_report.told(found), None)
                 return ContractError.exit_status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import click
 
 from shapecheck import ContractError, ShapecheckError
 from shapecheck.cli.options import Form, format_option, held_to, human_or_json, offline_option, output_option, request_for
-from shapecheck.contract.engine_files import is_engine
+from shapecheck.contract.engine_files import is_engine, read_engine
 from shapecheck.contract.naming import SCHEMES, SHAPECHECK
 from shapecheck.files import refuse_unwritable
 from shapecheck.terminal import progress, write
@@ -124,6 +125,7 @@ def export(
     type=click.IntRange(min=1),
     help="Batch, with --size or --latent.  [default: 1; for an engine, one that it takes]",
 )
+@click.option("--tokens", type=click.IntRange(min=1), help="Text tokens, of an engine.  [default: as many as it takes]")
 @click.option(
     "--weights", metavar="MODEL", help="Say too whether an engine was built from these: an ONNX file, or a model's folder."
 )
@@ -137,6 +139,7 @@ def check(
     size: str | None,
     latent: str | None,
     batch: int | None,
+    tokens: int | None,
     weights: str | None,
     offline: bool,
     form: Form,
@@ -171,9 +174,11 @@ def check(
     if output is not None:
         refuse_unwritable(output)
     if is_engine(file):
-        return _check_engine(file, model, controlnets, request, batch is None, weights, offline, form, output)
-    if weights is not None:
-        raise ShapecheckError("--weights is for engines; `shapecheck export --verify` compares an ONNX file with its model")
+        return _check_engine(file, model, controlnets, request, (batch, tokens), weights, offline, form, output)
+    if weights is not None or tokens is not None:
+        raise ShapecheckError(
+            "--weights and --tokens are for engines; `shapecheck export --verify` compares an ONNX file's numbers"
+        )
     with progress() as tell:
         contract = contract_of(model, offline=offline, progress=tell) if model else None
         known = contract or (contract_inside(file) if size else None)
@@ -195,25 +200,27 @@ def _check_engine(
     model: str | None,
     controlnets: tuple[str, ...],
     request: Request,
-    any_batch: bool,
+    free: tuple[int | None, int | None],
     weights: str | None,
     offline: bool,
     form: Form,
     output: Path | None,
 ) -> int:
-    from shapecheck.build.artefact import read_contract
     from shapecheck.observe.request import geometry_of
     from shapecheck.report import engine_check as report
     from shapecheck.verify.engine_check import check_engine
 
-    asked = geometry_of(request, read_contract(file).header.vae_factor)
+    batch, tokens = free
+    asked = geometry_of(request, read_engine(file).request.contract.header.vae_factor)
+    asked = replace(asked, tokens=tokens) if asked and tokens else asked
     with progress() as tell:
         checked = check_engine(
             file,
             held_to(model, offline, tell),
             controlnets=controlnets,
             asked=asked,
-            any_batch=any_batch,
+            any_batch=batch is None,
+            any_tokens=tokens is None,
             weights=weights,
             offline=offline,
             progress=tell,

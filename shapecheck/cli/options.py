@@ -25,6 +25,11 @@ human_or_json = click.option(
     "--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True, help="How to print."
 )
 offline_option = click.option("--offline", is_flag=True, help="Never ask the hub; use its local cache only.")
+control_option = click.option(
+    "--control/--no-control",
+    default=True,
+    help="--no-control: the UNet is taken without its slots, as `export --no-control` does.",
+)
 output_option = click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file instead of stdout."
 )
@@ -33,16 +38,13 @@ output_option = click.option(
 def size_options(command: Callable[..., int]) -> Callable[..., int]:
     """The options that give the sizes of an engine."""
     for option in (
-        click.option(
-            "--tokens", default=USUAL_TOKENS, show_default=True, metavar="MIN:OPT:MAX", help="Text tokens, or one number."
-        ),
+        click.option("--tokens", metavar="MIN:OPT:MAX", help=f"Text tokens, or one number.  [default: {USUAL_TOKENS}]"),
         click.option(
             "--batch",
             multiple=True,
-            default=["1"],
-            show_default=True,
             metavar="MIN:OPT:MAX",
-            help="Batch, or one number; 2 for one image with classifier-free guidance. Once for all --sizes, or once for each.",
+            help="Batch, or one number; 2 for one image with classifier-free guidance. Once for all --sizes, or once "
+            "for each.  [default: 1]",
         ),
         click.option(
             "--sizes",

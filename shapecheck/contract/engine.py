@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from shapecheck.contract import profile_forms
 from shapecheck.contract.contract import Contract
 from shapecheck.contract.errors import ShapecheckError
-from shapecheck.contract.profiles import Profile
+from shapecheck.contract.profiles import Profile, rules_of
 
 Target = Literal["trt", "rtx"]
 """TensorRT, which needs the GPU it builds for; or TensorRT for RTX, which builds on any machine."""
@@ -86,15 +86,8 @@ class Engine:
 
     def to_json(self) -> str:
         """JSON text; `from_json` is the inverse."""
-        request = self.request
-        record = {
-            "shapecheck_engine": SCHEMA,
-            "key": request.key,
-            "engine": {"digest": self.digest, "bytes": self.size},
-            **_identity(request),
-            "contract": json.loads(request.contract.to_json()),
-        }
-        return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        record = {"shapecheck_engine": SCHEMA} | _record(self)
+        return json.dumps(record | {"checksum": _checksum(record)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Engine:
@@ -105,12 +98,13 @@ class Engine:
             record = json.loads(text)
             if not isinstance(record, dict) or record.get("shapecheck_engine") != SCHEMA:
                 raise ShapecheckError(f"not an engine's record of schema {SCHEMA}; build the engine again")
-            engine = cls(_request(record), _text(record["engine"]["digest"]), int(record["engine"]["bytes"]))
-            claimed = _text(record["key"])
+            claimed = record.pop("checksum")
+            _refuse_unprintable(record)
+            engine = cls(_request(record), _text(record["engine"]["digest"]), _whole(record["engine"]["bytes"]))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ShapecheckError(f"a damaged engine's record: {type(error).__name__}: {error!s:.200}") from None
-        if engine.request.key != claimed:
-            raise ShapecheckError("an edited engine's record: its key is not that of its contents; build the engine again")
+        if _checksum(record) != claimed or _record(engine)["key"] != record["key"]:
+            raise ShapecheckError("an edited engine's record: its checksum is not that of its contents; build the engine again")
         return engine
 
 
@@ -141,22 +135,76 @@ def _identity(request: Request) -> dict[str, Any]:
     }
 
 
+def _record(engine: Engine) -> dict[str, Any]:
+    request = engine.request
+    return {
+        "key": request.key,
+        "engine": {"digest": engine.digest, "bytes": engine.size},
+        **_identity(request),
+        "contract": json.loads(request.contract.to_json()),
+    }
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    """Of all that is in a record, so that a slip of an editor or a merge is noticed; no proof against intent."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
 def _request(record: Mapping[str, Any]) -> Request:
-    options = dict(record["options"])
-    options["compute_capabilities"] = tuple(map(_text, options["compute_capabilities"]))
-    if options["target"] not in get_args(Target):
-        raise ValueError(f"no target {options['target']!r:.40}")
+    contract = Contract.from_json(json.dumps(record["contract"]))
+    names = tuple((_text(ours), _text(theirs)) for ours, theirs in dict(record["names"]).items())
+    if dict(names).keys() != rules_of(contract).keys() or len({theirs for _, theirs in names}) != len(names):
+        raise ValueError("it does not name each input of its contract once")
     return Request(
-        contract=Contract.from_json(json.dumps(record["contract"])),
+        contract=contract,
         profiles=profile_forms.from_json(record["profiles"]),
-        names=tuple((_text(ours), _text(theirs)) for ours, theirs in dict(record["names"]).items()),
+        names=names,
         outputs=tuple(map(_text, record["outputs"])),
-        options=BuildOptions(**options),
+        options=_options(record["options"]),
         **{field: _text(record[field]) for field in ("onnx", "weights", "checkpoint", "tensorrt", "gpu")},
     )
 
 
+def _options(record: Mapping[str, Any]) -> BuildOptions:
+    if record["target"] not in get_args(Target):
+        raise ValueError(f"no target {record['target']!r:.40}")
+    return BuildOptions(
+        target=record["target"],
+        optimization_level=_whole_or_none(record["optimization_level"]),
+        workspace=_whole_or_none(record["workspace"]),
+        refittable=_flag(record["refittable"]),
+        version_compatible=_flag(record["version_compatible"]),
+        tf32=_flag(record["tf32"]),
+        compute_capabilities=tuple(map(_text, record["compute_capabilities"])),
+    )
+
+
+def _refuse_unprintable(value: Any) -> None:
+    """Anybody may have written it, and reports show it."""
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError(f"{value!r:.60} cannot be printed")
+    for each in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_unprintable(each)
+
+
 def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.isprintable():
+    if not isinstance(value, str):
         raise TypeError(f"expected text, got {value!r:.60}")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"expected a whole number, got {value!r:.60}")
+    return value
+
+
+def _whole_or_none(value: Any) -> int | None:
+    return None if value is None else _whole(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"expected true or false, got {value!r:.60}")
     return value

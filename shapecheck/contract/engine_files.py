@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 from shapecheck.contract.engine import Engine
@@ -31,14 +32,31 @@ def read_engine(path: str | Path) -> Engine:
     Raises ShapecheckError, naming the file, where there is none, or it is damaged or was edited.
     """
     beside = record_of(Path(path))
-    if not beside.is_file():
-        raise ShapecheckError(f"{path} has no {beside.name} beside it, where an engine's contract is kept; copy both together")
     try:
+        if not stat.S_ISREG(beside.stat().st_mode):
+            raise ShapecheckError(f"{beside} is no regular file, as an engine's record is")
         with beside.open("rb") as file:
-            return Engine.from_json(file.read(_LARGEST + 1).decode("utf-8-sig"))
+            text = file.read(_LARGEST + 1).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ShapecheckError(
+            f"{path} has no {beside.name} beside it, where an engine's contract is kept; copy both together"
+        ) from None
     except OSError as error:
         raise ShapecheckError(f"cannot read {beside}: {error.strerror or error}") from None
     except UnicodeError:
         raise ShapecheckError(f"{beside} is not UTF-8 text, as an engine's record is; build the engine again") from None
+    try:
+        return Engine.from_json(text)
     except ShapecheckError as error:
         raise ShapecheckError(f"{beside}: {str(error)[:_LONGEST]}") from None
+
+
+def size_of_engine(path: Path) -> int:
+    """Bytes of an engine. Raises ShapecheckError where it is no regular file: nothing may wait for a pipe."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ShapecheckError(f"cannot read {path}: {error.strerror or error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ShapecheckError(f"{path} is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'}, not an engine")
+    return status.st_size

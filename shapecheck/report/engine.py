@@ -9,9 +9,10 @@ from dataclasses import asdict
 from shapecheck.contract import ContractError, Mismatch
 from shapecheck.contract import profile_forms as forms
 from shapecheck.contract.engine import Built, Request
+from shapecheck.contract.engine_files import record_of
 from shapecheck.contract.profiles import range_of
 from shapecheck.report.profile import in_words
-from shapecheck.report.tables import fact_list, heading, mismatch_table, note_list
+from shapecheck.report.tables import fact_list, heading, mismatch_table, note_list, shared_cause
 
 _RUNTIMES = {"trt": "TensorRT", "rtx": "TensorRT for RTX"}
 
@@ -30,7 +31,7 @@ def as_json(built: Built) -> str:
     request = built.engine.request
     record = {
         "path": str(built.path),
-        "record": f"{built.path}.shapecheck.json",
+        "record": str(record_of(built.path)),
         "found": built.found,
         "seconds": round(built.seconds, 3),
         "key": request.key,
@@ -55,7 +56,9 @@ def refused(error: ContractError, form: str) -> str:
         record = {"verdict": "refused", "subject": error.subject, "mismatches": [asdict(each) for each in found]}
         return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     parts = [heading("Faults", "human"), mismatch_table(found, "human", "given", "it should be")]
-    verdict = f"REFUSED: {error.subject}: {len(found)} fault{'' if len(found) == 1 else 's'}"
+    cause = shared_cause(found)
+    count = f"{len(found)} fault{'' if len(found) == 1 else 's'}{f'; likely cause: {cause}' if cause else ''}"
+    verdict = f"REFUSED: {error.subject}: {count}"
     return "\n\n".join([*parts, verdict]) + "\n"
 
 

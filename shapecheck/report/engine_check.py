@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from shapecheck.contract import Geometry
 from shapecheck.contract import profile_forms as forms
 from shapecheck.contract.engine_checked import EngineCheck, Fit
-from shapecheck.contract.ranges import written
+from shapecheck.contract.ranges import USUAL_TOKENS, written
 from shapecheck.report.engine import request_facts
 from shapecheck.report.profile import in_pixels
 from shapecheck.report.tables import Format, fact_list, heading, mismatch_table
@@ -79,13 +80,18 @@ def _verdicts(checked: EngineCheck) -> Iterator[str]:
 
 
 def _size(fit: Fit, vae_factor: int) -> str:
-    return f"{in_pixels(fit.geometry, vae_factor)} pixels ({fit.geometry})"
+    return _in_words(fit.geometry, vae_factor)
+
+
+def _in_words(geometry: Geometry, vae_factor: int) -> str:
+    tokens = f", {geometry.tokens} tokens" if str(geometry.tokens) != USUAL_TOKENS else ""
+    return f"{in_pixels(geometry, vae_factor)} pixels ({geometry}{tokens})"
 
 
 def _why(fit: Fit, vae_factor: int) -> str:
     lines = [*fit.reasons]
     if fit.nearest is not None:
-        lines.append(f"the nearest that fits: {in_pixels(fit.nearest, vae_factor)} pixels ({fit.nearest})")
+        lines.append(f"the nearest that fits: {_in_words(fit.nearest, vae_factor)}")
     if fit.rebuilt is not None:
         lines.append(f"or build for it: {written(fit.rebuilt, vae_factor)}")
     return "\n".join(lines)

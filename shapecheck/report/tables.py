@@ -15,7 +15,10 @@ Format = Literal["human", "markdown"]
 LINE = 100
 """Columns a person's text is wrapped at."""
 _COLUMN = 40
-_WRAPPED = ("ControlNet gives", "claimed", "the file has", "UNet takes", "it should have", "likely cause")
+_WRAPPED = (
+    "ControlNet gives", "claimed", "the file has", "the engine has", "given", "UNet takes", "it should have", "it should be",
+    "likely cause",
+)  # fmt: skip
 
 
 def heading(text: str, form: Format) -> str:

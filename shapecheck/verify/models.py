@@ -40,7 +40,12 @@ def misfits(
 
     Raises ShapecheckError where a ControlNet cannot be had, or the contract does not say which UNet it is of.
     """
-    if contract.role != "unet" or "down_block_types" not in contract.config:
+    if contract.role != "unet":
+        raise ShapecheckError("--controlnet: this file is itself a ControlNet; ask of a UNet's whether it fits")
+    if not contract.slots:
+        cause = "it was exported with --no-control: what a ControlNet gives has no effect"
+        return (Mismatch("missing", "every slot", "no input for it", "one input a slot", cause=cause),)
+    if "down_block_types" not in contract.config:
         raise ShapecheckError("--controlnet: it is not known which UNet this file is; name it with --model")
     for name in controlnets:
         configs.find(name, "controlnet", offline=offline)
