@@ -29,7 +29,7 @@ def refusal(
         found = reading.at({names[name]: shape for name, shape in shapes.items()})
         fault = found.fault or _too_large(found)
         if fault:
-            return Mismatch("sizes", "the graph", f"cannot work at {_told(contract, geometry)}", f"{sizes}", cause=fault)
+            return Mismatch("sizes", "the graph", f"cannot work at {_told(contract, geometry)}", "works", geometry, cause=fault)
     return None
 
 
@@ -58,4 +58,4 @@ def _inside(least: int, most: int, residue: int, divisor: int) -> int | None:
 
 def _told(contract: Contract, geometry: Geometry) -> str:
     factor = contract.header.vae_factor
-    return f"{geometry} ({geometry.width * factor}×{geometry.height * factor} pixels)"
+    return f"{geometry.width * factor}×{geometry.height * factor} pixels"
