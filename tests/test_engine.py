@@ -169,7 +169,7 @@ def test_a_planted_fault_is_refused_before_tensorrt_is_loaded(fault, deep, tmp_p
     command = ("build", deep[0], "-o", tmp_path / "unet.plan", "--profile", tmp_path / "profile.json", "--target", "rtx")
     result = shapecheck(*command)
     assert result.exit_code == 1
-    assert f"\nREFUSED: {deep[0]} is not built: " in result.stdout
+    assert f"\nREFUSED: {deep[0]}: graph, profile and contract do not agree: " in result.stdout
     rows = [line.split() for line in result.stdout.splitlines()]
     assert [where, kind] in [row[:2] for row in rows]
     found = json.loads(shapecheck(*command, "--format", "json").stdout)["mismatches"]

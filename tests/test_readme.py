@@ -85,7 +85,7 @@ def settled(text: str) -> str:
 
 
 def test_there_is_something_to_run():
-    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS)) == (7, 4, 3)
+    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS)) == (7, 5, 3)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_commands_run_one_after_the_other(block):
         assert result.stdout or len(list(Path().iterdir())) > before
 
 
-@pytest.mark.parametrize(("snippet", "values"), list(zip(SNIPPETS, (1, 1, 3, 0), strict=True)), ids=range(len(SNIPPETS)))
+@pytest.mark.parametrize(("snippet", "values"), list(zip(SNIPPETS, (1, 1, 0, 3, 0), strict=True)), ids=range(len(SNIPPETS)))
 def test_a_snippet_runs_and_says_what_its_comments_say(snippet, values):
     prepare(snippet)
     scope: dict[str, object] = {}

@@ -130,7 +130,9 @@ def check(source: Source, profiles: Sequence[Profile], progress: Progress = sile
     if not profiles:
         raise ShapecheckError("no profile was given; give --sizes, such as --sizes 512x512:768x768:1024x1024")
     if found:
-        raise ContractError(tuple(found), subject=f"{source.path} is not built", contract=source.contract)
+        raise ContractError(
+            tuple(found), subject=f"{source.path}: graph, profile and contract do not agree", contract=source.contract
+        )
 
 
 def read_back(path: Path, engine: Engine, progress: Progress = silent) -> SeenEngine:

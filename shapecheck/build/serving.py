@@ -14,6 +14,7 @@ from shapecheck.observe.progress import Progress, silent
 
 _MOST_ELEMENTS = 2**40
 """In one tensor; by the message of TensorRT for RTX 1.7.1, which builds for more all the same."""
+_ADVICE = "`shapecheck export` writes graphs that work at every size; one size alone may do with this one"
 _RESIDUES = ((1, 3), (3, 7), (7, 1), (4, 6))
 """Of height and width modulo 8: odd at the first, second or third halving, or before none of them."""
 
@@ -29,7 +30,14 @@ def refusal(
         found = reading.at({names[name]: shape for name, shape in shapes.items()})
         fault = found.fault or _too_large(found)
         if fault:
-            return Mismatch("sizes", "the graph", f"cannot work at {_told(contract, geometry)}", "works", geometry, cause=fault)
+            return Mismatch(
+                "sizes",
+                "the graph",
+                f"cannot work at {_told(contract, geometry)}",
+                "works",
+                geometry,
+                cause=f"{fault}; {_ADVICE}",
+            )
     return None
 
 
