@@ -354,7 +354,7 @@ def test_an_unknown_gpu_is_refused_in_tensorrt_s_words(deep, tmp_path):
 def test_options_that_cannot_be_kept_are_told(deep, tmp_path):
     for option, message in (
         ("--version-compatible", "--version-compatible is for --target trt"),
-        ("--refittable", "without one TensorRT for RTX builds none"),
+        ("--refittable", "elsewhere TensorRT for RTX builds none"),
     ):
         result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *ASKED, option)
         assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
