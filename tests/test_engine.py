@@ -386,6 +386,20 @@ def test_a_node_that_tensorrt_refuses_is_told_with_its_slot(deep, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["unet.onnx"]
 
 
+def test_a_builder_s_error_is_told_with_the_slots_it_names(deep):
+    source = engine.source_of(deep[0])
+    conv = next(node for node in onnx.load(deep[0]).graph.node if "down_blocks.1/resnets.0/conv1" in node.name)
+    words = f"Error Code 4: down_block_residual_07: dimension 2 of profile 0 [min=1] does not fit. In node {conv.name} (conv)."
+    told = str(engine._told(engine_process.EngineError("build", words, ("Could not build.",)), source, BuildOptions()))
+    assert told.splitlines() == [
+        f"TensorRT could not build {deep[0]}:",
+        "  Could not build.",
+        f"  {words}",
+        "  down_block_residual_07: down_block_residual_07, which is added to the output of down_blocks.3.resnets.0",
+        f"  {conv.name}: computes down_blocks.1.resnets.0.conv1",
+    ]
+
+
 def test_an_unchanged_request_finds_its_engine_and_no_other_does(built, deep, tmp_path):
     path, _ = built
     again = shapecheck("build", deep[0], "-o", path, *ASKED)

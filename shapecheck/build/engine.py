@@ -281,7 +281,7 @@ def _told(error: EngineError, source: Source, options: BuildOptions) -> EngineEr
     else:
         lines = [f"TensorRT could not {'parse' if error.stage == 'parse' else 'build'} {source.path}:"]
         lines += [f"  {text}" for text in error.texts]
-        lines += [f"  {name} is {place}" for name, place in places.named_in(" ".join(error.texts)).items()]
+        lines += [f"  {name}: {place}" for name, place in places.named_in(" ".join(error.texts)).items()]
     if error.stage == "build" and options.target == "rtx" and options.refittable:
         lines.append("  refittable engines are compiled on the GPU they are for: elsewhere TensorRT for RTX builds none")
     return EngineError(error.stage, "\n".join(lines), (), error.errors)

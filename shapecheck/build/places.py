@@ -66,4 +66,4 @@ class Places:
 
 
 def _slot(name: str, producer: str) -> str:
-    return f"{name} ({producer})" if producer else name
+    return f"{name}, which is added to the output of {producer}" if producer else name
