@@ -101,6 +101,7 @@ def test_linking_leaves_the_checkpoint_as_it_was_and_writes_little(folder, linke
     assert sum(len(tensor.raw_data) for tensor in tensors) < 4096
 
 
+@pytest.mark.full
 def test_weights_are_copied_where_they_cannot_be_linked_and_in_another_precision(tmp_path):
     """SDXL in half precision: PyTorch joins text_embeds with an embedding that it computed in float32."""
     model = small.unet(**TINY | small.TEXT_TIME)

@@ -61,6 +61,7 @@ def names(folder):
     return sorted(each.name for each in folder.iterdir())
 
 
+@pytest.mark.full
 def test_it_says_what_it_wrote_and_how_far_from_pytorch_it_is(folder):
     result = run(folder, "-o", folder / "unet.onnx", "--verify")
     assert result.exit_code == 0, result.output

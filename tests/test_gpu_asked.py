@@ -24,7 +24,6 @@ def trt():
 @pytest.mark.parametrize(
     ("asked", "status", "told"),
     [
-        ("trt", 1, "trt cannot run here: "),
         ("ort,trt", 1, "trt cannot run here: "),
         ("trtt", 4, "--shapecheck-backends: no backend is called 'trtt'; known: "),
     ],

@@ -28,8 +28,8 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [block for block in BLOCKS if block.startswith("shapecheck ")]
 
 
-SLOW = ("export sd15",)
-"""Outputs that take more than a few seconds, by how their commands begin."""
+SLOW = ("export sd15", "shapecheck export")
+"""Outputs and blocks of commands that take more than a few seconds, by how they begin."""
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,10 @@ def test_an_output_is_what_the_command_says(command, start, shown, update_report
         assert settled(shown) == settled(text)
 
 
-@pytest.mark.parametrize("block", COMMANDS, ids=[block.splitlines()[0] for block in COMMANDS])
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(each, id=each.splitlines()[0], marks=[pytest.mark.full] * each.startswith(SLOW)) for each in COMMANDS],
+)
 def test_commands_run_one_after_the_other(block):
     prepare(block)
     for line in block.splitlines():
