@@ -16,6 +16,23 @@ _numbers = count()
 
 
 @contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Alone in a folder, among those who ask; where the system has no such lock, not."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # not on Windows, nor where the folder may not be read
+        yield
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def whole(output: Path) -> Iterator[Path]:
     """A path to write to, beside `output`; renamed to it if the block ends well, removed if it does not.
 
@@ -23,6 +40,8 @@ def whole(output: Path) -> Iterator[Path]:
     """
     target = output.resolve()
     in_place = _is_no_file(target)
+    if not in_place:
+        _sweep(target.parent)
     partial = target if in_place else target.with_name(f".shapecheck.{os.getpid()}.{next(_numbers)}.partial")
     try:
         yield partial
@@ -36,6 +55,17 @@ def whole(output: Path) -> Iterator[Path]:
     finally:
         if not in_place:
             partial.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed left half written."""
+    for left in folder.glob(".shapecheck.*.partial") if os.name == "posix" else ():
+        try:
+            os.kill(int(left.name.split(".")[2]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, OverflowError, OSError):  # no process's, or somebody else's
+            continue
 
 
 def refuse_unwritable(output: Path) -> None:

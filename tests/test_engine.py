@@ -344,9 +344,11 @@ def test_a_controlnet_is_told_from_a_unet(tmp_path):
 
 def test_an_unknown_gpu_is_refused_in_tensorrt_s_words(deep, tmp_path):
     asked = ("--sizes", "200x136", "--target", "rtx", "--compute-capability")
-    result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *asked, "9.0")
+    result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *asked, "12.7")
     assert result.exit_code == 2
-    assert "SM90" in result.stderr and "could not build" in result.stderr
+    assert "SM127" in result.stderr and "could not build" in result.stderr
+    result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *asked, "9.0")
+    assert "--compute-capability 9.0: TensorRT for RTX builds for 7.5, 8.0, 8.6, 8.9, 12.x" in result.stderr
     result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *asked, "ada")
     assert "'ada' is no compute capability such as 8.9" in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -368,6 +370,7 @@ def test_a_missing_tensorrt_is_told_with_its_fix(deep, tmp_path):
     result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", "--sizes", "200x136")
     assert result.exit_code == 2
     assert "cannot build with --target trt:\n  tensorrt is not installed: pip install '" in result.stderr
+    assert "or --target rtx: TensorRT for RTX builds without a GPU" in result.stderr
 
 
 def test_a_node_that_tensorrt_refuses_is_told_with_its_slot(deep, tmp_path):
@@ -403,6 +406,7 @@ def test_a_builder_s_error_is_told_with_the_slots_it_names(deep):
 
 def test_an_unchanged_request_finds_its_engine_and_no_other_does(built, deep, tmp_path):
     path, _ = built
+    assert "is an engine already" in shapecheck("build", path, "-o", tmp_path / "x.plan", *ASKED).stderr
     again = shapecheck("build", deep[0], "-o", path, *ASKED)
     assert "\nFOUND: unchanged since it was built" in again.stdout
     request = read_engine(path).request
@@ -484,6 +488,45 @@ def test_a_build_that_is_killed_leaves_nothing_half_written(moment, deep, built,
     assert (tmp_path / "timings").read_bytes() == timings
     partials = [each for each in tmp_path.iterdir() if each.name.startswith(".shapecheck.")]
     assert not [each for each in partials if each.stat().st_size]
+
+
+def test_what_a_killed_process_left_is_swept_and_a_living_one_s_is_not(deep, tmp_path):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    (tmp_path / f".shapecheck.{done.pid}.0.partial").write_bytes(b"half")
+    (tmp_path / f".shapecheck.{os.getpid()}.999.partial").write_bytes(b"another's")
+    build_engine(deep[0], tmp_path / "unet.plan", profiles=TINY, options=engines.RTX)
+    assert [each.name for each in tmp_path.glob(".shapecheck.*")] == [f".shapecheck.{os.getpid()}.999.partial"]
+
+
+def test_a_full_disk_is_told_with_the_engine_s_name(deep, tmp_path):
+    command = [sys.executable, "-m", "shapecheck", "build", str(deep[0]), "-o", str(tmp_path / "unet.plan"), *ASKED]
+    limited = ["bash", "-c", 'ulimit -f 4000; exec "$@"', "bash", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"error: cannot write {tmp_path / 'unet.plan'}: File too large; it takes 0.0" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_is_written_through_and_the_record_lies_beside_the_file(deep, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.plan").symlink_to(tmp_path / "real" / "unet.plan")
+    build_engine(deep[0], tmp_path / "link.plan", profiles=TINY, options=engines.RTX)
+    assert sorted(each.name for each in (tmp_path / "real").iterdir()) == ["unet.plan", "unet.plan.shapecheck.json"]
+    assert read_engine(tmp_path / "link.plan") == read_engine(tmp_path / "real" / "unet.plan")
+
+
+def test_what_is_no_profile_is_told(deep, tmp_path):
+    with pytest.raises(ShapecheckError, match="takes Profile or Range, not str; parse_ranges makes them"):
+        build_engine(deep[0], tmp_path / "unet.plan", profiles=["512x512"], options=engines.RTX)
+    with pytest.raises(ShapecheckError, match="65 profiles; an engine has at most 64 here"):
+        build_engine(deep[0], tmp_path / "unet.plan", profiles=[TINY] * 65, options=engines.RTX)
+
+
+def test_a_record_is_readable_whatever_a_path_is_called(deep, tmp_path):
+    odd = replace(deep[1], header=replace(deep[1].header, source="モデル\u3000一/\nx"))
+    done = build_engine(deep[0], tmp_path / "unet.plan", profiles=TINY, contract=odd, options=engines.RTX)
+    assert read_engine(done.path).request.contract == deep[1]
 
 
 def test_a_worker_that_is_killed_is_told_and_an_engine_of_before_stays(deep, tmp_path):

@@ -56,8 +56,7 @@ def test_an_engine_is_told_from_its_record_where_tensorrt_cannot_load_it(made):
     assert result.exit_code == 0
     told = " ".join(result.stdout.split())
     assert "FINE: engine and record belong together" in told
-    assert "read from the record beside it; the engine was not loaded: " in told
-    assert "CUDA driver" in told
+    assert "read from the record beside it; the engine was not loaded: no NVIDIA GPU and driver here" in told
     assert "profile 0 72×64 … 200×136 … 328×264 pixels, batch 1 … 2 … 3" in told
 
 
@@ -90,6 +89,12 @@ def test_a_size_fits_a_profile_or_is_told_what_would(made, asked, status, texts)
         assert text in result.stdout
 
 
+def test_a_batch_alone_is_no_question(made):
+    for option in ("--batch", "--tokens"):
+        result = check(made / "unet.plan", option, "2")
+        assert (result.exit_code, "go with --size or --latent" in result.stderr) == (2, True)
+
+
 def test_a_controlnet_fits_or_every_place_is_named(made):
     fits = check(made / "unet.plan", "--controlnet", made / "controlnet")
     assert fits.exit_code == 0
@@ -111,7 +116,13 @@ def test_weights_are_told_apart(made, tmp_path):
     other = check(made / "unet.plan", "--weights", tmp_path / "unet.onnx")
     assert other.exit_code == 1
     assert f"WEIGHTS: not built from {tmp_path / 'unet.onnx'} (other weights: sha256:" in other.stdout
+    assert "DOES NOT FIT: " in other.stdout and "FINE" not in other.stdout
     assert read_engine(made / "unet.plan").request.weights != digest({})
+    changed = onnx.load(made / "unet.onnx")
+    changed.producer_name = "another"
+    onnx.save(changed, tmp_path / "same.onnx")
+    renamed = check(made / "unet.plan", "--weights", tmp_path / "same.onnx")
+    assert (renamed.exit_code, "(the same weights, in another ONNX file)" in renamed.stdout) == (0, True)
     unknown = check(made / "unet.plan", "--weights", made / "controlnet")
     assert unknown.exit_code == 2
     assert "does not say from which checkpoint; give the ONNX file instead" in unknown.stderr
@@ -190,7 +201,9 @@ def test_an_engine_without_or_with_a_damaged_record_is_refused(copied):
     record.unlink()
     result = check(copied / "unet.plan")
     assert result.exit_code == 2
-    assert "has no unet.plan.shapecheck.json beside it" in result.stderr
+    assert "has no unet.plan.shapecheck.json beside it" in result.stderr and "or build it again" in result.stderr
+    (copied / "unet.plan").unlink()
+    assert f"cannot read {copied / 'unet.plan'}: No such file" in check(copied / "unet.plan").stderr
 
 
 def test_hostile_records_end_in_one_message(copied):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shapecheck import Contract, ContractError, Geometry, ShapecheckError, presets
+from shapecheck import BuildOptions, Contract, ContractError, Geometry, ShapecheckError, presets
 from shapecheck.contract import Config, Dim, Input, Slot, profile_check, profile_forms
 from shapecheck.contract.dims import BATCH, HEIGHT, TOKENS, WIDTH, constant
 from shapecheck.contract.profiles import Bounds, Profile, Range, choose, profile_of, range_of, refusals
@@ -279,8 +279,19 @@ def test_what_is_no_range_is_refused_with_its_text(sizes, batch, message):
 
 
 def test_a_range_that_does_not_ascend_is_refused():
+    with pytest.raises(ShapecheckError, match="--sizes '512x384:384x512:768x768' is no range: give the smallest"):
+        parse_ranges(["512x384:384x512:768x768"])
+    with pytest.raises(ShapecheckError, match="--batch '2:1:4' is no range"):
+        parse_ranges(["512x512"], ["2:1:4"])
     with pytest.raises(ShapecheckError, match="no range: the width goes 64, 48, 96; give the smallest size"):
-        profile_of(SD15, parse_ranges(["512x384:384x512:768x768"])[0])
+        profile_of(SD15, Range(Geometry(1, 48, 64), Geometry(1, 64, 48), Geometry(1, 96, 96)))
+
+
+def test_lists_serve_as_shapes_and_one_profile_as_several():
+    listed = Profile(tuple(replace(each, min=list(each.min), max=list(each.max)) for each in MADE.inputs))
+    assert profile_check.mismatches(SDXL, listed) == ()
+    assert dict(profile_forms.provider_options(())) == {}
+    assert BuildOptions("rtx", compute_capabilities=["8.9", "8.6", "8.9"]).compute_capabilities == ("8.6", "8.9")
 
 
 GOOD = json.loads(profile_forms.dumps([MADE], SDXL.digest))

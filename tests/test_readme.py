@@ -117,7 +117,7 @@ def test_commands_run_one_after_the_other(block):
         assert result.stdout or len(list(Path().iterdir())) > before
 
 
-@pytest.mark.parametrize(("snippet", "values"), list(zip(SNIPPETS, (1, 1, 0, 3, 0), strict=True)), ids=range(len(SNIPPETS)))
+@pytest.mark.parametrize(("snippet", "values"), list(zip(SNIPPETS, (1, 1, 1, 3, 0), strict=True)), ids=range(len(SNIPPETS)))
 def test_a_snippet_runs_and_says_what_its_comments_say(snippet, values):
     prepare(snippet)
     scope: dict[str, object] = {}

@@ -132,6 +132,11 @@ def _parsed(path: Path, text: str) -> Contract:
     for name in _names(contract):
         if not name.isprintable():
             raise ShapecheckError(f"{path}: an edited contract: {one_line(name)} is no name; {_ADVICE}")
+    return printable(contract)
+
+
+def printable(contract: Contract) -> Contract:
+    """The contract with a header that reports can show: one line a text."""
     return replace(contract, header=_printable(contract.header))
 
 

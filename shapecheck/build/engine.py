@@ -12,15 +12,17 @@ from typing import Any
 from shapecheck import doctor
 from shapecheck.build import artefact, engine_cache, ports, serving
 from shapecheck.build import weights as checkpoints
-from shapecheck.build.engine_process import EngineError, EngineProcess
+from shapecheck.build.engine_process import EngineError, EngineProcess, has_driver
 from shapecheck.build.external import external_tensors, file_digest, tensors_of
 from shapecheck.build.reading import Reading, read
 from shapecheck.contract import Contract, ContractError, Mismatch, ShapecheckError, profile_check, profile_forms
 from shapecheck.contract.engine import BuildOptions, Built, Engine, Request
 from shapecheck.contract.engine_files import ENGINES, record_of
 from shapecheck.contract.engine_seen import DTYPES, SeenEngine, differences, seen_from
+from shapecheck.contract.environment import RTX_CAPABILITIES
+from shapecheck.contract.profile_forms import MOST_PROFILES
 from shapecheck.contract.profiles import Profile, Range, profile_of, range_of, rules_of
-from shapecheck.files import refuse_unwritable, whole
+from shapecheck.files import locked, refuse_unwritable, whole
 from shapecheck.observe.configfile import one_line
 from shapecheck.observe.progress import Progress, silent
 
@@ -60,6 +62,7 @@ def source_of(
     known = contract or artefact.contract_within(path, reading.metadata)
     if known is None:
         raise ShapecheckError(f"{path} holds no contract: say which UNet it is with --model, or contract= from Python")
+    known = artefact.printable(known)
     called = names or ports.names_for(known, [each.name for each in reading.inputs])
     return Source(path, reading, known, {name: called.get(name, name) for name in rules_of(known)})
 
@@ -68,7 +71,7 @@ def build_engine(
     file: str | Path | Source,
     output: str | Path | None = None,
     *,
-    profiles: Sequence[Profile | Range],
+    profiles: Profile | Range | Sequence[Profile | Range],
     cache: str | Path | None = None,
     contract: Contract | None = None,
     options: BuildOptions | None = None,
@@ -94,16 +97,18 @@ def build_engine(
     timings = Path(timing_cache) if timing_cache else Path(cache) / f"{options.target}.timings" if cache else None
     if timings is not None:
         _refuse_as_timings(timings, source, target)
-    wanted = tuple(profile_of(source.contract, each) if isinstance(each, Range) else each for each in profiles)
+    wanted = _made(source.contract, profiles)
     check(source, wanted, progress)
     digests = _digests(source, progress)
     with EngineProcess(options.target, progress) as process:
         ready = _ready(process, options)
         outputs = tuple(each.name for each in source.reading.outputs)
+        gpu = one_line(ready["gpu"]) or ", ".join(options.compute_capabilities) or _ANY_GPU
+        release = one_line(ready["tensorrt"])
         request = Request(
-            source.contract, wanted, tuple(source.names.items()), outputs, **digests, options=options,
-            tensorrt=ready["tensorrt"], gpu=ready["gpu"] or ", ".join(options.compute_capabilities) or _ANY_GPU,
-        )  # fmt: skip
+            source.contract, wanted, tuple(source.names.items()), outputs, **digests, options=options, tensorrt=release, gpu=gpu
+        )
+        Engine.from_json(Engine(request, "", 0).to_json())  # what could not be read again is told before it is built
         path = target or engine_cache.place(Path(cache or ""), source.path, request)
         progress(f"looking for {path}")
         hashing = lambda *bytes_: progress(f"hashing {path}", *bytes_)  # noqa: E731
@@ -137,6 +142,8 @@ def check(source: Source, profiles: Sequence[Profile], progress: Progress = sile
 
 def read_back(path: Path, engine: Engine, progress: Progress = silent) -> SeenEngine:
     """What TensorRT shows of an engine. Raises ShapecheckError where it cannot be loaded here: no TensorRT, driver or GPU."""
+    if not has_driver():
+        raise ShapecheckError("no NVIDIA GPU and driver here to load it with")
     with EngineProcess(engine.request.options.target, progress) as process:
         progress("loading TensorRT")
         process.hear("ready")
@@ -146,7 +153,18 @@ def read_back(path: Path, engine: Engine, progress: Progress = silent) -> SeenEn
 
 
 def _is_new(each: Mismatch, found: Sequence[Mismatch]) -> bool:
-    return all((each.where, each.kind) != (other.where, other.kind) for other in found)
+    """Whether it says more than what is known of an input: a second fault of one input is mostly the first again."""
+    return all(each.where != other.where or (each.kind == "dtype" != other.kind) for other in found)
+
+
+def _made(contract: Contract, given: Profile | Range | Sequence[Profile | Range]) -> tuple[Profile, ...]:
+    """The profiles that are asked for, ranges made into profiles. Raises ShapecheckError where they are something else."""
+    several = (given,) if isinstance(given, (Profile, Range)) else tuple(given)
+    if strange := [type(each).__name__ for each in several if not isinstance(each, (Profile, Range))]:
+        raise ShapecheckError(f"profiles= takes Profile or Range, not {strange[0]}; parse_ranges makes them of texts")
+    if len(several) > MOST_PROFILES:
+        raise ShapecheckError(f"{len(several)} profiles; an engine has at most {MOST_PROFILES} here")
+    return tuple(profile_of(contract, each) if isinstance(each, Range) else each for each in several)
 
 
 def _checked(options: BuildOptions) -> BuildOptions:
@@ -158,6 +176,9 @@ def _checked(options: BuildOptions) -> BuildOptions:
             raise ShapecheckError("--compute-capability is for --target rtx; TensorRT builds for the GPU it runs on")
         if not re.fullmatch(r"[0-9]{1,2}\.[0-9]", each):
             raise ShapecheckError(f"--compute-capability: {each!r:.40} is no compute capability such as 8.9")
+        if not each.startswith(RTX_CAPABILITIES):
+            known = ", ".join(f"{one}x" if one.endswith(".") else one for one in RTX_CAPABILITIES)
+            raise ShapecheckError(f"--compute-capability {each}: TensorRT for RTX builds for {known}")
     return options
 
 
@@ -172,7 +193,7 @@ def _target(output: str | Path | None, cache: str | Path | None) -> Path | None:
             raise ShapecheckError(f"cannot write to {cache}: {error.strerror or error}") from None
         refuse_unwritable(Path(cache or "") / "engine.plan")
         return None
-    path = Path(output)
+    path = Path(output).resolve() if Path(output).is_symlink() else Path(output)  # the record lies beside the file
     if path.suffix.lower() not in ENGINES:
         raise ShapecheckError(f"cannot write {path}: the name of an engine ends in {', '.join(ENGINES)}")
     _refuse_unfit(path)
@@ -212,16 +233,14 @@ def _ready(process: EngineProcess, options: BuildOptions) -> Mapping[str, Any]:
         known = doctor.backend(options.target)
         lines = [f"cannot build with --target {options.target}{':' if not known.runs else f': {error}'}"]
         lines += [f"  {gap.problem}: {gap.fix}" for gap in known.gaps if not known.runs]
+        lines += ["  or --target rtx: TensorRT for RTX builds without a GPU"] if options.target == "trt" else []
         raise ShapecheckError("\n".join(lines)) from error
 
 
 def _build(
     process: EngineProcess, source: Source, request: Request, path: Path, timings: Path | None, progress: Progress
 ) -> Built:
-    record = record_of(path)
-    with ExitStack() as files:
-        beside = files.enter_context(whole(record))
-        partial = files.enter_context(whole(path))
+    with ExitStack() as lock, whole(record_of(path)) as beside, whole(path) as partial:
         try:
             process.say(_job(source, request, partial, timings))
             _check_network(source, request, process.hear("parsed"))
@@ -232,11 +251,14 @@ def _build(
             if any(_IMPOSSIBLE in message for message in process.messages):
                 raise EngineError("build", "TensorRT built for sizes that it cannot run at", tuple(process.messages))
         except EngineError as error:
+            if error.stage == "write":
+                raise ShapecheckError(f"cannot write {path}: {error}") from error
             raise _told(error, source, request.options) from error
         engine = Engine(request, file_digest(partial), partial.stat().st_size)
         if request.options.target == "trt":  # the other builds for GPUs that are not here
             _check_built(partial, engine, path, progress)
         beside.write_text(engine.to_json(), encoding="utf-8")
+        lock.enter_context(locked(path.parent))  # no other build comes between the engine and its record
     return Built(path, engine, False, done["seconds"], tuple(process.messages))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +23,14 @@ from shapecheck.observe.progress import Progress
 _LAST_WORDS = 2000
 _MOST_MESSAGES = 50
 _SIGKILL = -9
+
+
+def has_driver() -> bool:
+    """Whether there is a driver to load an engine with."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuInit(0) == 0  # type: ignore[no-any-return]
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

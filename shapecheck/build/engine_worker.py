@@ -8,7 +8,6 @@ place of any of them `failed`. When stdin ends, whoever asked is gone, and so is
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import logging
@@ -78,7 +77,7 @@ def _read(trt: Any, job: Mapping[str, Any], tell: Teller) -> None:
             runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(Path(job["read"]).read_bytes())
         if engine is None:
-            tell("failed", stage="refused" if _has_driver() else "read", text="TensorRT cannot load it here")
+            tell("failed", stage="refused", text="TensorRT cannot load it here")
             return
         tell("read", **shown(trt, engine))
     except Exception as error:  # whatever TensorRT raises is told
@@ -100,10 +99,14 @@ def _carry_out(trt: Any, target: str, job: Mapping[str, Any], tell: Teller) -> N
         stage = "build"
         start = time.monotonic()
         config = _config(trt, target, builder, network, job, tell)
-        plan = _built(builder, network, config)
-        with Path(job["output"]).open("wb") as file:
-            file.write(plan)
+        plan = memoryview(_built(builder, network, config))
         seconds = time.monotonic() - start
+        try:
+            with Path(job["output"]).open("wb") as file:
+                file.write(plan)
+        except OSError as error:
+            tell("failed", stage="write", text=f"{error.strerror}; it takes {plan.nbytes / 1e9:.2f} GB")
+            return
         _save_timing_cache(config, job["timing_cache"], tell)
         tell("built", seconds=seconds)
     except Exception as error:  # whatever TensorRT or Polygraphy raises is told, with what they logged before it
@@ -224,14 +227,6 @@ def _save_timing_cache(config: Any, path: str | None, tell: Teller) -> None:
                 partial.write_bytes(cache.serialize())
     except Exception as error:  # whatever is wrong with a cache, the engine is built
         tell("message", severity="warning", text=f"the timing cache {file} was not written: {error}")
-
-
-def _has_driver() -> bool:
-    """Whether a GPU could run an engine here."""
-    try:
-        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuInit(0) == 0  # type: ignore[no-any-return]
-    except OSError:
-        return False
 
 
 def _listen(tell: Teller) -> None:

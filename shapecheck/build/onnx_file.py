@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
-
-import onnx
+from typing import TYPE_CHECKING
 
 from shapecheck.contract import ShapecheckError
+
+if TYPE_CHECKING:
+    import onnx
 
 _LARGEST = 2**31
 """Bytes: protobuf holds no more in one message."""
@@ -23,6 +25,8 @@ def size_of(path: Path) -> int:
 
 def load(path: Path) -> onnx.ModelProto:
     """The model in a file; tensors kept in other files are not touched. Raises ShapecheckError where it is no ONNX model."""
+    import onnx  # not needed where only a contract's JSON is read
+
     try:
         if (size := size_of(path)) >= _LARGEST:
             raise ShapecheckError(f"{path} has {size / 2**30:.1f} GiB; no ONNX model is larger than 2 GiB")

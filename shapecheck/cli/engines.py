@@ -70,6 +70,8 @@ def profile(
     if made.broken is not None:
         write(check_report.as_json(made.broken) if form == "json" else check_report.told(made.broken), None)
         return ContractError.exit_status
+    if tool is not None and not made.dynamic:
+        click.echo("every input of this file has one size: it needs no profile", err=True)
     if tool is not None:
         text = report.for_tool(made.dynamic, tool, form)
     else:

@@ -211,6 +211,8 @@ def _check_engine(
     from shapecheck.verify.engine_check import check_engine
 
     batch, tokens = free
+    if (batch or tokens) and request.size_px is None and request.latent is None:
+        raise ShapecheckError("--batch and --tokens go with --size or --latent")
     asked = geometry_of(request, read_engine(file).request.contract.header.vae_factor)
     asked = replace(asked, tokens=tokens) if asked and tokens else asked
     with progress() as tell:

@@ -38,7 +38,10 @@ class BuildOptions:
     tf32: bool = True
     """Whether float32 products may be computed in TF32, as TensorRT does by default."""
     compute_capabilities: tuple[str, ...] = ()
-    """For TensorRT for RTX: the GPUs to build for, such as `8.9`; none for every one it supports."""
+    """For TensorRT for RTX: the GPUs to build for, such as `8.9`; none for every one it supports. Kept in order, once each."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "compute_capabilities", tuple(sorted(set(self.compute_capabilities))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,9 @@ class Built:
     """Whether the engine was there already, unchanged."""
     seconds: float
     notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.path}: {'found, unchanged' if self.found else f'built in {self.seconds:.0f} s'}"
 
 
 def _identity(request: Request) -> dict[str, Any]:

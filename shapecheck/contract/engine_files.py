@@ -33,13 +33,15 @@ def read_engine(path: str | Path) -> Engine:
     """
     beside = record_of(Path(path))
     try:
+        beside = beside if beside.exists() else record_of(Path(path).resolve())  # beside the file that a link stands for
         if not stat.S_ISREG(beside.stat().st_mode):
             raise ShapecheckError(f"{beside} is no regular file, as an engine's record is")
         with beside.open("rb") as file:
             text = file.read(_LARGEST + 1).decode("utf-8-sig")
     except FileNotFoundError:
+        size_of_engine(Path(path))
         raise ShapecheckError(
-            f"{path} has no {beside.name} beside it, where an engine's contract is kept; copy both together"
+            f"{path} has no {beside.name} beside it, where an engine's contract is kept; copy both together, or build it again"
         ) from None
     except OSError as error:
         raise ShapecheckError(f"cannot read {beside}: {error.strerror or error}") from None

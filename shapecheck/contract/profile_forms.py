@@ -13,7 +13,8 @@ from shapecheck.contract.profiles import BOUNDS, Bounds, Profile
 Tool = Literal["polygraphy", "trtexec", "ort"]
 
 SCHEMA = 1
-_MOST_PROFILES = 64
+MOST_PROFILES = 64
+"""In one engine, and in one file."""
 _LARGEST_TEXT = 4 * 2**20
 
 
@@ -56,8 +57,8 @@ def as_json(profiles: Sequence[Profile]) -> list[list[dict[str, Any]]]:
 
 def from_json(record: Any) -> tuple[Profile, ...]:
     """The inverse of `as_json`. Raises KeyError, TypeError or ValueError on anything else."""
-    if not isinstance(record, list) or not 1 <= len(record) <= _MOST_PROFILES:
-        raise TypeError(f"expected a list of 1 to {_MOST_PROFILES} profiles")
+    if not isinstance(record, list) or not 1 <= len(record) <= MOST_PROFILES:
+        raise TypeError(f"expected a list of 1 to {MOST_PROFILES} profiles")
     return tuple(Profile(tuple(map(_bounds, inputs))) for inputs in record)
 
 
@@ -76,6 +77,8 @@ def arguments(profiles: Sequence[Profile], tool: Tool) -> list[str]:
 
 def provider_options(profiles: Sequence[Profile]) -> Mapping[str, str]:
     """Options of ONNX Runtime's TensorRT provider; an input named again belongs to the next profile."""
+    if not profiles:
+        return {}
     return {f"trt_profile_{bound}_shapes": _joined(profiles, bound) for bound in BOUNDS}
 
 

@@ -25,6 +25,10 @@ class Bounds:
     opt: Shape
     max: Shape
 
+    def __post_init__(self) -> None:
+        for bound in BOUNDS:
+            object.__setattr__(self, bound, tuple(getattr(self, bound)))
+
     @property
     def shapes(self) -> tuple[Shape, Shape, Shape]:
         """Min, opt, max."""

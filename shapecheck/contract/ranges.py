@@ -45,9 +45,16 @@ def written(sizes: Range, vae_factor: int = 8) -> str:
 
 
 def _range(sizes: str, batch: str, tokens: str, vae_factor: int) -> Range:
+    given = {"--sizes": sizes, "--batch": batch, "--tokens": tokens}
     sides = [parse_pair(each, "WxH in pixels") for each in _three(sizes, "--sizes", "512x512:768x768:1024x1024")]
     batches = [_whole(each, "--batch") for each in _three(batch, "--batch", "1:2:4")]
     lengths = [_whole(each, "--tokens") for each in _three(tokens, "--tokens", "77:77:154")]
+    columns = {"--sizes": list(zip(*sides, strict=True)), "--batch": [tuple(batches)], "--tokens": [tuple(lengths)]}
+    for option, several in columns.items():
+        if any(list(column) != sorted(column) for column in several):
+            raise ShapecheckError(
+                f"{option} {given[option]!r} is no range: give the smallest first, then the usual, then the largest"
+            )
     return Range(
         *(
             Geometry.from_px(width, height, batch=number, tokens=length, vae_factor=vae_factor)

@@ -12,7 +12,7 @@ from shapecheck.contract.engine_checked import EngineCheck, Fit
 from shapecheck.contract.ranges import USUAL_TOKENS, written
 from shapecheck.report.engine import request_facts
 from shapecheck.report.profile import in_pixels
-from shapecheck.report.tables import Format, fact_list, heading, mismatch_table
+from shapecheck.report.tables import Format, fact_list, heading, mismatch_table, shared_cause
 
 
 def told(checked: EngineCheck, form: Format = "human") -> str:
@@ -66,14 +66,22 @@ def _facts(checked: EngineCheck) -> list[tuple[str, str]]:
 
 def _verdicts(checked: EngineCheck) -> Iterator[str]:
     count = len(checked.mismatches)
-    yield f"BROKEN: {count} fault{'' if count == 1 else 's'}" if count else "FINE: engine and record belong together"
+    if count:
+        yield f"BROKEN: {count} fault{'' if count == 1 else 's'}"
+    elif checked.is_fine:
+        seen = "" if checked.read == "engine" else " (the engine itself was not loaded)"
+        yield f"FINE: engine and record belong together{seen}"
+    else:
+        yield "DOES NOT FIT: engine and record belong together, but not with what was asked about"
     if checked.fit:
         size = _size(checked.fit, checked.engine.request.contract.header.vae_factor)
         fits = checked.fit.profile
         yield f"SIZE: {size} fits profile {fits}" if fits is not None else f"SIZE: {size} fits no profile"
     if checked.controlnets:
         count = len(checked.misfits)
-        fit = f"does not fit: {count} place{'' if count == 1 else 's'}" if count else "fits"
+        cause = shared_cause(checked.misfits)
+        places = f"{count} place{'' if count == 1 else 's'}{f'; likely cause: {cause}' if cause else ''}"
+        fit = f"does not fit: {places}" if count else "fits"
         yield f"CONTROLNET: {', '.join(checked.controlnets)} {fit}"
     if checked.weights:
         yield f"WEIGHTS: {'' if checked.weights.same else 'not '}built from {checked.weights.name} ({checked.weights.told})"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shapecheck.build import engine
 from shapecheck.contract import Contract, ContractError, ShapecheckError, profile_check
 from shapecheck.contract import profile_forms as forms
 from shapecheck.contract.checked import Check
+from shapecheck.contract.engine_files import is_engine
 from shapecheck.contract.profiles import Profile, profile_of
 from shapecheck.contract.ranges import USUAL_TOKENS, parse_ranges
 from shapecheck.observe.configfile import one_line
+from shapecheck.observe.configs import OtherModelError
 from shapecheck.observe.progress import Progress, silent
-from shapecheck.verify.check import check
 from shapecheck.verify.models import contract_of
+
+if TYPE_CHECKING:
+    from shapecheck.build import engine
 
 _LARGEST = 4 * 2**20
 _HARMLESS = ("symbol", "name", "sizes")
@@ -39,6 +43,11 @@ def examine(
     `contract` is what the file is to be held to; without `control` less its slots. Precision is the file's own.
     Raises ShapecheckError where it is a ControlNet, and the contract that of a UNet.
     """
+    from shapecheck.build import engine  # needs onnx, and presets do not
+    from shapecheck.verify.check import check
+
+    if is_engine(file):
+        raise ShapecheckError(f"{file} is an engine already; give the ONNX file it was built from")
     if not control and contract is None:
         raise ShapecheckError("--no-control goes with --model: the UNet that the file was exported of, without its slots")
     held = replace(contract, slots=()) if contract is not None and not control else contract
@@ -112,9 +121,14 @@ def profiles_of(
     if path.suffix.lower() != ".onnx":
         if contract is not None:
             raise ShapecheckError(f"--model says which UNet an ONNX file is; {path} is named by itself: drop --model")
-        known = contract_of(model, offline=offline, progress=progress)
+        try:
+            known = contract_of(model, offline=offline, progress=progress)
+        except OtherModelError:
+            raise ShapecheckError(f"{model} is a ControlNet: export it, and give the ONNX file; or name the UNet") from None
         known = known if control else replace(known, slots=())
         return Made(known, profiles_for(known, wanted), {})
+    from shapecheck.build import engine
+
     source, found = examine(path, contract, progress, control=control)
     if source is None:
         return Made(found.contract, (), {}, found)

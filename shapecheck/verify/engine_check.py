@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from shapecheck.build import subject
+from shapecheck.build import artefact, subject
 from shapecheck.build import weights as checkpoints
 from shapecheck.build.engine import read_back
 from shapecheck.build.external import file_digest, tensors_of
+from shapecheck.build.reading import read
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError, show
 from shapecheck.contract.compare import compare
 from shapecheck.contract.engine import Engine
@@ -141,7 +142,11 @@ def _weights(engine: Engine, name: str, offline: bool, progress: Progress) -> We
         own = checkpoints.digest(tensors_of(path), told)
         if own == request.weights and file_digest(path) == request.onnx:
             return Weights(name, True, "the very file")
-        return Weights(name, False, "the same weights in another graph" if own == request.weights else f"other weights: {own}")
+        if own == request.weights:
+            return Weights(name, True, "the same weights, in another ONNX file")
+        exported_from = read(path).metadata.get(artefact.WEIGHTS)
+        same = exported_from and exported_from == request.checkpoint
+        return Weights(name, False, "another export of the same checkpoint" if same else f"other weights: {own}")
     taken = subject.take(name, offline=offline)
     if taken.stored is None:
         raise ShapecheckError(f"--weights {name}: {taken.absent}; give a folder that holds them, or an ONNX file")
