@@ -102,6 +102,15 @@ def test_an_sdxl_on_two_levels_is_built_with_two_profiles_and_options(tmp_path):
     assert [len(each.inputs) for each in done.engine.request.profiles] == [len(contract.inputs) + len(contract.slots)] * 2
 
 
+def test_a_file_of_no_known_model_is_built_by_its_own_table_and_that_is_said(tmp_path):
+    file, _ = engines.exported(tmp_path / "xl.onnx", onnx_files.XL)
+    result = shapecheck("build", without_contract(file), "-o", tmp_path / "xl.plan", *ASKED)
+    assert result.exit_code == 0
+    told = " ".join(result.stdout.split())
+    assert "model unknown of no named model" in told
+    assert "note: no model was named and no preset fits: the contract is the file's own table" in told
+
+
 def test_other_projects_names_stay_in_the_engine(tmp_path, deep):
     model = onnx.load(deep[0])
     ours = [slot.name for slot in deep[1].slots]

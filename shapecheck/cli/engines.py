@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -205,5 +206,8 @@ def build(
     except ContractError as error:
         write(report.refused(error, form), None)
         return error.exit_status
+    if found.basis == "none":
+        note = "no model was named and no preset fits: the contract is the file's own table; --model holds it to its UNet"
+        built = replace(built, notes=(*built.notes, note))
     write(report.as_json(built) if form == "json" else report.told(built), None)
     return 0

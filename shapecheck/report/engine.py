@@ -66,7 +66,7 @@ def request_facts(request: Request) -> list[tuple[str, str]]:
     """What an engine is, one fact a line."""
     contract, options = request.contract, request.options
     facts = [
-        ("model", f"{contract.class_name} of {contract.header.source or contract.digest}"),
+        ("model", f"{contract.class_name} of {contract.header.source or 'no named model'}"),
         ("inputs", f"{len(contract.inputs)} base inputs, {len(request.names) - len(contract.inputs)} slots"),
     ]
     for number, profile in enumerate(request.profiles):
