@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -506,6 +507,26 @@ def test_what_a_killed_process_left_is_swept_and_a_living_one_s_is_not(deep, tmp
     (tmp_path / f".shapecheck.{os.getpid()}.999.partial").write_bytes(b"another's")
     build_engine(deep[0], tmp_path / "unet.plan", profiles=TINY, options=engines.RTX)
     assert [each.name for each in tmp_path.glob(".shapecheck.*")] == [f".shapecheck.{os.getpid()}.999.partial"]
+
+
+def test_no_other_build_comes_between_an_engine_and_its_record(deep, tmp_path, monkeypatch):
+    replaced: list[str] = []
+    real = Path.replace
+
+    def observed(self, target):
+        handle = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+        replaced.append(target.name)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", observed)
+    build_engine(deep[0], tmp_path / "unet.plan", profiles=TINY, options=engines.RTX)
+    assert replaced == ["unet.plan", "unet.plan.shapecheck.json"]
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
+    os.close(handle)
 
 
 def test_a_full_disk_is_told_with_the_engine_s_name(deep, tmp_path):
