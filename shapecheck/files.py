@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
 from shapecheck.contract import ShapecheckError
 
+_LONG_AGO = 3 * 24 * 3600
+"""Seconds; no build takes days between two writes."""
 _numbers = count()
 """So that no two files are written under one name."""
 
@@ -58,14 +61,11 @@ def whole(output: Path) -> Iterator[Path]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes that were killed left half written."""
-    for left in folder.glob(".shapecheck.*.partial") if os.name == "posix" else ():
-        try:
-            os.kill(int(left.name.split(".")[2]), 0)
-        except ProcessLookupError:
-            left.unlink(missing_ok=True)
-        except (ValueError, OverflowError, OSError):  # no process's, or somebody else's
-            continue
+    """Remove what was left half written long ago: a process that is killed cannot, and another machine's may still write."""
+    for left in folder.glob(".shapecheck.*.partial"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LONG_AGO:
+                left.unlink(missing_ok=True)
 
 
 def refuse_unwritable(output: Path) -> None:
