@@ -103,7 +103,10 @@ class EngineProcess:
         raise self._ended()
 
     def finish(self) -> None:
-        """Wait until it has ended by itself, after the last thing it had to tell."""
+        """Hear it out until it has ended by itself."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._note(json.loads(line))
         self._process.wait()
 
     def _note(self, told: Mapping[str, Any]) -> None:
