@@ -51,7 +51,7 @@ def test_a_linked_file_is_small_made_in_little_memory_and_right(preset, tmp_path
     output = tmp_path / "unet.onnx"
     export = ("export", str(tmp_path), "-o", str(output), "--weights", "link")
     peak = run(*export)
-    if peak > memory:  # 634 to 675 MiB were seen of one commit: what else the machine does counts
+    if peak > memory:  # of one commit, figures 40 MiB apart were seen: what else the machine does counts
         peak = min(peak, run(*export))
     print(f"{preset}: peak {peak / 2**20:.0f} MiB, {output.stat().st_size / 1e6:.2f} MB written")
     assert peak <= memory

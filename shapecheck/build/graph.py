@@ -95,6 +95,7 @@ def _trace(model: nn.Module, contract: Contract, residuals: list[Tensor], opset:
     dynamic: list[dict[int, Any]] = [_dynamic_axes(each) for each in contract.inputs]
     dynamic += [{} for _ in residuals]
     graph = _exported(_Flat(model, contract), (*tensors, *residuals), dynamic, opset)
+    _keep_scopes(graph)
     _parameters_to_inputs(graph)
     _promote(graph)
     _simplify(graph)
@@ -129,6 +130,16 @@ def _empty(shape: Shape, dtype: torch.dtype) -> Tensor:
 
 def _dynamic_axes(each: Input) -> dict[int, Any]:
     return {axis: torch.export.Dim.AUTO for axis, dim in enumerate(each.shape) if dim.symbol is not None}
+
+
+def _keep_scopes(model: ir.Model) -> None:
+    """Drop the stack traces: they outweigh the graph, and every check of it would copy them."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph:
+            scopes = node.metadata_props.get(_SCOPES)
+            node.metadata_props.clear()
+            if scopes is not None:
+                node.metadata_props[_SCOPES] = scopes
 
 
 def _parameters_to_inputs(model: ir.Model) -> None:
