@@ -24,8 +24,8 @@ EXACT = BuildOptions(tf32=False)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def tensorrt(require_backend):
-    require_backend("trt")
+def tensorrt(shapecheck_require):
+    shapecheck_require("trt")
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def test_a_run_that_asks_for_what_cannot_run_fails_whatever_it_would_run(trt, as
     assert "passed" not in done.stdout
 
 
-def test_what_nobody_asked_for_is_skipped(trt, require_backend):
+def test_what_nobody_asked_for_is_skipped(trt, shapecheck_require):
     with pytest.raises(pytest.skip.Exception, match="trt cannot run here: "):
-        require_backend("trt")
-    require_backend("ort")
+        shapecheck_require("trt")
+    shapecheck_require("ort")

@@ -14,9 +14,9 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract, Dim, Geometry, Input, Shape, ShapecheckError, Slot
+from shapecheck.contract.call import grouped
 from shapecheck.contract.dims import BATCH, HEIGHT, WIDTH, constant
 from shapecheck.observe.configfile import one_line
-from shapecheck.observe.inputs import grouped
 from shapecheck.observe.quiet import quiet
 
 OUTPUT = "out_sample"

@@ -10,6 +10,7 @@ from shapecheck.cli.files import check, export
 from shapecheck.cli.group import Commands
 from shapecheck.cli.machine import doctor
 from shapecheck.cli.models import presets, probe
+from shapecheck.cli.parity import parity
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -21,7 +22,7 @@ def main() -> None:
     """
 
 
-for _command in (probe, export, check, profile, build, doctor, presets):
+for _command in (probe, export, check, profile, build, parity, doctor, presets):
     main.add_command(_command)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from shapecheck.contract import Dim, Geometry, Input, ShapecheckError
+from shapecheck.contract.call import grouped
 from shapecheck.contract.dims import BATCH, HEIGHT, TOKENS, WIDTH, constant
 
 _POOLED_TEXT_WIDTH = 1280
@@ -53,15 +54,6 @@ def call_arguments(inputs: tuple[Input, ...], geometry: Geometry, device: torch.
     """Keyword arguments for a forward: zeros of the right shape, dtype and device."""
     values = [torch.zeros(each.shape_at(geometry), dtype=getattr(torch, each.dtype), device=device) for each in inputs]
     return grouped({each.argument: value for each, value in zip(inputs, values, strict=True)})
-
-
-def grouped(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for a forward, from values by `Input.argument`: `added_cond_kwargs.time_ids` goes into a table."""
-    arguments: dict[str, Any] = {"encoder_hidden_states": None}  # a forward requires it, even where it takes no text
-    for argument, value in values.items():
-        group, _, key = argument.rpartition(".")
-        (arguments.setdefault(group, {}) if group else arguments)[key] = value
-    return arguments
 
 
 def _text(config: Settings, dtype: str) -> Input:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from shapecheck.build.subject import find
 from shapecheck.contract import Input
+from shapecheck.contract.call import grouped
 from shapecheck.observe import sources
-from shapecheck.observe.inputs import grouped
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,179 @@
+"""PyTorch's side of a parity run: the reference, and PyTorch's own error in the precision of the file."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from shapecheck.build.subject import find, take
+from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.contract.profiles import dtypes_of
+from shapecheck.observe import sources
+from shapecheck.observe.progress import Progress
+from shapecheck.observe.quiet import quiet
+from shapecheck.run.torch_session import OUTPUT, TorchSession
+from shapecheck.verify.calls import Call, Draws
+
+Precision = Literal["auto", "float64", "float32"]
+ASSUMED = 1e-6
+"""PyTorch's own error, as a share of the largest value, where the reference has the precision of the file."""
+_ROOM = 1.2
+_PROCESS = 2e9
+"""Bytes that must be free besides the weights."""
+
+
+class TorchModel:
+    """A UNet with its weights: named, and then loaded from its files each time, or a live module, which stays as it is."""
+
+    def __init__(self, model: str | Path | nn.Module, *, variant: str | None = None, offline: bool = False) -> None:
+        self._variant = variant
+        self._subject = take(model, variant=variant, offline=offline)
+        if self._subject.role != "unet":
+            raise ShapecheckError(f"{self._subject.name} is a ControlNet; parity is of UNets: `shapecheck export --verify`")
+        if self._subject.stored is None and self._subject.live is None:
+            raise ShapecheckError(f"no weights for {self._subject.name}: {self._subject.absent}; give a folder that holds them")
+        self._live = getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else None
+        self._source = None if self._live is not None else find(str(model), offline=offline)
+
+    @property
+    def name(self) -> str:
+        """As reports call it."""
+        return self._subject.origin
+
+    def contract(self, dtype: str, *, control: bool) -> Contract:
+        """What a file of it has to take."""
+        return self._subject.contract(dtype, control=control)
+
+    def dtype(self) -> str:
+        """The precision of the weights."""
+        return self._subject.dtype(None)
+
+    def load(self, precision: str) -> nn.Module:
+        """The UNet in that precision, in eval mode."""
+        if self._source is not None:
+            return sources.load(self._source, self._variant, getattr(torch, precision))
+        assert self._live is not None
+        with quiet("diffusers"):
+            return copy.deepcopy(self._live).to("cpu", getattr(torch, precision)).eval()
+
+    def reference(self, wanted: Precision, parameters: int) -> str:
+        """float64 where twice the memory of float32 is free, else float32."""
+        if wanted != "auto":
+            return wanted
+        return "float64" if parameters * 8 * _ROOM + _PROCESS <= _available() else "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """PyTorch's images for the calls of a run."""
+
+    precision: str
+    """Of the reference."""
+    reference: Mapping[Call, Tensor]
+    """As float64 on the CPU."""
+    own: float
+    """PyTorch's own error in the precision of the file: the largest in any call, as a share of its largest value."""
+
+    def scale(self, call: Call) -> float:
+        """The largest magnitude of a call's image."""
+        return float(self.reference[call].abs().max())
+
+
+def computed(
+    model: TorchModel,
+    contract: Contract,
+    calls: Sequence[Call],
+    draws: Draws,
+    wanted: Precision,
+    look: Callable[[nn.Module], object],
+    progress: Progress,
+) -> Sides:
+    """Every call in the reference precision and in that of the contract, one after the other.
+
+    `look` is given the model in the contract's precision, while it is loaded.
+    """
+    own = dtypes_of(contract)["sample"]
+    precision = model.reference(wanted, contract.header.parameters or 0)
+
+    def images(dtype: str) -> dict[Call, Tensor]:
+        progress(f"loading the model in {dtype}")
+        module = placed(model.load(dtype))
+        if dtype == own:
+            look(module)
+        found = evaluate(module, contract, calls, draws, progress)
+        del module
+        gc.collect()
+        return found
+
+    reference = images(precision)
+    error = ASSUMED if precision == own else own_error(reference, images(own), own)
+    return Sides(precision, reference, error)
+
+
+class Lazily:
+    """The model in one precision, loaded when its first image is asked for."""
+
+    def __init__(self, model: TorchModel, contract: Contract) -> None:
+        self._model, self._contract = model, contract
+        self._session: TorchSession | None = None
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The image for these inputs, as float64 on the CPU."""
+        return self.session(inputs)[OUTPUT].double().cpu()
+
+    @property
+    def session(self) -> TorchSession:
+        """The model, loaded."""
+        if self._session is None:
+            self._session = TorchSession(placed(self._model.load(dtypes_of(self._contract)["sample"])), self._contract)
+        return self._session
+
+
+def evaluate(
+    module: nn.Module, contract: Contract, calls: Sequence[Call], draws: Draws, progress: Progress
+) -> dict[Call, Tensor]:
+    """The image of every call, as float64 on the CPU."""
+    session, found = TorchSession(module, contract), {}
+    step = f"computing with PyTorch in {str(session.dtype).removeprefix('torch.')}"
+    for number, call in enumerate(calls):
+        progress(f"{step}, call {number + 1} of {len(calls)}")
+        found[call] = session(draws(call, expanded=False))[OUTPUT].double().cpu()
+        if not torch.isfinite(found[call]).all():
+            raise ShapecheckError(
+                f"PyTorch's own image is not finite at {call}, in {step.rsplit(' ', 1)[1]}: nothing to compare"
+            )
+    return found
+
+
+def own_error(reference: Mapping[Call, Tensor], own: Mapping[Call, Tensor], precision: str) -> float:
+    """The largest difference in any call, as a share of its reference's largest value; at least a rounding of the precision."""
+    shares = [float((own[call] - expected).abs().max() / expected.abs().max()) for call, expected in reference.items()]
+    return max([*shares, torch.finfo(getattr(torch, precision)).eps])
+
+
+def placed(module: nn.Module) -> nn.Module:
+    """On the GPU where there is one."""
+    return module.to(device())
+
+
+def device() -> str:
+    """Where PyTorch's side runs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _available() -> float:
+    """Bytes of memory that are free, or would be if caches were dropped."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+        return pages * (os.sysconf("SC_PAGE_SIZE") if pages else 0) / 2
