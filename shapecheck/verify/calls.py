@@ -15,7 +15,7 @@ from shapecheck.contract.profiles import dtypes_of
 Emitted = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
 """A real ControlNet's residuals for the base inputs of a call, and a frame's number."""
 
-_FIRST, _LAST = 11.25, 967.5
+_FIRST, _LAST = 11.3, 967.7
 """Timesteps are between these, a fraction each: one that is cut to a whole number is seen."""
 _STEP = 173.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from shapecheck.verify.reference import Sides
 _TELLING = 4.0
 """A perturbation tells something where its effect is this many times what is allowed."""
 _SAME_DIRECTION = 0.9
+_DROWNS = "not judged: what the residuals do drowns in what is allowed"
 _NONE = 0.02
 """Less than this share of PyTorch's effect is none."""
 
@@ -80,6 +82,8 @@ class Judge:
         if _is_bad(before) or _is_bad(after):
             return Result(plan.check, "not run", "not judged: the image is not finite", call.geometry)
         rows, allowed = call.geometry.batch // 2, 2 * self.allowed(call)
+        if not self._differ(off, call, slice(rows)):
+            return Result(plan.check, "not run", _DROWNS, call.geometry)
         own = self.sides.own * self.sides.scale(call)
         verdict = compare(after[rows:], before[rows:], allowed=allowed, own=own)
         acts = float((after[:rows].double() - before[:rows].double()).abs().max()) > allowed
@@ -106,6 +110,8 @@ class Judge:
                 return Result(plan.check, "not run", "not judged: the image is not finite", call.geometry)
             if why := self._kept(steps[:number], call, image):
                 return Result(plan.check, "failed", f"step {number + 1}, {_step(call)}: {why}", call.geometry)
+        if not all(self._differ(one, other) for one, other in pairwise(plan.calls)):
+            return Result(plan.check, "not run", _DROWNS, plan.calls[0].geometry)
         verdict = self._step_verdict(steps[0][1], steps[-1])
         return Result(plan.check, "passed", "", plan.calls[0].geometry, verdict)
 
@@ -113,11 +119,16 @@ class Judge:
         """What is wrong with a step beside those before it: as another where it should differ, or unlike an equal one."""
         for number, (earlier, other) in reversed(list(enumerate(before))):
             equal = self._step_verdict(other, (call, image)).passes
-            if earlier != call and equal:
+            if earlier != call and equal and self._differ(earlier, call):
                 return f"the image is that of step {number + 1}, {_step(earlier)}: residuals of an earlier call are kept"
             if earlier == call and not equal:
                 return f"the image is not that of step {number + 1}, which was given the same: a call in between is kept"
         return ""
+
+    def _differ(self, one: Call, other: Call, rows: slice = slice(None)) -> bool:
+        """Whether PyTorch's images of two calls are further apart than could be missed."""
+        apart = (self.sides.reference[one] - self.sides.reference[other])[rows].abs().max()
+        return float(apart) >= _TELLING * self.allowed(other)
 
     def _step_verdict(self, other: Tensor | str, step: tuple[Call, Tensor | str]) -> Verdict:
         call, image = step

@@ -154,7 +154,9 @@ def _profiles(artefact: Artefact, geometries: Sequence[Geometry]) -> dict[str, s
 
 
 def _device(device: torch.device) -> str:
-    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0} {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return str(device)
+    return f"cuda:{device.index or 0} {torch.cuda.get_device_name(device)}"
 
 
 def _version(*distributions: str) -> str:

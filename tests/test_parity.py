@@ -1,0 +1,281 @@
+"""Planted faults that shapes cannot show: each is caught and named by its own check, and a healthy file passes in all."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import engines
+import onnx_files
+import parity_faults as faults
+import pytest
+import small
+import torch
+from onnx_files import bake, exchange, planted, unconsume
+
+from shapecheck import Geometry, ShapecheckError
+from shapecheck.contract.parity import KINDS
+from shapecheck.contract.profiles import Range
+from shapecheck.run.onnx_session import OnnxSession
+from shapecheck.verify.calls import Call, Draws, refuse_zeros
+from shapecheck.verify.parity import Options, Study
+from shapecheck.verify.plan import geometries_of
+from shapecheck.verify.runners import OnnxRunner
+
+SIZE = Geometry(2, 9, 14, 7)
+ONE_SIZE = Options(ranges=(Range(SIZE, SIZE, SIZE),))
+NAMES = [f"down_block_residual_{index:02}" for index in range(8)] + ["mid_block_residual"]
+SLOTS = [f"slot[{name}]" for name in NAMES]
+SHAPES = [(8, 1), (8, 1), (8, 2), (8, 2), (8, 4), (8, 4), (8, 8), (16, 8), (16, 8)]
+"""Channels and stride: the first six are three pairs of equal shape."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("parity")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small.unet(**onnx_files.DEEP)
+
+
+@pytest.fixture(scope="module")
+def healthy(folder):
+    path, contract = engines.exported(folder / "healthy.onnx", onnx_files.DEEP)
+    assert [(slot.channels, slot.stride) for slot in contract.slots] == SHAPES
+    return path
+
+
+@pytest.fixture(scope="module")
+def xl(folder):
+    return small.unet(**onnx_files.XL), engines.exported(folder / "xl.onnx", onnx_files.XL)[0]
+
+
+def side(model, path, options=ONE_SIZE, **given):
+    (found,) = Study(model, ["ort"], onnx=path, options=options, **given).report().sides
+    return found
+
+
+def failed(found):
+    return {str(each.check).removeprefix("ort/"): each.reason for each in found.failed}
+
+
+def kinds(found):
+    return Counter(each.check.kind for each in found.failed)
+
+
+def test_a_healthy_file_passes_in_all(model, healthy):
+    report = Study(model, ["ort", "torch"], onnx=healthy).report()
+    assert report.passes, report
+    assert report.verdict == "PARITY"
+    assert report.reference == f"PyTorch float64 on {'cuda' if torch.cuda.is_available() else 'cpu'}"
+    for found in report.sides:
+        assert {each.check.kind for each in found.results} == set(KINDS)
+        assert {each.status for each in found.results} == {"passed"}, found.results
+        assert found.divergence is None
+        judged = [each for each in found.results if each.check.kind in ("case", "slot", "input")]
+        assert all(0 < each.verdict.own < 1e-5 and each.verdict.absolute.difference <= each.verdict.allowed for each in judged)
+        acting = [each for each in found.results if each.check.kind in ("slot", "input")]
+        assert all(abs(each.effect.strength - 1) < 1e-4 and each.effect.cosine > 0.9999 for each in acting)
+    assert report.sides[0].ran.provider == "CPUExecutionProvider"
+    assert {each.batch for each in report.geometries} == {1, 2, 3}
+
+
+def test_slots_exchanged(model, healthy, folder):
+    found = side(model, planted(healthy, folder / "exchanged.onnx", exchange(NAMES[2], NAMES[3])))
+    wrong = failed(found)
+    assert "down_block_residual_02 acts where down_block_residual_03 belongs (down_blocks.1.resnets.0)" in wrong[SLOTS[2]]
+    assert "down_block_residual_03 acts where down_block_residual_02 belongs (down_blocks.0.downsamplers.0)" in wrong[SLOTS[3]]
+    assert kinds(found) == {"slot": 2, "contract": 1, "case": 2}
+    assert found.divergence.module == "down_blocks.0.downsamplers.0"
+    assert found.divergence.slot == NAMES[2]
+
+
+def test_a_slot_dropped_and_mid_ignored(model, healthy, folder):
+    for name in (NAMES[5], "mid_block_residual"):
+        found = side(model, planted(healthy, folder / f"no {name}.onnx", unconsume(name)))
+        assert failed(found)[f"slot[{name}]"] == f"{name} changes nothing: what the ControlNet gives there is lost"
+        assert kinds(found) == {"slot": 1, "contract": 1, "case": 2}
+        assert found.divergence.slot == name
+
+
+def test_a_slot_scaled(model, healthy, folder):
+    found = side(model, planted(healthy, folder / "scaled.onnx", faults.scaled(NAMES[5], 0.9)))
+    assert failed(found)[SLOTS[5]] == f"{NAMES[5]} acts as if 0.900 of it were given"
+    assert kinds(found)["slot"] == 1
+
+
+def test_height_and_width_exchanged_in_a_buffer(model, healthy, folder):
+    found = side(model, planted(healthy, folder / "reshaped.onnx", faults.reshaped(*NAMES)))
+    wrong = failed(found)
+    assert all(
+        f"{name} acts with height and width exchanged" in wrong[f"slot[{name}]"] for name in NAMES if name not in NAMES[6:]
+    )
+    assert "height and width of the residuals are exchanged" in wrong[f"case[{SIZE}, control on]"]
+    assert kinds(found)["input"] == 0
+
+
+def test_height_and_width_exchanged_so_that_only_squares_run(model, healthy, folder):
+    found = side(model, planted(healthy, folder / "transposed.onnx", faults.transposed(*NAMES)))
+    wrong = failed(found)
+    assert all("acts with height and width exchanged" in wrong[f"slot[{name}]"] for name in NAMES)
+    told = "height and width of the residuals are exchanged, as a square size shows; ONNX Runtime cannot run this call: "
+    assert wrong[f"case[{SIZE}, control on]"].startswith(told)
+
+
+def test_the_halves_of_the_batch_exchanged(model, healthy, folder):
+    found = side(model, planted(healthy, folder / "halves.onnx", faults.halves_exchanged(*NAMES)))
+    wrong = failed(found)
+    assert wrong["cfg"] == "residuals given in the first half of the batch act in the second: the halves are exchanged"
+    assert wrong[f"case[{SIZE}, control on]"].startswith("the halves of the residuals are exchanged; ")
+    assert kinds(found)["slot"] == kinds(found)["input"] == 0
+
+
+def test_the_timestep_baked(model, healthy, folder):
+    found = side(model, planted(healthy, folder / "timestep.onnx", faults.frozen("timestep", 500)))
+    assert failed(found)["input[timestep]"] == "timestep changes nothing: it is baked into the file"
+    assert kinds(found)["input"] == 1
+    assert kinds(found)["slot"] == 0
+
+
+def test_pooled_text_baked_as_zeros(xl, folder):
+    model, path = xl
+    found = side(model, planted(path, folder / "text.onnx", bake("text_embeds")))
+    assert failed(found)["input[text_embeds]"] == "text_embeds changes nothing: it is baked into the file as zeros"
+    assert failed(found)[f"case[{SIZE}, control off]"].startswith("text_embeds is taken as zeros; ")
+    assert kinds(found)["input"] == 1
+
+
+def test_a_channel_of_nan(model, healthy, folder):
+    found = side(model, planted(healthy, folder / "nan.onnx", faults.not_a_number(2, 4)))
+    cells = SIZE.batch * SIZE.height * SIZE.width
+    for where in (f"case[{SIZE}, control off]", f"case[{SIZE}, control on]"):
+        assert failed(found)[where] == f"{cells} NaN and 0 Inf among {4 * cells} values, in channel 2"
+    assert set(kinds(found)) == {"case"}
+
+
+def test_weights_of_another_checkpoint(healthy):
+    torch.manual_seed(5)
+    other = small.unet(**onnx_files.DEEP)
+    with torch.no_grad():
+        other.mid_block.resnets[0].conv1.weight.mul_(1.001)
+    found = side(other, healthy)
+    assert failed(found)["weights"].endswith("tensors are not the model's: mid_block.resnets.0.conv1.weight")
+    assert failed(found)["weights"].startswith("1 of ")
+    assert found.divergence.module == "mid_block"
+
+
+def test_a_layer_in_the_wrong_precision(model, healthy, folder):
+    found = side(model, planted(healthy, folder / "half.onnx", faults.in_half("Conv", 7)))
+    assert failed(found)["precision"].startswith("3 in less than float32: cast to float16 at ")
+    assert failed(found)[f"case[{SIZE}, control off]"].startswith("largest difference ")
+    assert found.divergence.module == "down_blocks.2.resnets.0"
+    assert found.divergence.slot == NAMES[5]
+    off = next(each for each in found.results if each.check.where == f"{SIZE}, control off")
+    assert 5 * off.verdict.own < off.verdict.absolute.difference < 1e-3
+
+
+class Stale(OnnxRunner):
+    """A wrapper that keeps residuals it should not: those of the call before, or of the last call that had any."""
+
+    def __init__(self, session, artefact, *, always):
+        super().__init__(session, artefact)
+        self._always, self._kept = always, None
+
+    def __call__(self, inputs):
+        own = {name: each for name, each in inputs.items() if "residual" in name}
+        on = any(bool(each.any()) for each in own.values())
+        given = own if self._kept is None or (on and not self._always) else self._kept
+        self._kept = own if on or self._always else self._kept
+        return super().__call__({**inputs, **given})
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_residuals_of_an_earlier_call_kept(model, healthy, always):
+    def opener(backend, artefact):
+        return Stale(OnnxSession.open(artefact.path), artefact, always=always)
+
+    found = side(model, healthy, opener=opener)
+    told = "step 2, control off: the image is that of step 1, control on with frame 0: residuals of an earlier call are kept"
+    assert failed(found)["switch"] == told
+
+
+def test_a_backend_that_fell_back_to_the_cpu(model, healthy):
+    def opener(backend, artefact):
+        return OnnxRunner(OnnxSession.open(artefact.path, backend=backend, strict=False), artefact)
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: nothing falls back")
+    (found,) = Study(model, ["ort-cuda"], onnx=healthy, options=ONE_SIZE, opener=opener).report().sides
+    told = {str(each.check): each.reason for each in found.failed}
+    assert told == {"ort-cuda/provider": "CPUExecutionProvider runs, where ort-cuda is CUDAExecutionProvider"}
+    (refused,) = Study(model, ["ort-cuda"], onnx=healthy, options=ONE_SIZE).report().sides
+    (only,) = refused.failed
+    assert only.check.kind == "provider"
+    assert "ort-cuda was asked for and ONNX Runtime fell back to CPUExecutionProvider" in only.reason
+    assert "\nort-cuda cannot run here: " in only.reason
+
+
+def test_an_input_that_the_file_does_not_have(xl, folder):
+    model, path = xl
+    missing = planted(path, folder / "missing.onnx", bake("text_embeds", sized_by="time_ids"), onnx_files.drop("text_embeds"))
+    assert failed(side(model, missing))["input[text_embeds]"].startswith("the file has no input for text_embeds: ")
+
+
+def test_zero_residuals_prove_nothing(model, healthy):
+    def untrained(base, frame):
+        rows, _, height, width = base["sample"].shape
+        sizes = Study(model, ["ort"], onnx=healthy).contract.shapes(Geometry(rows, height, width))
+        return {name: torch.zeros(shape) for name, shape in sizes.items()}
+
+    with pytest.raises(ShapecheckError, match="every residual is zero, so nothing would be proven"):
+        side(model, healthy, emitted=untrained)
+    refuse_zeros({"a": torch.zeros(2), "b": torch.tensor([0.0, math.nan])})
+
+
+def test_a_real_controlnet_s_residuals(model, healthy):
+    net = small.controlnet(model)
+
+    def emitted(base, frame):
+        generator = torch.Generator().manual_seed(frame)
+        image = 20 * torch.rand(len(base["sample"]), 3, *(8 * side for side in base["sample"].shape[-2:]), generator=generator)
+        with torch.no_grad():
+            downs, mid = net(**base, controlnet_cond=image, return_dict=False)
+        return dict(zip(NAMES, (*downs, mid), strict=True))
+
+    found = side(model, healthy, emitted=emitted)
+    assert {each.status for each in found.results} == {"passed"}, found.results
+
+
+def test_what_is_drawn(model, healthy):
+    contract = Study(model, ["ort"], onnx=healthy).contract
+    draws = Draws(contract, 3)
+    on, off = draws(Call(SIZE, 0)), draws(Call(SIZE))
+    assert on.keys() == off.keys() == {"sample", "timestep", "encoder_hidden_states", *NAMES}
+    assert all(bool(on[name].any()) and not bool(off[name].any()) for name in NAMES)
+    assert all(torch.equal(on[name], off[name]) for name in ("sample", "timestep", "encoder_hidden_states"))
+    assert len(set(on["timestep"].tolist())) == SIZE.batch
+    assert all(float(each) % 1 for each in on["timestep"])
+    assert all(not torch.equal(each[0], each[1]) for each in (on["sample"], *(on[name] for name in NAMES)))
+    again, other = Draws(contract, 3)(Call(SIZE, 0)), Draws(contract, 4)(Call(SIZE, 0))
+    assert all(torch.equal(on[name], again[name]) for name in on)
+    assert not any(torch.equal(on[name], other[name]) for name in NAMES)
+    assert not any(torch.equal(on[name], draws(Call(SIZE, 1))[name]) for name in NAMES)
+    half = draws(Call(SIZE, 0, half=True))
+    assert all(torch.equal(half[name][0], on[name][0]) and not half[name][1].any() for name in NAMES)
+    changed = draws(Call(SIZE, perturbed=NAMES[1]))
+    assert [name for name in changed if not torch.equal(changed[name], off[name])] == [NAMES[1]]
+    small_, large = draws(Call(SIZE, 0, pooled=True), expanded=False), draws(Call(SIZE, 0, pooled=True))
+    assert all(
+        small_[name].shape[2:] == (1, 1) and torch.equal(small_[name].expand_as(large[name]), large[name]) for name in NAMES
+    )
+
+
+def test_sizes_of_a_run(model, healthy):
+    contract = Study(model, ["ort"], onnx=healthy).contract
+    sizes = Range(Geometry(1, 8, 16), Geometry(2, 16, 16), Geometry(4, 32, 24))
+    between = Geometry(3, 21, 21)
+    assert geometries_of(contract, [sizes]) == (*sizes.geometries, between)
+    fixed = Range(SIZE, SIZE, SIZE)
+    assert geometries_of(contract, [fixed, sizes]) == (SIZE, *sizes.geometries, between)
