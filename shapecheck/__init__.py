@@ -1,6 +1,6 @@
 """Shape contracts between ControlNets and diffusion UNets: observed, checked, and carried to ONNX and TensorRT.
 
-Importing this package imports neither torch nor diffusers; `probe`, `export` and `EngineSession` do when they are first used.
+Importing this package imports neither torch nor diffusers; `probe`, `export`, `parity` and `EngineSession` do when first used.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shapecheck.observe.probe import probe
     from shapecheck.observe.record import record
     from shapecheck.run.engine_session import EngineSession
+    from shapecheck.verify.request import parity
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "Slot",
     "build_engine",
     "export",
+    "parity",
     "parse_ranges",
     "probe",
     "profile_of",
@@ -48,6 +50,7 @@ _LAZY = {
     "EngineSession": "shapecheck.run.engine_session",
     "build_engine": "shapecheck.build.engine",
     "export": "shapecheck.build.export",
+    "parity": "shapecheck.verify.request",
     "probe": "shapecheck.observe.probe",
     "read_contract": "shapecheck.build.artefact",
     "record": "shapecheck.observe.record",

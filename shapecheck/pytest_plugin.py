@@ -6,6 +6,7 @@ options is given.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,17 @@ import pytest
 if TYPE_CHECKING:
     from shapecheck.contract import Contract
     from shapecheck.contract.environment import Backend
-    from shapecheck.contract.parity import Check, Parity, Result
+    from shapecheck.contract.parity import Check, Parity, Result, Side
     from shapecheck.verify.parity import Study
     from shapecheck.verify.request import ParityRequest
 
 _STUDY = pytest.StashKey["Study"]()
 _BACKENDS = pytest.StashKey["Sequence[Backend]"]()
+_STUCK = pytest.StashKey[dict[str, str]]()
+"""Why nothing of a backend can be computed, told once."""
+_REFUSED = pytest.StashKey[str]()
+_WORKER = "shapecheck_refused"
+"""Under which a worker of pytest-xdist tells what cannot be made."""
 _OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("model", {"metavar": "MODEL", "help": "the UNet: a diffusers folder or hub id with weights"}),
     ("onnx", {"metavar": "FILE", "help": "the ONNX file made of it"}),
@@ -66,13 +72,20 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     from shapecheck import __version__
 
     told = [f"shapecheck: {__version__}, torch {version('torch')}, diffusers {version('diffusers')}"]
-    return told + [f"backend {each.name}: {each.detail or 'cannot run here: ' + each.reason}" for each in _examined(config)]
+    told += [f"backend {each.name}: {each.detail or 'cannot run here: ' + each.reason}" for each in _examined(config)]
+    return told + _misled(config)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Without a model the backends asked for are all there is to prove: the run ends where one cannot run here."""
+    """Refuse what cannot be meant, before any worker is started.
+
+    Without a model the backends asked for are all there is to prove: the run ends where one cannot run here.
+    """
     config = session.config
-    if _asked(config, "model") or _is_worker(config):
+    if _is_worker(config):
+        return
+    _refuse(config)
+    if _asked(config, "model"):
         return
     for each in _examined(config):
         if not each.runs:
@@ -90,13 +103,29 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     """Add our items, before others choose among them."""
-    if _asked(config, "model") or _asked(config, "onnx") or _asked(config, "engine"):
+    if not _asked(config, "model"):
+        return
+    try:
         items.extend(ParityChecks.from_parent(session, name="shapecheck", nodeid="shapecheck").collect())
+    except pytest.UsageError as error:
+        if not _is_worker(config):
+            raise
+        config.workeroutput[_WORKER] = str(error)  # type: ignore[attr-defined]  # pytest-xdist adds it
+        items.clear()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker of pytest-xdist could not make: it has nobody else to tell."""
+    if told := getattr(node, "workeroutput", {}).get(_WORKER):
+        node.config.stash[_REFUSED] = told
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the reports, where a whole run is known: under pytest-xdist by the worker that had it."""
+    if _REFUSED in session.config.stash:
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
     study, folder = session.config.stash.get(_STUDY, None), _asked(session.config, "report")
     if study is None or not folder or not study.is_complete:
         return
@@ -107,6 +136,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """What really ran, and where the report is."""
+    if told := config.stash.get(_REFUSED, None):
+        terminalreporter.write_line(f"ERROR: {told}", red=True)
     ran = {
         value: None
         for reports in terminalreporter.stats.values()
@@ -147,8 +178,7 @@ class CheckItem(pytest.Item):
 
     def runtest(self) -> None:
         """Fail with the reason, or be skipped with it."""
-        study = _study(self.config)
-        result, side = study.result(self.check), study.side(self.check.backend)
+        study, (result, side) = _study(self.config), self._judged()
         ran = (
             f"{side.ran.provider} on {side.ran.device}, {side.ran.precision}, {side.ran.detail}" if side.ran else "did not run"
         )
@@ -157,6 +187,19 @@ class CheckItem(pytest.Item):
             pytest.skip(result.reason)
         if result.status == "failed":
             raise CheckError(_told(result, study))
+
+    def _judged(self) -> tuple[Result, Side]:
+        """What is known of this check; where nothing can be computed, the first check of the backend fails for all."""
+        from shapecheck import ShapecheckError
+
+        study, stuck, backend = _study(self.config), self.config.stash.setdefault(_STUCK, {}), self.check.backend
+        if backend in stuck:
+            pytest.skip(f"nothing of {backend} can be computed: {stuck[backend]}")
+        try:
+            return study.result(self.check), study.side(backend)
+        except ShapecheckError as error:
+            stuck[backend] = str(error)
+            raise
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The reason alone: no line of ours helps anybody."""
@@ -232,14 +275,17 @@ def shapecheck_parity(pytestconfig: pytest.Config) -> Callable[..., Parity]:
     """A function that compares a model with files made of it: `shapecheck_parity("./sd15", onnx="unet.onnx")`.
 
     Keywords are the fields of `shapecheck.verify.request.ParityRequest`; those left out are taken from the command line.
-    Returns a `Parity`: `assert parity.passes, parity`.
+    Returns a `Parity`: `assert parity.passes, str(parity)`; pytest cuts the text of what is no string.
     """
 
     def compare(model: str | None = None, **given: Any) -> Parity:
         from dataclasses import replace
 
+        from shapecheck import ShapecheckError
         from shapecheck.verify.request import study_of
 
+        if model is None and not _asked(pytestconfig, "model"):
+            raise ShapecheckError("no model: give one, or --shapecheck-model")
         asked = _request(pytestconfig, model)
         changed: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
         return study_of(replace(asked, **changed)).report()
@@ -271,15 +317,51 @@ def _is_worker(config: pytest.Config) -> bool:
 
 
 def _examined(config: pytest.Config) -> Sequence[Backend]:
-    """The backends asked for, each tried once."""
+    """The backends asked for, or that the files need, each tried once."""
     if _BACKENDS not in config.stash:
         from shapecheck import ShapecheckError, doctor
 
         try:
-            config.stash[_BACKENDS] = [doctor.backend(name) for name in _names(config)]
+            names = _request(config).what_runs if _asked(config, "model") else _names(config)
+        except ShapecheckError as error:
+            raise _usage(error) from None
+        config.stash[_BACKENDS] = [doctor.backend(name) for name in names]
+    return config.stash[_BACKENDS]
+
+
+def _misled(config: pytest.Config) -> list[str]:
+    """pytest takes `--option PATH`, of a plugin that is not loaded yet, for tests to find its settings by."""
+    here, root = config.invocation_params.dir, config.rootpath
+    if here == root or (config.inipath is not None and root in here.parents) or config.getoption("rootdir", None):
+        return []
+    return [
+        f"note: pytest took {root} for its rootdir, by the paths given: write --shapecheck-model=PATH, with =, or --rootdir=."
+    ]
+
+
+def _refuse(config: pytest.Config) -> None:
+    """Raise UsageError for what can be told without the model."""
+    if (_asked(config, "onnx") or _asked(config, "engine")) and not _asked(config, "model"):
+        raise pytest.UsageError("--shapecheck-onnx and --shapecheck-engine are compared with a model: give --shapecheck-model")
+    if _names(config):
+        from shapecheck.contract import ShapecheckError
+        from shapecheck.contract.environment import check_known
+
+        try:
+            check_known(_names(config))
         except ShapecheckError as error:
             raise pytest.UsageError(f"--shapecheck-backends: {error}") from None
-    return config.stash[_BACKENDS]
+    if folder := _asked(config, "report"):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise pytest.UsageError(f"--shapecheck-report: cannot write into {folder}: {error.strerror or error}") from None
+
+
+def _usage(error: Exception) -> pytest.UsageError:
+    """The same in words of ours: options are called as they are here."""
+    names = "|".join(name for name, _ in _OPTIONS)
+    return pytest.UsageError(re.sub(rf"(?<![\w-])--(?=({names})\b)", "--shapecheck-", str(error)))
 
 
 def _names(config: pytest.Config) -> tuple[str, ...]:
@@ -304,17 +386,15 @@ def _request(config: pytest.Config, model: str | None = None) -> ParityRequest:
 def _study(config: pytest.Config) -> Study:
     """The run of this session, made once."""
     if _STUDY not in config.stash:
-        from shapecheck import ShapecheckError
+        from shapecheck import ShapecheckError, extras
         from shapecheck.verify.request import study_of
 
-        if not _asked(config, "model"):
-            raise pytest.UsageError(
-                "--shapecheck-onnx and --shapecheck-engine are compared with a model: give --shapecheck-model"
-            )
         try:
             config.stash[_STUDY] = study_of(_request(config))
-        except (ShapecheckError, ModuleNotFoundError) as error:
-            raise pytest.UsageError(str(error)) from None
+        except ModuleNotFoundError as error:
+            raise _usage(extras.missing(error, "parity")) from None
+        except ShapecheckError as error:
+            raise _usage(error) from None
     return config.stash[_STUDY]
 
 

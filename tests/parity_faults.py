@@ -30,9 +30,13 @@ def _constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
+def _dtype(model: ir.Model, name: str) -> np.dtype:
+    return _residual(model, name).dtype.numpy()
+
+
 def scaled(name: str, factor: float):
     """A residual that acts with part of its strength."""
-    return lambda model: _between(model, name, ("Mul", [np.float32(factor).reshape(1)], {}))
+    return lambda model: _between(model, name, ("Mul", [np.array([factor], _dtype(model, name))], {}))
 
 
 def transposed(*names: str):

@@ -22,7 +22,7 @@ ALLOWED = {
     "cli": {"contract", "presets", "report", "observe", "build", "verify", "doctor", ""},
     "pytest_plugin": {"contract", "report", "verify", "doctor", ""},
     "__main__": {"cli"},
-    "": {"contract", "observe", "build", "run"},
+    "": {"contract", "observe", "build", "run", "verify"},
     "extras": {"contract"},
     "files": {"contract"},
     "doctor": {"contract"},

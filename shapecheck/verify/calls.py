@@ -18,6 +18,8 @@ Emitted = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
 _FIRST, _LAST = 11.3, 967.7
 """Timesteps are between these, a fraction each: one that is cut to a whole number is seen."""
 _STEP = 173.0
+_LOUD = 16.0
+"""Perturbations in a half precision are this many times as large, or their effect would drown in its rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,9 @@ class Draws:
         if not value.is_floating_point():
             return (value + 1) % self._labels()
         noise = self._noise(f"perturb {name}", (1, *value.shape[1:])).expand(value.shape)
-        return (value.double() + (300 * noise.abs() if name == "time_ids" else noise)).to(value.dtype)
+        if name == "time_ids":
+            return (value.double() + 300 * noise.abs()).to(value.dtype)
+        return (value.double() + noise * (_LOUD if value.dtype.itemsize < 4 else 1)).to(value.dtype)
 
     def _base(self, each: Input, geometry: Geometry) -> Tensor:
         shape, dtype = each.shape_at(geometry), self._dtypes[each.name]

@@ -17,7 +17,7 @@ Inputs = dict[str, Tensor]
 Compute = Callable[[Mapping[str, Tensor]], Tensor]
 """PyTorch's image, in the precision of the file, as float64 on the CPU."""
 
-_TRIALS = 8
+_TRIALS, _PRECISE = 8, 1e-3
 _ALIKE = 0.9
 """The least cosine between two changes of the image that are taken for one."""
 
@@ -69,13 +69,20 @@ def alike(suspicions: Iterator[Suspicion], compute: Compute, found: Tensor, base
     return f"{best[1]} (cosine {best[0]:.3f})" if best[0] >= _ALIKE else ""
 
 
-def equal(suspicions: Iterator[Suspicion], compute: Compute, found: Tensor, allowed: float) -> str:
-    """The first suspicion under which PyTorch gives the backend's image, as near as is allowed; empty where none does."""
+def equal(suspicions: Iterator[Suspicion], compute: Compute, found: Tensor, expected: Tensor, allowed: float) -> str:
+    """The first suspicion under which PyTorch gives the backend's image, as near as is allowed; empty where none does.
+
+    One that hardly changes the `expected` image explains nothing.
+    """
     for each in suspicions:
         image = compute(each.inputs)
-        if image.shape == found.shape and float((image - found).abs().max()) <= 2 * allowed:
+        if image.shape == found.shape and _apart(image, found) <= 2 * allowed < _apart(image, expected):
             return each.fault
     return ""
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
 
 
 def share_of(draws: Draws, call: Call, compute: Compute, found: Tensor, strength: float, allowed: float) -> float | None:
@@ -99,9 +106,9 @@ def share_of(draws: Draws, call: Call, compute: Compute, found: Tensor, strength
     last = excess(image(before))
     for _ in range(_TRIALS):
         made = image(share)
-        if float((made - found).abs().max()) <= 2 * allowed:
-            return share
         now = excess(made)
+        if abs(now) <= _PRECISE and _apart(made, found) <= 2 * allowed:
+            return share
         if not math.isfinite(now) or now == last:
             return None
         before, share, last = share, share - now * (share - before) / (now - last), now

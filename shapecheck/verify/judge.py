@@ -19,8 +19,10 @@ from shapecheck.verify.metrics import bad_channels, compare, effect_of
 from shapecheck.verify.plan import Planned
 from shapecheck.verify.reference import Sides
 
-_TELLING = 4.0
+_TELLING = 2.5
 """A perturbation tells something where its effect is this many times what is allowed."""
+_FULL = 0.02
+"""How far an effect's strength may be from 1, where PyTorch's own rounding does not make it further."""
 _SAME_DIRECTION = 0.9
 _DROWNS = "not judged: what the residuals do drowns in what is allowed"
 _NONE = 0.02
@@ -162,9 +164,17 @@ class Judge:
         if not told:
             reason = f"not judged: the effect of {name} in PyTorch ({effect.size:.1e} of the image) drowns in what is allowed"
             return Result(plan.check, "not run", reason, call.geometry, verdict, effect)
-        if verdict.passes:
+        if verdict.passes and self._is_full(effect, base, call):
             return Result(plan.check, "passed", "", call.geometry, verdict, effect)
         return Result(plan.check, "failed", self._otherwise(plan, effect, image, at), call.geometry, verdict, effect)
+
+    def _is_full(self, effect: Effect, base: Call, call: Call) -> bool:
+        """Whether an effect has its whole strength: seen through rounding that hides a tenth of it in every single value."""
+        own, reference = self.sides.images, self.sides.reference
+        if call not in own:
+            return abs(effect.strength - 1) <= _FULL
+        rounding = effect_of(own[call] - own[base], reference[call] - reference[base], 1.0).strength - 1
+        return abs(effect.strength - 1) <= max(_FULL, self.times_own * abs(rounding))
 
     def _loosely(self, plan: Planned, verdict: Verdict, effect: Effect, image: Tensor, at: Tensor) -> Result:
         """Where the image without the perturbation is wrong already, only what acts elsewhere is told."""
@@ -200,12 +210,12 @@ class Judge:
         given = self.draws(base)
         if name not in {slot.name for slot in self.contract.slots}:
             zeros: Iterator[Suspicion] = iter([Suspicion("as zeros", given | {name: torch.zeros_like(given[name])})])
-            baked = diagnosis.equal(zeros, self.compute, at.double(), self.allowed(base))
+            baked = diagnosis.equal(zeros, self.compute, at.double(), self.sides.reference[base], self.allowed(base))
             return f"{name} changes nothing: it is baked into the file{' ' if baked else ''}{baked}"
         return f"{name} changes nothing: what the ControlNet gives there is lost"
 
     def _explained(self, suspicions: Iterator[Suspicion], call: Call, image: Tensor) -> str:
-        return diagnosis.equal(suspicions, self.compute, image.double(), self.allowed(call))
+        return diagnosis.equal(suspicions, self.compute, image.double(), self.sides.reference[call], self.allowed(call))
 
     def _square(self, call: Call) -> str:
         """What is behind a call that cannot be run where height and width differ; empty where nothing is known."""

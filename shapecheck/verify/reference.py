@@ -79,6 +79,8 @@ class Sides:
     """Of the reference."""
     reference: Mapping[Call, Tensor]
     """As float64 on the CPU."""
+    images: Mapping[Call, Tensor]
+    """In the precision of the file, as float64 on the CPU; empty where the reference has that precision."""
     own: float
     """PyTorch's own error in the precision of the file: the largest in any call, as a share of its largest value."""
 
@@ -114,8 +116,10 @@ def computed(
         return found
 
     reference = images(precision)
-    error = ASSUMED if precision == own else own_error(reference, images(own), own)
-    return Sides(precision, reference, error)
+    if precision == own:
+        return Sides(precision, reference, {}, ASSUMED)
+    rounded = images(own)
+    return Sides(precision, reference, rounded, own_error(reference, rounded, own))
 
 
 class Lazily:

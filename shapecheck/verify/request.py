@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from shapecheck.contract import ShapecheckError
+from shapecheck.contract import ContractError, ShapecheckError
+from shapecheck.contract.engine_files import read_engine
+from shapecheck.contract.parity import Parity
+from shapecheck.contract.profiles import Range
 from shapecheck.contract.ranges import USUAL_TOKENS, parse_ranges
 from shapecheck.observe import configs
 from shapecheck.observe.progress import Progress, silent
-from shapecheck.verify.emitted import emitted_by
-from shapecheck.verify.parity import Options, Study
-from shapecheck.verify.reference import Precision
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shapecheck.verify.calls import Emitted
+    from shapecheck.verify.parity import Study
+    from shapecheck.verify.reference import Precision
 
 
 @dataclass(frozen=True, slots=True)
 class ParityRequest:
     """What to compare with what. Fields are named as the options of the command line are."""
 
-    model: str
-    onnx: str | None = None
-    engine: str | None = None
+    model: str | Path | nn.Module
+    """What `probe` takes, with weights; or a live UNet."""
+    onnx: str | Path | None = None
+    engine: str | Path | None = None
     backends: tuple[str, ...] = ()
     """None for `ort` where an ONNX file is given, and `trt` or `rtx` where an engine is."""
     controlnet: str | None = None
@@ -35,37 +44,74 @@ class ParityRequest:
     folder: Path | None = None
     """Where to write what reproduces a difference."""
 
+    @property
+    def what_runs(self) -> tuple[str, ...]:
+        """The backends asked for, or else what the files need. Raises ShapecheckError where that is nothing."""
+        return self.backends or _usual(self)
+
+
+def parity(model: str | Path | nn.Module, **asked: Any) -> Parity:
+    """Compare a model in PyTorch with files that were made of it: `parity("./sd15", onnx="./sd15/unet.onnx")`.
+
+    Keywords are the fields of `ParityRequest`, which are named as the options of `shapecheck parity`: `onnx`, `engine`,
+    `backends=("ort", "trt")`, `controlnet`, `sizes=("512x512:512x512:904x512",)`, `batch`, `seed`, … Returns the record of the
+    run: `passes`, `sides`, and in each the results check by check. Raises ShapecheckError where nothing can be compared.
+    """
+    return study_of(ParityRequest(model, **asked)).report()
+
 
 def study_of(request: ParityRequest, progress: Progress = silent) -> Study:
-    """The run that is asked for, nothing computed yet. Raises ShapecheckError where it cannot be made."""
+    """The run that is asked for, nothing compared yet. Raises ShapecheckError where it cannot be made."""
     if (request.batch or request.tokens) and not request.sizes:
         raise ShapecheckError("--batch and --tokens go with --sizes")
     if not request.times_own > 0:
         raise ShapecheckError(f"--times-own must be more than 0, got {request.times_own}")
-    factor = configs.find(request.model, "unet", offline=request.offline).vae_factor if request.sizes else 8
-    ranges = (
-        parse_ranges(request.sizes, request.batch or ("1",), request.tokens or USUAL_TOKENS, vae_factor=factor)
-        if request.sizes
-        else ()
-    )
+    ranges = _ranges(request)
+    from shapecheck.verify.emitted import emitted_by
+    from shapecheck.verify.parity import Options, Study
+
     options = Options(
         ranges, request.seed, request.times_own, request.reference, request.variant, request.offline, request.folder
     )
     emitted = emitted_by(request.controlnet, offline=request.offline) if request.controlnet else None
-    return Study(
+    study = Study(
         request.model,
-        request.backends or _usual(request),
+        request.what_runs,
         onnx=request.onnx,
         engine=request.engine,
         options=options,
         emitted=emitted,
         progress=progress,
     )
+    if emitted is not None:
+        _try(study, emitted, request)
+    return study
+
+
+def _try(study: Study, emitted: Emitted, request: ParityRequest) -> None:
+    """The ControlNet at the smallest size, before anything long is begun: it may not fit, or give nothing but zeros."""
+    from shapecheck.verify.calls import Draws
+    from shapecheck.verify.plan import calls_of
+
+    given = [call for plans in study.plans.values() for call in calls_of(plans) if call.frame is not None]
+    small = min(given, key=lambda call: call.geometry.height * call.geometry.width * call.geometry.batch, default=None)
+    if small is None:
+        return
+    try:
+        Draws(study.contract, request.seed, emitted)(small)
+    except ContractError as error:
+        raise ShapecheckError(f"{request.controlnet} does not fit the model: {error}") from None
+
+
+def _ranges(request: ParityRequest) -> tuple[Range, ...]:
+    if not request.sizes:
+        return ()
+    named = isinstance(request.model, str | Path)
+    factor = configs.find(str(request.model), "unet", offline=request.offline).vae_factor if named else 8
+    return parse_ranges(request.sizes, request.batch or ("1",), request.tokens or USUAL_TOKENS, vae_factor=factor)
 
 
 def _usual(request: ParityRequest) -> tuple[str, ...]:
-    from shapecheck.contract.engine_files import read_engine
-
     found: tuple[str, ...] = ("ort",) if request.onnx is not None else ()
     if request.engine is not None:
         found += (read_engine(request.engine).request.options.target,)

@@ -1,0 +1,422 @@
+"""The pytest plugin in a user's repository: what it adds, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import engines
+import onnx_files
+import parity_faults
+import pytest
+from small import SHALLOW, unet
+
+from shapecheck import doctor
+
+SMALL = ("--shapecheck-sizes", "72x104", "--shapecheck-batch", "2")
+"""One size: 13 latent cells by 9, none of which another number is."""
+QUIET = tuple(
+    part
+    for name in ("cacheprovider", "faulthandler", "unraisableexception", "threadexception", "hypothesispytest", "anyio")
+    for part in ("-p", f"no:{name}")
+)
+"""What a run within a run must not do twice."""
+ITEMS = (
+    *("provider", "contract", "weights", "precision"),
+    *("input[sample]", "input[timestep]", "input[encoder_hidden_states]"),
+    *("slot[down_block_residual_00]", "slot[down_block_residual_01]", "slot[down_block_residual_02]"),
+    *("slot[down_block_residual_03]", "slot[mid_block_residual]", "cfg", "switch"),
+)
+WRONG = {"down_block_residual_00", "down_block_residual_01", "down_block_residual_03"}
+
+
+@dataclass(frozen=True)
+class Made:
+    model: str
+    healthy: str
+    faulty: str
+
+    def beside(self, onnx: str) -> tuple[str, ...]:
+        return f"--shapecheck-model={self.model}", f"--shapecheck-onnx={onnx}"
+
+
+@dataclass(frozen=True)
+class Run:
+    status: int
+    text: str
+
+    @property
+    def items(self) -> dict[str, str]:
+        """What became of every item that is told of."""
+        alone = re.findall(r"^([^[\s].*?) (PASSED|FAILED|SKIPPED)(?: .*)?$", self.text, re.MULTILINE)
+        shared = re.findall(r"^\[gw\d\] \[ *\d+%\] (PASSED|FAILED|SKIPPED) (.*?) *$", self.text, re.MULTILINE)
+        return dict(alone) | {name: said for said, name in shared}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Made:
+    """A model, the file made of it, and one in which two equal-shaped slots are exchanged and another is too weak."""
+    folder = tmp_path_factory.mktemp("made")
+    unet(**SHALLOW).save_pretrained(folder / "model" / "unet")
+    healthy, _ = engines.exported(folder / "healthy.onnx", SHALLOW)
+    exchange = onnx_files.exchange("down_block_residual_00", "down_block_residual_01")
+    faulty = onnx_files.planted(healthy, folder / "faulty.onnx", exchange, parity_faults.scaled("down_block_residual_03", 0.9))
+    return Made(str(folder / "model"), str(healthy), str(faulty))
+
+
+@pytest.fixture(autouse=True)
+def examined_once(monkeypatch):
+    """Each backend is tried in processes of its own: once is enough here."""
+    monkeypatch.setattr(doctor, "backend", _examined)
+
+
+_examined = functools.cache(doctor.backend)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run pytest in a folder that holds what the test wrote, in this process: what it imports is imported."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_TESTRUNUID", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # in the processes of pytest-xdist
+
+    def run(*arguments: str) -> Run:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            status = pytest.main([*QUIET, "--import-mode=importlib", *arguments])
+        for name in ("test_mine", "conftest"):  # else the next run takes this one's
+            sys.modules.pop(name, None)
+        return Run(int(status), text.getvalue())
+
+    return run
+
+
+def refused(done: Run) -> str:
+    """The one message of a run that could not be made."""
+    assert done.status == 4, done.text
+    assert "Traceback" not in done.text and "INTERNALERROR" not in done.text
+    assert not done.items and "passed" not in done.text
+    (message,) = re.findall(r"^ERROR: (.*)$", done.text, re.MULTILINE)
+    return message
+
+
+# What is there without being asked for
+
+
+HEAVY = {"torch", "diffusers", "numpy", "onnx", "onnxruntime", "click", "jinja2"}
+
+
+def imported(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_plugin_imports_nothing_heavy():
+    modules = imported("import shapecheck.pytest_plugin")
+    assert "pytest" in modules
+    assert not modules & HEAVY
+    assert "numpy" in imported("import shapecheck.pytest_plugin, numpy") & HEAVY  # the line above can fail
+
+
+def test_every_option_has_the_prefix(run):
+    done = run("--help")
+    (ours,) = re.findall(r"\n\nshape contracts and parity[^\n]*:\n(.*?)\n\n", done.text, re.DOTALL)
+    options = re.findall(r"^  (-[^\s=]*)", ours, re.MULTILINE)
+    assert {"--shapecheck-model", "--shapecheck-onnx", "--shapecheck-engine", "--shapecheck-backends"} <= set(options)
+    assert all(each.startswith("--shapecheck-") for each in options)
+    assert set(re.findall(r"^  (--[\w-]*shapecheck[\w-]*)", done.text, re.MULTILINE)) == set(options)
+
+
+def test_without_an_option_nothing_is_added(run, tmp_path):
+    (tmp_path / "test_mine.py").write_text("def test_mine(): pass\n", encoding="utf-8")
+    (tmp_path / "probe.toml").write_text('story = "not ours"\n', encoding="utf-8")
+    done = run("-v", "--strict-markers")
+    assert (done.status, done.items) == (0, {"test_mine.py::test_mine": "PASSED"})
+    lines = [line for line in done.text.splitlines() if "shapecheck" in line]
+    assert all(line.startswith("plugins: ") for line in lines), lines
+
+
+@pytest.mark.parametrize("ours", ["ort", ""])
+def test_a_repository_with_its_own_backends_option_still_works(run, tmp_path, ours):
+    (tmp_path / "conftest.py").write_text(
+        "def pytest_addoption(parser):\n    parser.addoption('--backends', default='none')\n", encoding="utf-8"
+    )
+    (tmp_path / "test_mine.py").write_text(
+        f"""
+def test_mine(pytestconfig):
+    assert pytestconfig.getoption("--backends") == pytestconfig.option.backends == "cpu,gpu"
+    assert (pytestconfig.getoption("--shapecheck-backends") or "") == {ours!r}
+""",
+        encoding="utf-8",
+    )
+    done = run("-v", "--backends", "cpu,gpu", *(("--shapecheck-backends", ours) if ours else ()))
+    assert (done.status, done.items) == (0, {"test_mine.py::test_mine": "PASSED"}), done.text
+    assert ("backend ort: onnxruntime" in done.text) is bool(ours)
+
+
+# A gate without a test written
+
+
+def test_in_an_empty_folder_one_command_proves_a_healthy_file(made, tmp_path):
+    command = [sys.executable, "-m", "pytest", "-v", *made.beside(made.healthy)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = Run(result.returncode, result.stdout + result.stderr)
+    assert done.status == 0, done.text
+    assert {f"shapecheck::ort/{each}" for each in ITEMS} <= set(done.items)
+    assert set(done.items.values()) == {"PASSED"}
+    assert len(done.items) == len(ITEMS) + 7  # three sizes with control off and on, and pooled residuals
+    assert re.search(r"^shapecheck: \S+, torch \d\S+, diffusers \d", done.text, re.MULTILINE)
+    assert re.search(r"^backend ort: onnxruntime \d", done.text, re.MULTILINE)
+    assert re.search(r"^ort: CPUExecutionProvider on cpu, float32, .*; reference PyTorch float64 on", done.text, re.MULTILINE)
+
+
+def written(folder) -> tuple[str, int]:
+    """The verdict and the number of checks of a report, all forms of which are whole."""
+    assert {each.name for each in folder.iterdir()} >= {"parity.json", "parity.md", "parity.html"}
+    read = json.loads((folder / "parity.json").read_text(encoding="utf-8"))
+    assert read["verdict"].upper() in (folder / "parity.md").read_text(encoding="utf-8")
+    assert (folder / "parity.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
+    return read["verdict"], sum(len(side["results"]) for side in read["sides"])
+
+
+def test_a_faulty_file_fails_and_names_its_slots(made, run, tmp_path):
+    done = run("-v", *made.beside(made.faulty), *SMALL, "--shapecheck-report", "rep")
+    assert done.status == 1, done.text
+    slots = {name: said for name, said in done.items.items() if "/slot[" in name}
+    assert {name: said for name, said in slots.items() if said == "FAILED"} == {
+        f"shapecheck::ort/slot[{each}]": "FAILED" for each in WRONG
+    }
+    assert set(slots.values()) == {"PASSED", "FAILED"}
+    assert "down_block_residual_00 changes nothing" not in done.text
+    assert re.search("^down_block_residual_00 acts where down_block_residual_01 belongs", done.text, re.MULTILINE)
+    assert re.search("^down_block_residual_01 acts where down_block_residual_00 belongs", done.text, re.MULTILINE)
+    assert "down_block_residual_03 acts as if 0.900 of it were given" in done.text
+    assert "Traceback" not in done.text and "pytest_plugin.py" not in done.text
+    assert written(tmp_path / "rep") == ("broken", len(ITEMS) + 3)
+    assert "report: rep/parity.html" in done.text
+
+
+@pytest.mark.parametrize(
+    ("chosen", "items"),
+    [
+        (("-k", "mid_block"), {"slot[mid_block_residual]"}),
+        (("-k", "slot and not mid"), {each for each in ITEMS if "slot[down" in each}),
+        (("-m", "shapecheck", "-k", "not case"), set(ITEMS)),
+        (("-m", "not shapecheck"), set()),
+    ],
+)
+def test_k_and_m_choose_among_the_items(made, run, tmp_path, chosen, items):
+    (tmp_path / "test_mine.py").write_text("def test_mine(): pass\n", encoding="utf-8")
+    done = run("--collect-only", "-q", *made.beside(made.healthy), *SMALL, *chosen)
+    found = re.findall(r"^(?:shapecheck::ort/|test_mine.py::)(.*)$", done.text, re.MULTILINE)
+    assert set(found) == items | (set() if items else {"test_mine"}), done.text
+
+
+def test_several_processes_share_the_items_and_write_a_report_of_the_whole_run(made, run, tmp_path):
+    shared = ("-n", "2", "--dist", "loadfile", "--shapecheck-report", "reports/parity", "-k", "slot")
+    done = run("-v", *made.beside(made.healthy), *SMALL, *shared)
+    assert done.status == 0, done.text
+    assert done.items == {f"shapecheck::ort/{each}": "PASSED" for each in ITEMS if each.startswith("slot")}
+    assert "report: reports/parity/parity.html" in done.text
+    assert "ort: CPUExecutionProvider on cpu" in done.text
+    assert written(tmp_path / "reports" / "parity") == ("parity", len(ITEMS) + 3)
+
+
+# What cannot be run
+
+
+def files(made: Made, **changes: str) -> tuple[str, ...]:
+    """Options for a healthy run, some of them otherwise; an empty one is left out."""
+    given = {"model": made.model, "onnx": made.healthy} | changes
+    return tuple(f"--shapecheck-{name.replace('_', '-')}={value}" for name, value in given.items() if value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ""}, "--shapecheck-onnx and --shapecheck-engine are compared with a model: give --shapecheck-model"),
+        ({"onnx": ""}, "nothing to compare the model with: give --shapecheck-onnx FILE.onnx, --shapecheck-engine PLAN, or "),
+        ({"backends": "ort,trtt"}, "--shapecheck-backends: no backend is called 'trtt'; known: "),
+        ({"backends": "trt"}, "trt runs engines: give one with --shapecheck-engine"),
+        ({"backends": "ort", "onnx": ""}, "ort runs ONNX files: give one with --shapecheck-onnx"),
+        ({"onnx": "nowhere.onnx"}, "cannot read nowhere.onnx: No such file or directory"),
+        ({"engine": "nowhere.plan"}, "nowhere.plan"),
+        ({"onnx": "text.onnx"}, "text.onnx is no ONNX model: "),
+        ({"model": "sd15"}, "no weights for"),
+        ({"model": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"batch": "2"}, "--shapecheck-batch and --shapecheck-tokens go with --shapecheck-sizes"),
+        ({"times_own": "0"}, "--shapecheck-times-own must be more than 0, got 0.0"),
+        ({"sizes": "70x104"}, "70x104 pixels: the width 70 is no multiple of 8"),
+        ({"report": "text.onnx"}, "--shapecheck-report: cannot write into text.onnx: File exists"),
+    ],
+)
+def test_what_cannot_be_meant_is_status_4_and_one_message(made, run, tmp_path, changes, message):
+    (tmp_path / "text.onnx").write_text("not a model", encoding="utf-8")
+    (tmp_path / "test_mine.py").write_text("def test_mine(): pass\n", encoding="utf-8")
+    assert message in refused(run("-q", *files(made, **changes), "--shapecheck-offline"))
+
+
+def test_several_processes_refuse_it_with_the_same_one_message(made, run, tmp_path):
+    (tmp_path / "test_mine.py").write_text("def test_mine(): pass\n", encoding="utf-8")
+    done = run("-n", "2", *files(made, times_own="0"))
+    assert refused(done) == "--shapecheck-times-own must be more than 0, got 0.0"
+
+
+@pytest.mark.parametrize("backend", ["ort-cuda"])
+def test_a_backend_that_cannot_run_here_is_one_failure_with_the_doctors_reason(made, run, backend):
+    known = _examined(backend)
+    if known.runs:
+        pytest.skip(f"{backend} runs here: {known.detail}")
+    done = run("-v", "-rs", *made.beside(made.healthy), *SMALL, "--shapecheck-backends", backend)
+    assert done.status == 1, done.text
+    assert f"backend {backend}: cannot run here: {known.reason}" in done.text
+    theirs = {name: said for name, said in done.items.items() if name.startswith(f"shapecheck::{backend}/")}
+    assert theirs.pop(f"shapecheck::{backend}/provider") == "FAILED"
+    assert len(theirs) == len(ITEMS) + 2 and set(theirs.values()) == {"SKIPPED"}
+    assert f"{backend} cannot run here: {known.reason}" in done.text.split("FAILURES")[1]
+
+
+def test_what_pytorch_itself_cannot_compute_fails_once(made, run, monkeypatch):
+    from shapecheck import ShapecheckError
+    from shapecheck.verify import parity
+
+    asked = []
+
+    def not_finite(*_):
+        asked.append(1)
+        raise ShapecheckError("PyTorch's own image is not finite")
+
+    monkeypatch.setattr(parity, "computed", not_finite)
+    done = run("-v", "-rs", *made.beside(made.healthy), *SMALL)
+    assert (done.status, len(asked)) == (1, 1), done.text
+    assert sorted(done.items.values()) == ["FAILED"] + ["SKIPPED"] * (len(ITEMS) + 2)
+    assert "nothing of ort can be computed: PyTorch's own image is not finite" in done.text
+    assert "Traceback" not in done.text
+
+
+# Fixtures
+
+OWN = """
+def test_contract(shapecheck_contract):
+    assert len(shapecheck_contract.slots) == 5
+
+
+def test_healthy(shapecheck_parity):
+    parity = shapecheck_parity()
+    assert parity.passes, str(parity)
+
+
+def test_faulty(shapecheck_parity):
+    parity = shapecheck_parity({model!r}, onnx={faulty!r}, sizes=["72x104"], batch=["1"])
+    assert parity.passes, str(parity)
+"""
+
+
+def test_fixtures_serve_tests_of_ones_own(made, run, tmp_path):
+    (tmp_path / "test_mine.py").write_text(OWN.format(**vars(made)), encoding="utf-8")
+    done = run("-v", "-rs", "-k", "not healthy")
+    assert done.items == {
+        "test_mine.py::test_contract": "SKIPPED",
+        "test_mine.py::test_faulty": "FAILED",
+    }, done.text
+    assert "no --shapecheck-model" in done.text
+    assert "BROKEN: " in done.text
+    for slot in WRONG:
+        assert f"ort/slot[{slot}]: {slot} acts " in done.text
+    assert "ort/slot[down_block_residual_02]" not in done.text and "ort/slot[mid" not in done.text
+
+
+def test_fixtures_know_the_model_of_the_command_line(made, run, tmp_path):
+    (tmp_path / "test_mine.py").write_text(OWN.format(**vars(made)), encoding="utf-8")
+    done = run("-v", *made.beside(made.healthy), *SMALL, "-k", "test_contract or test_healthy")
+    expected = {"test_mine.py::test_contract": "PASSED", "test_mine.py::test_healthy": "PASSED"}
+    assert (done.status, done.items) == (0, expected), done.text
+
+
+def test_without_any_model_the_fixture_says_what_to_give(made, run, tmp_path):
+    (tmp_path / "test_mine.py").write_text(
+        f"def test_mine(shapecheck_parity): shapecheck_parity(onnx={made.healthy!r})\n", encoding="utf-8"
+    )
+    done = run("-v")
+    assert done.status == 1
+    assert "no model: give one, or --shapecheck-model" in done.text
+
+
+# Probes
+
+PROBE = """
+story = "A small model."
+model = "bk-sdm-tiny"
+
+[expect]
+verdict = "{verdict}"
+"""
+
+
+@pytest.fixture
+def probes(tmp_path):
+    folder = tmp_path / "held"
+    folder.mkdir()
+    (tmp_path / "said").mkdir()
+    (tmp_path / "other.toml").write_text(PROBE.format(verdict="elsewhere, so not collected"), encoding="utf-8")
+
+    def write(verdict: str) -> tuple[str, ...]:
+        (folder / "mine.toml").write_text(PROBE.format(verdict=verdict), encoding="utf-8")
+        return ("--shapecheck-probes", "held")
+
+    return write
+
+
+def test_a_probe_is_held_to_what_it_expects(run, probes):
+    done = run("-v", *probes("unet alone"))
+    assert (done.status, done.items) == (0, {"held/mine.toml::probe": "PASSED"}), done.text
+    done = run("-v", *probes("mismatch"))
+    assert (done.status, done.items) == (1, {"held/mine.toml::probe": "FAILED"})
+    assert "verdict: expected 'mismatch', got 'unet alone'" in done.text
+    assert "Traceback" not in done.text
+
+
+def test_a_probe_that_cannot_be_read_says_so(run, probes, tmp_path):
+    (tmp_path / "held" / "mine.toml").write_text("story = ", encoding="utf-8")
+    done = run("-v", "--shapecheck-probes", "held")
+    assert (done.status, done.items) == (1, {"held/mine.toml::probe": "FAILED"})
+    assert "mine.toml" in done.text.split("FAILURES")[1]
+    assert "Traceback" not in done.text and "pytest_plugin.py" not in done.text
+
+
+def test_what_is_said_of_a_probe_is_held_to_its_report(run, probes, tmp_path):
+    asked = (*probes("unet alone"), "--shapecheck-reports", "said")
+    report = tmp_path / "said" / "mine.md"
+    done = run("-v", *asked)
+    assert done.status == 1
+    assert f"{report} is not what is said today; accept it with --shapecheck-update" in done.text
+    assert not report.exists()
+    assert run(*asked, "--shapecheck-update").status == 0
+    assert report.read_text(encoding="utf-8").startswith("> A small model.\n\n")
+    assert run(*asked).status == 0
+    report.write_text(report.read_text(encoding="utf-8").replace("small", "large"), encoding="utf-8")
+    assert run(*asked).status == 1
+
+
+def test_paths_that_mislead_pytest_are_told_of(made, run, tmp_path):
+    """pytest takes the values of options it does not know yet for tests, and looks for its settings there."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "pytest.ini").write_text("[pytest]\nmarkers = mine: of the user", encoding="utf-8")
+    os.chdir(tmp_path / "here")
+    told = "write --shapecheck-model=PATH, with =, or --rootdir=."
+    asked = ("--collect-only", "-k", "provider", "--shapecheck-onnx", made.healthy, "--shapecheck-model", made.model)
+    assert told in run(*asked).text
+    for right in (("--rootdir=.",), ("-c", "pytest.ini")):
+        assert told not in run(*asked, *right).text
+    done = run("--collect-only", "-k", "provider", *made.beside(made.healthy))
+    assert "configfile: pytest.ini" in done.text and told not in done.text
