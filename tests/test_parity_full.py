@@ -14,12 +14,19 @@ import onnx_files
 import parity_faults as faults
 import pytest
 import small
+import torch
 from onnx_files import exchange, planted, unconsume
 from test_parity import NAMES, SLOTS, failed, kinds
 
 from shapecheck import Geometry, export
+from shapecheck.build.engine import build_engine
 from shapecheck.contract.profiles import Range
+from shapecheck.observe.progress import silent
+from shapecheck.verify.calls import Call, Draws
+from shapecheck.verify.files import file_for
 from shapecheck.verify.parity import Options, Study
+from shapecheck.verify.reference import TorchModel, computed
+from shapecheck.verify.search import Search
 
 pytestmark = pytest.mark.full
 
@@ -137,3 +144,24 @@ def test_a_range_of_sizes(tmp_path):
     found = side(small.unet(**onnx_files.DEEP), path, ranges=(sizes,))
     assert {each.status for each in found.results} == {"passed"}
     assert len({each.geometry for each in found.results if each.check.kind == "case"}) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU the engine built again may run")
+def test_where_an_engine_differs_is_looked_for_in_its_onnx_file(tmp_path):
+    """The engine is built again with marked outputs, for real; without a GPU it cannot run, which is said."""
+    healthy, _ = engines.exported(tmp_path / "healthy.onnx", onnx_files.XL)
+    faulty = planted(healthy, tmp_path / "faulty.onnx", unconsume("down_block_residual_01"))
+    size = Geometry(2, 9, 14, 7)
+    build_engine(faulty, tmp_path / "faulty.plan", profiles=Range(size, size, size), options=engines.RTX)
+    model = TorchModel(small.unet(**onnx_files.XL))
+    file = file_for("rtx", model, faulty, tmp_path / "faulty.plan")
+    call = Call(size, 0)
+    draws = Draws(file.contract, 0)
+    sides = computed(model, file.contract, [call], draws, "float64", lambda module: None, silent)
+    before = set(tmp_path.iterdir())
+    found, notes = Search(model, file, draws, sides, 4, None).at(call, "rtx")
+    assert (found.module, found.slot) == ("down_blocks.0.resnets.0", "down_block_residual_01")
+    assert found.note == f"found in {faulty}, which the engine was built from, in ONNX Runtime on the CPU"
+    assert len(notes) == 1
+    assert notes[0].startswith("where it differs could not be found: an engine runs on an NVIDIA GPU")
+    assert set(tmp_path.iterdir()) == before

@@ -80,6 +80,7 @@ class Result:
     verdict: Verdict | None = None
     effect: Effect | None = None
     seconds: float = 0.0
+    """Of the backend's call that was judged; 0 where there was none."""
 
 
 @dataclass(frozen=True, slots=True)

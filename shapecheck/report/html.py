@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from shapecheck.contract.parity import CheckKind, Parity, Result, Side, Status
+from shapecheck.contract.parity import KINDS, CheckKind, Parity, Result, Side, Status
 from shapecheck.report.numbers import Style, written
 from shapecheck.report.parity_record import record, storable
 from shapecheck.report.parity_summary import backend_title, counts, explained, sentence, side_status, subject, tolerance
@@ -19,7 +19,6 @@ from shapecheck.report.unet_shapes import Drawing, Told
 
 _NUMBERS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 _OUTPUT: tuple[CheckKind, ...] = ("case", "switch", "cfg")
-_GENERAL: tuple[CheckKind, ...] = ("provider", "weights", "case", "switch", "cfg", "input", "slot")
 _PLURALS = {"case": "cases", "input": "inputs", "slot": "slots"}
 
 
@@ -164,7 +163,7 @@ def _worst_last(rows: Sequence[Row], kind: CheckKind) -> list[Row]:
 
 
 def _tallies(results: Sequence[Result]) -> Iterator[Tally]:
-    for kind in _GENERAL:
+    for kind in KINDS:
         statuses = [each.status for each in results if each.check.kind == kind]
         if statuses:
             worst: Status = "failed" if "failed" in statuses else "not run" if "not run" in statuses else "passed"

@@ -16,7 +16,9 @@ _FIRST: tuple[CheckKind, ...] = ("slot", "input")
 def sentence(parity: Parity) -> str:
     """What stands after `PARITY:` or `BROKEN:`."""
     if parity.passes:
-        return f"{_counted(parity.sides)} on {', '.join(side.backend for side in parity.sides)}"
+        left = sum(len(unrun(side)) for side in parity.sides)
+        told = f"{_counted(parity.sides)} on {', '.join(side.backend for side in parity.sides)}"
+        return f"{told}, {left} of them not judged" if left else told
     return "; ".join(_wrong(side) for side in parity.sides if side_status(side) != "passed") or "no backend was tried"
 
 

@@ -22,6 +22,10 @@ Source = Callable[[Sequence[Inner]], Mapping[str, Tensor]]
 """Gives values by `Inner.name`, float64 on the CPU, as `inner_of` does; loads the model first where it has to."""
 
 
+Run = Callable[[bytes, Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Runs the bytes of a marked model on inputs by the contract's names; gives outputs by the model's."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Case:
     """A value, and what PyTorch makes of it."""
@@ -43,24 +47,24 @@ def first_divergence(
     times_own: float,
     dtype: torch.dtype,
     backend: str = "ort",
-    device: int = 0,
-    options: Mapping[str, str] | None = None,
+    run: Run | None = None,
     folder: Path | None = None,
 ) -> Divergence | None:
     """The first value, in the order in which the UNet computes them, that leaves tolerance; None where all agree.
 
-    The file is run once in ONNX Runtime with its values as outputs, which keeps it from fusing across them: a fault of a
-    fused kernel may vanish. `names` is what the file calls the contract's inputs, of those it has; `inputs` holds a tensor
-    for each, by the contract's names. `reference` and `own` give PyTorch's values in the reference's precision and in the
-    file's, `dtype`; each is called once, one after the other. A value may differ by `times_own` times PyTorch's own largest
-    difference, or by as many units of rounding (`torch.finfo(dtype).eps`) of its largest magnitude, whichever is more.
+    The file is run once with its values as outputs, in ONNX Runtime on `backend` or by `run`. That keeps it from fusing
+    across them: a fault of a fused kernel may vanish. `names` is what the file calls the contract's inputs, of those it has;
+    `inputs` holds a tensor for each, by the contract's names. `reference` and `own` give PyTorch's values in the reference's
+    precision and in the file's, `dtype`; each is called once, one after the other. A value may differ by `times_own` times
+    PyTorch's own largest difference, or by as many units of rounding (`torch.finfo(dtype).eps`) of its largest magnitude,
+    whichever is more.
     Where `folder` is given, what Polygraphy needs to show the same is written there. Raises ShapecheckError where the file
     cannot be read or run.
     """
     values = inner_values(path, contract, names)
     expected = reference(values)
     cases = _cases(values, expected, own(values))
-    found = _found(path, names, inputs, cases, backend, device, options)
+    found = _found(path, cases, inputs, run or in_onnx_runtime(path, names, backend))
     agreed: list[str] = []
     for case in cases:
         verdict = _verdict(case, found[case.inner.value], times_own, dtype)
@@ -79,21 +83,20 @@ def _cases(values: Sequence[Inner], expected: Mapping[str, Tensor], own: Mapping
     return [_Case(each, expected[each.name], _largest(own[each.name] - expected[each.name])) for each in known]
 
 
-def _found(
-    path: Path,
-    names: Mapping[str, str],
-    inputs: Mapping[str, Tensor],
-    cases: Sequence[_Case],
-    backend: str,
-    device: int,
-    options: Mapping[str, str] | None,
-) -> dict[str, Tensor]:
+def in_onnx_runtime(path: Path, names: Mapping[str, str], backend: str) -> Run:
+    """Runs a marked copy of the file at `path`, whose weights stay where they are."""
+
+    def run(model: bytes, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        with OnnxSession.open(model, backend=backend, folder=path.parent) as session:
+            return session({names[name]: value for name, value in inputs.items() if names.get(name) in session.inputs})
+
+    return run
+
+
+def _found(path: Path, cases: Sequence[_Case], inputs: Mapping[str, Tensor], run: Run) -> dict[str, Tensor]:
     """The file's values, by their names in it."""
     values = [case.inner.value for case in cases]
-    model = marked(path, values)
-    with OnnxSession.open(model, backend=backend, folder=path.parent, device=device, options=options) as session:
-        given = {names[name]: value for name, value in inputs.items() if names.get(name) in session.inputs}
-        outputs = session(given)
+    outputs = run(marked(path, values), inputs)
     return {value: outputs[output_name(value)] for value in values}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -126,21 +127,23 @@ class Study:
     def _run(self, backend: str) -> Side:
         file, plans = self._files[backend], self.plans[backend]
         told = self._model.name if file.path == Path() else str(file.path)
-        self._progress(f"opening {told} with {backend}")
+        if self._opener is None and (reason := _hindrance(backend)):
+            return Side(backend, told, None, _cannot_run(plans, reason))
         draws, sides = self._computed(file.contract, self._sizes(backend))
+        self._progress(f"opening {told} with {backend}")
         try:
             runner = self._open(backend, file)
         except ShapecheckError as error:
-            return Side(backend, told, None, _cannot_run(plans, f"{error}{_doctor(backend)}"))
+            return Side(backend, told, None, _cannot_run(plans, str(error)))
         try:
-            found, switched = self._images(runner, plans, draws)
+            found, switched, seconds = self._images(runner, plans, draws)
         finally:
             runner.close()
         compute = Lazily(self._model, file.contract)
         squares = {call: compute(draws(call)) for call in found.keys() - sides.reference.keys()}
         sides = replace(sides, reference={**sides.reference, **squares})
         judge = Judge(file.contract, draws, sides, self.options.times_own, compute, found, switched)
-        results = tuple(self._judged(each, judge, file, runner.ran) for each in _runnable(plans, found))
+        results = tuple(self._judged(each, judge, file, runner.ran, seconds) for each in _runnable(plans, found))
         del judge, compute
         gc.collect()
         where, notes = self._search(backend, file, (draws, sides), plans, results)
@@ -158,10 +161,10 @@ class Study:
         search = Search(self._model, file, *torch_, self.options.times_own, self.options.folder)
         return search.at(calls[wrong[0].check][0], backend)
 
-    def _judged(self, plan: Planned, judge: Judge, file: File, ran: Ran) -> Result:
+    def _judged(self, plan: Planned, judge: Judge, file: File, ran: Ran, seconds: Mapping[Call, float]) -> Result:
         if plan.check.kind in FILE_KINDS:
             return judged(plan.check, file, ran, self._weights[plan.check.backend])
-        return judge.result(plan, file.names)
+        return replace(judge.result(plan, file.names), seconds=sum(seconds[call] for call in plan.calls[-1:]))
 
     def _open(self, backend: str, file: File) -> Runner:
         artefact = Artefact(file.path, file.contract, file.names)
@@ -186,20 +189,25 @@ class Study:
 
     def _images(
         self, runner: Runner, plans: Sequence[Planned], draws: Draws
-    ) -> tuple[dict[Call, Tensor | str], list[Tensor | str]]:
-        """The backend's images: first those of control switched, in a fresh session; then every call once."""
+    ) -> tuple[dict[Call, Tensor | str], list[Tensor | str], dict[Call, float]]:
+        """The backend's images: first those of control switched, in a fresh session; then every call once, with its seconds."""
+        seconds = {}
 
         def image(call: Call) -> Tensor | str:
             self._progress(f"computing with {runner.ran.backend}: {call}")
+            given, began = draws(call), time.perf_counter()
             try:
-                return runner(draws(call)).clone()
+                return runner(given).clone()
             except ShapecheckError as error:
                 return str(error)
+            finally:
+                seconds[call] = time.perf_counter() - began
 
         switched = [image(call) for each in plans if each.check.kind == "switch" for call in each.calls]
         found = {call: image(call) for call in calls_of(plans)}
         squares = {square_of(call) for call, given in found.items() if isinstance(given, str)}
-        return found | {call: image(call) for call in squares if call is not None and call not in found}, switched
+        found |= {call: image(call) for call in squares if call is not None and call not in found}
+        return found, switched, seconds
 
 
 def _runnable(plans: Sequence[Planned], found: Mapping[Call, Tensor | str]) -> tuple[Planned, ...]:
@@ -213,10 +221,12 @@ def _runnable(plans: Sequence[Planned], found: Mapping[Call, Tensor | str]) -> t
     return tuple(map(squared, plans))
 
 
-def _doctor(backend: str) -> str:
-    """Why a backend cannot run here, where its own error may not tell; empty where it can."""
+def _hindrance(backend: str) -> str:
+    """Why a backend cannot run here; empty where it can, or that shows when it is opened."""
+    if backend in ("torch", "ort"):
+        return ""
     known = doctor.backend(backend)
-    return "" if known.runs else f"\n{known.name} cannot run here: {known.reason}" + (f"; {known.fix}" if known.fix else "")
+    return "" if known.runs else f"{known.name} cannot run here: {known.reason}" + (f"; {known.fix}" if known.fix else "")
 
 
 def _cannot_run(plans: Sequence[Planned], reason: str) -> tuple[Result, ...]:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from shapecheck.build.engine import build_engine
 from shapecheck.contract import ShapecheckError
+from shapecheck.contract.engine_files import read_engine
 from shapecheck.contract.parity import Divergence
-from shapecheck.contract.profiles import dtypes_of
+from shapecheck.contract.profiles import Range, dtypes_of
+from shapecheck.run.engine_session import EngineSession
 from shapecheck.run.onnx_session import PROVIDERS
 from shapecheck.verify.calls import Call, Draws
-from shapecheck.verify.divergence import Source, first_divergence
+from shapecheck.verify.divergence import Run, Source, first_divergence
 from shapecheck.verify.files import File
 from shapecheck.verify.inner import inner_of
 from shapecheck.verify.reference import ASSUMED, Sides, TorchModel, placed
@@ -35,24 +44,46 @@ class Search:
     def at(self, call: Call, backend: str) -> tuple[Divergence | None, tuple[str, ...]]:
         """The first value that differs in a call, and notes on what was found out otherwise.
 
-        An engine gives no values inside: the ONNX file that it was built from is searched in its place, and said so.
+        An engine gives no values inside. It is built again from its ONNX file with those values as outputs; where that cannot
+        be done, the ONNX file is searched in ONNX Runtime in its place. Either is said.
         """
         if backend in PROVIDERS:
-            try:
-                found = self._first(call, backend)
-            except ShapecheckError as error:
-                return None, (f"where it differs could not be found: {error}",)
-            return found, () if found else (_FUSED,)
-        try:
-            found = self._first(call, "ort")
-        except ShapecheckError as error:
-            return None, (f"where {self.file.graph} differs, which the engine was built from, could not be found: {error}",)
-        graph = f"{self.file.graph}, which the engine was built from, in ONNX Runtime on the CPU"
-        if found is None:
-            return None, (f"every value inside agrees in {graph}: the engine itself differs",)
-        return replace(found, note=f"found in {graph}: an engine gives no values inside"), ()
+            return self._told(call, backend, None, "", _FUSED)
+        graph = f"{self.file.graph}, which the engine was built from"
+        same = f"every value inside agrees in {graph}, when it is built with its values as outputs: a fusion may be at fault"
+        rebuilt = self._told(
+            call, "ort", partial(self._rebuilt, call), f"found in {graph}, built again with marked outputs", same
+        )
+        if rebuilt[0] is not None or rebuilt[1] == (same,):
+            return rebuilt
+        same = f"every value inside agrees in {graph}, in ONNX Runtime on the CPU: the engine itself differs"
+        found, notes = self._told(call, "ort", None, f"found in {graph}, in ONNX Runtime on the CPU", same)
+        return found, (*rebuilt[1], *notes)
 
-    def _first(self, call: Call, backend: str) -> Divergence | None:
+    def _told(
+        self, call: Call, backend: str, run: Run | None, note: str, agreeing: str
+    ) -> tuple[Divergence | None, tuple[str, ...]]:
+        try:
+            found = self._first(call, backend, run)
+        except ShapecheckError as error:
+            return None, (f"where it differs could not be found: {error}",)
+        return (replace(found, note=note), ()) if found else (None, (agreeing,))
+
+    def _rebuilt(self, call: Call, model: bytes, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The engine built again from marked bytes, for the size of the call, beside the ONNX file that holds its weights."""
+        path = self.file.graph
+        assert path is not None
+        options = read_engine(self.file.path).request.options
+        with tempfile.TemporaryDirectory(prefix=".shapecheck-", dir=path.parent) as folder, _beside(path, model) as file:
+            sizes = Range(call.geometry, call.geometry, call.geometry)
+            built = build_engine(
+                file, Path(folder) / "marked.plan", profiles=sizes, contract=self.file.contract, options=options
+            )
+            with EngineSession.open(built.path) as session:
+                found = session({name: each.cuda() for name, each in inputs.items()})
+                return {name: each.cpu() for name, each in found.items()}
+
+    def _first(self, call: Call, backend: str, run: Run | None) -> Divergence | None:
         contract, path = self.file.contract, self.file.graph
         assert path is not None
         own = dtypes_of(contract)["sample"]
@@ -72,5 +103,19 @@ class Search:
             times_own=self.times_own * (ASSUMED / eps if self.sides.precision == own else 1),
             dtype=getattr(torch, own),
             backend=backend,
+            run=run,
             folder=self.folder,
         )
+
+
+@contextmanager
+def _beside(path: Path, model: bytes) -> Iterator[Path]:
+    """A file of these bytes in the folder of another, where external weights are found; gone afterwards."""
+    file = path.with_name(f".shapecheck.{os.getpid()}.marked.onnx")
+    try:
+        file.write_bytes(model)
+        yield file
+    except OSError as error:
+        raise ShapecheckError(f"cannot write into {path.parent}: {error.strerror or error}") from None
+    finally:
+        file.unlink(missing_ok=True)
