@@ -40,12 +40,6 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ours(folder) -> File:
-    done = export(small.unet(**files.XL), folder / "ours.onnx", weights="none")
-    return done.path, done.contract
-
-
-@pytest.fixture(scope="module")
 def odd(folder) -> File:
     """SDXL's topology, traced by torch at an odd size: right at every size."""
     return files.exported(folder / "odd.onnx", files.XL, latent=(17, 25))
@@ -87,16 +81,6 @@ def only(checked: Check) -> Mismatch:
 
 
 # what is right
-
-
-def test_our_own_file_is_fine_and_needs_no_model(ours):
-    path, contract = ours
-    checked = check(path)
-    assert checked.mismatches == ()
-    assert (checked.basis, checked.contract, checked.divisor, checked.naming) == ("inside", contract, 1, "shapecheck")
-    assert [(each.name, each.skip, each.producer) for each in checked.slots] == [
-        (slot.name, show(slot.skip), slot.producer) for slot in contract.slots
-    ]
 
 
 def test_a_file_of_others_traced_at_an_odd_size_is_fine_too(odd):

@@ -284,7 +284,7 @@ def test_a_number_written_out_per_level_is_that_number(name):
     assert families(other) == ()
 
 
-@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * name.startswith("sdxl")) for name in FACTS])
 def test_a_recorded_config_is_of_the_family_it_is_named_after(name, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(FACTS[name]["config"] | {"_class_name": "UNet2DConditionModel"}), encoding="utf-8")

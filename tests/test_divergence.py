@@ -422,6 +422,7 @@ def test_polygraphy_agrees_with_the_verdict(case, tmp_path):
     assert "Difference exceeds tolerance" in faulty.stdout + faulty.stderr
 
 
+@pytest.mark.full
 def test_polygraphy_passes_a_healthy_file_and_fails_one_with_nan(case, tmp_path):
     values = inner_values(case.path, case.contract, case.names)
     skip = next(each for each in values if each.name == "down_blocks.0.downsamplers.0.out")
@@ -465,6 +466,7 @@ def test_bfloat16_is_written_as_float32(case, tmp_path):
     assert feed["sample"].dtype == np.float32
 
 
+@pytest.mark.full
 def test_our_own_files_name_every_value(tmp_path):
     from shapecheck import export
 

@@ -96,6 +96,7 @@ def test_a_reduced_sd15_is_built_whole(tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["unet.onnx", "unet.plan", "unet.plan.shapecheck.json"]
 
 
+@pytest.mark.full
 def test_an_sdxl_on_two_levels_is_built_with_two_profiles_and_options(tmp_path):
     file, contract = engines.exported(tmp_path / "xl.onnx", onnx_files.XL)
     options = replace(engines.RTX, optimization_level=1, workspace=2**28, tf32=False)
@@ -104,6 +105,7 @@ def test_an_sdxl_on_two_levels_is_built_with_two_profiles_and_options(tmp_path):
     assert [len(each.inputs) for each in done.engine.request.profiles] == [len(contract.inputs) + len(contract.slots)] * 2
 
 
+@pytest.mark.full
 def test_a_file_of_no_known_model_is_built_by_its_own_table_and_that_is_said(tmp_path):
     file, _ = engines.exported(tmp_path / "xl.onnx", onnx_files.XL)
     result = shapecheck("build", without_contract(file), "-o", tmp_path / "xl.plan", *ASKED)
@@ -113,6 +115,7 @@ def test_a_file_of_no_known_model_is_built_by_its_own_table_and_that_is_said(tmp
     assert "note: no model was named and no preset fits: the contract is the file's own table" in told
 
 
+@pytest.mark.full
 def test_other_projects_names_stay_in_the_engine(tmp_path, deep):
     model = onnx.load(deep[0])
     ours = [slot.name for slot in deep[1].slots]
@@ -197,6 +200,7 @@ def test_a_range_the_graph_cannot_serve_is_refused_with_the_size(tmp_path):
     assert "REFUSED" in result.stdout
 
 
+@pytest.mark.full
 def test_multiples_of_eight_serve_a_size_that_never_changes(tmp_path):
     file, _ = engines.exported(tmp_path / "eight.onnx", onnx_files.DEEP, latent=(16, 24))
     assert shapecheck("profile", file, "--sizes", "128x192").exit_code == 0
@@ -285,6 +289,7 @@ def test_a_timing_cache_that_cannot_be_written_costs_no_engine(deep, tmp_path, m
     assert read_engine(done.path).request.contract == deep[1]
 
 
+@pytest.mark.full
 def test_a_fixed_batch_and_an_axis_that_never_varies_are_built_as_they_are(deep, tmp_path):
     onnx_files.planted(deep[0], tmp_path / "two.onnx", *fixed_batch(deep[1]))
     wrong = shapecheck("build", tmp_path / "two.onnx", "-o", tmp_path / "unet.plan", *ASKED)
@@ -324,6 +329,7 @@ def without_contract(path: Path) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_a_file_without_slots_is_built_as_one_without_control(deep, tmp_path):
     names = [slot.name for slot in deep[1].slots]
     edits = [*map(onnx_files.unconsume, names), *map(onnx_files.drop, names)]
@@ -365,6 +371,7 @@ def test_an_unknown_gpu_is_refused_in_tensorrt_s_words(deep, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 def test_options_that_cannot_be_kept_are_told(deep, tmp_path):
     for option, message in (
         ("--version-compatible", "--version-compatible is for --target trt"),
@@ -529,6 +536,7 @@ def test_no_other_build_comes_between_an_engine_and_its_record(deep, tmp_path, m
     os.close(handle)
 
 
+@pytest.mark.full
 def test_a_full_disk_is_told_with_the_engine_s_name(deep, tmp_path):
     command = [sys.executable, "-m", "shapecheck", "build", str(deep[0]), "-o", str(tmp_path / "unet.plan"), *ASKED]
     limited = ["bash", "-c", 'ulimit -f 4000; exec "$@"', "bash", *command]
@@ -538,6 +546,7 @@ def test_a_full_disk_is_told_with_the_engine_s_name(deep, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 def test_a_link_is_written_through_and_the_record_lies_beside_the_file(deep, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link.plan").symlink_to(tmp_path / "real" / "unet.plan")
@@ -553,6 +562,7 @@ def test_what_is_no_profile_is_told(deep, tmp_path):
         build_engine(deep[0], tmp_path / "unet.plan", profiles=[TINY] * 65, options=engines.RTX)
 
 
+@pytest.mark.full
 def test_a_record_is_readable_whatever_a_path_is_called(deep, tmp_path):
     odd = replace(deep[1], header=replace(deep[1].header, source="モデル\u3000一/\nx"))
     done = build_engine(deep[0], tmp_path / "unet.plan", profiles=TINY, contract=odd, options=engines.RTX)

@@ -20,7 +20,6 @@ from small import SHALLOW, TINY
 
 from shapecheck import Geometry, ShapecheckError, export, probe, read_contract
 from shapecheck.build import graph, postconditions
-from shapecheck.build.subject import take
 
 SIZES = [Geometry(1, 8, 8), Geometry(2, 17, 25), Geometry(3, 33, 41, 5), Geometry(2, 9, 10, 1), Geometry(1, 16, 24)]
 
@@ -42,8 +41,22 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def linked(folder):
-    return export(str(folder), folder / "unet.onnx")
+def traces():
+    """The graphs traced so far, each as the exporter checks it, before its weights are bound."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def linked(folder, traces):
+    def keep(module, contract, opset):
+        made = trace(module, contract, opset)
+        traces.append((made.clone(), contract))
+        return made
+
+    trace = graph.trace_unet
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "trace_unet", keep)
+        return export(str(folder), folder / "unet.onnx")
 
 
 def test_a_linked_file_is_right_at_every_size(folder, linked):
@@ -123,6 +136,7 @@ def test_weights_are_copied_where_they_cannot_be_linked_and_in_another_precision
     assert difference(found, expected) <= 2 * own
 
 
+@pytest.mark.full
 def test_a_live_module_that_differs_from_its_checkpoint_is_copied_and_not_linked(tiny, tmp_path):
     live = UNet2DConditionModel.from_pretrained(tiny / "unet")
     with torch.no_grad():
@@ -153,6 +167,7 @@ def test_a_controlnet_has_one_output_a_slot_and_a_live_strength(tmp_path):
             assert difference(found, expected.numpy()) <= 2e-6
 
 
+@pytest.mark.full
 def test_structure_alone_needs_no_checkpoint(tmp_path):
     small.unet(**TINY).save_config(tmp_path / "unet")
     with pytest.raises(ShapecheckError, match=r"no weights for .*there are no weights beside .*; give .*, or --weights none"):
@@ -227,11 +242,9 @@ def test_the_values_that_later_parts_look_for_are_those_of_the_modules_in_their_
 
 
 @pytest.fixture(scope="module")
-def traced(folder):
-    """The graph before its weights are bound, as the exporter checks it, in a form every test can have its own of."""
-    subject = take(str(folder))
-    contract = subject.contract("float32", control=True)
-    return graph.trace_unet(subject.module, contract, 20), contract
+def traced(linked, traces):
+    """The graph and the contract it is checked against."""
+    return traces[0]
 
 
 def swapped(model):

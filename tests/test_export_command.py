@@ -23,9 +23,11 @@ from shapecheck import Geometry, ShapecheckError, export, presets, read_contract
 from shapecheck.build import export as exporter
 from shapecheck.build.subject import take
 from shapecheck.cli import main
+from shapecheck.contract import show
 from shapecheck.contract.exported import Agreement, Exported
 from shapecheck.report import exported as report
 from shapecheck.verify import agreement
+from shapecheck.verify.check import check
 
 CHECKPOINT = "diffusion_pytorch_model.safetensors"
 SAMPLE = Exported(
@@ -85,6 +87,15 @@ def test_json_says_the_same_to_machines(copied):
     assert json.loads(report.as_json(copied))["verified"] is None
 
 
+def test_check_finds_our_own_file_fine_and_needs_no_model(copied):
+    checked = check(copied.path)
+    assert checked.mismatches == ()
+    assert (checked.basis, checked.contract, checked.divisor, checked.naming) == ("inside", copied.contract, 1, "shapecheck")
+    assert [(each.name, each.skip, each.producer) for each in checked.slots] == [
+        (slot.name, show(slot.skip), slot.producer) for slot in copied.contract.slots
+    ]
+
+
 @pytest.mark.full
 def test_weights_that_are_not_the_models_are_found_by_verifying(saved, copied):
     good = agreement.verify(copied, str(saved))
@@ -101,6 +112,7 @@ def test_weights_that_are_not_the_models_are_found_by_verifying(saved, copied):
         data.write_bytes(whole)
 
 
+@pytest.mark.full
 def test_a_live_module_is_verified_where_it_is(copied):
     unet = small.unet(**small.TINY)
     assert all(each.agrees for each in agreement.verify(copied, unet))
@@ -223,6 +235,7 @@ def test_weights_of_an_earlier_export_are_never_taken_for_this_ones(folder):
     assert names(folder) == ["unet", "unet.onnx.data"]
 
 
+@pytest.mark.full
 def test_verifying_runs_no_code_of_the_current_folder(saved, copied, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module in ("safetensors", "torch", "onnxruntime"):

@@ -13,7 +13,7 @@ from diffusers import ControlNetModel, MultiControlNetModel, UNet2DConditionMode
 
 from shapecheck import ContractError, Geometry, ShapecheckError, probe, record
 
-SLOTS = 13
+SLOTS = 9
 DOWNS = [f"down_block_residual_{number:02d}" for number in range(SLOTS - 1)]
 
 
@@ -22,17 +22,25 @@ def hooks_of(*modules) -> int:
     return sum(len(getattr(each, kind)) for module in modules for each in module.modules() for kind in kinds)
 
 
+ONE_LAYER = {
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
+"""SD1.5's levels with one layer each and attention only where an image is small: 9 slots."""
+
+
 @pytest.fixture
 def unet():
-    return small.unet()
+    return small.unet(**ONE_LAYER)
 
 
 def test_live_modules_on_the_cpu_give_the_contract_the_meta_device_gives(unet):
     with torch.device("meta"):
-        twin = UNet2DConditionModel(**small.SMALL)
+        twin = UNet2DConditionModel(**small.SMALL | ONE_LAYER)
     live = probe(unet, small.controlnet(unet))
     assert live == probe(twin)
-    assert live.shapes(Geometry(3, 13, 17))["down_block_residual_07"] == (3, 24, 4, 5)
+    assert live.shapes(Geometry(3, 13, 17))["down_block_residual_05"] == (3, 24, 4, 5)
     assert live.header.controlnets[0].class_name == "ControlNetModel"
 
 
@@ -65,7 +73,7 @@ def test_a_subclass_that_adds_in_a_module_of_its_own_is_observed_where_it_adds()
                 handle.remove()
 
     torch.manual_seed(0)
-    unet = Gate(**small.SMALL).eval()
+    unet = Gate(**small.SMALL | ONE_LAYER).eval()
     unet.gate = Doubling()
     contract = probe(unet, small.controlnet(unet))
     assert contract.class_name == "Gate"
@@ -103,8 +111,8 @@ def test_the_order_of_residuals_is_followed_through_a_pipeline(unet):
         small.generate(pipe)
     (trace,) = recorder.traces
     assert trace.geometry == Geometry(2, 13, 17, tokens=7)
-    assert [arrival.sources for arrival in trace.arrived] == [((0, index),) for index in (*range(12), -1)]
-    assert [add.index for add in trace.adds] == [*range(12), -1]
+    assert [arrival.sources for arrival in trace.arrived] == [((0, index),) for index in (*range(SLOTS - 1), -1)]
+    assert [add.index for add in trace.adds] == [*range(SLOTS - 1), -1]
 
 
 def test_guess_mode_pads_the_unconditional_half_and_the_contract_says_so(unet):
@@ -132,12 +140,12 @@ def test_several_controlnets_are_summed_and_the_contract_says_so(unet):
 
 
 def test_one_wrong_controlnet_of_two_is_named(unet):
-    wrong = small.controlnet(small.unet(layers_per_block=1))
+    wrong = small.controlnet(small.unet(**ONE_LAYER | {"layers_per_block": 2}))
     with pytest.raises(ContractError) as caught:
         probe(unet, [small.controlnet(unet), wrong])
     assert {each.controlnet for each in caught.value.mismatches} == {"ControlNet 2"}
     assert {each.cause.split(";")[0] for each in caught.value.mismatches} == {
-        "the ControlNet's config has another layers_per_block 1 (UNet: 2)"
+        "the ControlNet's config has another layers_per_block 2 (UNet: 1)"
     }
 
 
@@ -166,12 +174,12 @@ class Rearranging(torch.nn.Module):
 
 
 def swapped(downs, mid):
-    downs[1], downs[2] = downs[2], downs[1]
+    downs[0], downs[1] = downs[1], downs[0]
     return downs, mid
 
 
 def one_short(downs, mid):
-    return [*downs[:11], downs[10]], mid
+    return [*downs[:-1], downs[-2]], mid
 
 
 def nothing(downs, mid):
@@ -185,8 +193,8 @@ def halved(downs, mid):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (swapped, {("down_block_residual_01", "order"), ("down_block_residual_02", "order")}),
-        (one_short, {("down_block_residual_11", "order")}),
+        (swapped, {("down_block_residual_00", "order"), ("down_block_residual_01", "order")}),
+        (one_short, {("down_block_residual_07", "order")}),
         (nothing, {(name, "unused") for name in (*DOWNS, "mid_block_residual")}),
         (halved, {(name, "dtype") for name in DOWNS}),
     ],
@@ -235,11 +243,11 @@ def test_what_is_no_unet_or_no_controlnet_is_refused(unet):
 
 
 def test_a_controlnet_that_rounds_otherwise_is_found_at_odd_sizes_only():
-    unet = small.unet()
-    net = ControlNetModel.from_unet(small.unet(downsample_padding=0), load_weights_from_unet=False)
+    unet = small.unet(**ONE_LAYER)
+    net = ControlNetModel.from_unet(small.unet(**ONE_LAYER, downsample_padding=0), load_weights_from_unet=False)
     with pytest.raises(ContractError) as caught:
         probe(unet, net)
-    assert {each.where for each in caught.value.mismatches} == {*DOWNS[3:], "mid_block_residual"}
+    assert {each.where for each in caught.value.mismatches} == {*DOWNS[2:], "mid_block_residual"}
     assert {each.kind for each in caught.value.mismatches} == {"rounding"}
     assert all(each.geometry.height % 8 or each.geometry.width % 8 for each in caught.value.mismatches)
 
@@ -324,7 +332,7 @@ def adding(down: str, mid: str | None = None):
 )
 def test_an_addition_is_found_however_it_is_written(expression, expected):
     with torch.device("meta"):
-        model = adding(expression)(**small.SMALL).eval()
+        model = adding(expression)(**small.SMALL | small.SHALLOW).eval()
     assert described(probe(model)) == expected
 
 
@@ -335,15 +343,15 @@ def described(contract):
 @pytest.fixture(scope="module")
 def expected():
     with torch.device("meta"):
-        return described(probe(UNet2DConditionModel(**small.SMALL).eval()))
+        return described(probe(UNet2DConditionModel(**small.SMALL | small.SHALLOW).eval()))
 
 
 def test_an_addition_in_place_also_changes_what_the_next_block_takes(expected):
     with torch.device("meta"):
-        model = adding("{s}.add_({r})")(**small.SMALL).eval()
+        model = adding("{s}.add_({r})")(**small.SMALL | small.SHALLOW).eval()
     found = described(probe(model))
     assert [each[:3] for each in found] == [each[:3] for each in expected]
-    assert found[11][3] == "mid_block"
+    assert found[3][3] == "mid_block"
 
 
 @pytest.mark.parametrize(
@@ -356,11 +364,11 @@ def test_an_addition_in_place_also_changes_what_the_next_block_takes(expected):
 )
 def test_what_is_no_addition_of_a_slot_is_told_as_such(expression, kinds, cause):
     with torch.device("meta"):
-        model = adding(expression)(**small.SMALL).eval()
+        model = adding(expression)(**small.SMALL | small.SHALLOW).eval()
     with pytest.raises(ContractError) as caught:
         probe(model)
     assert {each.kind for each in caught.value.mismatches} == kinds
-    assert len(caught.value.mismatches) == SLOTS
+    assert len(caught.value.mismatches) == 5
     assert all(cause in each.cause for each in caught.value.mismatches)
 
 
@@ -422,17 +430,17 @@ def test_a_controlnet_of_another_precision_is_a_mismatch(unet):
 
 def test_a_controlnet_that_takes_more_latent_channels_is_a_mismatch(unet):
     with pytest.raises(ContractError, match="sample: input: got batch×9×h×w, expected batch×4×h×w"):
-        probe(unet, small.controlnet(small.unet(in_channels=9)))
-    notes = probe(small.unet(in_channels=9)).header.notes
+        probe(unet, small.controlnet(small.unet(**ONE_LAYER, in_channels=9)))
+    notes = probe(small.unet(**ONE_LAYER, in_channels=9)).header.notes
     assert any("diffusers' own pipelines give a ControlNet 4" in note for note in notes)
-    assert any("its own" in note for note in probe(small.unet(in_channels=9), small.controlnet(unet)).header.notes)
+    assert any("its own" in note for note in probe(small.unet(**ONE_LAYER, in_channels=9), small.controlnet(unet)).header.notes)
 
 
 def test_numbers_in_place_of_residuals_do_not_break_the_run(unet):
     net = small.controlnet(unet)
     latent, text = torch.zeros(2, 4, 13, 17), torch.zeros(2, 7, 12)
     with record(unet, [net]) as recorder, torch.no_grad():
-        unet(latent, 1, text, down_block_additional_residuals=[0.0] * 12, mid_block_additional_residual=0.0)
+        unet(latent, 1, text, down_block_additional_residuals=[0.0] * (SLOTS - 1), mid_block_additional_residual=0.0)
     (trace,) = recorder.traces
     assert (trace.refused, trace.arrived, trace.adds) == ("", (), ())
 

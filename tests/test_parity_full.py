@@ -118,7 +118,7 @@ def test_sd15_at_its_real_size(tmp_path):
         "--sizes",
         "320x192",
         "--batch",
-        "2",
+        "1:1:2",
         "--report",
         str(tmp_path / "report"),
     ]

@@ -255,12 +255,6 @@ def test_what_cannot_be_meant_is_status_4_and_one_message(made, run, tmp_path, c
     assert message in refused(run("-q", *files(made, **changes), "--shapecheck-offline"))
 
 
-def test_several_processes_refuse_it_with_the_same_one_message(made, run, tmp_path):
-    (tmp_path / "test_mine.py").write_text("def test_mine(): pass\n", encoding="utf-8")
-    done = run("-n", "2", *files(made, times_own="0"))
-    assert refused(done) == "--shapecheck-times-own must be more than 0, got 0.0"
-
-
 @pytest.mark.parametrize("backend", ["ort-cuda"])
 def test_a_backend_that_cannot_run_here_is_one_failure_with_the_doctors_reason(made, run, backend):
     known = _examined(backend)

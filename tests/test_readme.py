@@ -32,7 +32,7 @@ COMMANDS = [block for block in BLOCKS if block.startswith("shapecheck ")]
 
 
 PYTEST = [block for block in BLOCKS if block.startswith("python -m pytest ")]
-SLOW = ("export sd15", "shapecheck export")
+SLOW = ("export sd15", "shapecheck export", "shapecheck probe sdxl")
 """Outputs and blocks of commands that take more than a few seconds, by how they begin."""
 
 
@@ -129,7 +129,13 @@ def test_commands_run_one_after_the_other(block):
         assert result.stdout or len(list(Path().iterdir())) > before
 
 
-@pytest.mark.parametrize(("snippet", "values"), list(zip(SNIPPETS, (1, 1, 1, 3, 0), strict=True)), ids=range(len(SNIPPETS)))
+@pytest.mark.parametrize(
+    ("snippet", "values"),
+    [
+        pytest.param(snippet, values, id=str(at), marks=[pytest.mark.full] * ("export(" in snippet))
+        for at, (snippet, values) in enumerate(zip(SNIPPETS, (1, 1, 1, 3, 0), strict=True))
+    ],
+)
 def test_a_snippet_runs_and_says_what_its_comments_say(snippet, values):
     prepare(snippet)
     scope: dict[str, object] = {}

@@ -33,12 +33,13 @@ def observe(unet: Model, nets: Sequence[Model], geometry: Geometry | None, progr
     if geometry is not None:
         wanted.append(geometry)
     traces = []
-    for number, each in enumerate(wanted, start=1):
-        progress(f"observing {unet.name} at {each} ({number} of {len(wanted)})")
-        traces.append(_observe_at(unet, nets, each))
-    if not any(trace.refused for trace in traces):
-        return traces, 1
-    divisor, seen = _find_divisor(unet, nets, halvings, progress)
+    with torch.no_grad(), record(unet.module, [net.module for net in nets]) as recorder:
+        for number, each in enumerate(wanted, start=1):
+            progress(f"observing {unet.name} at {each} ({number} of {len(wanted)})")
+            traces.append(_observe_at(unet, nets, each, recorder))
+        if not any(trace.refused for trace in traces):
+            return traces, 1
+        divisor, seen = _find_divisor(unet, nets, halvings, recorder, progress)
     return traces + seen, divisor
 
 
@@ -63,14 +64,16 @@ def observe_controlnet(net: Model) -> list[Trace]:
     return traces
 
 
-def _find_divisor(unet: Model, nets: Sequence[Model], halvings: int, progress: Progress) -> tuple[int, list[Trace]]:
+def _find_divisor(
+    unet: Model, nets: Sequence[Model], halvings: int, recorder: Recorder, progress: Progress
+) -> tuple[int, list[Trace]]:
     """The smallest power of two whose multiples the UNet accepts, and the traces that show it."""
-    easiest = _observe_at(unet, nets, Geometry(2, _LARGEST_DIVISOR, 2 * _LARGEST_DIVISOR))
+    easiest = _observe_at(unet, nets, Geometry(2, _LARGEST_DIVISOR, 2 * _LARGEST_DIVISOR), recorder)
     seen = [easiest]
     divisor = 2
     while not easiest.refused and divisor <= _LARGEST_DIVISOR:
         progress(f"{unet.name} refuses some sizes; trying multiples of {divisor}")
-        tried = [_observe_at(unet, nets, each) for each in sizes.multiples_of(divisor, halvings)]
+        tried = [_observe_at(unet, nets, each, recorder) for each in sizes.multiples_of(divisor, halvings)]
         seen += tried
         if not any(trace.refused for trace in tried):
             return divisor, seen
@@ -78,22 +81,22 @@ def _find_divisor(unet: Model, nets: Sequence[Model], halvings: int, progress: P
     raise ShapecheckError(f"{unet.name} does not run at any size that was tried; the last error: {seen[-1].refused}")
 
 
-def _observe_at(unet: Model, nets: Sequence[Model], geometry: Geometry) -> Trace:
+def _observe_at(unet: Model, nets: Sequence[Model], geometry: Geometry, recorder: Recorder) -> Trace:
     """One run of everything. Where the ControlNets' residuals do not fit, the UNet is asked alone what it adds."""
-    with torch.no_grad(), record(unet.module, [net.module for net in nets]) as recorder:
-        try:
-            given = [_run_controlnet(net, geometry) for net in nets]
-        except ShapecheckError as error:
-            if refused := _run_unet_alone(unet, geometry, recorder).refused:  # then the ControlNet is not to blame
-                raise ShapecheckError(f"{unet.name} does not run at {geometry}: {refused}") from error
-            raise
-        trace = None
-        if given and (summed := _summed(given)) is not None:
-            trace = _run_unet(unet, geometry, summed, recorder)
-            if not trace.refused and len(trace.adds) == len(trace.arrived):
-                return trace
-        emitted = trace.emitted if trace else recorder.take_emitted()
-        alone = _run_unet_alone(unet, geometry, recorder)
+    recorder.take_emitted()  # what a run that failed has left
+    try:
+        given = [_run_controlnet(net, geometry) for net in nets]
+    except ShapecheckError as error:
+        if refused := _run_unet_alone(unet, geometry, recorder).refused:  # then the ControlNet is not to blame
+            raise ShapecheckError(f"{unet.name} does not run at {geometry}: {refused}") from error
+        raise
+    trace = None
+    if given and (summed := _summed(given)) is not None:
+        trace = _run_unet(unet, geometry, summed, recorder)
+        if not trace.refused and len(trace.adds) == len(trace.arrived):
+            return trace
+    emitted = trace.emitted if trace else recorder.take_emitted()
+    alone = _run_unet_alone(unet, geometry, recorder)
     if trace is not None and not alone.adds:  # a UNet that refuses surplus residuals: what it did with the real ones counts
         return trace
     return replace(alone, emitted=emitted, arrived=(), misunderstood=trace.misunderstood if trace else ())
