@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import engines
 import onnx_files
@@ -20,6 +21,7 @@ from shapecheck.run.onnx_session import OnnxSession
 from shapecheck.verify.calls import Call, Draws, refuse_zeros
 from shapecheck.verify.parity import Options, Study
 from shapecheck.verify.plan import geometries_of
+from shapecheck.verify.reference import Sides
 from shapecheck.verify.runners import OnnxRunner
 
 SIZE = Geometry(2, 9, 14, 7)
@@ -200,6 +202,16 @@ def test_residuals_of_an_earlier_call_kept(model, healthy, always):
     found = side(model, healthy, opener=opener)
     told = "step 2, control off: the image is that of step 1, control on with frame 0: residuals of an earlier call are kept"
     assert failed(found)["switch"] == told
+
+
+def test_what_is_allowed_in_a_call_is_not_set_by_a_louder_one():
+    """A perturbation in half precision is loud, and so is its rounding: the images without it are held to their own."""
+    quiet, louder, loud = Call(SIZE), Call(SIZE, 0), Call(SIZE, 0, perturbed="sample")
+    reference = {call: torch.full((2,), 2.0, dtype=torch.float64) for call in (quiet, louder, loud)}
+    sides = Sides("float64", reference, reference, {quiet: 0.01, louder: 0.02, loud: 0.5}, 0.001)
+    assert [sides.own(call) for call in (quiet, louder, loud)] == [0.04, 0.04, 1.0]
+    assert replace(sides, shares={}).own(loud) == 0.002
+    assert math.isnan(replace(sides, shares=sides.shares | {loud: math.nan}).own(loud))
 
 
 def test_a_backend_that_fell_back_to_the_cpu(model, healthy):

@@ -216,6 +216,7 @@ def test_a_backend_that_cannot_run_here_is_broken_and_not_status_2(made, monkeyp
     text = " ".join(result.stdout.split())
     assert "BROKEN: ort-cuda: could not run" in text
     assert "ort-cuda cannot run here: planted reason; planted cure" in text
+    assert "reference none: no backend could run" in text
 
 
 # The help

@@ -53,13 +53,12 @@ class Judge:
 
     def allowed(self, call: Call) -> float:
         """The largest absolute difference that passes."""
-        return self.times_own * self.sides.own * self.sides.scale(call)
+        return self.times_own * self.sides.own(call)
 
     def verdict(self, call: Call, image: Tensor, expected: Tensor | None = None) -> Verdict:
         """An image beside the reference, or beside another one of that call."""
-        own = self.sides.own * self.sides.scale(call)
         reference = self.sides.reference[call] if expected is None else expected
-        return compare(image, reference, allowed=self.allowed(call), own=own)
+        return compare(image, reference, allowed=self.allowed(call), own=self.sides.own(call))
 
     def case(self, plan: Planned) -> Result:
         """The image at one size."""
@@ -86,8 +85,7 @@ class Judge:
         rows, allowed = call.geometry.batch // 2, 2 * self.allowed(call)
         if not self._differ(off, call, slice(rows)):
             return Result(plan.check, "not run", _DROWNS, call.geometry)
-        own = self.sides.own * self.sides.scale(call)
-        verdict = compare(after[rows:], before[rows:], allowed=allowed, own=own)
+        verdict = compare(after[rows:], before[rows:], allowed=allowed, own=self.sides.own(call))
         acts = float((after[:rows].double() - before[:rows].double()).abs().max()) > allowed
         if acts and verdict.passes:
             return Result(plan.check, "passed", "", call.geometry, verdict)
@@ -136,7 +134,7 @@ class Judge:
         call, image = step
         assert isinstance(image, Tensor)
         assert isinstance(other, Tensor)
-        return compare(image, other, allowed=2 * self.allowed(call), own=self.sides.own * self.sides.scale(call))
+        return compare(image, other, allowed=2 * self.allowed(call), own=self.sides.own(call))
 
     def perturbed(self, plan: Planned) -> Result:
         """One input or slot: its perturbation, alone, changes the image as it does in PyTorch."""

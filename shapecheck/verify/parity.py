@@ -110,7 +110,8 @@ class Study:
     @property
     def reference(self) -> str:
         """What backends are compared with, once one has been."""
-        return f"PyTorch {' and '.join(sorted({sides.precision for _, sides in self._torch.values()}))} on {device()}"
+        precisions = sorted({sides.precision for _, sides in self._torch.values()})
+        return f"PyTorch {' and '.join(precisions)} on {device()}" if precisions else "none: no backend could run"
 
     def report(self) -> Parity:
         """The whole run."""

@@ -81,8 +81,15 @@ class Sides:
     """As float64 on the CPU."""
     images: Mapping[Call, Tensor]
     """In the precision of the file, as float64 on the CPU; empty where the reference has that precision."""
-    own: float
-    """PyTorch's own error in the precision of the file: the largest in any call, as a share of its largest value."""
+    shares: Mapping[Call, float]
+    """PyTorch's own error in the precision of the file, in each of `images`, as a share of the reference's largest value."""
+    least: float
+    """The share below which no error counts: a rounding of that precision; `ASSUMED` where `images` is empty."""
+
+    def own(self, call: Call) -> float:
+        """PyTorch's own error in a call: what it is there, or the most where nothing is perturbed, whichever is more."""
+        plain = [share for other, share in self.shares.items() if not other.perturbed]
+        return max([self.shares.get(call, 0.0), *plain, self.least]) * self.scale(call)
 
     def scale(self, call: Call) -> float:
         """The largest magnitude of a call's image."""
@@ -117,9 +124,10 @@ def computed(
 
     reference = images(precision)
     if precision == own:
-        return Sides(precision, reference, {}, ASSUMED)
+        return Sides(precision, reference, {}, {}, ASSUMED)
     rounded = images(own)
-    return Sides(precision, reference, rounded, own_error(reference, rounded, own))
+    shares = {call: float((rounded[call] - each).abs().max() / each.abs().max()) for call, each in reference.items()}
+    return Sides(precision, reference, rounded, shares, torch.finfo(getattr(torch, own)).eps)
 
 
 class Lazily:
@@ -155,12 +163,6 @@ def evaluate(
                 f"PyTorch's own image is not finite at {call}, in {step.rsplit(' ', 1)[1]}: nothing to compare"
             )
     return found
-
-
-def own_error(reference: Mapping[Call, Tensor], own: Mapping[Call, Tensor], precision: str) -> float:
-    """The largest difference in any call, as a share of its reference's largest value; at least a rounding of the precision."""
-    shares = [float((own[call] - expected).abs().max() / expected.abs().max()) for call, expected in reference.items()]
-    return max([*shares, torch.finfo(getattr(torch, precision)).eps])
 
 
 def placed(module: nn.Module) -> nn.Module:
