@@ -268,6 +268,7 @@ def test_a_wrong_probe_file_names_the_key(tmp_path, text, message):
     assert f"error: {probe}: {message}" in result.stderr
 
 
+@pytest.mark.full
 def test_names_that_are_too_long_or_no_text_are_told(tmp_path):
     result = shapecheck("probe", "n" * 300 + ".toml")
     assert (result.exit_code, "Traceback" in result.stderr) == (2, False)

@@ -280,6 +280,7 @@ def test_nothing_waits_for_a_pipe_and_no_file_is_written_over(deep, tmp_path):
     assert (tmp_path / "deep.onnx").read_bytes() == before
 
 
+@pytest.mark.full
 def test_a_timing_cache_that_cannot_be_written_costs_no_engine(deep, tmp_path, monkeypatch):
     (tmp_path / "timings.lock").mkdir()  # where the lock should be
     done = build_engine(
@@ -359,6 +360,7 @@ def test_a_controlnet_is_told_from_a_unet(tmp_path):
     assert "is a ControlNet, and --model says which UNet its outputs are for" in result.stderr
 
 
+@pytest.mark.full
 def test_an_unknown_gpu_is_refused_in_tensorrt_s_words(deep, tmp_path):
     asked = ("--sizes", "200x136", "--target", "rtx", "--compute-capability")
     result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *asked, "12.7")
@@ -508,6 +510,7 @@ def test_a_build_that_is_killed_leaves_nothing_half_written(moment, deep, built,
     assert not [each for each in partials if each.stat().st_size]
 
 
+@pytest.mark.full
 def test_what_a_killed_process_left_long_ago_is_swept(deep, tmp_path):
     for name, age in (("old", 4 * 24 * 3600), ("new", 3600)):
         (tmp_path / f".shapecheck.{name}.partial").write_bytes(b"half")
@@ -516,6 +519,7 @@ def test_what_a_killed_process_left_long_ago_is_swept(deep, tmp_path):
     assert [each.name for each in tmp_path.glob(".shapecheck.*")] == [".shapecheck.new.partial"]
 
 
+@pytest.mark.full
 def test_no_other_build_comes_between_an_engine_and_its_record(deep, tmp_path, monkeypatch):
     replaced: list[str] = []
     real = Path.replace

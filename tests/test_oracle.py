@@ -60,7 +60,7 @@ def for_all(examples: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callabl
 # the oracle itself
 
 
-@at_length(10)
+@at_length(8)
 def test_oracle_is_what_diffusers_does(length):
     """Slots and refusals against the real modules, with shapecheck out of the way."""
 
@@ -144,7 +144,7 @@ def test_drawn_configs_have_every_feature():
 # shapecheck against the oracle
 
 
-@at_length(8)
+@at_length(6)
 def test_observed_contract_agrees_with_the_oracle(length):
     @for_all(length.examples, config=strategies.unet_configs(length.most), height=SIDES, width=SIDES)
     def check(config, height, width):
@@ -162,7 +162,7 @@ def test_five_levels_agree_with_the_oracle(ups, divisor):
     agree(contract, config, 2, 336, 464)
 
 
-@at_length(4, 25)
+@at_length(3, 25)
 def test_divisor_is_where_the_real_unet_stops_refusing(length):
     refusing = strategies.unet_configs(length.most).filter(lambda config: oracle.divisor(config) > 1)
 

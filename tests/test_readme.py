@@ -32,7 +32,7 @@ COMMANDS = [block for block in BLOCKS if block.startswith("shapecheck ")]
 
 
 PYTEST = [block for block in BLOCKS if block.startswith("python -m pytest ")]
-SLOW = ("export sd15", "shapecheck export", "shapecheck probe sdxl")
+SLOW = ("export sd15", "check unet.plan", "shapecheck export", "shapecheck probe sdxl", "shapecheck profile")
 """Outputs and blocks of commands that take more than a few seconds, by how they begin."""
 
 
