@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import full_size
 import pytest
+from peak import peak_of
 
 from shapecheck import Geometry, read_contract
 from shapecheck.contract.engine_files import read_engine
@@ -24,13 +24,16 @@ CASES = {
 }
 
 
-def run(*arguments: str) -> float:
+def run(*arguments: str) -> int:
     """Run shapecheck; peak resident bytes of the process."""
-    with subprocess.Popen([sys.executable, "-m", "shapecheck", *arguments], stdout=subprocess.DEVNULL) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return usage.ru_maxrss * 1024
+    return peak_of("-m", "shapecheck", *arguments)[1]
+
+
+def test_a_peak_is_that_of_the_command_and_not_of_the_tests():
+    held = b"1" * 2**28  # which a process started from here would inherit
+    assert peak_of("-c", "print('done')")[0] == "done\n"
+    assert peak_of("-c", "pass")[1] < len(held) / 4
+    assert peak_of("-c", "b'1' * 2**28")[1] > len(held)
 
 
 def digests(folder: Path) -> dict[str, bytes]:
@@ -51,8 +54,6 @@ def test_a_linked_file_is_small_made_in_little_memory_and_right(preset, tmp_path
     output = tmp_path / "unet.onnx"
     export = ("export", str(tmp_path), "-o", str(output), "--weights", "link")
     peak = run(*export)
-    if peak > memory:  # of one commit, figures 40 MiB apart were seen: what else the machine does counts
-        peak = min(peak, run(*export))
     print(f"{preset}: peak {peak / 2**20:.0f} MiB, {output.stat().st_size / 1e6:.2f} MB written")
     assert peak <= memory
     assert output.stat().st_size <= size
@@ -61,7 +62,7 @@ def test_a_linked_file_is_small_made_in_little_memory_and_right(preset, tmp_path
     found = agreement.verify(exported, str(tmp_path), geometries=geometries)
     print(*(f"{each.geometry}: {each.difference:.2e}" for each in found), sep="\n")
     assert [each.geometry for each in found] == geometries
-    assert all(each.difference <= 2e-6 for each in found)
+    assert all(each.agrees for each in found)  # 7e-7 to 2e-6, as the processor has it
     assert digests(tmp_path / "unet") == before
     if preset == "sd15":
         is_built(output)

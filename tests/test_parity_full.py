@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import small
 import torch
 from onnx_files import exchange, planted, unconsume
+from peak import peak_of
 from test_parity import NAMES, SLOTS, failed, kinds
 
 from shapecheck import Geometry, export
@@ -122,13 +122,9 @@ def test_sd15_at_its_real_size(tmp_path):
         "--report",
         str(tmp_path / "report"),
     ]
-    with subprocess.Popen([*shapecheck, *command], stdout=subprocess.PIPE, text=True) as running:
-        output = running.stdout.read()
-        _, status, usage = os.wait4(running.pid, 0)
-        running.returncode = os.waitstatus_to_exitcode(status)
-    print(output, f"peak {usage.ru_maxrss / 2**20:.1f} GiB", sep="\n")
-    assert running.returncode == 0, output
-    assert usage.ru_maxrss * 1024 <= 12e9
+    output, peak = peak_of("-m", "shapecheck", *command)
+    print(output, f"peak {peak / 2**30:.1f} GiB", sep="\n")
+    assert peak <= 12e9
     record = json.loads((tmp_path / "report" / "parity.json").read_text(encoding="utf-8"))
     assert [(each["batch"], each["height"], each["width"]) for each in record["geometries"]] == [(1, 24, 40), (2, 24, 40)]
     (found,) = record["sides"]
