@@ -62,7 +62,7 @@ def test_a_linked_file_is_small_made_in_little_memory_and_right(preset, tmp_path
     found = agreement.verify(exported, str(tmp_path), geometries=geometries)
     print(*(f"{each.geometry}: {each.difference:.2e}" for each in found), sep="\n")
     assert [each.geometry for each in found] == geometries
-    assert all(each.agrees for each in found)  # 7e-7 to 2e-6, as the processor has it
+    assert all(each.agrees for each in found)  # 7e-7 to 3e-6, as the processor has it
     assert digests(tmp_path / "unet") == before
     if preset == "sd15":
         is_built(output)
