@@ -118,10 +118,10 @@ def _run_controlnet(net: Model, geometry: Geometry) -> Residuals:
 
 def _run_unet(unet: Model, geometry: Geometry, given: Residuals, recorder: Recorder) -> Trace:
     downs, mid = given
-    arguments = call_arguments(unet.inputs, geometry, unet.device)
+    arguments, before = call_arguments(unet.inputs, geometry, unet.device), len(recorder.traces)
     with contextlib.suppress(Exception):  # a refusal is an observation: its text is in the trace
         unet.module(**arguments, down_block_additional_residuals=downs, mid_block_additional_residual=mid)
-    return recorder.traces[-1]
+    return recorder.traces[before:][-1]
 
 
 def _summed(given: Sequence[Residuals]) -> Residuals | None:

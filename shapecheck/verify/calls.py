@@ -110,7 +110,7 @@ class Draws:
                 name: self._noise(f"{name} {geometry} frame {frame}", shape).to(self._dtypes[name])
                 for name, shape in shapes.items()
             }
-        given = {name: each.to(self._dtypes[name]) for name, each in self._emitted(base, frame).items()}
+        given = {name: each.to(self._dtypes.get(name, each.dtype)) for name, each in self._emitted(base, frame).items()}
         self._contract.verify(given, geometry)
         refuse_zeros(given)
         return given

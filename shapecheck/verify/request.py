@@ -90,18 +90,15 @@ def study_of(request: ParityRequest, progress: Progress = silent) -> Study:
 
 def _try(study: Study, emitted: Emitted, request: ParityRequest) -> None:
     """The ControlNet at the smallest size, before anything long is begun: it may not fit, or give nothing but zeros."""
-    from shapecheck.verify.calls import Draws, refuse_zeros
+    from shapecheck.verify.calls import Draws
     from shapecheck.verify.plan import calls_of
 
     given = [call for plans in study.plans.values() for call in calls_of(plans) if call.frame is not None]
     small = min(given, key=lambda call: call.geometry.height * call.geometry.width * call.geometry.batch, default=None)
     if small is None:
         return
-    base = Draws(study.contract, request.seed)(small)
-    residuals = {name: each.to(base[name].dtype) if name in base else each for name, each in emitted(base, 0).items()}
-    refuse_zeros(residuals)
     try:
-        study.contract.verify(residuals, small.geometry)
+        Draws(study.contract, request.seed, emitted)(small)
     except ContractError as error:
         raise ShapecheckError(f"{request.controlnet} does not fit the model: {error}") from None
 

@@ -47,27 +47,36 @@ class Search:
         An engine gives no values inside. It is built again from its ONNX file with those values as outputs; where that cannot
         be done, the ONNX file is searched in ONNX Runtime in its place. Either is said.
         """
-        if backend in PROVIDERS:
-            return self._told(call, backend, None, "", _FUSED)
-        graph = f"{self.file.graph}, which the engine was built from"
-        same = f"every value inside agrees in {graph}, when it is built with its values as outputs: a fusion may be at fault"
-        rebuilt = self._told(
-            call, "ort", partial(self._rebuilt, call), f"found in {graph}, built again with marked outputs", same
-        )
-        if rebuilt[0] is not None or rebuilt[1] == (same,):
-            return rebuilt
-        same = f"every value inside agrees in {graph}, in ONNX Runtime on the CPU: the engine itself differs"
-        found, notes = self._told(call, "ort", None, f"found in {graph}, in ONNX Runtime on the CPU", same)
-        return found, (*rebuilt[1], *notes)
+        failures: list[str] = []
+        for provider, run, note, agreeing in self._ways(call, backend):
+            try:
+                found = self._first(call, provider, run)
+            except (ShapecheckError, OSError) as error:
+                failures.append(f"where it differs could not be found: {error}")
+                continue
+            return (replace(found, note=note), tuple(failures)) if found else (None, (*failures, agreeing))
+        return None, tuple(failures)
 
-    def _told(
-        self, call: Call, backend: str, run: Run | None, note: str, agreeing: str
-    ) -> tuple[Divergence | None, tuple[str, ...]]:
-        try:
-            found = self._first(call, backend, run)
-        except ShapecheckError as error:
-            return None, (f"where it differs could not be found: {error}",)
-        return (replace(found, note=note), ()) if found else (None, (agreeing,))
+    def _ways(self, call: Call, backend: str) -> list[tuple[str, Run | None, str, str]]:
+        """What can be searched, best first: a backend or what runs in its place, and what is said of a find and of none."""
+        if backend in PROVIDERS:
+            return [(backend, None, "", _FUSED)]
+        graph = f"{self.file.graph}, which the engine was built from"
+        same = f"every value inside agrees in {graph}"
+        return [
+            (
+                "ort",
+                partial(self._rebuilt, call),
+                f"found in {graph}, built again with marked outputs",
+                f"{same}, when it is built with its values as outputs: a fusion may be at fault",
+            ),
+            (
+                "ort",
+                None,
+                f"found in {graph}, in ONNX Runtime on the CPU",
+                f"{same}, in ONNX Runtime on the CPU: the engine itself differs",
+            ),
+        ]
 
     def _rebuilt(self, call: Call, model: bytes, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The engine built again from marked bytes, for the size of the call, beside the ONNX file that holds its weights."""
@@ -115,7 +124,5 @@ def _beside(path: Path, model: bytes) -> Iterator[Path]:
     try:
         file.write_bytes(model)
         yield file
-    except OSError as error:
-        raise ShapecheckError(f"cannot write into {path.parent}: {error.strerror or error}") from None
     finally:
         file.unlink(missing_ok=True)

@@ -1,0 +1,59 @@
+"""Fixtures for tests of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from shapecheck.pytest_plugin.asked import option, request_of, study_for
+
+if TYPE_CHECKING:
+    from shapecheck.contract import Contract
+    from shapecheck.contract.parity import Parity
+
+
+@pytest.fixture(scope="session")
+def shapecheck_contract(pytestconfig: pytest.Config) -> Contract:
+    """The contract of `--shapecheck-model`, in the precision of the file beside it; skips where no model is given."""
+    if not option(pytestconfig, "model"):
+        pytest.skip("no --shapecheck-model")
+    return study_for(pytestconfig).contract
+
+
+@pytest.fixture(scope="session")
+def shapecheck_parity(pytestconfig: pytest.Config) -> Callable[..., Parity]:
+    """A function that compares a model with files made of it: `shapecheck_parity("./sd15", onnx="unet.onnx")`.
+
+    Keywords are the fields of `shapecheck.verify.request.ParityRequest`; those left out are taken from the command line.
+    Returns a `Parity`: `assert parity.passes, str(parity)`; pytest cuts the text of what is no string.
+    """
+
+    def compare(model: str | None = None, **given: Any) -> Parity:
+        from dataclasses import replace
+
+        from shapecheck import ShapecheckError
+        from shapecheck.verify.request import study_of
+
+        if model is None and not option(pytestconfig, "model"):
+            raise ShapecheckError("no model: give one, or --shapecheck-model")
+        asked = request_of(pytestconfig, model)
+        changed: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        return study_of(replace(asked, **changed)).report()
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def shapecheck_require() -> Callable[[str], None]:
+    """A function that skips a test whose backend cannot run here, with the reason: `shapecheck_require("trt")`."""
+
+    def require(name: str) -> None:
+        from shapecheck import doctor
+
+        known = doctor.backend(name)
+        if not known.runs:
+            pytest.skip(f"{name} cannot run here: {known.reason}")
+
+    return require

@@ -1,0 +1,120 @@
+"""Parity checks and probes as test items."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from shapecheck.pytest_plugin.asked import option, study_for
+
+if TYPE_CHECKING:
+    from shapecheck.contract.parity import Check, Result, Side
+
+_STUCK = pytest.StashKey[dict[str, str]]()
+"""Why nothing of a backend can be computed, told once."""
+
+
+class CheckError(Exception):
+    """A parity check failed; its text is all there is to say."""
+
+
+class ParityChecks(pytest.Collector):
+    """Every parity check of the model and files that the options name."""
+
+    def collect(self) -> list[pytest.Item]:
+        """One item a check."""
+        study = study_for(self.config)
+        return [CheckItem.from_parent(self, name=str(each), check=each) for each in study.checks]
+
+
+class Told(pytest.Item):
+    """An item whose failure is told by its reason alone: no line of ours helps anybody."""
+
+    def __init__(self, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.add_marker("shapecheck")
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """The reason."""
+        from shapecheck.contract import ShapecheckError
+
+        if isinstance(excinfo.value, (CheckError, ShapecheckError)):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+
+class CheckItem(Told):
+    """One parity check."""
+
+    def __init__(self, *, check: Check, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.check = check
+
+    def runtest(self) -> None:
+        """Fail with the reason, or be skipped with it."""
+        study, (result, side) = study_for(self.config), self._judged()
+        ran = (
+            f"{side.ran.provider} on {side.ran.device}, {side.ran.precision}, {side.ran.detail}" if side.ran else "did not run"
+        )
+        self.user_properties.append(("shapecheck_ran", f"{side.backend}: {ran}; reference {study.reference}"))
+        if result.status == "not run":
+            pytest.skip(result.reason)
+        if result.status == "failed":
+            from shapecheck.report.parity_files import failure
+
+            raise CheckError(failure(result, side))
+
+    def _judged(self) -> tuple[Result, Side]:
+        """What is known of this check; where nothing can be computed, the first check of the backend fails for all."""
+        from shapecheck import ShapecheckError
+
+        study, stuck, backend = study_for(self.config), self.config.stash.setdefault(_STUCK, {}), self.check.backend
+        if backend in stuck:
+            pytest.skip(f"nothing of {backend} can be computed: {stuck[backend]}")
+        try:
+            return study.result(self.check), study.side(backend)
+        except ShapecheckError as error:
+            stuck[backend] = str(error)
+            raise
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        """What stands over a failure."""
+        return Path("shapecheck"), None, str(self.check)
+
+
+class ProbeFile(pytest.File):
+    """One probe file."""
+
+    def collect(self) -> list[pytest.Item]:
+        """One item: what it comes to."""
+        return [ProbeItem.from_parent(self, name="probe")]
+
+
+class ProbeItem(Told):
+    """A probe carried out."""
+
+    def runtest(self) -> None:
+        """Carry it out; fail where it comes to something else than it expects, or than was said of it before."""
+        from shapecheck.report.contract import told, verdict
+        from shapecheck.verify.probes import carried_out, surprises
+
+        request, finding = carried_out(self.path)
+        claim = request.claim is not None
+        wrong = surprises(request, finding, verdict(finding.contract, finding.mismatches, claim))
+        if wrong:
+            raise CheckError("; ".join(wrong))
+        if folder := option(self.config, "reports"):
+            text = told(finding.contract, finding.mismatches, finding.geometry, form="markdown", lines=False, claim=claim)
+            self._hold(self.config.rootpath / folder / f"{self.path.stem}.md", f"> {request.story}\n\n{text}")
+
+    def _hold(self, path: Path, text: str) -> None:
+        if self.config.getoption("--shapecheck-update"):
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            raise CheckError(f"{path} is not what is said today; accept it with --shapecheck-update")
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        """What stands over a failure."""
+        return self.path, None, f"probe {self.path.stem}"
