@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from shapecheck.build.export import export
     from shapecheck.observe.probe import probe
     from shapecheck.observe.record import record
+    from shapecheck.pipelines.load import load
     from shapecheck.run.engine_session import EngineSession
+    from shapecheck.run.guard import guard
+    from shapecheck.run.residuals import combined
     from shapecheck.verify.request import parity
 
 __version__ = "0.1.0"
@@ -37,7 +40,10 @@ __all__ = [
     "ShapecheckError",
     "Slot",
     "build_engine",
+    "combined",
     "export",
+    "guard",
+    "load",
     "parity",
     "parse_ranges",
     "probe",
@@ -49,7 +55,10 @@ __all__ = [
 _LAZY = {
     "EngineSession": "shapecheck.run.engine_session",
     "build_engine": "shapecheck.build.engine",
+    "combined": "shapecheck.run.residuals",
     "export": "shapecheck.build.export",
+    "guard": "shapecheck.run.guard",
+    "load": "shapecheck.pipelines.load",
     "parity": "shapecheck.verify.request",
     "probe": "shapecheck.observe.probe",
     "read_contract": "shapecheck.build.artefact",

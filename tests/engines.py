@@ -8,8 +8,8 @@ import onnx
 import onnx_files
 
 from shapecheck import Contract, Geometry
-from shapecheck.build import artefact
 from shapecheck.contract.engine import BuildOptions
+from shapecheck.contract.metadata import CONTRACT
 from shapecheck.contract.profiles import Range
 
 RTX = BuildOptions("rtx", compute_capabilities=("8.9",))
@@ -25,6 +25,6 @@ def exported(path: Path, config: dict, *, latent: tuple[int, int] = (17, 25)) ->
 def sealed(path: Path, contract: Contract) -> Path:
     """Write the contract into an ONNX file."""
     model = onnx.load(path)
-    model.metadata_props.add(key=artefact.CONTRACT, value=contract.to_json())
+    model.metadata_props.add(key=CONTRACT, value=contract.to_json())
     onnx.save(model, path)
     return path

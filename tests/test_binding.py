@@ -106,7 +106,7 @@ def test_an_engine_without_control_takes_no_slots():
     error = refused(binding, FINE)
     assert [each.kind for each in error.mismatches] == ["surplus"] * 13
     assert "down_block_residual_00: surplus: got 2×320×17×25, expected no such input" in str(error)
-    assert "this engine takes sample, timestep, encoder_hidden_states" in str(error)
+    assert "the inputs are sample, timestep, encoder_hidden_states" in str(error)
 
 
 sizes = st.tuples(st.integers(1, 6), st.integers(1, 12), st.integers(1, 16), st.sampled_from([1, 77, 78, 154, 155]))
@@ -148,7 +148,7 @@ def test_any_size_within_a_range_is_served_and_any_other_is_refused_and_named(na
 def test_a_size_that_no_profile_takes_is_told_slot_by_slot_with_what_to_do():
     error = refused(Binding(request_for("sd15", SMALL), DEVICE), call(SD15, Geometry(2, 17, 45)))
     lines = str(error).splitlines()
-    assert lines[0] == "the engine cannot serve this call: 14 reasons"
+    assert lines[0] == "this call cannot be served: 14 reasons"
     assert lines[1] == "  sample: 2×4×17×45 given, profile 0 allows up to 3×4×24×40"
     assert "  down_block_residual_07: 2×1280×5×12 given, profile 0 allows up to 3×1280×6×10" in lines
     assert lines[-3:] == [
@@ -187,7 +187,7 @@ def test_tokens_beyond_the_profile_are_told():
 def test_a_missing_slot_says_that_control_off_means_zeros():
     given = {name: each for name, each in FINE.items() if name != "down_block_residual_04"}
     text = str(refused(BINDING, given))
-    assert text.splitlines()[0] == "the engine cannot serve this call: 1 reason"
+    assert text.splitlines()[0] == "this call cannot be served: 1 reason"
     missing = "missing: got nothing, expected 2×640×9×13 at batch 2, latent 17×25"
     assert f"  down_block_residual_04 (UNet down_blocks.1.attentions.0): {missing}\n" in text
     assert "without a ControlNet give zeros for every slot: a slot that is left out is never taken for zero" in text
@@ -238,8 +238,8 @@ def test_everything_wrong_is_told_at_once_in_the_order_of_the_contract():
     assert "encoder_hidden_states: dtype: got float16, expected float32" in text
     assert "encoder_hidden_states: device: got a tensor on cpu, expected one on cuda:1" in text
     assert "mid_block: surplus: got 2×1280×3×4, expected no such input; the name here is mid_block_residual" in text
-    assert "give every tensor in the dtype of the engine, with tensor.to(dtype)" in text
-    assert "give every tensor where the engine is, with tensor.to(device)" in text
+    assert "give every tensor in the dtype of the graph, with tensor.to(dtype)" in text
+    assert "give every tensor where the session runs, with tensor.to(device)" in text
 
 
 CAUSES = {
@@ -267,7 +267,7 @@ def test_a_wrong_shape_and_a_size_beyond_the_profile_are_told_together():
     assert [each.where for each in error.mismatches] == ["down_block_residual_02"]
     assert not any(each.startswith("down_block_residual_02:") for each in error.refusals)
     assert any(each.startswith("down_block_residual_01: 2×320×17×45 given") for each in error.refusals)
-    assert str(error).startswith("the engine cannot serve this call: 14 reasons\n")
+    assert str(error).startswith("this call cannot be served: 14 reasons\n")
 
 
 def test_a_name_of_the_engines_own_is_answered_with_the_contracts():

@@ -18,12 +18,12 @@ from click.testing import CliRunner
 from diffusers import ControlNetModel
 
 from shapecheck import Contract, Geometry, Mismatch, ShapecheckError, presets, probe
-from shapecheck.build import artefact, onnx_file
+from shapecheck.build import onnx_file
 from shapecheck.build.export import export
 from shapecheck.build.reading import read
 from shapecheck.build.shapes import parameters_to_inputs, shapes_at
 from shapecheck.cli import main
-from shapecheck.contract import show
+from shapecheck.contract import metadata, show
 from shapecheck.contract.checked import Check
 from shapecheck.contract.naming import SCHEMES, scheme
 from shapecheck.observe.probe import probe_controlnet
@@ -657,7 +657,7 @@ def test_no_name_in_a_file_can_forge_a_line_of_the_report(inside, drawn, tmp_pat
 
     def forge(model: ir.Model) -> None:
         model.producer_name, model.opset_imports["somewhere"] = EVIL, 1
-        model.metadata_props[artefact.CONTRACT] = replace(drawn[1], header=header).to_json()
+        model.metadata_props[metadata.CONTRACT] = replace(drawn[1], header=header).to_json()
         skip = next(node for node in model.graph if node.op_type == "Conv")
         skip.name = skip.outputs[0].name = EVIL + "skip"
         residual = next(value for value in model.graph.inputs if value.name == "down_block_residual_01")
@@ -678,7 +678,7 @@ def test_no_name_in_a_file_can_forge_a_line_of_the_report(inside, drawn, tmp_pat
 def test_a_contract_inside_that_forges_names_is_refused(inside, drawn, tmp_path):
     def forge(model: ir.Model) -> None:
         first, *rest = drawn[1].slots
-        model.metadata_props[artefact.CONTRACT] = replace(drawn[1], slots=(replace(first, producer=EVIL), *rest)).to_json()
+        model.metadata_props[metadata.CONTRACT] = replace(drawn[1], slots=(replace(first, producer=EVIL), *rest)).to_json()
 
     with pytest.raises(ShapecheckError, match=r"an edited contract: evil\\x1b\[2J\\nFINE: .* is no name"):
         check(files.planted(inside, tmp_path / "x.onnx", forge))
@@ -750,7 +750,7 @@ def test_a_graph_that_contradicts_itself_is_refused(tmp_path):
 
 def test_a_damaged_contract_inside_needs_a_model(drawn, inside, tmp_path):
     def damage(model: ir.Model) -> None:
-        model.metadata_props[artefact.CONTRACT] = drawn[1].to_json().replace("UNet2DCond", "UNet3DCond")
+        model.metadata_props[metadata.CONTRACT] = drawn[1].to_json().replace("UNet2DCond", "UNet3DCond")
 
     path = files.planted(inside, tmp_path / "x.onnx", damage)
     with pytest.raises(ShapecheckError, match=r"an edited contract: .* hold the file to a model instead: --model"):

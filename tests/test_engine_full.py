@@ -12,8 +12,8 @@ from diffusers import UNet2DConditionModel
 from test_export_presets import narrowed
 
 from shapecheck import export, presets
-from shapecheck.build import artefact
 from shapecheck.build.engine import build_engine
+from shapecheck.contract.metadata import WEIGHTS
 
 pytestmark = pytest.mark.full
 
@@ -29,5 +29,5 @@ def test_a_reduced_sdxl_in_half_precision(tmp_path):
     assert [each.dtype for each in profile.inputs] == ["float16", "float32", *["float16"] * (len(profile.inputs) - 2)]
     assert {"text_embeds", "time_ids"} <= {each.name for each in profile.inputs}
     metadata = {each.key: each.value for each in onnx.load(done.path, load_external_data=False).metadata_props}
-    assert built.engine.request.weights == built.engine.request.checkpoint == metadata[artefact.WEIGHTS]
+    assert built.engine.request.weights == built.engine.request.checkpoint == metadata[WEIGHTS]
     assert build_engine(done.path, tmp_path / "unet.plan", profiles=[engines.SIZES], options=engines.RTX).found

@@ -26,7 +26,7 @@ from shapecheck import ContractError, Geometry, ShapecheckError, presets
 from shapecheck.contract.engine import BuildOptions, Engine, Request
 from shapecheck.contract.engine_seen import DTYPES
 from shapecheck.contract.profiles import Range, dtypes_of, profile_of, rules_of
-from shapecheck.run import engine_session
+from shapecheck.run import engine_session, gate
 from shapecheck.run.binding import CallError
 from shapecheck.run.engine_session import EngineSession
 
@@ -529,10 +529,8 @@ def test_a_call_that_does_not_fit_never_reaches_tensorrt_and_changes_nothing(trt
 
 
 def test_what_is_no_tensor_is_named():
-    with pytest.raises(
-        ShapecheckError, match="timestep is float, mid_block_residual is NoneType: an engine takes tensors; with"
-    ):
-        engine_session._given(inputs_at(AT) | {"timestep": 1.0, "mid_block_residual": None})
+    with pytest.raises(ShapecheckError, match="timestep is float, mid_block_residual is NoneType: tensors are expected; with"):
+        gate._given(inputs_at(AT) | {"timestep": 1.0, "mid_block_residual": None})
 
 
 def test_none_for_a_slot_is_refused_and_nothing_is_filled_in(session):
@@ -618,7 +616,7 @@ def test_a_closed_session_refuses_and_has_given_everything_back(trt, tmp_path):
     assert all(each() is None for each in trt.contexts)
     assert session._engine is None
     assert session._runtime is None
-    with pytest.raises(ShapecheckError, match=r"unet\.plan: this session is closed; open the engine again"):
+    with pytest.raises(ShapecheckError, match=r"unet\.plan: this session is closed; open it again"):
         session(inputs)
     torch.testing.assert_close(output["out_sample"], computed(inputs))
 

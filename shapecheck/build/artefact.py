@@ -11,16 +11,9 @@ from typing import Any
 from shapecheck.build import onnx_file
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.contract.engine_files import is_engine, record_of
+from shapecheck.contract.metadata import CONTRACT
 from shapecheck.contract.records import Header
 from shapecheck.observe.configfile import one_line
-
-# Keys of an ONNX file's metadata_props.
-CONTRACT = "shapecheck.contract"
-DIGEST = "shapecheck.digest"
-NAMING = "shapecheck.naming"
-SIZES = "shapecheck.sizes"
-WEIGHTS = "shapecheck.weights"
-VERSIONS = "shapecheck.versions"
 
 _LARGEST_JSON = 16 * 2**20
 _LONGEST_BLANK = 64

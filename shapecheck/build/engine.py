@@ -15,13 +15,13 @@ from shapecheck.build import weights as checkpoints
 from shapecheck.build.engine_process import EngineError, EngineProcess, has_driver
 from shapecheck.build.external import external_tensors, file_digest, tensors_of
 from shapecheck.build.reading import Reading, read
-from shapecheck.contract import Contract, ContractError, Mismatch, ShapecheckError, profile_check, profile_forms
+from shapecheck.contract import Contract, ContractError, Mismatch, ShapecheckError, metadata, profile_check, profile_forms
 from shapecheck.contract.engine import BuildOptions, Built, Engine, Request
 from shapecheck.contract.engine_files import ENGINES, record_of
 from shapecheck.contract.engine_seen import DTYPES, SeenEngine, differences, seen_from
 from shapecheck.contract.environment import RTX_CAPABILITIES
 from shapecheck.contract.profile_forms import MOST_PROFILES
-from shapecheck.contract.profiles import Profile, Range, profile_of, range_of, rules_of
+from shapecheck.contract.profiles import Profile, Range, names_for, profile_of, range_of, rules_of
 from shapecheck.files import locked, refuse_unwritable, whole
 from shapecheck.observe.configfile import one_line
 from shapecheck.observe.progress import Progress, silent
@@ -63,7 +63,7 @@ def source_of(
     if known is None:
         raise ShapecheckError(f"{path} holds no contract: say which UNet it is with --model, or contract= from Python")
     known = artefact.printable(known)
-    called = names or ports.names_for(known, [each.name for each in reading.inputs])
+    called = names or names_for(known, [each.name for each in reading.inputs])
     return Source(path, reading, known, {name: called.get(name, name) for name in rules_of(known)})
 
 
@@ -220,7 +220,7 @@ def _refuse_as_timings(timings: Path, source: Source, target: Path | None) -> No
 def _digests(source: Source, progress: Progress) -> dict[str, str]:
     """What the file and its weights are, by their bytes: what its metadata says may be older than the weights beside it."""
     weights = checkpoints.digest(tensors_of(source.path), lambda *bytes_: progress("hashing the weights", *bytes_))
-    checkpoint = one_line(source.reading.metadata.get(artefact.WEIGHTS, ""))
+    checkpoint = one_line(source.reading.metadata.get(metadata.WEIGHTS, ""))
     return {"onnx": file_digest(source.path), "weights": weights, "checkpoint": checkpoint}
 
 

@@ -11,11 +11,11 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from shapecheck import __version__
-from shapecheck.build import artefact, graph, postconditions
+from shapecheck.build import graph, postconditions
 from shapecheck.build import weights as checkpoints
 from shapecheck.build.safetensor_files import Stored
 from shapecheck.build.subject import Subject, take
-from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.contract import Contract, ShapecheckError, metadata
 from shapecheck.contract.exported import Exported, Weights
 from shapecheck.contract.naming import Naming, scheme
 from shapecheck.files import refuse_unwritable, whole
@@ -174,10 +174,10 @@ def _rename(model: ir.Model, contract: Contract, naming: Naming) -> None:
 def _metadata(contract: Contract, naming: Naming, weights: str) -> dict[str, str]:
     libraries = ("torch", "diffusers", "onnxscript", "onnx", "onnx-ir")
     return {
-        artefact.CONTRACT: contract.to_json(),
-        artefact.DIGEST: contract.digest,
-        artefact.NAMING: naming.key,
-        artefact.SIZES: "any" if contract.divisor == 1 else f"multiples of {contract.divisor}",
-        artefact.WEIGHTS: weights,
-        artefact.VERSIONS: json.dumps({"shapecheck": __version__} | {name: version(name) for name in libraries}),
+        metadata.CONTRACT: contract.to_json(),
+        metadata.DIGEST: contract.digest,
+        metadata.NAMING: naming.key,
+        metadata.SIZES: "any" if contract.divisor == 1 else f"multiples of {contract.divisor}",
+        metadata.WEIGHTS: weights,
+        metadata.VERSIONS: json.dumps({"shapecheck": __version__} | {name: version(name) for name in libraries}),
     }

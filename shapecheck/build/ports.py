@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from shapecheck.build.reading import DeclaredDim, Tensor
 from shapecheck.contract import Contract, Dim, Mismatch, ShapecheckError, show
-from shapecheck.contract.naming import SHAPECHECK, detect
 from shapecheck.contract.profiles import Profile, dtypes_of, rules_of
 
 
@@ -29,18 +28,6 @@ def ports_of(tensors: Iterable[Tensor]) -> tuple[Port, ...]:
     if shapeless := [each.name for each in tensors if each.dims is None]:
         raise ShapecheckError(f"no shape is declared for {', '.join(shapeless)}: TensorRT needs the rank of every input")
     return tuple(Port(each.name, each.dtype, each.dims or ()) for each in tensors)
-
-
-def names_for(contract: Contract, given: Sequence[str]) -> dict[str, str]:
-    """What a file with these input names calls each input of the contract: base inputs as we do, slots by its own scheme.
-
-    Raises ShapecheckError where slots follow no known scheme.
-    """
-    ours = list(rules_of(contract))
-    slots = [slot.name for slot in contract.slots] if contract.role == "unet" else []
-    scheme = detect(given) or SHAPECHECK
-    theirs = dict(zip(slots, scheme.names(len(slots) - 1), strict=True)) if slots else {}
-    return {name: theirs.get(name, name) for name in ours}
 
 
 def mismatches(contract: Contract, ports: Sequence[Port], names: Mapping[str, str]) -> tuple[Mismatch, ...]:

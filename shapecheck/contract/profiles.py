@@ -10,6 +10,7 @@ from shapecheck.contract.contract import Contract
 from shapecheck.contract.dims import Dim, Shape, show
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
+from shapecheck.contract.naming import SHAPECHECK, detect
 
 BOUNDS = ("min", "opt", "max")
 _FIELDS = {"batch": "batch", "h": "height", "w": "width", "tokens": "tokens"}
@@ -157,6 +158,18 @@ def range_of(contract: Contract, profile: Profile) -> Range:
         raise ShapecheckError(f"no input of the profile shows the {' and the '.join(unseen)}: is `sample` in it?")
     return Range(*(Geometry(**usual | {f: counts[at].most_common(1)[0][0] for f, counts in votes.items() if counts[at]})
                    for at in range(len(BOUNDS))))  # fmt: skip
+
+
+def names_for(contract: Contract, given: Sequence[str]) -> dict[str, str]:
+    """What a file with these input names calls each input of the contract: base inputs as we do, slots by its own scheme.
+
+    Raises ShapecheckError where slots follow no known scheme.
+    """
+    ours = list(rules_of(contract))
+    slots = [slot.name for slot in contract.slots] if contract.role == "unet" else []
+    scheme = detect(given) or SHAPECHECK
+    theirs = dict(zip(slots, scheme.names(len(slots) - 1), strict=True)) if slots else {}
+    return {name: theirs.get(name, name) for name in ours}
 
 
 def choose(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int | None:

@@ -16,7 +16,7 @@ Role = Literal["unet", "controlnet"]
 
 MismatchKind = Literal[
     "channels", "size", "rounding", "batch", "rank", "broadcast", "dtype", "missing", "surplus", "order", "unused", "input",
-    "baked", "symbol", "sizes", "name", "range", "engine", "device",
+    "baked", "symbol", "sizes", "name", "range", "engine", "device", "values",
 ]  # fmt: skip
 
 

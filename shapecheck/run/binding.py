@@ -1,4 +1,4 @@
-"""Which calls an engine takes, and how each is bound. Plain values in and out: needs neither torch nor TensorRT."""
+"""Which calls a file takes, and how each is bound. Plain values in and out: needs neither torch nor TensorRT."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Protocol
 
 from shapecheck.contract import Contract, ContractError, Dim, Geometry, Mismatch, Shape, ShapecheckError, profile_check, show
 from shapecheck.contract.compare import compare, kind_of
-from shapecheck.contract.engine import Request
-from shapecheck.contract.profiles import choose, dtypes_of, range_of, refusals, rules_of
+from shapecheck.contract.profiles import Profile, choose, dtypes_of, range_of, refusals, rules_of
 from shapecheck.contract.ranges import written
 
 Given = tuple[Shape, str, str]
@@ -26,6 +26,36 @@ _Places = tuple[tuple[str, int, int], ...]
 """Where a size is read off: input, axis, and how many axes that input has."""
 
 
+class Taken(Protocol):
+    """What a file takes: an engine's record is one."""
+
+    @property
+    def contract(self) -> Contract:
+        """Of the model in it."""
+
+    @property
+    def profiles(self) -> tuple[Profile, ...] | None:
+        """The sizes it takes; None where it takes every size of its contract."""
+
+    @property
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """Every input: its name in the contract, and in the file."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """By the file's names."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnySize:
+    """A file that takes every size of its contract."""
+
+    contract: Contract
+    names: tuple[tuple[str, str], ...]
+    outputs: tuple[str, ...]
+    profiles: None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """How calls of one geometry are served."""
@@ -35,13 +65,13 @@ class Serving:
     given: Mapping[str, Given]
     """What every input has to be, by the contract's names and in its order."""
     inputs: Mapping[str, Shape]
-    """The same shapes by the engine's names."""
+    """The same shapes by the file's names."""
     outputs: Mapping[str, Shape]
-    """Shapes of the outputs by the engine's names, where the contract tells them; else empty."""
+    """Shapes of the outputs by the file's names, where the contract tells them; else empty."""
 
 
 class CallError(ContractError):
-    """An engine cannot serve a call, for all of these reasons.
+    """A call cannot be served, for all of these reasons.
 
     `mismatches` are with the contract; `refusals` say, input by input, why no profile takes the size.
     """
@@ -49,7 +79,7 @@ class CallError(ContractError):
     def __init__(
         self, mismatches: tuple[Mismatch, ...], refusals: tuple[str, ...], advice: Sequence[str], *, contract: Contract
     ) -> None:
-        super().__init__(mismatches, subject="the engine cannot serve this call", contract=contract)
+        super().__init__(mismatches, subject="this call cannot be served", contract=contract)
         self.refusals = refusals
         count = len(mismatches) + len(refusals)
         first = f"{self.subject}: {count} reason{'s' if count != 1 else ''}"
@@ -57,20 +87,21 @@ class CallError(ContractError):
 
 
 class Binding:
-    """The calls that one engine takes on one device, such as `cuda:0`.
+    """The calls that one file takes on one device, such as `cuda:0`.
 
-    Raises ShapecheckError where the engine's record contradicts itself: an input without a name, profiles that are not
+    Raises ShapecheckError where what it takes contradicts itself: an input without a name, profiles that are not
     images of one range.
     """
 
-    def __init__(self, request: Request, device: str) -> None:
-        names, rules = request.engine_names, rules_of(request.contract)
-        if names.keys() != rules.keys() or len(set(names.values())) != len(request.names):
+    def __init__(self, taken: Taken, device: str) -> None:
+        names, rules = dict(taken.names), rules_of(taken.contract)
+        if names.keys() != rules.keys() or len(set(names.values())) != len(taken.names):
             raise ShapecheckError("the engine's record does not name each input of its contract once; build the engine again")
-        profile_check.verify(request.contract, request.profiles)
-        self._request, self._device, self._names = request, device, names
+        if taken.profiles is not None:
+            profile_check.verify(taken.contract, taken.profiles)
+        self._taken, self._device, self._names = taken, device, names
         self._places = _places(rules)
-        self._at = lru_cache(_KEPT)(partial(serving_at, request, device))
+        self._at = lru_cache(_KEPT)(partial(serving_at, taken, device))
 
     def serve(self, given: Mapping[str, Given]) -> Serving:
         """How a call is served. `given` is by the contract's names.
@@ -80,43 +111,44 @@ class Binding:
         sizes = _sizes(self._places, given)
         if sizes is not None and (found := self._at(sizes)) is not None and given == found.given:
             return found
-        raise refusal(self._request, self._device, given)
+        raise refusal(self._taken, self._device, given)
 
     def addresses(self, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> dict[str, int]:
-        """Where every tensor lies, by the engine's names. `inputs` are by the contract's names, `outputs` by the engine's.
+        """Where every tensor lies, by the file's names. `inputs` are by the contract's names, `outputs` by the file's.
 
         Raises ShapecheckError where one is missing or lies nowhere.
         """
         table = {self._names[name]: address for name, address in inputs.items()} | dict(outputs)
-        wanted = (*self._names.values(), *self._request.outputs)
+        wanted = (*self._names.values(), *self._taken.outputs)
         if lost := [name for name in wanted if not table.get(name)]:
             raise ShapecheckError(f"no memory was given for {', '.join(lost)}")
         return {name: table[name] for name in wanted}
 
 
-def serving_at(request: Request, device: str, sizes: tuple[int, ...]) -> Serving | None:
+def serving_at(taken: Taken, device: str, sizes: tuple[int, ...]) -> Serving | None:
     """How calls of these sizes (batch, latent height, latent width, tokens) are served; None where nothing serves them."""
-    contract = request.contract
+    contract = taken.contract
     try:
         geometry = Geometry(*sizes)
         shapes = contract.input_shapes(geometry)
     except ShapecheckError:
         return None
-    if (profile := choose(request.profiles, shapes)) is None:
+    profile = choose(taken.profiles, shapes) if taken.profiles is not None else 0
+    if profile is None:
         return None
-    dtypes, names = dtypes_of(contract), request.engine_names
+    dtypes, names = dtypes_of(contract), dict(taken.names)
     return Serving(
         geometry,
         profile,
         given={name: (shape, dtypes[name], device) for name, shape in shapes.items()},
         inputs={names[name]: shape for name, shape in shapes.items()},
-        outputs=_outputs(request, geometry),
+        outputs=_outputs(taken, geometry),
     )
 
 
-def refusal(request: Request, device: str, given: Mapping[str, Given]) -> CallError:
+def refusal(taken: Taken, device: str, given: Mapping[str, Given]) -> CallError:
     """What to raise for a call that cannot be served: every reason at once, and what to do."""
-    contract = request.contract
+    contract = taken.contract
     rules = rules_of(contract)
     sizes = _sizes(_places(rules), given)
     found: list[Mismatch] = []
@@ -134,12 +166,13 @@ def refusal(request: Request, device: str, given: Mapping[str, Given]) -> CallEr
     else:
         found += _misshapen(contract, geometry, given)
         wrong = {each.where for each in found}
-        refused = refusals(request.profiles, {name: given[name][0] for name in rules if name not in wrong})
-        advice += _sizes_advice(request, geometry) if refused else ()
+        shapes = {name: given[name][0] for name in rules if name not in wrong}
+        refused = refusals(taken.profiles, shapes) if taken.profiles is not None else ()
+        advice += _sizes_advice(taken, geometry) if refused else ()
     found += _of_another_kind(contract, device, given)
     order = {name: place for place, name in enumerate(rules)}
     found.sort(key=lambda each: order[each.where])
-    found += _unknown(request, given)
+    found += _unknown(taken, given)
     return CallError(tuple(found), refused, [*advice, *_advice(contract, found)], contract=contract)
 
 
@@ -166,15 +199,15 @@ def _sizes(places: Sequence[_Places], given: Mapping[str, Given]) -> tuple[int, 
     return tuple(sizes)
 
 
-def _outputs(request: Request, geometry: Geometry) -> dict[str, Shape]:
-    contract = request.contract
+def _outputs(taken: Taken, geometry: Geometry) -> dict[str, Shape]:
+    contract = taken.contract
     if contract.role == "controlnet":
         shapes = contract.shapes(geometry)
-        return {name: shapes[name] for name in request.outputs} if shapes.keys() == set(request.outputs) else {}
+        return {name: shapes[name] for name in taken.outputs} if shapes.keys() == set(taken.outputs) else {}
     channels = contract.config.get("out_channels")
-    if len(request.outputs) != 1 or channels is None:
+    if len(taken.outputs) != 1 or channels is None:
         return {}
-    return {request.outputs[0]: (geometry.batch, channels, geometry.height, geometry.width)}
+    return {taken.outputs[0]: (geometry.batch, channels, geometry.height, geometry.width)}
 
 
 def _misshapen(contract: Contract, geometry: Geometry, given: Mapping[str, Given]) -> Iterator[Mismatch]:
@@ -213,9 +246,9 @@ def _of_another_kind(contract: Contract, device: str, given: Mapping[str, Given]
             yield Mismatch("device", name, f"a tensor on {place}", f"one on {device}")
 
 
-def _unknown(request: Request, given: Mapping[str, Given]) -> Iterator[Mismatch]:
-    known = rules_of(request.contract)
-    theirs = {engine: name for name, engine in request.names if name != engine}
+def _unknown(taken: Taken, given: Mapping[str, Given]) -> Iterator[Mismatch]:
+    known = rules_of(taken.contract)
+    theirs = {engine: name for name, engine in taken.names if name != engine}
     for name, (shape, _, _) in given.items():
         if name not in known:
             meant = [theirs[name]] if name in theirs else difflib.get_close_matches(name, known, 1)
@@ -233,17 +266,17 @@ def _advice(contract: Contract, found: Sequence[Mismatch]) -> Iterator[str]:
     if any(each.kind == "missing" and each.where in slots for each in found):
         yield "without a ControlNet give zeros for every slot: a slot that is left out is never taken for zero"
     if "dtype" in seen:
-        yield "nothing is converted on the way in: give every tensor in the dtype of the engine, with tensor.to(dtype)"
+        yield "nothing is converted on the way in: give every tensor in the dtype of the graph, with tensor.to(dtype)"
     if "device" in seen:
-        yield "nothing is copied to the GPU on the way in: give every tensor where the engine is, with tensor.to(device)"
+        yield "nothing is moved on the way in: give every tensor where the session runs, with tensor.to(device)"
     if "surplus" in seen:
-        yield f"this engine takes {', '.join(rules_of(contract))}"
+        yield f"the inputs are {', '.join(rules_of(contract))}"
 
 
-def _sizes_advice(request: Request, geometry: Geometry) -> Iterator[str]:
+def _sizes_advice(taken: Taken, geometry: Geometry) -> Iterator[str]:
     """What the profiles take, the size nearest to the one that was wanted, and how to get an engine for that one."""
-    contract = request.contract
-    ranges = [range_of(contract, profile) for profile in request.profiles]
+    contract = taken.contract
+    ranges = [range_of(contract, profile) for profile in taken.profiles or ()]
     for number, each in enumerate(ranges):
         yield f"profile {number}, in latent cells: {'; '.join(each.outside(geometry))}"
     best = min(ranges, key=lambda each: _distance(each.nearest(geometry), geometry))

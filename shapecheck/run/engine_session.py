@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +15,9 @@ from shapecheck.contract import Contract, Geometry, ShapecheckError, show
 from shapecheck.contract.engine import Engine
 from shapecheck.contract.engine_files import read_engine
 from shapecheck.contract.engine_seen import DYNAMIC
-from shapecheck.run.binding import Binding, Given, Serving
+from shapecheck.run.binding import Binding, Serving
 from shapecheck.run.executor import Call, Executor, refused
+from shapecheck.run.gate import Gate
 from shapecheck.run.gpu import Gpu
 from shapecheck.run.loading import Loaded, bytes_of, load, module_of
 
@@ -45,14 +44,13 @@ class EngineSession:
     """
 
     def __init__(self, path: Path, record: Engine, gpu: Gpu, loaded: Loaded, *, graphs: bool) -> None:
+        self.device, self.reuses_outputs = torch.device(gpu.name), True
         self.record = record
         """What travels beside the engine: contract, profiles, and all it was built from."""
         self._path, self._gpu, self._graphs = path, gpu, graphs
         self._logger, self._runtime, self._engine = loaded.logger, loaded.runtime, loaded.engine
-        self._binding = Binding(record.request, gpu.name)
+        self._gate = Gate(str(path), Binding(record.request, gpu.name))
         self._dtypes = {each.name: getattr(torch, each.dtype) for each in loaded.seen.tensors if not each.is_input}
-        self._lock = threading.Lock()
-        self._served: tuple[object, Serving] | None = None
         self._executors: dict[str, Executor] = {}
         self._outputs: dict[Geometry, dict[str, Tensor]] = {}
         self._last: Call | None = None
@@ -93,21 +91,22 @@ class EngineSession:
         Raises CallError, with all that is wrong, for a call that the engine cannot serve; ShapecheckError where TensorRT
         refuses it all the same, with TensorRT's own words, or where the session is closed or busy.
         """
-        with self._alone():
-            serving = self._serve(inputs)
+        with self._gate.alone():
+            serving = self._gate.serve(inputs)
             _kept, addresses = self._placed(serving, inputs)  # copies have to live until the work is queued
             with self._gpu.stream() as stream:
                 return self._run((serving, addresses), stream)
 
     def close(self) -> None:
         """Wait for the GPU, and give back the engine and its memory. Closing again is fine; a call afterwards is an error."""
-        if self._engine is None:
+        if not self._gate.is_open:
             return
-        with self._alone():
+        with self._gate.alone():
             try:
                 self._gpu.settle()
             finally:
-                self._served = self._last = self._graph = None
+                self._gate.shut()
+                self._last = self._graph = None
                 self._executors.clear()
                 self._outputs.clear()
                 self._engine = self._runtime = None
@@ -117,27 +116,6 @@ class EngineSession:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise ShapecheckError(f"{self._path}: this session is serving another call; open a session for each thread")
-        try:
-            if self._engine is None:
-                raise ShapecheckError(f"{self._path}: this session is closed; open the engine again")
-            yield
-        finally:
-            self._lock.release()
-
-    def _serve(self, inputs: Mapping[str, Tensor]) -> Serving:
-        """How a call is served: as the last one was, without a look at the contract, where nothing that counts differs."""
-        try:
-            signature = tuple([(name, each.shape, each.dtype, each.device) for name, each in inputs.items()])
-        except AttributeError:
-            signature = None
-        if self._served is None or self._served[0] != signature:
-            self._served = signature, self._binding.serve(_given(inputs))
-        return self._served[1]
 
     def _placed(self, serving: Serving, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
         """The tensors to bind, in the contract's order, and where they lie: copies of those that cannot be bound there."""
@@ -175,7 +153,7 @@ class EngineSession:
         if serving.geometry not in self._outputs:
             self._outputs[serving.geometry] = self._allocated(executor, serving)
         outputs = {name: each.data_ptr() for name, each in self._outputs[serving.geometry].items()}
-        executor.place(self._binding.addresses(dict(zip(serving.given, addresses, strict=True)), outputs))
+        executor.place(self._gate.binding.addresses(dict(zip(serving.given, addresses, strict=True)), outputs))
         executor.bound = call
 
     def _allocated(self, executor: Executor, serving: Serving) -> dict[str, Tensor]:
@@ -194,11 +172,3 @@ class EngineSession:
                 raise refused(f"make a context of {self._path}", self._logger, "is there enough memory on the GPU?")
             self._executors[kind] = Executor(context, self._logger)
         return self._executors[kind]
-
-
-def _given(inputs: Mapping[str, Tensor]) -> dict[str, Given]:
-    if strange := [f"{name} is {type(each).__name__}" for name, each in inputs.items() if not isinstance(each, Tensor)]:
-        raise ShapecheckError(f"{', '.join(strange)}: an engine takes tensors; without a ControlNet give zeros for every slot")
-    return {
-        name: (tuple(each.shape), str(each.dtype).removeprefix("torch."), str(each.device)) for name, each in inputs.items()
-    }

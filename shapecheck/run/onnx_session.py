@@ -33,13 +33,21 @@ _ELEMENTS = {
     torch.bfloat16: 16,
 }
 """ONNX's numbers of the element types."""
+_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"} | {
+    f"tensor({each})": each for each in ("float16", "bfloat16", "int32", "int64", "bool")
+}
+"""ONNX Runtime's names of the element types, and torch's."""
+
+_Place = tuple[str, int, int, tuple[int, ...], int]
+"""Device, its number, element type, shape and address, as a binding wants them."""
 
 
 class OnnxSession:
     """An ONNX file on one provider. `OnnxSession.open(path)` makes one.
 
     Call it with a tensor for every input, by the file's names; it returns a tensor for every output, by the file's names.
-    Inputs are read where they lie. Outputs go into the tensors that the caller gives, or into new ones on the CPU.
+    Inputs are read where they lie, and bound again only where that has changed. Outputs go into the tensors that the caller
+    gives, or into new ones on the CPU.
     """
 
     def __init__(self, session: Any, backend: str, device: torch.device) -> None:
@@ -47,6 +55,7 @@ class OnnxSession:
         self.device = device
         """Where inputs should lie: those that lie elsewhere are copied by ONNX Runtime."""
         self._session = session
+        self._binding, self._bound = session.io_binding(), dict[str, _Place]()
         self.inputs = tuple(each.name for each in session.get_inputs())
         self.outputs = tuple(each.name for each in session.get_outputs())
 
@@ -96,30 +105,57 @@ class OnnxSession:
         """The provider that really runs; those after it only take what it cannot."""
         return str(self._session.get_providers()[0])
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file says of itself."""
+        return dict(self._session.get_modelmeta().custom_metadata_map)
+
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of every input and output, as torch calls it."""
+        return {
+            each.name: _TYPES.get(each.type, each.type) for each in (*self._session.get_inputs(), *self._session.get_outputs())
+        }
+
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The outputs for these inputs; those named in `outputs` are written there.
 
         Raises ShapecheckError with ONNX Runtime's own words where it cannot run.
         """
-        binding, given = self._session.io_binding(), dict(outputs or {})
+        given = dict(outputs or {})
         kept = {name: each.contiguous() for name, each in inputs.items()}
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime runs on a stream of its own
         try:
-            for name, each in kept.items():
-                binding.bind_input(name, *_place(each))
-            for name in self.outputs:
-                if name in given:
-                    binding.bind_output(name, *_place(given[name]))
-                else:
-                    binding.bind_output(name, "cpu")
-            self._session.run_with_iobinding(binding)
-            found = dict(zip(self.outputs, binding.get_outputs(), strict=True))
+            self._bind(kept, given)
+            self._session.run_with_iobinding(self._binding)
+            if len(given) == len(self.outputs):
+                return given
+            found = dict(zip(self.outputs, self._binding.get_outputs(), strict=True))
             return {name: given[name] if name in given else torch.from_numpy(each.numpy()) for name, each in found.items()}
         except Exception as error:
+            self._forget()
             raise ShapecheckError(f"ONNX Runtime cannot run this call: {_words(error)}") from None
+
+    def _bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Bind what is not bound there already; nothing of a call with other names stays bound."""
+        places = {name: _place(each) for name, each in (*inputs.items(), *outputs.items())}
+        if places.keys() != self._bound.keys():
+            self._forget()
+        for name, place in places.items():
+            if self._bound.get(name) != place:
+                (self._binding.bind_output if name in outputs else self._binding.bind_input)(name, *place)
+                self._bound[name] = place
+        for name in self.outputs:
+            if name not in outputs:
+                self._binding.bind_output(name, "cpu")
+
+    def _forget(self) -> None:
+        self._binding, self._bound = self._session.io_binding(), {}
 
     def close(self) -> None:
         """Give the memory back."""
-        self._session = None
+        self._session = self._binding = None
+        self._bound.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -128,8 +164,7 @@ class OnnxSession:
         self.close()
 
 
-def _place(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
-    """Device, its number, element type, shape and address, as a binding wants them."""
+def _place(tensor: Tensor) -> _Place:
     return tensor.device.type, tensor.device.index or 0, _ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
 
 

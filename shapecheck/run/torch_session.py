@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -19,17 +19,21 @@ class TorchSession:
     """A UNet, in the precision and on the device where its weights are.
 
     Call it with a tensor for every input of the contract and for every slot; it returns the image under `out_sample`.
+    Where it is to be compared it computes `exactly`: on a GPU not in TF32.
     """
 
-    def __init__(self, module: nn.Module, contract: Contract) -> None:
-        self.module, self.contract = module.eval(), contract
+    def __init__(self, module: nn.Module, contract: Contract, *, exactly: bool = True) -> None:
+        self.module, self.contract, self._exactly = module.eval(), contract, exactly
         first = next(module.parameters())
         self.device, self.dtype = first.device, first.dtype
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The image for these inputs, which are cast to the module's precision, all but the timestep."""
+    def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The image for these inputs, which are cast to the module's precision, all but the timestep.
+
+        `outputs` are left alone: PyTorch allocates its own.
+        """
         given = {name: self._placed(name, each) for name, each in inputs.items()}
-        with torch.inference_mode(), exact():
+        with torch.no_grad(), exact() if self._exactly else nullcontext():
             return {OUTPUT: self.module(**arguments(self.contract, given), return_dict=False)[0]}
 
     def _placed(self, name: str, value: Tensor) -> Tensor:

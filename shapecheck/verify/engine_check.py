@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from shapecheck.build import artefact, subject
+from shapecheck.build import subject
 from shapecheck.build import weights as checkpoints
 from shapecheck.build.engine import read_back
 from shapecheck.build.external import file_digest, tensors_of
@@ -17,6 +17,7 @@ from shapecheck.contract.engine import Engine
 from shapecheck.contract.engine_checked import EngineCheck, Fit, Read, Weights
 from shapecheck.contract.engine_files import read_engine, size_of_engine
 from shapecheck.contract.engine_seen import differences
+from shapecheck.contract.metadata import WEIGHTS
 from shapecheck.contract.profile_check import mismatches
 from shapecheck.contract.profiles import choose, dtypes_of, range_of
 from shapecheck.observe.configfile import one_line
@@ -144,7 +145,7 @@ def _weights(engine: Engine, name: str, offline: bool, progress: Progress) -> We
             return Weights(name, True, "the very file")
         if own == request.weights:
             return Weights(name, True, "the same weights, in another ONNX file")
-        exported_from = read(path).metadata.get(artefact.WEIGHTS)
+        exported_from = read(path).metadata.get(WEIGHTS)
         same = exported_from and exported_from == request.checkpoint
         return Weights(name, False, "another export of the same checkpoint" if same else f"other weights: {own}")
     taken = subject.take(name, offline=offline)

@@ -1,0 +1,423 @@
+"""A guard on a live UNet: a call whose residuals would be misused, mostly in silence, is refused before it runs."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter, itemgetter
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from shapecheck.contract import Config, Contract, ContractError, Geometry, Mismatch, Shape, ShapecheckError, Slot, show
+from shapecheck.contract.compare import compare
+from shapecheck.contract.naming import SHAPECHECK
+from shapecheck.run.watch import Watch
+
+Mode = Literal["error", "warn"]
+
+_DOWNS = "down_block_additional_residuals"
+_MID = "mid_block_additional_residual"
+_FEATURES = "down_intrablock_additional_residuals"
+_ARGUMENTS = ("sample", _DOWNS, _MID, _FEATURES)
+_ORDER = (
+    "sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask", "cross_attention_kwargs",
+    "added_cond_kwargs", _DOWNS, _MID, _FEATURES, "encoder_attention_mask", "return_dict",
+)  # fmt: skip
+"""Positional arguments of diffusers' forward: what `*args` means in a forward that wraps it."""
+_NEVER = sys.maxsize
+_DECIDING = (
+    "in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types",
+    "mid_block_type",
+)  # fmt: skip
+"""Config keys that tell one UNet's slots and inputs from another's."""
+_INSIDE = (str(Path(torch.__file__).parent), __file__)
+"""Files that lie between a warning and whoever called the UNet."""
+
+_LONE_MID = f"without {_DOWNS} diffusers ignores all control: give both, or neither"
+_LONE_DOWNS = (
+    f"without {_MID} diffusers takes the down residuals for T2I-Adapter features, adds them elsewhere and pops them from the "
+    f"caller's list: give both, or give features as {_FEATURES}"
+)
+_LONE_DOWNS_BESIDE_FEATURES = f"without {_MID} diffusers ignores the down residuals: give both, or features alone"
+_EMPTIED = (
+    "diffusers pops T2I-Adapter features from the caller's list, so that a later call finds less in it: "
+    "give list(features) at each call"
+)
+
+_form = attrgetter("shape", "dtype", "device")
+_Form = tuple[Shape, torch.dtype, torch.device]
+
+
+class GuardError(ContractError):
+    """A guarded UNet was called with residuals that it would misuse. `mismatches` holds every one of them."""
+
+
+class GuardWarning(UserWarning):
+    """What a GuardError says, where the guard's mode is "warn" and the call goes on."""
+
+
+def guard(
+    unet: nn.Module,
+    contract: Contract,
+    *,
+    controlnet: nn.Module | Sequence[nn.Module] | None = None,
+    mode: Mode = "error",
+) -> Guard:
+    """Refuse every call of `unet` whose residuals do not fit `contract`, until the returned guard is removed.
+
+    `unet` is a live UNet2DConditionModel, or one wrapped by `torch.compile`; its contract is what `shapecheck.probe(unet)`
+    returns. A call is checked before it runs, for the geometry of its `sample`, (batch, channels, height, width). In mode
+    "error" it raises GuardError with everything that is wrong, slot by slot; in mode "warn" it issues one GuardWarning with
+    the same text and goes on. A call without residuals is control switched off, and fine.
+
+    Seen in the call itself:
+
+    - too few or too many residuals, and None among them
+    - shapes that PyTorch would broadcast: (1, C, H, W), (C, H, W), (B, 1, H, W), and 1×1 where the contract does not say
+      pooled; any other shape that is not the slot's; a number or anything else that is no tensor
+    - a dtype other than the sample's (under autocast, its dtype is right as well)
+    - a device other than the sample's (not where accelerate's hooks move what a module is given)
+    - the mid residual without the down residuals, or these without it
+    - T2I-Adapter features in a list that an earlier call has emptied or shortened by `pop`, or in a tuple; an empty list
+      of down residuals
+
+    Seen only with `controlnet=`, one module (a MultiControlNetModel counts as one) or those whose residuals are summed:
+
+    - two residuals of one shape exchanged, or one given for two slots
+    - the halves of the batch exchanged (classifier-free guidance)
+    - height and width exchanged where they are equal
+    - the residuals of an earlier call, though the ControlNet has run again since
+    - zeros where the ControlNet gave something else
+
+    For these the guard keeps the last two emissions of each ControlNet alive. A residual that is the very tensor the
+    ControlNet returned costs no more; any other (guess mode, a strength, a sum) is compared by value, which waits for a GPU.
+    Only what is positively recognised is reported: scaling by a positive number, guess mode's zeros before a batch, a
+    repeated batch and sums are right; masks, blends and residuals of another origin are let pass.
+
+    Not seen: what the sample, timestep and text are; residuals that a ControlNet computed for another step, image or
+    prompt and that are its last; an exchange of residuals that are equal or proportional; calls of `unet.forward` itself,
+    and calls that are traced into a graph by torch.export.
+
+    Raises ShapecheckError where `mode` is unknown, or `contract` is no UNet's, has no slots or is another model's.
+    """
+    if mode not in ("error", "warn"):
+        raise ShapecheckError(f'no guard mode {mode!r}; known: "error", "warn"')
+    if not isinstance(unet, nn.Module):
+        raise ShapecheckError(f"a guard is put on a UNet, not on a {type(unet).__name__}; of a pipeline give pipeline.unet")
+    _require_contract_of(_inner(unet), contract)
+    return Guard(unet, contract, _modules(controlnet), mode)
+
+
+class Guard:
+    """What `guard` put on a UNet. `remove()`, or the end of a `with`, takes it off again."""
+
+    def __init__(self, unet: nn.Module, contract: Contract, controlnets: Sequence[nn.Module], mode: Mode) -> None:
+        self._unet, self._contract, self._mode = _inner(unet), contract, mode
+        self._places = _places(self._unet)
+        self._names = tuple(slot.name for slot in contract.slots)
+        self._shapes = _Shapes(contract.slots)
+        self._known: tuple[Any, list[_Form]] = (None, [])
+        self._features: tuple[Any, int] = (None, 0)
+        self._had_downs = False
+        self._watch = Watch(controlnets) if controlnets else None
+        # kept out of graphs that torch.compile makes, which would freeze what the hook saw when it was traced
+        hook = torch.compiler.disable(self._before)  # type: ignore[no-untyped-call]
+        self._removals = [unet.register_forward_pre_hook(hook, with_kwargs=True).remove]
+        self._removals += self._watch.install() if self._watch else []
+
+    def remove(self) -> None:
+        """Take every hook off and let go of every tensor. Does nothing the second time."""
+        while self._removals:
+            self._removals.pop()()
+        self._features = (None, 0)
+        if self._watch:
+            self._watch.forget()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pre-hook."""
+        if torch.compiler.is_compiling():  # an export: symbols in place of sizes, and nothing runs
+            return
+        call = _Call(*[args[place] if place < len(args) else kwargs.get(name) for name, place in self._places])
+        if call.downs is None and call.mid is None and call.features is None:
+            return
+        found = [] if self._fits(call) else self._faults(call)
+        if self._watch and call.downs is not None and call.mid is not None:
+            found += self._value_faults(self._watch, call, {each.where for each in found})
+        if found:
+            self._tell(tuple(found))
+
+    def _fits(self, call: _Call) -> bool:
+        """Whether all is well, told quickly: the forms for a size are worked out once and kept until another size comes."""
+        if call.features is not None or not isinstance(call.downs, (list, tuple)):
+            return False
+        try:
+            given = [*map(_form, call.downs), _form(call.mid)]
+            sample = (_form(call.sample), _autocast(call.sample))
+        except AttributeError:
+            return False
+        known, wanted = self._known
+        if sample != known:
+            wanted = self._wanted(call.sample)
+            self._known = sample, wanted
+        fits = given == wanted
+        self._had_downs |= fits
+        return fits
+
+    def _wanted(self, sample: Tensor) -> list[_Form]:
+        """What each residual has to be beside this sample; nothing where it shows no size that the UNet takes."""
+        geometry = _geometry(self._contract, sample)
+        if isinstance(geometry, Mismatch):
+            return []
+        dtype = _autocast(sample) or sample.dtype
+        return [(shape, dtype, sample.device) for shape in self._shapes.at(geometry)]
+
+    def _faults(self, call: _Call) -> list[Mismatch]:
+        """Everything that the call itself shows to be wrong, slot by slot."""
+        found = list(_of_features(call.features, self._features))
+        if isinstance(call.features, list):
+            self._features = (call.features, len(call.features))
+        if call.downs is None and call.mid is None:
+            return found
+        geometry = _geometry(self._contract, call.sample)
+        if isinstance(geometry, Mismatch):
+            return [*found, geometry]
+        moved = "_hf_hook" in vars(self._unet)
+        given = sorted(_of_residuals(self._contract, call, geometry, moved), key=self._position)
+        empty = isinstance(call.downs, (list, tuple)) and not call.downs
+        if empty and self._had_downs:
+            given = [replace(each, cause=_EMPTIED) if each.where in self._names[:-1] else each for each in given]
+        self._had_downs |= call.downs is not None and not empty
+        return found + given
+
+    def _position(self, mismatch: Mismatch) -> int:
+        """Slots in their order; what is no slot after them."""
+        return self._names.index(mismatch.where) if mismatch.where in self._names else len(self._names)
+
+    def _value_faults(self, watch: Watch, call: _Call, wrong: set[str]) -> list[Mismatch]:
+        """What the watched ControlNets tell of the residuals with which nothing else is wrong."""
+        if wrong & {"sample", _DOWNS}:
+            return []
+        given = dict(zip(self._names, call.downs, strict=False)) | {self._names[-1]: call.mid}
+        faults = watch.faults({name: value for name, value in given.items() if name not in wrong})
+        return [_placed(self._contract, call.sample, each) for each in faults]
+
+    def _tell(self, found: tuple[Mismatch, ...]) -> None:
+        error = GuardError(
+            found, subject=f"{self._contract.class_name} is called with control that does not fit", contract=self._contract
+        )
+        if self._mode == "error":
+            raise error
+        warnings.warn(str(error), GuardWarning, stacklevel=_level())
+
+
+class _Call(NamedTuple):
+    """The arguments of one call that matter here."""
+
+    sample: Any
+    downs: Any
+    mid: Any
+    features: Any
+
+
+class _Shapes:
+    """The shapes of all residuals at a geometry; dimensions that slots share are worked out once."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._dims = tuple(dict.fromkeys(dim for slot in slots for dim in slot.shape))
+        self._picks = [itemgetter(*map(self._dims.index, slot.shape)) for slot in slots]
+
+    def at(self, geometry: Geometry) -> list[Shape]:
+        """In slot order, (batch, channels, height, width) each, in slot cells."""
+        table = geometry.sizes
+        sizes = [dim.at(table) for dim in self._dims]
+        return [pick(sizes) for pick in self._picks]
+
+
+def _geometry(contract: Contract, sample: Any) -> Geometry | Mismatch:
+    """The geometry that a sample shows, or what is wrong with the sample."""
+    if not isinstance(sample, Tensor) or sample.dim() != 4:
+        return Mismatch(
+            "rank", "sample", _told(sample), "batch×channels×h×w", cause="it shows no size to check residuals against"
+        )
+    batch, _, height, width = sample.shape
+    try:
+        geometry = Geometry(batch, height, width)
+        contract.require(geometry)
+    except ShapecheckError as error:
+        return Mismatch("size", "sample", tuple(sample.shape), "a size that the UNet takes", cause=str(error))
+    return geometry
+
+
+def _of_features(features: Any, before: tuple[Any, int]) -> Iterator[Mismatch]:
+    """What is wrong with T2I-Adapter features. `before` is the list of the last call that gave any, and its length then."""
+    if features is None:
+        return
+    wanted = "a list with a feature for each down block"
+    if not isinstance(features, list):
+        yield Mismatch(
+            "input", _FEATURES, _told(features), wanted, cause="diffusers pops from it; give list(features) at each call"
+        )
+    elif not features or (features is before[0] and len(features) < before[1]):
+        left = f"a list with {len(features)} left in it" if features else "an empty list"
+        yield Mismatch("missing", _FEATURES, left, wanted, cause=_EMPTIED)
+
+
+def _of_residuals(contract: Contract, call: _Call, geometry: Geometry, moved: bool) -> Iterator[Mismatch]:
+    """What is wrong with residuals of which at least one side was given, in no order."""
+    slots, mid = contract.slots, contract.slots[-1]
+    given = {mid.name: call.mid}
+    if isinstance(call.downs, (list, tuple)):
+        given |= {SHAPECHECK.down(index): value for index, value in enumerate(call.downs)}
+    else:
+        slots = (mid,)
+        yield _without_downs(contract, call, geometry)
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in given.items() if value is not None and name not in tensors}
+    yield from _no_tensors(contract, geometry, others)
+    left = [slot for slot in slots if slot.name not in others]
+    for each in compare(left, geometry, {name: tuple(value.shape) for name, value in tensors.items()}):
+        if each.where == mid.name and each.kind == "missing":
+            yield replace(each, cause=_LONE_DOWNS if call.features is None else _LONE_DOWNS_BESIDE_FEATURES)
+        else:
+            yield replace(each, cause=_cause(each))
+    for slot in left:
+        if slot.name in tensors:
+            yield from _of_another_kind(slot, geometry, tensors[slot.name], call.sample, moved)
+
+
+def _without_downs(contract: Contract, call: _Call, geometry: Geometry) -> Mismatch:
+    """The down residuals are absent, or no sequence."""
+    *downs, mid = contract.slots
+    if call.downs is None:
+        beside = f"{len(downs)} down residuals beside it"
+        return Mismatch("unused", mid.name, _told(call.mid), beside, geometry, mid.producer, cause=_LONE_MID)
+    wanted = f"a list or tuple of {len(downs)} tensors, {downs[0].name} to {downs[-1].name}"
+    cause = "diffusers adds what it yields item by item, in silence where that broadcasts"
+    return Mismatch("input", _DOWNS, _told(call.downs), wanted, geometry, cause=cause)
+
+
+def _no_tensors(contract: Contract, geometry: Geometry, others: Mapping[str, Any]) -> Iterator[Mismatch]:
+    slots = {slot.name: slot for slot in contract.slots}
+    for name, value in others.items():
+        if (slot := slots.get(name)) is None:
+            yield Mismatch("surplus", name, _told(value), "no such slot", geometry, cause="the UNet ignores it in silence")
+        else:
+            cause = (
+                "these are the keys of a ControlNetOutput: call MultiControlNetModel with return_dict=False"
+                if isinstance(value, str)
+                else "PyTorch broadcasts a number in silence"
+            )
+            yield Mismatch("input", name, _told(value), slot.shape_at(geometry), geometry, slot.producer, cause=cause)
+
+
+def _cause(mismatch: Mismatch) -> str:
+    """The cause of a mismatch of shapes, with a word on broadcasting where PyTorch would do that."""
+    got, wanted = mismatch.observed, mismatch.expected
+    if isinstance(got, str) or isinstance(wanted, str) or "silence" in mismatch.cause or len(got) > len(wanted):
+        return mismatch.cause
+    if all(size in (1, want) for size, want in zip(got[::-1], wanted[::-1], strict=False)):
+        return "; ".join(filter(None, (mismatch.cause, "PyTorch broadcasts it in silence")))
+    return mismatch.cause
+
+
+def _of_another_kind(slot: Slot, geometry: Geometry, value: Tensor, sample: Tensor, moved: bool) -> Iterator[Mismatch]:
+    """A dtype or a device that is not the sample's."""
+    if value.dtype not in (sample.dtype, _autocast(sample)):
+        got, wanted = _short(value.dtype), _short(_autocast(sample) or sample.dtype)
+        cause = f"PyTorch promotes it in silence, or fails late, in an up block; give it with .to(torch.{wanted})"
+        yield Mismatch("dtype", slot.name, got, wanted, geometry, slot.producer, cause=cause)
+    if value.device != sample.device and not moved:
+        place = f"one on {sample.device}, where the sample is"
+        yield Mismatch("device", slot.name, f"a tensor on {value.device}", place, geometry, slot.producer)
+
+
+def _autocast(sample: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes in on the sample's device; None where it is off."""
+    kind = sample.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def _placed(contract: Contract, sample: Tensor, mismatch: Mismatch) -> Mismatch:
+    """A mismatch of values, with the geometry and the UNet's module."""
+    batch, _, height, width = sample.shape
+    return replace(mismatch, geometry=Geometry(batch, height, width), unet_module=contract.slot(mismatch.where).producer)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    return (
+        f"a tensor of {show(tuple(value.shape))}" if isinstance(value, Tensor) else f"a {type(value).__name__}, {value!r:.40}"
+    )
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """The module itself, where torch.compile wrapped it."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _modules(controlnet: nn.Module | Sequence[nn.Module] | None) -> tuple[nn.Module, ...]:
+    several = isinstance(controlnet, (list, tuple, nn.ModuleList))
+    modules = tuple(controlnet) if several else () if controlnet is None else (controlnet,)  # type: ignore[arg-type]
+    for each in modules:
+        if not isinstance(each, nn.Module):
+            raise ShapecheckError(f"controlnet= takes a ControlNet or several in a list, not {_told(each)}")
+    return modules  # type: ignore[return-value]
+
+
+def _places(unet: nn.Module) -> tuple[tuple[str, int], ...]:
+    """The arguments that matter, each with its place among the positional ones. Raises ShapecheckError where there are none."""
+    parameters = inspect.signature(unet.forward).parameters.values()
+    kinds = {each.kind for each in parameters}
+    positional = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        positional += _ORDER[len(positional) :]
+    known = {each.name for each in parameters} | set(positional)
+    absent = [name for name in _ARGUMENTS[:-1] if name not in known]
+    if absent and inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise ShapecheckError(f"{type(unet).__name__}.forward takes no {', '.join(absent)}: there is nothing to guard")
+    return tuple((name, positional.index(name) if name in positional else _NEVER) for name in _ARGUMENTS)
+
+
+def _require_contract_of(unet: nn.Module, contract: Contract) -> None:
+    """Raise ShapecheckError unless this can be the contract of that UNet."""
+    if contract.role != "unet":
+        raise ShapecheckError(
+            f"a guard needs the contract of a UNet; this one is that of a {contract.role} ({contract.class_name})"
+        )
+    if len(contract.slots) < 2:
+        raise ShapecheckError("this contract has no slots for residuals: there is nothing to guard")
+    config = getattr(unet, "config", None)
+    theirs = Config(config) if isinstance(config, Mapping) else Config()
+    ours = contract.config
+    differ = [
+        f"{key}: the UNet has {theirs[key]}, the contract {ours[key]}"
+        for key in _DECIDING
+        if key in theirs and key in ours and theirs[key] != ours[key]
+    ]
+    if differ:
+        raise ShapecheckError("\n  ".join(["this is the contract of another model; probe this UNet", *differ]))
+
+
+def _level() -> int:
+    """How many frames lie between the warning and whoever called the UNet."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename.startswith(_INSIDE):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -1,0 +1,134 @@
+"""Whole real pipelines made of small parts, and the images they give."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from shapecheck.pipelines import small as parts_of
+
+STEPS = 10
+HEIGHT, WIDTH = 72, 104  # pixels: 9×13 latent cells, odd at the first level already
+SCHEDULERS = {
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler-ancestral": (diffusers.EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    "lcm": (diffusers.LCMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
+}
+"""Name → class and settings beside those of every Stable Diffusion; Euler ancestral as in Turbo."""
+
+
+@contextmanager
+def quiet():
+    """Without the one warning of Euler's and UniPC's: they hand NumPy 2 a tensor, whose __array__ torch wrote for NumPy 1."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy", DeprecationWarning, "diffusers")
+        yield
+
+
+def new_scheduler(name: str):
+    """A new one: a scheduler keeps state from step to step."""
+    class_, settings = SCHEDULERS[name]
+    with quiet():
+        return class_(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, **settings)
+
+
+def build(class_, parts: parts_of.Parts, *, unet=None, controlnet=None, scheduler=None) -> DiffusionPipeline:
+    """The pipeline of these parts; a UNet, ControlNet or scheduler given takes the place of theirs."""
+    offered = {
+        "vae": parts.vae,
+        "unet": unet or parts.unet,
+        "controlnet": controlnet or parts.controlnet,
+        "scheduler": scheduler or new_scheduler("ddim"),
+        "text_encoder": parts.text_encoders[0],
+        "text_encoder_2": parts.text_encoders[-1],
+        "tokenizer": parts.tokenizers[0],
+        "tokenizer_2": parts.tokenizers[-1],
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+        "add_watermarker": False,
+    }
+    wanted = inspect.signature(class_).parameters.keys()
+    pipe = class_(**{name: value for name, value in offered.items() if name in wanted})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
+    "controlnet": partial(build, diffusers.StableDiffusionControlNetPipeline),
+    "controlnet-img2img": partial(build, diffusers.StableDiffusionControlNetImg2ImgPipeline),
+    "controlnet-inpaint": partial(build, diffusers.StableDiffusionControlNetInpaintPipeline),
+    "text": partial(build, diffusers.StableDiffusionPipeline),
+    "xl-controlnet": partial(build, diffusers.StableDiffusionXLControlNetPipeline),
+    "xl-controlnet-img2img": partial(build, diffusers.StableDiffusionXLControlNetImg2ImgPipeline),
+    "xl-text": partial(build, diffusers.StableDiffusionXLPipeline),
+}
+
+
+def kind(name: str) -> str:
+    """Which parts the pipeline of this name is made of."""
+    return "sdxl" if name.startswith("xl-") else "sd15"
+
+
+def rings(height: int, width: int) -> np.ndarray:
+    """A control image with edges at every scale, each colour another: (1, height, width, 3), 0 to 1."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    far = np.hypot(y - height / 3, x - width / 4)
+    return np.stack([(far // 9) % 2, np.sign(x - y) / 2 + 0.5, x / width], axis=-1)[None].astype(np.float32)
+
+
+def waves(height: int, width: int) -> np.ndarray:
+    """An image to start from: (1, height, width, 3), 0 to 1."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    return (np.stack([np.sin(y / 7), np.cos(x / 11), np.sin((x + y) / 17)], axis=-1) / 2 + 0.5)[None].astype(np.float32)
+
+
+def mask(height: int, width: int) -> np.ndarray:
+    """What to paint anew, the right half without a border: (1, height, width), 0 or 1."""
+    shape = np.zeros((1, height, width), dtype=np.float32)
+    shape[:, 8 : height - 8, width // 2 :] = 1
+    return shape
+
+
+def pictures(pipe: DiffusionPipeline, height: int, width: int) -> dict[str, np.ndarray]:
+    """Those this pipeline asks for, by argument."""
+    wanted = inspect.signature(type(pipe).__call__).parameters.keys()
+    offered = {
+        "image": waves(height, width) if "control_image" in wanted else rings(height, width),
+        "control_image": rings(height, width),
+        "mask_image": mask(height, width),
+    }
+    return {name: picture for name, picture in offered.items() if name in wanted}
+
+
+def images(pipe: DiffusionPipeline, **options) -> np.ndarray:
+    """The pipeline's images, (batch, height, width, 3) from 0 to 1; every argument of the call can be given anew."""
+    settings = {
+        "prompt": "a red chair by the window",
+        "negative_prompt": "blurred",
+        "num_inference_steps": STEPS,
+        "guidance_scale": 5.0,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "generator": torch.Generator().manual_seed(4),
+        "output_type": "np",
+    } | options
+    for name, value in {"controlnet_conditioning_scale": 1.0, "strength": 0.8}.items():  # left out, it depends on the pipeline
+        if name in inspect.signature(type(pipe).__call__).parameters:
+            settings.setdefault(name, value)
+    prompts = 1 if isinstance(settings["prompt"], str) else len(settings["prompt"])
+    for name, picture in pictures(pipe, settings["height"], settings["width"]).items():
+        settings.setdefault(name, np.repeat(picture, prompts, axis=0))
+    with quiet():
+        return pipe(**settings).images
