@@ -15,6 +15,9 @@ from torch import nn
 
 from shapecheck import Contract, Geometry, probe
 from shapecheck.contract import Input, Slot
+from shapecheck.contract.metadata import CONTRACT
+from shapecheck.contract.profiles import dtypes_of
+from shapecheck.observe.probe import probe_controlnet
 
 XL = {
     "block_out_channels": (8, 16),
@@ -60,12 +63,16 @@ class Flat(nn.Module):
 
 def exported(path: Path, config: dict, *, latent: tuple[int, int], baked: tuple[str, ...] = ()) -> tuple[Path, Contract]:
     """A small real UNet through torch's TorchScript exporter, dynamic axes named as a contract names them."""
-    model = unet(**config)
+    return written(path, unet(**config), latent=latent, baked=baked)
+
+
+def written(path: Path, model: nn.Module, *, latent: tuple[int, int], baked: tuple[str, ...] = ()) -> tuple[Path, Contract]:
+    """The same for a live UNet."""
     contract = probe(model)
     rules = {each.name: each.shape for each in (*contract.inputs, *contract.slots)}
-    dtypes = {each.name: getattr(torch, each.dtype) for each in contract.inputs}
+    dtypes = dtypes_of(contract)
     shapes = contract.input_shapes(Geometry(2, *latent, 7))
-    tensors = {name: torch.zeros(shape, dtype=dtypes.get(name, torch.float32)) for name, shape in shapes.items()}
+    tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtypes[name])) for name, shape in shapes.items()}
     constants = {name: tensors.pop(name) for name in baked}
     axes = {name: {axis: str(dim) for axis, dim in enumerate(rules[name]) if dim.symbol} for name in tensors}
     with warnings.catch_warnings():
@@ -81,6 +88,47 @@ def exported(path: Path, config: dict, *, latent: tuple[int, int], baked: tuple[
             dynamo=False,
         )
     return path, contract
+
+
+class FlatControlNet(nn.Module):
+    """A ControlNet with a tensor for every input and a list of tensors for an output."""
+
+    def __init__(self, model: nn.Module, contract: Contract) -> None:
+        super().__init__()
+        self.model, self.contract = model, contract
+
+    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        call: dict = {}
+        for each, value in zip(self.contract.inputs, given, strict=True):
+            group, _, key = each.argument.rpartition(".")
+            (call.setdefault(group, {}) if group else call)[key] = value
+        downs, mid = self.model(**call, return_dict=False)
+        return (*downs, mid)
+
+
+def controlnet_written(path: Path, model: nn.Module, *, latent: tuple[int, int]) -> Path:
+    """A live ControlNet in the same way, with its contract inside."""
+    contract = probe_controlnet(model)
+    rules = {each.name: each.shape for each in (*contract.inputs, *contract.slots)}
+    shapes = contract.input_shapes(Geometry(2, *latent, 7))
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    axes = {name: {axis: str(dim) for axis, dim in enumerate(rule) if dim.symbol} for name, rule in rules.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            FlatControlNet(model, contract),
+            tuple(tensors.values()),
+            str(path),
+            input_names=list(tensors),
+            output_names=[slot.name for slot in contract.slots],
+            dynamic_axes=axes,
+            opset_version=17,
+            dynamo=False,
+        )
+    file = onnx.load(path)
+    file.metadata_props.add(key=CONTRACT, value=contract.to_json())
+    onnx.save(file, path)
+    return path
 
 
 def planted(source: Path, target: Path, *edits) -> Path:

@@ -603,10 +603,21 @@ def test_a_guard_set_before_compiling_sees_every_call(unet, net, contract, inpla
     torch._dynamo.reset()
 
 
-def test_while_a_graph_is_traced_nothing_is_checked(unet, contract, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+def test_an_exporter_does_not_meet_the_guard(contract):
+    unet = Adding()
+    wrong = residuals(contract) | {DOWNS[0]: torch.zeros(1, 8, 13, 17)}
+    *downs, mid = wrong.values()
     with guard(unet, contract):
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        call(unet, residuals(contract) | {DOWNS[0]: torch.zeros(1, 8, 13, 17)})
+        with pytest.raises(GuardError, match=f"{DOWNS[0]} .*: batch"):
+            call(unet, wrong)
+        torch.export.export(unet, (*base().values(), downs, mid, False), strict=False)
+        torch.jit.trace(
+            unet,
+            (random(2, 4, 13, 17), torch.tensor(1), random(2, 7, 12), tuple(downs), mid, torch.tensor(0)),
+            check_trace=False,
+        )
+    assert hooks_of(unet) == 0
 
 
 # through pipelines

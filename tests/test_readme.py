@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pipes
 import re
 import shlex
 import subprocess
@@ -15,12 +16,14 @@ import onnx_files
 import pytest
 import small
 from click.testing import CliRunner
+from PIL import Image
 
 from shapecheck import parse_ranges, presets, profile_of
 from shapecheck.build.engine import build_engine
 from shapecheck.cli import main
 from shapecheck.contract import profile_forms
 from shapecheck.contract.profiles import Profile
+from shapecheck.pipelines import small as parts_of
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -44,6 +47,9 @@ def workplace(tmp_path, monkeypatch):
 
 def prepare(text: str) -> None:
     """Make the models that commands name."""
+    if "depth.png" in text:
+        prepare_pipeline()
+        return
     if "my-model" in text or "unet.plan" in text:
         small.unet(**small.TINY).save_pretrained("my-model/unet")
     if "exchanged.onnx" in text:
@@ -66,6 +72,15 @@ def prepare(text: str) -> None:
             onnx_files.exchange("down_block_residual_04", "down_block_residual_06"),
             onnx_files.unconsume("mid_block_residual"),
         )
+
+
+def prepare_pipeline() -> None:
+    """A whole pipeline, a ControlNet and a picture."""
+    parts = parts_of.parts("sd15")
+    pipes.PIPELINES["text"](parts).save_pretrained("my-model")
+    parts.controlnet.save_pretrained("my-controlnet")
+    picture = (pipes.rings(pipes.HEIGHT, pipes.WIDTH)[0] * 255).astype("uint8")
+    Image.fromarray(picture).save("depth.png")
 
 
 def prepare_engine(text: str) -> None:
@@ -96,7 +111,7 @@ def settled(text: str) -> str:
 
 
 def test_there_is_something_to_run():
-    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS), len(PYTEST), len(EVERY_SNIPPET)) == (8, 5, 4, 1, 6)
+    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS), len(PYTEST), len(EVERY_SNIPPET)) == (8, 7, 4, 1, 8)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +148,7 @@ def test_commands_run_one_after_the_other(block):
     ("snippet", "values"),
     [
         pytest.param(snippet, values, id=str(at), marks=[pytest.mark.full] * ("export(" in snippet))
-        for at, (snippet, values) in enumerate(zip(SNIPPETS, (1, 1, 1, 3, 0), strict=True))
+        for at, (snippet, values) in enumerate(zip(SNIPPETS, (0, 1, 1, 1, 1, 3, 0), strict=True))
     ],
 )
 def test_a_snippet_runs_and_says_what_its_comments_say(snippet, values):

@@ -73,6 +73,8 @@ class DropIn(nn.Module):
         self._finite, self._copies = finite, own_outputs and session.reuses_outputs
         self._dtype: torch.dtype = getattr(torch, dtypes_of(contract)["sample"])
         self._arguments = Arguments(contract, session.device)
+        like = torch.empty(0, dtype=self._dtype, device=session.device)
+        self.register_buffer("_like", like, persistent=False)  # MultiControlNetModel reads its dtype off a tensor inside
         self.eval()
 
     def _config(self) -> FrozenDict:
@@ -116,7 +118,7 @@ class DropIn(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DropIn:
         """What `.to()`, `.half()`, `.cuda()` and others end in: nothing to move, and an error where that would be needed."""
-        moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        moved = fn(torch.empty_like(self._like))
         if moved.dtype != self.dtype:
             raise ShapecheckError(
                 f"this session computes in {_plain(self.dtype)}, which is the precision of its file: export again with "

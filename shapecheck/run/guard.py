@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -50,6 +50,7 @@ _EMPTIED = (
     "give list(features) at each call"
 )
 
+_traced: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 _form = attrgetter("shape", "dtype", "device")
 _Form = tuple[Shape, torch.dtype, torch.device]
 
@@ -96,13 +97,15 @@ def guard(
     - zeros where the ControlNet gave something else
 
     For these the guard keeps the last two emissions of each ControlNet alive. A residual that is the very tensor the
-    ControlNet returned costs no more; any other (guess mode, a strength, a sum) is compared by value, which waits for a GPU.
+    ControlNet returned costs no more; any other (guess mode, a strength, a sum) is compared by value, which waits for a GPU
+    and takes a millisecond or more. An earlier emission that CUDA graphs have written over is not compared with.
     Only what is positively recognised is reported: scaling by a positive number, guess mode's zeros before a batch, a
     repeated batch and sums are right; masks, blends and residuals of another origin are let pass.
 
     Not seen: what the sample, timestep and text are; residuals that a ControlNet computed for another step, image or
-    prompt and that are its last; an exchange of residuals that are equal or proportional; calls of `unet.forward` itself,
-    and calls that are traced into a graph by torch.export.
+    prompt and that are its last; an exchange of residuals that are equal or proportional; calls of `unet.forward` itself;
+    calls that an exporter traces. The check never becomes part of a graph: guard the wrapper that `torch.compile` returns,
+    since `fullgraph=True` and a strict torch.export refuse a guard within.
 
     Raises ShapecheckError where `mode` is unknown, or `contract` is no UNet's, has no slots or is another model's.
     """
@@ -147,7 +150,7 @@ class Guard:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward pre-hook."""
-        if torch.compiler.is_compiling():  # an export: symbols in place of sizes, and nothing runs
+        if torch.compiler.is_compiling() or _traced():  # an export: symbols in place of sizes
             return
         call = _Call(*[args[place] if place < len(args) else kwargs.get(name) for name, place in self._places])
         if call.downs is None and call.mid is None and call.features is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,6 @@ _DIFFERENCE = 1e-5
 """Two residuals whose cosine is nearer to 1 than this are not told apart."""
 _MARGIN = 10.0
 """How many times nearer than its own residual another one has to be."""
-_SHORTEST = 1e-30
-"""The length under which a residual counts as zero."""
 
 _TELL = "the shapes are equal, so PyTorch adds it in silence"
 _ZEROS = "its control is lost; to switch control off give the ControlNet conditioning_scale=0.0, or the UNet None for both"
@@ -55,8 +54,17 @@ class Watch:
             unknown = {name: value for name, value in unknown.items() if not source.gave(name, value)}
         if not unknown:
             return []
+        emitted = _Emitted(sources)
         with torch.no_grad():
-            return list(_recognised(_Emitted(sources), unknown))
+            found = [_fault(emitted, name, value) for name, value in unknown.items() if _readable(value)]
+        return [each for each in found if each]
+
+
+class _Seen(NamedTuple):
+    """A residual to compare with others, and the square of its length as a vector, which is worked out once."""
+
+    values: Tensor
+    square: Tensor
 
 
 class _Source:
@@ -92,40 +100,43 @@ class _Emitted:
         self._last = [each.last for each in sources]
         self._waiting = [each.before for each in sources if not each.spent]
         self._spent = [each.before for each in sources if each.spent]
+        self._own: dict[tuple[Any, ...], list[_Seen]] = {}
         self.names = tuple(dict.fromkeys(name for each in self._last for name in each))
 
-    def own(self, name: str, like: Tensor) -> list[Tensor]:
+    def own(self, name: str, like: Tensor) -> list[_Seen]:
         """What the slot may rightly be given, in the shape and on the device of `like`."""
-        return _arrivals(self._last, name, like) + _arrivals(self._waiting, name, like)
+        key = (name, like.shape, like.device)
+        if key not in self._own:
+            self._own[key] = _arrivals(self._last, name, like) + _arrivals(self._waiting, name, like)
+        return self._own[key]
 
-    def stale(self, name: str, like: Tensor) -> list[Tensor]:
+    def stale(self, name: str, like: Tensor) -> list[_Seen]:
         """What the slot was given before each ControlNet ran again."""
         return _arrivals(self._spent, name, like)
 
 
-def _recognised(emitted: _Emitted, given: Mapping[str, Tensor]) -> Iterator[Mismatch]:
-    """The faults among these residuals; all are compared with their own before the first result is waited for."""
-    readable = {name: value for name, value in given.items() if _readable(value)}
-    own = {name: forms for name, value in readable.items() if (forms := emitted.own(name, value))}
-    scores = {name: [_cosine(given[name], form) for form in forms] for name, forms in own.items()}
-    for name, forms in own.items():
-        likeness = max(map(_number, scores[name]))
-        if 1 - likeness > _DIFFERENCE and (found := _fault(emitted, name, given[name], forms, likeness)):
-            yield found
-
-
-def _fault(emitted: _Emitted, name: str, value: Tensor, own: list[Tensor], likeness: float) -> Mismatch | None:
-    """What this residual, which is not its slot's own, is instead; None where it is nothing that is known."""
+def _fault(emitted: _Emitted, name: str, value: Tensor) -> Mismatch | None:
+    """What a residual that is not its slot's own is instead; None where it is its own, or nothing that is known."""
+    own = emitted.own(name, value)
+    if not own:
+        return None
+    seen = _seen(value.float())
+    likeness = max(_cosines(seen, own))
+    if 1 - likeness <= _DIFFERENCE:
+        return None
     if not value.any():
-        lost = all(form.to(value.dtype).any() for form in own)
+        lost = all(form.values.to(value.dtype).any() for form in own)
         return Mismatch("unused", name, "zeros", "the ControlNet's residual, which is not zero", cause=_ZEROS) if lost else None
-    candidates = [(_cosine(value, form), mismatch) for mismatch, form in _suspects(emitted, name, value, own)]
-    scored = [(score.item(), mismatch) for score, mismatch in candidates]
-    clear = [each for each in scored if each[0] > _RECOGNISED and 1 - likeness > _MARGIN * (1 - each[0]) + _DIFFERENCE]
-    return max(clear, key=lambda each: each[0])[1] if clear else None
+    suspects = list(_suspects(emitted, name, value, own))
+    if not suspects:
+        return None
+    scores = _cosines(seen, [form for _, form in suspects], unknown=0.0)
+    best = max(range(len(scores)), key=scores.__getitem__)
+    clear = scores[best] > _RECOGNISED and 1 - likeness > _MARGIN * (1 - scores[best]) + _DIFFERENCE
+    return suspects[best][0] if clear else None
 
 
-def _suspects(emitted: _Emitted, name: str, value: Tensor, own: list[Tensor]) -> Iterator[tuple[Mismatch, Tensor]]:
+def _suspects(emitted: _Emitted, name: str, value: Tensor, own: list[_Seen]) -> Iterator[tuple[Mismatch, _Seen]]:
     """What a residual may be in place of its slot's own, each with what that would look like."""
     for other in emitted.names:
         if other != name:
@@ -135,9 +146,11 @@ def _suspects(emitted: _Emitted, name: str, value: Tensor, own: list[Tensor]) ->
     for form in own:
         if batch % 2 == 0:
             cause = f"the control of one half of the prompts acts on the other; {_TELL}"
-            yield Mismatch("order", name, "the halves of the batch exchanged", name, cause=cause), form.roll(batch // 2, 0)
+            mismatch = Mismatch("order", name, "the halves of the batch exchanged", name, cause=cause)
+            yield mismatch, form._replace(values=form.values.roll(batch // 2, 0))
         if height == width > 1:
-            yield Mismatch("order", name, "height and width exchanged", name, cause=_TELL), form.transpose(2, 3)
+            mismatch = Mismatch("order", name, "height and width exchanged", name, cause=_TELL)
+            yield mismatch, form._replace(values=form.values.transpose(2, 3))
     for form in emitted.stale(name, value):
         cause = "the ControlNet has run again since; give what it returned last"
         yield Mismatch("order", name, "what the ControlNet gave for an earlier call", name, cause=cause), form
@@ -158,12 +171,12 @@ def _by_name(output: Any) -> dict[str, Tensor]:
     }
 
 
-def _arrivals(emissions: Sequence[Emission], name: str, like: Tensor) -> list[Tensor]:
+def _arrivals(emissions: Sequence[Emission], name: str, like: Tensor) -> list[_Seen]:
     """What one of these emissions gives for a slot, and what their sum gives where there are several."""
     emitted = [each[name].to(like.device) for each in emissions if name in each and _readable(each[name])]
     if len(emitted) > 1 and len({each.shape for each in emitted}) == 1:
         emitted.append(torch.stack([each.float() for each in emitted]).sum(0))
-    return [form for each in emitted for form in _forms(each, like)]
+    return [_seen(form) for each in emitted for form in _forms(each, like)]
 
 
 def _forms(emitted: Tensor, like: Tensor) -> list[Tensor]:
@@ -197,15 +210,18 @@ def _readable(value: Tensor) -> bool:
     return True
 
 
-def _cosine(one: Tensor, other: Tensor) -> Tensor:
-    """The cosine between two residuals of one shape, as one number in float32; 0 where one of them is all zeros."""
-    one, other = one.float(), other.float()
-    # each a plain sum, which torch adds up pairwise: cosine_similarity is off by 1e-4 in a residual of 2×320×64×64
-    lengths = (one * one).sum().sqrt() * (other * other).sum().sqrt()
-    return (one * other).sum() / lengths.clamp_min(_SHORTEST)
+def _seen(values: Tensor) -> _Seen:
+    # a plain sum, which torch adds up pairwise: vector_norm and cosine_similarity are off by 1e-4 in 2×320×64×64 values
+    return _Seen(values, (values.float() * values).sum())
 
 
-def _number(score: Tensor) -> float:
-    """A cosine read from its device; NaN counts as equal, since it proves no fault."""
-    value = score.item()
-    return 1.0 if value != value else value
+def _cosines(one: _Seen, others: Sequence[_Seen], *, unknown: float = 1.0) -> list[float]:
+    """The cosine between a float32 residual and each of others of its shape, 0 where one of the two is all zeros.
+
+    NaN counts as `unknown`: it proves no fault. All numbers come from the device in one go.
+    """
+    products = [(one.values * other.values).sum() for other in others]
+    square, *numbers = torch.stack([one.square, *(other.square for other in others), *products]).tolist()
+    pairs = zip(numbers[: len(others)], numbers[len(others) :], strict=True)
+    cosines = [product / length if (length := math.sqrt(square * other)) else 0.0 for other, product in pairs]
+    return [unknown if math.isnan(cosine) else cosine for cosine in cosines]

@@ -1,0 +1,335 @@
+"""A session in a UNet's place: what is refused and by what words, and that the next call is served. No pipeline."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import engines
+import onnx_files
+import psutil
+import pytest
+import small
+import torch
+from diffusers import MultiControlNetModel
+
+import shapecheck
+from shapecheck import ContractError, ShapecheckError
+from shapecheck.run import residuals
+from shapecheck.run.arguments import Arguments
+from shapecheck.run.binding import CallError
+
+H, W, TOKENS = 9, 13, 7
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A UNet of five slots, of which 0, 1 and 3, 4 share no shape with others but each other."""
+    return engines.exported(tmp_path_factory.mktemp("load") / "unet.onnx", small.SHALLOW)[0]
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    return engines.exported(tmp_path_factory.mktemp("xl") / "xl.onnx", small.TINY | small.TEXT_TIME)[0]
+
+
+@pytest.fixture(scope="module")
+def torch_unet():
+    return small.unet(**small.SHALLOW)
+
+
+@pytest.fixture
+def unet(file):
+    with_session = shapecheck.load(file, "ort")
+    yield with_session
+    with_session.close()
+
+
+def call(batch=2, seed=0, **changes):
+    """Arguments of a forward, residuals included."""
+    contract = shapecheck.probe(small.unet(**small.SHALLOW)) if "contract" not in changes else changes.pop("contract")
+    generator = torch.Generator().manual_seed(seed)
+    shapes = contract.shapes(shapecheck.Geometry(batch, H, W))
+    *downs, mid = (torch.randn(shape, generator=generator) for shape in shapes.values())
+    return {
+        "sample": torch.randn(batch, 4, H, W, generator=generator),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(batch, TOKENS, 12, generator=generator),
+        "down_block_additional_residuals": downs,
+        "mid_block_additional_residual": mid,
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def good():
+    return call()
+
+
+def close_to(one, other):
+    return bool(((one - other).abs().max() <= 1e-5 * other.abs().max()).item())
+
+
+def test_it_computes_what_the_unet_computes(unet, torch_unet, good):
+    with torch.no_grad():
+        assert close_to(unet(**good).sample, torch_unet(**good).sample)
+        assert not close_to(unet(**good).sample, unet(good["sample"], 500, good["encoder_hidden_states"])[0])
+        assert close_to(
+            unet(good["sample"], 500, good["encoder_hidden_states"], return_dict=False)[0],
+            torch_unet(good["sample"], 500, good["encoder_hidden_states"]).sample,
+        )
+
+
+@pytest.mark.parametrize(
+    "timestep", [7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor([7.0, 7.0]), torch.tensor([7, 7], dtype=torch.int32)]
+)
+def test_a_timestep_in_any_form_is_one_number_a_row(unet, torch_unet, good, timestep):
+    with torch.no_grad():
+        assert close_to(unet(**good | {"timestep": timestep}).sample, torch_unet(**good | {"timestep": 7}).sample)
+
+
+def test_each_row_has_its_own_timestep(unet, torch_unet, good):
+    steps = torch.tensor([3.5, 801.0])
+    with torch.no_grad():
+        assert close_to(unet(**good | {"timestep": steps}).sample, torch_unet(**good | {"timestep": steps}).sample)
+
+
+def test_pooled_residuals_are_expanded(unet, torch_unet, good):
+    cells = {
+        "down_block_additional_residuals": [each.mean((2, 3), True) for each in good["down_block_additional_residuals"]],
+        "mid_block_additional_residual": good["mid_block_additional_residual"].mean((2, 3), True),
+    }
+    with torch.no_grad():
+        assert close_to(unet(**good | cells).sample, torch_unet(**good | cells).sample)
+
+
+def with_down(index, change):
+    def make(good):
+        downs = list(good["down_block_additional_residuals"])
+        downs[index] = change(downs[index])
+        return {"down_block_additional_residuals": downs}
+
+    return make
+
+
+REFUSED = {
+    "rounded down": (
+        with_down(2, lambda each: each[..., :-1]),
+        r"down_block_residual_02 \(UNet down_blocks.*rounding",
+    ),
+    "one cell among others": (with_down(1, lambda each: each[..., :1, :1]), "down_block_residual_01 .*broadcast: got 2×8×1×1"),
+    "batch of one": (with_down(0, lambda each: each[:1]), "down_block_residual_00 .*batch: got 1×8×9×13"),
+    "half precision": (with_down(3, torch.Tensor.half), "down_block_residual_03 .*dtype: got float16, expected float32"),
+    "elsewhere": (with_down(3, lambda each: each.to("meta")), "down_block_residual_03: device: got a tensor on meta"),
+    "a number": (with_down(0, lambda each: 0.5), "down_block_residual_00 is float: tensors are expected"),
+    "NaN": (with_down(1, lambda each: each * torch.nan), r"down_block_residual_01 \(UNet .*values: got 1872 NaN"),
+    "infinite": (with_down(1, lambda each: each / 0), "down_block_residual_01 .*values: got 0 NaN and 1872 infinite values"),
+    "one too few": (
+        lambda good: {"down_block_additional_residuals": good["down_block_additional_residuals"][:-1]},
+        "down_block_residual_03 .*missing",
+    ),
+    "one too many": (
+        lambda good: {"down_block_additional_residuals": [*good["down_block_additional_residuals"], good["sample"]]},
+        "down_block_residual_04: surplus",
+    ),
+    "mid alone": (lambda good: {"down_block_additional_residuals": None}, "got mid alone, expected down and mid"),
+    "downs alone": (lambda good: {"mid_block_additional_residual": None}, "got down alone, expected down and mid"),
+    "wrong family": (
+        lambda good: {"encoder_hidden_states": torch.zeros(2, TOKENS, 20)},
+        "encoder_hidden_states: channels: got 2×7×20, expected 2×7×12",
+    ),
+    "another size": (lambda good: {"sample": torch.zeros(2, 4, H + 2, W)}, "down_block_residual_00 .*size: got 2×8×9×13"),
+    "an IP-Adapter": (
+        lambda good: {"added_cond_kwargs": {"image_embeds": good["sample"]}},
+        "added_cond_kwargs.image_embeds: surplus(.|\n)*IP-Adapter",
+    ),
+    "a LoRA's scale": (lambda good: {"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs(.|\n)*fuse the LoRA"),
+    "a T2I-Adapter": (
+        lambda good: {"down_intrablock_additional_residuals": [good["sample"]]},
+        "down_intrablock_additional_residuals: surplus(.|\n)*T2I-Adapter",
+    ),
+    "a mask": (lambda good: {"encoder_attention_mask": torch.ones(2, TOKENS)}, "encoder_attention_mask: surplus(.|\n)*pad"),
+    "text_embeds": (
+        lambda good: {"text_embeds": torch.ones(2, 20)},
+        "added_cond_kwargs.text_embeds: surplus(.|\n)*forward takes sample, timestep",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_call_is_refused_by_name_and_the_next_is_served(unet, good, case):
+    change, words = REFUSED[case]
+    before = unet(**good).sample
+    with pytest.raises(ShapecheckError, match=words):
+        unet(**good | change(good))
+    assert torch.equal(unet(**good).sample, before)
+
+
+def test_missing_text_embeds_are_named(xl):
+    unet = shapecheck.load(xl, "ort")
+    sample, text = torch.zeros(1, 4, H, W), torch.zeros(1, TOKENS, 12)
+    with pytest.raises(CallError, match=r"text_embeds: missing: got nothing, expected 1×32(.|\n)*time_ids: missing"):
+        unet(sample, 1, text)
+    both = {"text_embeds": torch.zeros(1, 32), "time_ids": torch.zeros(1, 6)}
+    flat = unet(sample, 1, text, **both)[0]  # as StreamDiffusion gives them to an engine
+    assert torch.equal(flat, unet(sample, 1, text, added_cond_kwargs=both).sample)
+    assert unet.add_embedding.linear_1.in_features == 80
+
+
+def test_single_precision_for_a_half_precision_graph_is_refused(tmp_path):
+    path, contract = onnx_files.written(tmp_path / "half.onnx", small.unet(**small.TINY).half(), latent=(9, 13))
+    unet = shapecheck.load(engines.sealed(path, contract), "ort")
+    assert unet.dtype == torch.float16
+    sample, text = torch.zeros(1, 4, H, W), torch.zeros(1, TOKENS, 12)
+    with pytest.raises(CallError, match=r"sample: dtype: got float32, expected float16(.|\n)*tensor.to\(dtype\)"):
+        unet(sample, 1, text)
+    assert unet(sample.half(), 1, text.half()).sample.dtype == torch.float16
+
+
+def test_a_closed_session_says_so(file, good):
+    unet = shapecheck.load(file, "ort")
+    unet.close()
+    unet.close()
+    with pytest.raises(ShapecheckError, match=r"unet\.onnx: this session is closed; open it again"):
+        unet(**good)
+
+
+def test_two_threads_at_once_are_refused(unet, good):
+    inside, go = threading.Event(), threading.Event()
+    runner = unet.engine._runner
+
+    def slow(*given):
+        inside.set()
+        assert go.wait(20)
+        return runner(*given)
+
+    unet.engine._runner = slow
+    found = []
+    thread = threading.Thread(target=lambda: found.append(unet(**good).sample))
+    thread.start()
+    assert inside.wait(20)
+    try:
+        with pytest.raises(ShapecheckError, match="this session is serving another call; open a session for each thread"):
+            unet(**good)
+    finally:
+        go.set()
+        thread.join()
+    unet.engine._runner = runner
+    assert torch.equal(unet(**good).sample, found[0])
+
+
+def test_a_thousand_good_and_bad_calls_leave_memory_flat(unet, good):
+    bad = [good | change(good) for change, _ in REFUSED.values()]
+
+    def hundred():
+        for number in range(100):
+            unet(**good)
+            with pytest.raises(ShapecheckError):
+                unet(**bad[number % len(bad)])
+
+    for _ in range(2):
+        hundred()
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    for _ in range(5):
+        hundred()
+    gc.collect()
+    assert psutil.Process().memory_info().rss - before < 8 * 2**20
+
+
+def test_outputs_are_the_callers_own_unless_it_says_otherwise(file, good):
+    other = good | {"timestep": 3}
+    unet = shapecheck.load(file, "ort")
+    first = unet(**good).sample
+    kept = first.clone()
+    assert not torch.equal(unet(**other).sample, kept)
+    assert torch.equal(first, kept)
+    unet = shapecheck.load(file, "ort", own_outputs=False)
+    places = {unet(**good | {"timestep": step}).sample.data_ptr() for step in range(5)}
+    assert len(places) == 1
+
+
+def test_zeros_are_made_once_a_size_in_one_piece(torch_unet):
+    contract = shapecheck.probe(torch_unet)
+    arguments = Arguments(contract, torch.device("cpu"))
+    first = arguments.residuals(None, None, torch.zeros(2, 4, H, W))
+    assert [tuple(each.shape) for each in first.values()] == list(contract.shapes(shapecheck.Geometry(2, H, W)).values())
+    assert len({each.untyped_storage().data_ptr() for each in first.values()}) == 1
+    assert not any(each.any() for each in first.values())
+    assert arguments.residuals(None, None, torch.zeros(2, 4, H, W)) is first
+
+
+def test_a_stream_of_frames_keeps_nothing_of_the_last(file, torch_unet):
+    """StreamDiffusion's loop: a batch of denoising steps, one timestep a row, positional, control on, off and exchanged."""
+    unet = shapecheck.load(file, "ort", own_outputs=False)
+    assert hasattr(unet, "engine")
+    assert hasattr(unet, "stream")
+    steps = torch.tensor([32, 45, 399], dtype=torch.int64)
+    frames = [call(batch=3, seed=seed) for seed in range(3)]
+    with torch.no_grad():
+        for number in (0, None, 1, None, 2, 0):
+            frame = frames[number or 0]
+            names = ("down_block_additional_residuals", "mid_block_additional_residual")
+            control = {name: frame[name] for name in names} if number is not None else {}
+            ours = unet(frame["sample"], steps, frame["encoder_hidden_states"], **control)[0]
+            theirs = torch_unet(frame["sample"], steps, frame["encoder_hidden_states"], **control)[0]
+            assert close_to(ours, theirs)
+            fresh = shapecheck.load(file, "ort")(frame["sample"], steps, frame["encoder_hidden_states"], **control)[0]
+            assert torch.equal(ours, fresh)
+
+
+def test_a_live_unet_is_held_to_its_contract_too(torch_unet, good):
+    unet = shapecheck.load(torch_unet)
+    with torch.no_grad():
+        assert torch.equal(unet(**good).sample, torch_unet(**good).sample)
+    with pytest.raises(CallError, match="got mid alone"):
+        unet(**good | {"down_block_additional_residuals": None})
+
+
+def test_a_saved_model_runs_in_pytorch(torch_unet, good, tmp_path):
+    torch_unet.save_pretrained(tmp_path / "model" / "unet")
+    unet = shapecheck.load(tmp_path / "model", "torch")
+    with torch.no_grad():
+        assert torch.equal(unet(**good).sample, torch_unet(**good).sample)
+
+
+def test_what_cannot_be_loaded_says_what_can(file, tmp_path):
+    with pytest.raises(ShapecheckError, match=r"no backend 'cuda'; known: auto, ort, "):
+        shapecheck.load(file, "cuda")
+    with pytest.raises(ShapecheckError, match=r"backend trt does not run an ONNX file, .*: use ort or ort-cuda or ort-trt"):
+        shapecheck.load(file, "trt")
+    with pytest.raises(ShapecheckError, match=r"no ONNX file at .*lost\.onnx"):
+        shapecheck.load(tmp_path / "lost.onnx", "ort")
+    with pytest.raises(ShapecheckError, match="ort does not run on cuda"):
+        shapecheck.load(file, "ort", device="cuda")
+    bare, contract = onnx_files.exported(tmp_path / "bare.onnx", small.TINY, latent=(9, 13))
+    with pytest.raises(ShapecheckError, match=r"bare\.onnx holds no contract: say which model it is with contract="):
+        shapecheck.load(bare, "ort")
+    assert shapecheck.load(bare, "ort", contract=contract).contract == contract
+    with pytest.raises(ContractError, match=r"down_block_residual_02: missing"):
+        shapecheck.load(bare, "ort", contract=shapecheck.read_contract(file))
+
+
+def test_sums_of_unlike_controlnets_are_refused():
+    one = torch.ones(1, 2, 3, 4)
+    with pytest.raises(ShapecheckError, match="these ControlNets give 2, 3 residuals"):
+        residuals.combined([([one], one), ([one, one], one)])
+    with pytest.raises(ShapecheckError, match="1 ControlNets and 2 scales"):
+        residuals.combined([([one], one)], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("guess", [False, True])
+@pytest.mark.parametrize("scales", [[1.0], [0.0, 1.2], [0.3, 1.7, 0.9]])
+def test_sums_scales_and_guess_mode_are_diffusers_own_numbers(torch_unet, scales, guess):
+    """To the last bit those of real ControlNets in a MultiControlNetModel."""
+    nets = [small.controlnet(torch_unet, seed=seed) for seed in range(len(scales))]
+    generator = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(1, 4, H, W, generator=generator), torch.randn(1, TOKENS, 12, generator=generator)
+    images = [torch.rand(1, 3, 8 * H, 8 * W, generator=generator) for _ in nets]
+    with torch.no_grad():
+        downs, mid = MultiControlNetModel(nets)(sample, 9, text, images, scales, guess_mode=guess, return_dict=False)
+        plain = [net(sample, 9, text, image, return_dict=False) for net, image in zip(nets, images, strict=True)]
+    ours, our_mid = shapecheck.combined(plain, scales, guess_mode=guess)
+    assert any(each.any() for each in ours)
+    assert all(torch.equal(one, other) for one, other in zip([*ours, our_mid], [*downs, mid], strict=True))
+    padded, _ = shapecheck.combined(plain, scales, guess_mode=guess, unconditional=True)
+    assert all(torch.equal(each, torch.cat([torch.zeros_like(own), own])) for each, own in zip(padded, ours, strict=True))
