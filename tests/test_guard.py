@@ -125,8 +125,11 @@ def test_autocast_makes_its_own_dtype_right(unet, contract, net):
             call(unet, (downs, mid.float()))
             with pytest.raises(GuardError, match=f"{DOWNS[1]} .*: dtype: got float16, expected bfloat16"):
                 call(unet, ([downs[0], downs[1].half(), *downs[2:]], mid))
-    with guard(unet, contract), pytest.raises(GuardError, match=f"{MID} .*: dtype: got bfloat16, expected float32"):
-        call(unet, (downs, mid))
+    with guard(unet, contract):
+        with torch.autocast("cpu", torch.bfloat16):
+            call(unet, (downs, mid))
+        with pytest.raises(GuardError, match=f"{MID} .*: dtype: got bfloat16, expected float32"):
+            call(unet, (downs, mid))
 
 
 def test_a_half_precision_unet_wants_its_own_precision(unet, contract):
@@ -744,7 +747,25 @@ def test_two_runs_of_the_controlnet_before_two_of_the_unet_are_right(unet, contr
         for step in (1, 500):
             first, second = emitted(net, step=step), emitted(net, step=step, seed=6)
             call(unet, first)
+            call(unet, ([0.3 * each for each in first[0]], 0.3 * first[1]))
+            with pytest.raises(GuardError, match=f"{DOWNS[0]} .*: order: got {DOWNS[1]}"):
+                call(unet, swapped(*first))
             call(unet, second)
+
+
+def test_a_blend_with_an_earlier_emission_passes(unet, contract):
+    emit = Emitting()
+    old = [*residuals(contract).values()]
+    new = [random(*each.shape, seed=7) for each in old]
+    with guard(unet, contract, controlnet=emit):
+        call(unet, emit(1, old))
+        emit(1, new)
+        for share in (0.5, 0.9, 0.95):
+            *downs, mid = [share * one + (1 - share) * two for one, two in zip(old, new, strict=True)]
+            call(unet, (downs, mid))
+        *downs, mid = old
+        with pytest.raises(GuardError, match=f"{DOWNS[0]} .*: order: got what the ControlNet gave for an earlier call"):
+            call(unet, (downs, mid))
 
 
 def test_value_order_is_checked_beside_other_faults(unet, contract, net):
@@ -753,7 +774,7 @@ def test_value_order_is_checked_beside_other_faults(unet, contract, net):
         downs[2] = downs[2].half()
         with pytest.raises(GuardError) as error:
             call(unet, (downs[:3], mid))
-    assert sorted(found(error)) == [(DOWNS[0], "order"), (DOWNS[1], "order"), (DOWNS[2], "dtype"), (DOWNS[3], "missing")]
+    assert found(error) == [(DOWNS[0], "order"), (DOWNS[1], "order"), (DOWNS[2], "dtype"), (DOWNS[3], "missing")]
 
 
 @pytest.mark.parametrize("form", ["pair", "output"])
@@ -781,13 +802,17 @@ def test_faults_are_seen_in_the_sum_of_two_controlnets(unet, contract, net, chan
         assert found(error) == [(name, kind) for name in slots]
 
 
-def test_swapped_halves_of_guess_mode_are_seen(unet, contract, net):
+def test_faults_in_guess_mode_are_seen(unet, contract, net):
     half = Geometry(1, AT.height, AT.width)
     with guard(unet, contract, controlnet=net):
         downs, mid = emitted(net, half)
         *padded, padded_mid = [torch.cat([torch.zeros_like(each), each]) for each in (*downs, mid)]
         call(unet, (padded, padded_mid))
-        call(unet, ([each.repeat(2, 1, 1, 1) for each in downs], mid.repeat(2, 1, 1, 1)))
+        repeated = [each.repeat(2, 1, 1, 1) for each in downs], mid.repeat(2, 1, 1, 1)
+        call(unet, repeated)
+        for wrong in (swapped(padded, padded_mid), swapped(*repeated)):
+            with pytest.raises(GuardError, match=f"{DOWNS[0]} .*: order: got {DOWNS[1]}"):
+                call(unet, wrong)
         with pytest.raises(GuardError, match=f"{DOWNS[0]} .*: order: got the halves of the batch exchanged"):
             call(unet, halves_exchanged(padded, padded_mid))
 
@@ -833,6 +858,17 @@ def not_a_number(downs, mid):
 def test_what_is_not_recognised_as_a_fault_passes(unet, contract, net, change):
     with guard(unet, contract, controlnet=net):
         call(unet, change(*emitted(net, SQUARE)), SQUARE)
+
+
+def test_on_the_meta_device_no_values_are_read(unet, contract, net):
+    unet, net = copy.deepcopy(unet).to("meta"), copy.deepcopy(net).to("meta")
+    with torch.device("meta"), guard(unet, contract, controlnet=net):
+        control = {name: torch.empty(shape) for name, shape in contract.shapes(AT).items()}
+        inputs = {"sample": torch.empty(2, 4, 13, 17), "timestep": 1, "encoder_hidden_states": torch.empty(2, 7, 12)}
+        net(**inputs, controlnet_cond=torch.empty(2, 3, 104, 136))
+        call(unet, control, **inputs)
+        with pytest.raises(GuardError, match=f"{DOWNS[0]} .*: batch"):
+            call(unet, control | {DOWNS[0]: torch.empty(1, 8, 13, 17)}, **inputs)
 
 
 def test_a_controlnet_that_gives_zeros_raises_no_false_alarm(unet, contract):

@@ -70,9 +70,8 @@ def test_a_file_gives_the_images_that_pytorch_gives(made, name):
 @pytest.mark.full
 @pytest.mark.parametrize("name", pipes.PIPELINES)
 @pytest.mark.parametrize("scheduler", ["euler", "euler-ancestral", "lcm", "unipc", "pndm"])
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_it_does_so_with_every_scheduler(made, name, scheduler, guidance):
-    assert worst(*both(made, name, scheduler=scheduler, guidance_scale=guidance)) <= ALLOWED
+def test_it_does_so_with_every_scheduler(made, name, scheduler):
+    assert worst(*both(made, name, scheduler=scheduler)) <= ALLOWED
 
 
 @pytest.mark.full

@@ -159,7 +159,7 @@ class Guard:
         if self._watch and call.downs is not None and call.mid is not None:
             found += self._value_faults(self._watch, call, {each.where for each in found})
         if found:
-            self._tell(tuple(found))
+            self._tell(tuple(sorted(found, key=self._position)))
 
     def _fits(self, call: _Call) -> bool:
         """Whether all is well, told quickly: the forms for a size are worked out once and kept until another size comes."""
@@ -187,7 +187,7 @@ class Guard:
         return [(shape, dtype, sample.device) for shape in self._shapes.at(geometry)]
 
     def _faults(self, call: _Call) -> list[Mismatch]:
-        """Everything that the call itself shows to be wrong, slot by slot."""
+        """Everything that the call itself shows to be wrong."""
         found = list(_of_features(call.features, self._features))
         if isinstance(call.features, list):
             self._features = (call.features, len(call.features))
@@ -197,7 +197,7 @@ class Guard:
         if isinstance(geometry, Mismatch):
             return [*found, geometry]
         moved = "_hf_hook" in vars(self._unet)
-        given = sorted(_of_residuals(self._contract, call, geometry, moved), key=self._position)
+        given = list(_of_residuals(self._contract, call, geometry, moved))
         empty = isinstance(call.downs, (list, tuple)) and not call.downs
         if empty and self._had_downs:
             given = [replace(each, cause=_EMPTIED) if each.where in self._names[:-1] else each for each in given]

@@ -130,7 +130,7 @@ def _fault(emitted: _Emitted, name: str, value: Tensor) -> Mismatch | None:
     suspects = list(_suspects(emitted, name, value, own))
     if not suspects:
         return None
-    scores = _cosines(seen, [form for _, form in suspects], unknown=0.0)
+    scores = _cosines(seen, [form for _, form in suspects])
     best = max(range(len(scores)), key=scores.__getitem__)
     clear = scores[best] > _RECOGNISED and 1 - likeness > _MARGIN * (1 - scores[best]) + _DIFFERENCE
     return suspects[best][0] if clear else None
@@ -215,13 +215,13 @@ def _seen(values: Tensor) -> _Seen:
     return _Seen(values, (values.float() * values).sum())
 
 
-def _cosines(one: _Seen, others: Sequence[_Seen], *, unknown: float = 1.0) -> list[float]:
-    """The cosine between a float32 residual and each of others of its shape, 0 where one of the two is all zeros.
+def _cosines(one: _Seen, others: Sequence[_Seen]) -> list[float]:
+    """The cosine between a float32 residual and each of others of its shape; 0 where one is all zeros or not finite.
 
-    NaN counts as `unknown`: it proves no fault. All numbers come from the device in one go.
+    All numbers come from the device in one go.
     """
     products = [(one.values * other.values).sum() for other in others]
     square, *numbers = torch.stack([one.square, *(other.square for other in others), *products]).tolist()
     pairs = zip(numbers[: len(others)], numbers[len(others) :], strict=True)
     cosines = [product / length if (length := math.sqrt(square * other)) else 0.0 for other, product in pairs]
-    return [unknown if math.isnan(cosine) else cosine for cosine in cosines]
+    return [0.0 if math.isnan(cosine) else cosine for cosine in cosines]
