@@ -78,7 +78,7 @@ class _Source:
         self.used = False
 
     def hook(self) -> Callable[..., None]:
-        """The forward hook, kept out of graphs that torch.compile makes: what such a graph writes is not kept outside it."""
+        """The forward hook, kept out of graphs that torch.compile makes, as the guard's own is."""
         return torch.compiler.disable(self._emitted)  # type: ignore[no-any-return, no-untyped-call]
 
     def _emitted(self, module: nn.Module, args: Any, output: Any) -> None:
