@@ -28,6 +28,10 @@ UNSUPPORTED: Mapping[str, str] = {
          "set_default_attn_processor"),
         "an IP-Adapter or another attention processor cannot be put into an exported model: use the PyTorch UNet with it",
     ),
+    **dict.fromkeys(
+        ("down_blocks", "mid_block", "up_blocks"),
+        "an exported model has no layers to change, as the scale of an IP-Adapter or LoRA would: use the PyTorch UNet with it",
+    ),
     "enable_freeu": f"FreeU cannot be switched on in an exported model: {_BEFORE}",
     "fuse_qkv_projections": f"projections cannot be fused in an exported model: {_BEFORE}",
     "unfuse_qkv_projections": f"projections cannot be unfused in an exported model: {_BEFORE}",

@@ -123,7 +123,7 @@ class OnnxSession:
         """
         given = dict(outputs or {})
         kept = {name: each.contiguous() for name, each in inputs.items()}
-        if self.device.type == "cuda":
+        if any(each.is_cuda for each in kept.values()):
             torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime runs on a stream of its own
         try:
             self._bind(kept, given)
