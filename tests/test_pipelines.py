@@ -218,9 +218,7 @@ def test_what_a_session_cannot_do_is_said_by_pipelines_too(made, monkeypatch):
     with pytest.raises(UnsupportedError, match=r"load_lora_weights: .*pipe\.fuse_lora\(\), then export"):
         pipe.load_lora_into_unet(lora, None, pipe.unet)
     pipe.load_lora_into_unet({"text_encoder.layer.weight": torch.zeros(2)}, None, pipe.unet)
-    with pytest.raises(
-        UnsupportedError, match="down_blocks: an exported model has no layers to change, as the scale of an IP-Adapter"
-    ):
+    with pytest.raises(UnsupportedError, match="down_blocks: an exported model has no layers"):
         pipe.set_ip_adapter_scale(0.5)
     assert not hasattr(pipe.unet, "attn_processors")
     with pytest.raises(ShapecheckError, match="export again with --dtype float16"):
