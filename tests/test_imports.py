@@ -30,7 +30,7 @@ ALLOWED = {
     "terminal": {"contract"},
 }
 BORDERS = {
-    "diffusers": ("observe/sources.py", "run/dropin", "pipelines/"),
+    "diffusers": ("observe/sources.py", "run/dropin"),
     "huggingface_hub": "observe/hub.py",
     "onnx": "build/",
     "onnx_ir": "build/",

@@ -333,3 +333,10 @@ def test_sums_scales_and_guess_mode_are_diffusers_own_numbers(torch_unet, scales
     assert all(torch.equal(one, other) for one, other in zip([*ours, our_mid], [*downs, mid], strict=True))
     padded, _ = shapecheck.combined(plain, scales, guess_mode=guess, unconditional=True)
     assert all(torch.equal(each, torch.cat([torch.zeros_like(own), own])) for each, own in zip(padded, ours, strict=True))
+
+
+def test_a_sample_that_is_no_tensor_is_refused_by_name(unet, good):
+    with pytest.raises(ShapecheckError, match="sample is list: tensors are expected"):
+        unet(**good | {"sample": [1.0]})
+    with pytest.raises(CallError, match=r"sample: missing: got nothing"):
+        unet(**good | {"sample": None})

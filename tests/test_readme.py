@@ -13,6 +13,7 @@ from pathlib import Path
 
 import engines
 import onnx_files
+import parts as parts_of
 import pytest
 import small
 from click.testing import CliRunner
@@ -23,7 +24,6 @@ from shapecheck.build.engine import build_engine
 from shapecheck.cli import main
 from shapecheck.contract import profile_forms
 from shapecheck.contract.profiles import Profile
-from shapecheck.pipelines import small as parts_of
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")

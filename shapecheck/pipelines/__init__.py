@@ -1,1 +1,1 @@
-"""Put to use: drop-ins in whole pipelines, the road in one call, timings, a demonstration."""
+"""Put to use: sessions in whole pipelines."""

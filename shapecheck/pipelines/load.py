@@ -22,6 +22,8 @@ from shapecheck.run.engine_session import EngineSession
 from shapecheck.run.onnx_session import PROVIDERS
 
 Backend = Literal["auto", "ort", "ort-cuda", "ort-trt", "trt", "torch"]
+_TAKEN = {"onnx": tuple(PROVIDERS), "engine": ("trt",), "model": ("torch",), "live": ("torch",)}
+_FORMS = {"onnx": "an ONNX file", "engine": "an engine", "model": "a model in PyTorch", "live": "a live module"}
 _log = logging.getLogger(__name__)
 
 
@@ -77,10 +79,6 @@ def _kind(artefact: str | Path) -> str:
     return "onnx" if path.suffix.lower() == ".onnx" else "engine" if is_engine(path) else "model"
 
 
-_TAKEN = {"onnx": tuple(PROVIDERS), "engine": ("trt",), "model": ("torch",), "live": ("torch",)}
-_FORMS = {"onnx": "an ONNX file", "engine": "an engine", "model": "a model in PyTorch", "live": "a live module"}
-
-
 def _chosen(backend: Backend, kind: str, artefact: object, device: torch.device | str | None) -> str:
     if backend != "auto":
         if backend not in _TAKEN[kind]:
@@ -107,25 +105,35 @@ def _in_onnx_runtime(
     where = torch.device(device) if device is not None else torch.device("cpu" if backend == "ort" else "cuda")
     if (where.type == "cpu") != (backend == "ort"):
         raise ShapecheckError(f"{backend} does not run on {where}")
+    known = contract or _contract_in(path)
     if backend == "ort-trt" and sizes[0]:
-        options = {**_profiles(path, contract, *sizes), **(options or {})}
+        options = {**_profiles(path, known, *sizes), **(options or {})}
     try:
-        return ContractSession.open_onnx(
-            path, backend=backend, contract=contract, device=where.index or 0, options=options, reuse=reuse
-        )
+        return ContractSession.open_onnx(path, known, backend=backend, device=where.index or 0, options=options, reuse=reuse)
     except ShapecheckError as error:
-        if not auto or backend == "ort" or device is not None or not path.is_file():
+        if not auto or backend == "ort" or device is not None:
             raise
         _log.warning("%s runs on the CPU: %s", path, error)
-        return ContractSession.open_onnx(path, contract=contract, reuse=reuse)
+        return ContractSession.open_onnx(path, known, reuse=reuse)
 
 
-def _profiles(path: Path, contract: Contract | None, sizes: Sequence[str], batch: Sequence[str]) -> dict[str, str]:
+def _contract_in(path: Path) -> Contract:
+    from shapecheck.build.artefact import contract_inside
+
+    if not path.is_file():
+        raise ShapecheckError(f"no ONNX file at {path}")
+    if (found := contract_inside(path)) is None:
+        raise ShapecheckError(
+            f"{path} holds no contract: say which model it is with contract=, such as shapecheck.probe('sd15'); "
+            f"`shapecheck check {path}` tells what can be seen in it"
+        )
+    return found
+
+
+def _profiles(path: Path, known: Contract, sizes: Sequence[str], batch: Sequence[str]) -> dict[str, str]:
     """For ONNX Runtime's TensorRT provider, in the file's own names."""
-    from shapecheck.build.artefact import read_contract
     from shapecheck.build.reading import read
 
-    known = contract or read_contract(path)
     names = names_for(known, [each.name for each in read(path).inputs])
     ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)
     made = [profile_of(known, each).renamed(names) for each in ranges]

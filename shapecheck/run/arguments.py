@@ -59,8 +59,9 @@ class Arguments:
             raise self._refused([Mismatch("surplus", name, _told(every[name]), "no such input") for name in strange], strange)
         return {self._names[name]: value for name, value in every.items()}
 
-    def timestep(self, value: Any, batch: int) -> Any:
+    def timestep(self, value: Any, sample: Any) -> Any:
         """One number a row, as float32 where the session runs: (batch,), from a number, or a tensor of one or of each row."""
+        batch = len(sample) if isinstance(sample, Tensor) and sample.dim() else 1
         if not isinstance(value, Tensor):
             value = torch.as_tensor(value)
         value = value.to(self._device, self._dtypes["timestep"])

@@ -10,7 +10,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError, metadata
+from shapecheck.contract import Contract, ContractError, Geometry, Mismatch
 from shapecheck.contract.profiles import dtypes_of, names_for, rules_of
 from shapecheck.run.binding import AnySize, Binding, Serving
 from shapecheck.run.gate import Gate
@@ -55,28 +55,25 @@ class ContractSession:
     def open_onnx(
         cls,
         path: str | Path,
+        contract: Contract,
         *,
         backend: str = "ort",
-        contract: Contract | None = None,
         device: int = 0,
         options: Mapping[str, str] | None = None,
         reuse: bool = False,
     ) -> Self:
-        """Open an ONNX file in ONNX Runtime. `contract` is needed for a file that holds none.
+        """Open an ONNX file in ONNX Runtime.
 
-        Raises ContractError where the file's inputs are not those of the contract; ShapecheckError where there is no
-        contract, or ONNX Runtime refuses the file or falls back to another provider.
+        Raises ContractError where the file's inputs are not those of the contract; ShapecheckError where ONNX Runtime
+        refuses the file or falls back to another provider.
         """
         path = Path(path)
-        if not path.is_file():
-            raise ShapecheckError(f"no ONNX file at {path}")
         session = OnnxSession.open(path, backend=backend, device=device, options=options)
-        known = contract or _contract_in(path, session)
-        names = names_for(known, session.inputs)
+        names = names_for(contract, session.inputs)
         dtypes = session.dtypes()
-        if found := tuple(_differences(known, names, session.inputs, dtypes)):
-            raise ContractError(found, subject=f"{path} is not what its contract says", contract=known)
-        taken = AnySize(known, tuple(names.items()), session.outputs)
+        if found := tuple(_differences(contract, names, session.inputs, dtypes)):
+            raise ContractError(found, subject=f"{path} is not what its contract says", contract=contract)
+        taken = AnySize(contract, tuple(names.items()), session.outputs)
         return cls(str(path), taken, session, {name: getattr(torch, dtypes[name]) for name in session.outputs}, reuse=reuse)
 
     @classmethod
@@ -119,18 +116,6 @@ class ContractSession:
         if self.reuses_outputs:
             self._outputs[serving.geometry] = made
         return made
-
-
-def _contract_in(path: Path, session: OnnxSession) -> Contract:
-    if (text := session.metadata.get(metadata.CONTRACT)) is None:
-        raise ShapecheckError(
-            f"{path} holds no contract: say which model it is with contract=, such as shapecheck.probe('sd15'); "
-            f"`shapecheck check {path}` tells what can be seen in it"
-        )
-    try:
-        return Contract.from_json(text)
-    except ShapecheckError as error:
-        raise ShapecheckError(f"{path}: {error}") from None
 
 
 def _differences(

@@ -11,7 +11,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from shapecheck.contract import Contract, ContractError, Mismatch, ShapecheckError, show
+from shapecheck.contract import Contract, ContractError, Mismatch, Role, ShapecheckError, show
 from shapecheck.contract.profiles import dtypes_of
 from shapecheck.run.arguments import Arguments
 
@@ -71,8 +71,10 @@ class Session(Protocol):
 class DropIn(nn.Module):
     """A session as a module of diffusers: dtype, device and config of the model it stands for, and no weights."""
 
-    def _hold(self, session: Session, *, finite: bool, own_outputs: bool) -> None:
+    def _hold(self, session: Session, role: Role, *, finite: bool, own_outputs: bool) -> None:
         contract = session.contract
+        if contract.role != role:
+            raise ShapecheckError(f"this session is of a {contract.role}, and one of a {role} is expected")
         self.contract, self.engine, self.stream = contract, session, None  # engine and stream: StreamDiffusion looks for them
         self._finite, self._copies = finite, own_outputs and session.reuses_outputs
         self._dtype: torch.dtype = getattr(torch, dtypes_of(contract)["sample"])
@@ -99,6 +101,12 @@ class DropIn(nn.Module):
     def close(self) -> None:
         """Give the memory back; a call afterwards is an error."""
         self.engine.close()
+
+    def _base(self, given: Mapping[str, Any], added: Mapping[str, Any], timestep: Any) -> dict[str, Any]:
+        """The inputs that every model takes, from a forward's arguments. Raises CallError for what it takes none of."""
+        inputs = self._arguments.base(given, added)
+        inputs["timestep"] = self._arguments.timestep(timestep, given["sample"])
+        return inputs
 
     def _run(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         found = self.engine(inputs)

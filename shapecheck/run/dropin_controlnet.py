@@ -10,7 +10,6 @@ from diffusers import ControlNetModel
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from torch import Tensor
 
-from shapecheck.contract import ShapecheckError
 from shapecheck.run.dropin import DropIn, Session
 from shapecheck.run.residuals import combined
 
@@ -24,9 +23,7 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
 
     def __init__(self, session: Session, *, finite: bool = True, own_outputs: bool = True) -> None:
         torch.nn.Module.__init__(self)  # and not ControlNetModel's, which builds one
-        if session.contract.role != "controlnet":
-            raise ShapecheckError("this session is a UNet's, and a ControlNet's is expected")
-        self._hold(session, finite=finite, own_outputs=own_outputs)
+        self._hold(session, "controlnet", finite=finite, own_outputs=own_outputs)
         self._internal_dict = self._config()
         self._residuals = [slot.name for slot in session.contract.slots]
 
@@ -61,8 +58,7 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
             "cross_attention_kwargs": cross_attention_kwargs or None,
         }
         weighted = guess_mode and not self.config.get("global_pool_conditions")
-        inputs = self._arguments.base(given, {**(added_cond_kwargs or {}), **added})
-        inputs["timestep"] = self._arguments.timestep(timestep, len(sample) if sample.dim() else 1)
+        inputs = self._base(given, {**(added_cond_kwargs or {}), **added}, timestep)
         inputs["conditioning_scale"] = self._scale(1.0 if weighted else conditioning_scale)
         *downs, mid = self._ordered(self._run(inputs))
         if weighted:

@@ -9,7 +9,6 @@ from typing import Any
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
-from shapecheck.contract import ShapecheckError
 from shapecheck.run.dropin import UNSUPPORTED, DropIn, Session, UnsupportedError
 
 
@@ -24,9 +23,7 @@ class DropInUNet(DropIn):
 
     def __init__(self, session: Session, *, finite: bool = True, own_outputs: bool = True) -> None:
         super().__init__()
-        if session.contract.role != "unet":
-            raise ShapecheckError("this session is a ControlNet's, and a UNet's is expected")
-        self._hold(session, finite=finite, own_outputs=own_outputs)
+        self._hold(session, "unet", finite=finite, own_outputs=own_outputs)
         self.config = self._config()
         self.encoder_hid_proj = None
         widths = self.config.get("projection_class_embeddings_input_dim")
@@ -64,10 +61,8 @@ class DropInUNet(DropIn):
             "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
             "encoder_attention_mask": encoder_attention_mask,
         }
-        take = self._arguments
-        inputs = take.base(given, {**(added_cond_kwargs or {}), **added})
-        inputs["timestep"] = take.timestep(timestep, len(sample) if sample.dim() else 1)
-        inputs |= take.residuals(down_block_additional_residuals, mid_block_additional_residual, sample)
+        inputs = self._base(given, {**(added_cond_kwargs or {}), **added}, timestep)
+        inputs |= self._arguments.residuals(down_block_additional_residuals, mid_block_additional_residual, sample)
         (image,) = self._run(inputs).values()
         return UNet2DConditionOutput(sample=image) if return_dict else (image,)
 

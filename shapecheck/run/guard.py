@@ -5,31 +5,41 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from shapecheck.contract import Config, Contract, ContractError, Geometry, Mismatch, Shape, ShapecheckError, Slot, show
-from shapecheck.contract.compare import compare
-from shapecheck.contract.naming import SHAPECHECK
+from shapecheck.contract import Config, Contract, ContractError, Mismatch, Shape, ShapecheckError
+from shapecheck.run.guard_checks import (
+    DOWNS,
+    EMPTIED,
+    FEATURES,
+    MID,
+    Call,
+    Shapes,
+    autocast_dtype,
+    feature_faults,
+    geometry_of,
+    placed,
+    residual_faults,
+    told,
+)
 from shapecheck.run.watch import Watch
 
 Mode = Literal["error", "warn"]
 
-_DOWNS = "down_block_additional_residuals"
-_MID = "mid_block_additional_residual"
-_FEATURES = "down_intrablock_additional_residuals"
-_ARGUMENTS = ("sample", _DOWNS, _MID, _FEATURES)
+_ARGUMENTS = ("sample", DOWNS, MID, FEATURES)
 _ORDER = (
     "sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask", "cross_attention_kwargs",
-    "added_cond_kwargs", _DOWNS, _MID, _FEATURES, "encoder_attention_mask", "return_dict",
+    "added_cond_kwargs", DOWNS, MID, FEATURES, "encoder_attention_mask", "return_dict",
 )  # fmt: skip
 """Positional arguments of diffusers' forward: what `*args` means in a forward that wraps it."""
+_traced: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 _NEVER = sys.maxsize
 _DECIDING = (
     "in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types",
@@ -39,18 +49,6 @@ _DECIDING = (
 _INSIDE = (str(Path(torch.__file__).parent), __file__)
 """Files that lie between a warning and whoever called the UNet."""
 
-_LONE_MID = f"without {_DOWNS} diffusers ignores all control: give both, or neither"
-_LONE_DOWNS = (
-    f"without {_MID} diffusers takes the down residuals for T2I-Adapter features, adds them elsewhere and pops them from the "
-    f"caller's list: give both, or give features as {_FEATURES}"
-)
-_LONE_DOWNS_BESIDE_FEATURES = f"without {_MID} diffusers ignores the down residuals: give both, or features alone"
-_EMPTIED = (
-    "diffusers pops T2I-Adapter features from the caller's list, so that a later call finds less in it: "
-    "give list(features) at each call"
-)
-
-_traced: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 _form = attrgetter("shape", "dtype", "device")
 _Form = tuple[Shape, torch.dtype, torch.device]
 
@@ -124,7 +122,7 @@ class Guard:
         self._unet, self._contract, self._mode = _inner(unet), contract, mode
         self._places = _places(self._unet)
         self._names = tuple(slot.name for slot in contract.slots)
-        self._shapes = _Shapes(contract.slots)
+        self._shapes = Shapes(contract.slots)
         self._known: tuple[Any, list[_Form]] = (None, [])
         self._features: tuple[Any, int] = (None, 0)
         self._had_downs = False
@@ -152,7 +150,7 @@ class Guard:
         """The forward pre-hook."""
         if torch.compiler.is_compiling() or _traced():  # an export: symbols in place of sizes
             return
-        call = _Call(*[args[place] if place < len(args) else kwargs.get(name) for name, place in self._places])
+        call = Call(*[args[place] if place < len(args) else kwargs.get(name) for name, place in self._places])
         if call.downs is None and call.mid is None and call.features is None:
             return
         found = [] if self._fits(call) else self._faults(call)
@@ -161,13 +159,13 @@ class Guard:
         if found:
             self._tell(tuple(sorted(found, key=self._position)))
 
-    def _fits(self, call: _Call) -> bool:
+    def _fits(self, call: Call) -> bool:
         """Whether all is well, told quickly: the forms for a size are worked out once and kept until another size comes."""
         if call.features is not None or not isinstance(call.downs, (list, tuple)):
             return False
         try:
             given = [*map(_form, call.downs), _form(call.mid)]
-            sample = (_form(call.sample), _autocast(call.sample))
+            sample = (_form(call.sample), autocast_dtype(call.sample))
         except AttributeError:
             return False
         known, wanted = self._known
@@ -180,27 +178,27 @@ class Guard:
 
     def _wanted(self, sample: Tensor) -> list[_Form]:
         """What each residual has to be beside this sample; nothing where it shows no size that the UNet takes."""
-        geometry = _geometry(self._contract, sample)
+        geometry = geometry_of(self._contract, sample)
         if isinstance(geometry, Mismatch):
             return []
-        dtype = _autocast(sample) or sample.dtype
+        dtype = autocast_dtype(sample) or sample.dtype
         return [(shape, dtype, sample.device) for shape in self._shapes.at(geometry)]
 
-    def _faults(self, call: _Call) -> list[Mismatch]:
+    def _faults(self, call: Call) -> list[Mismatch]:
         """Everything that the call itself shows to be wrong."""
-        found = list(_of_features(call.features, self._features))
+        found = list(feature_faults(call.features, self._features))
         if isinstance(call.features, list):
             self._features = (call.features, len(call.features))
         if call.downs is None and call.mid is None:
             return found
-        geometry = _geometry(self._contract, call.sample)
+        geometry = geometry_of(self._contract, call.sample)
         if isinstance(geometry, Mismatch):
             return [*found, geometry]
         moved = "_hf_hook" in vars(self._unet)
-        given = list(_of_residuals(self._contract, call, geometry, moved))
+        given = list(residual_faults(self._contract, call, geometry, moved))
         empty = isinstance(call.downs, (list, tuple)) and not call.downs
         if empty and self._had_downs:
-            given = [replace(each, cause=_EMPTIED) if each.where in self._names[:-1] else each for each in given]
+            given = [replace(each, cause=EMPTIED) if each.where in self._names[:-1] else each for each in given]
         self._had_downs |= call.downs is not None and not empty
         return found + given
 
@@ -208,13 +206,13 @@ class Guard:
         """Slots in their order; what is no slot after them."""
         return self._names.index(mismatch.where) if mismatch.where in self._names else len(self._names)
 
-    def _value_faults(self, watch: Watch, call: _Call, wrong: set[str]) -> list[Mismatch]:
+    def _value_faults(self, watch: Watch, call: Call, wrong: set[str]) -> list[Mismatch]:
         """What the watched ControlNets tell of the residuals with which nothing else is wrong."""
-        if wrong & {"sample", _DOWNS}:
+        if wrong & {"sample", DOWNS}:
             return []
         given = dict(zip(self._names, call.downs, strict=False)) | {self._names[-1]: call.mid}
         faults = watch.faults({name: value for name, value in given.items() if name not in wrong})
-        return [_placed(self._contract, call.sample, each) for each in faults]
+        return [placed(self._contract, call.sample, each) for each in faults]
 
     def _tell(self, found: tuple[Mismatch, ...]) -> None:
         error = GuardError(
@@ -223,151 +221,6 @@ class Guard:
         if self._mode == "error":
             raise error
         warnings.warn(str(error), GuardWarning, stacklevel=_level())
-
-
-class _Call(NamedTuple):
-    """The arguments of one call that matter here."""
-
-    sample: Any
-    downs: Any
-    mid: Any
-    features: Any
-
-
-class _Shapes:
-    """The shapes of all residuals at a geometry; dimensions that slots share are worked out once."""
-
-    def __init__(self, slots: Sequence[Slot]) -> None:
-        self._dims = tuple(dict.fromkeys(dim for slot in slots for dim in slot.shape))
-        self._picks = [itemgetter(*map(self._dims.index, slot.shape)) for slot in slots]
-
-    def at(self, geometry: Geometry) -> list[Shape]:
-        """In slot order, (batch, channels, height, width) each, in slot cells."""
-        table = geometry.sizes
-        sizes = [dim.at(table) for dim in self._dims]
-        return [pick(sizes) for pick in self._picks]
-
-
-def _geometry(contract: Contract, sample: Any) -> Geometry | Mismatch:
-    """The geometry that a sample shows, or what is wrong with the sample."""
-    if not isinstance(sample, Tensor) or sample.dim() != 4:
-        return Mismatch(
-            "rank", "sample", _told(sample), "batch×channels×h×w", cause="it shows no size to check residuals against"
-        )
-    batch, _, height, width = sample.shape
-    try:
-        geometry = Geometry(batch, height, width)
-        contract.require(geometry)
-    except ShapecheckError as error:
-        return Mismatch("size", "sample", tuple(sample.shape), "a size that the UNet takes", cause=str(error))
-    return geometry
-
-
-def _of_features(features: Any, before: tuple[Any, int]) -> Iterator[Mismatch]:
-    """What is wrong with T2I-Adapter features. `before` is the list of the last call that gave any, and its length then."""
-    if features is None:
-        return
-    wanted = "a list with a feature for each down block"
-    if not isinstance(features, list):
-        yield Mismatch(
-            "input", _FEATURES, _told(features), wanted, cause="diffusers pops from it; give list(features) at each call"
-        )
-    elif not features or (features is before[0] and len(features) < before[1]):
-        left = f"a list with {len(features)} left in it" if features else "an empty list"
-        yield Mismatch("missing", _FEATURES, left, wanted, cause=_EMPTIED)
-
-
-def _of_residuals(contract: Contract, call: _Call, geometry: Geometry, moved: bool) -> Iterator[Mismatch]:
-    """What is wrong with residuals of which at least one side was given, in no order."""
-    slots, mid = contract.slots, contract.slots[-1]
-    given = {mid.name: call.mid}
-    if isinstance(call.downs, (list, tuple)):
-        given |= {SHAPECHECK.down(index): value for index, value in enumerate(call.downs)}
-    else:
-        slots = (mid,)
-        yield _without_downs(contract, call, geometry)
-    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-    others = {name: value for name, value in given.items() if value is not None and name not in tensors}
-    yield from _no_tensors(contract, geometry, others)
-    left = [slot for slot in slots if slot.name not in others]
-    for each in compare(left, geometry, {name: tuple(value.shape) for name, value in tensors.items()}):
-        if each.where == mid.name and each.kind == "missing":
-            yield replace(each, cause=_LONE_DOWNS if call.features is None else _LONE_DOWNS_BESIDE_FEATURES)
-        else:
-            yield replace(each, cause=_cause(each))
-    for slot in left:
-        if slot.name in tensors:
-            yield from _of_another_kind(slot, geometry, tensors[slot.name], call.sample, moved)
-
-
-def _without_downs(contract: Contract, call: _Call, geometry: Geometry) -> Mismatch:
-    """The down residuals are absent, or no sequence."""
-    *downs, mid = contract.slots
-    if call.downs is None:
-        beside = f"{len(downs)} down residuals beside it"
-        return Mismatch("unused", mid.name, _told(call.mid), beside, geometry, mid.producer, cause=_LONE_MID)
-    wanted = f"a list or tuple of {len(downs)} tensors, {downs[0].name} to {downs[-1].name}"
-    cause = "diffusers adds what it yields item by item, in silence where that broadcasts"
-    return Mismatch("input", _DOWNS, _told(call.downs), wanted, geometry, cause=cause)
-
-
-def _no_tensors(contract: Contract, geometry: Geometry, others: Mapping[str, Any]) -> Iterator[Mismatch]:
-    slots = {slot.name: slot for slot in contract.slots}
-    for name, value in others.items():
-        if (slot := slots.get(name)) is None:
-            yield Mismatch("surplus", name, _told(value), "no such slot", geometry, cause="the UNet ignores it in silence")
-        else:
-            cause = (
-                "these are the keys of a ControlNetOutput: call MultiControlNetModel with return_dict=False"
-                if isinstance(value, str)
-                else "PyTorch broadcasts a number in silence"
-            )
-            yield Mismatch("input", name, _told(value), slot.shape_at(geometry), geometry, slot.producer, cause=cause)
-
-
-def _cause(mismatch: Mismatch) -> str:
-    """The cause of a mismatch of shapes, with a word on broadcasting where PyTorch would do that."""
-    got, wanted = mismatch.observed, mismatch.expected
-    if isinstance(got, str) or isinstance(wanted, str) or "silence" in mismatch.cause or len(got) > len(wanted):
-        return mismatch.cause
-    if all(size in (1, want) for size, want in zip(got[::-1], wanted[::-1], strict=False)):
-        return "; ".join(filter(None, (mismatch.cause, "PyTorch broadcasts it in silence")))
-    return mismatch.cause
-
-
-def _of_another_kind(slot: Slot, geometry: Geometry, value: Tensor, sample: Tensor, moved: bool) -> Iterator[Mismatch]:
-    """A dtype or a device that is not the sample's."""
-    if value.dtype not in (sample.dtype, _autocast(sample)):
-        got, wanted = _short(value.dtype), _short(_autocast(sample) or sample.dtype)
-        cause = f"PyTorch promotes it in silence, or fails late, in an up block; give it with .to(torch.{wanted})"
-        yield Mismatch("dtype", slot.name, got, wanted, geometry, slot.producer, cause=cause)
-    if value.device != sample.device and not moved:
-        place = f"one on {sample.device}, where the sample is"
-        yield Mismatch("device", slot.name, f"a tensor on {value.device}", place, geometry, slot.producer)
-
-
-def _autocast(sample: Tensor) -> torch.dtype | None:
-    """The dtype that autocast computes in on the sample's device; None where it is off."""
-    kind = sample.device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
-
-
-def _placed(contract: Contract, sample: Tensor, mismatch: Mismatch) -> Mismatch:
-    """A mismatch of values, with the geometry and the UNet's module."""
-    batch, _, height, width = sample.shape
-    return replace(mismatch, geometry=Geometry(batch, height, width), unet_module=contract.slot(mismatch.where).producer)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _told(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    return (
-        f"a tensor of {show(tuple(value.shape))}" if isinstance(value, Tensor) else f"a {type(value).__name__}, {value!r:.40}"
-    )
 
 
 def _inner(module: nn.Module) -> nn.Module:
@@ -380,7 +233,7 @@ def _modules(controlnet: nn.Module | Sequence[nn.Module] | None) -> tuple[nn.Mod
     modules = tuple(controlnet) if several else () if controlnet is None else (controlnet,)  # type: ignore[arg-type]
     for each in modules:
         if not isinstance(each, nn.Module):
-            raise ShapecheckError(f"controlnet= takes a ControlNet or several in a list, not {_told(each)}")
+            raise ShapecheckError(f"controlnet= takes a ControlNet or several in a list, not {told(each)}")
     return modules  # type: ignore[return-value]
 
 

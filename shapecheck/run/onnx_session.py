@@ -105,11 +105,6 @@ class OnnxSession:
         """The provider that really runs; those after it only take what it cannot."""
         return str(self._session.get_providers()[0])
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What the file says of itself."""
-        return dict(self._session.get_modelmeta().custom_metadata_map)
-
     def dtypes(self) -> dict[str, str]:
         """The dtype of every input and output, as torch calls it."""
         return {
