@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shapecheck.build.export import export
     from shapecheck.observe.probe import probe
     from shapecheck.observe.record import record
+    from shapecheck.pipelines.accelerate import accelerate
     from shapecheck.pipelines.load import load
     from shapecheck.run.engine_session import EngineSession
     from shapecheck.run.guard import guard
@@ -39,6 +40,7 @@ __all__ = [
     "Range",
     "ShapecheckError",
     "Slot",
+    "accelerate",
     "build_engine",
     "combined",
     "export",
@@ -54,6 +56,7 @@ __all__ = [
 
 _LAZY = {
     "EngineSession": "shapecheck.run.engine_session",
+    "accelerate": "shapecheck.pipelines.accelerate",
     "build_engine": "shapecheck.build.engine",
     "combined": "shapecheck.run.residuals",
     "export": "shapecheck.build.export",

@@ -11,6 +11,8 @@ _EXTRAS = {
     "onnxruntime": "onnx",
     "tensorrt": "gpu",
     "tensorrt_rtx": "rtx",
+    "tokenizers": "demo",
+    "transformers": "demo",
 }
 """From a module to the extra of this distribution that installs it."""
 

@@ -10,9 +10,10 @@ from functools import partial
 
 import diffusers
 import numpy as np
-import parts as parts_of
 import torch
 from diffusers import DiffusionPipeline
+
+from shapecheck.pipelines import small as parts_of
 
 STEPS = 10
 HEIGHT, WIDTH = 72, 104  # pixels: 9×13 latent cells, odd at the first level already

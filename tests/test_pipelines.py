@@ -7,13 +7,13 @@ import pipes
 import engines
 import numpy as np
 import onnx_files
-import parts as parts_of
 import pytest
 import torch
 from diffusers import MultiControlNetModel
 
 import shapecheck
 from shapecheck import ShapecheckError
+from shapecheck.pipelines import small as parts_of
 from shapecheck.run.dropin import UnsupportedError
 
 ALLOWED = 1 / 255

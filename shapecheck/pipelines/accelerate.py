@@ -1,0 +1,181 @@
+"""The whole road in one call: a pipeline's UNet observed, exported, built for the first backend that runs, and exchanged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import nn
+
+from shapecheck import doctor, extras
+from shapecheck.build.subject import take
+from shapecheck.contract import Contract, ShapecheckError, profile_forms
+from shapecheck.contract.profiles import Profile, profile_of
+from shapecheck.contract.ranges import parse_ranges
+from shapecheck.observe.probe import probe
+from shapecheck.observe.progress import Progress, silent
+from shapecheck.pipelines.load import load
+from shapecheck.pipelines.made import Made
+from shapecheck.pipelines.owners import Owners
+from shapecheck.run.dropin import DropIn
+
+Backend = Literal["auto", "trt", "rtx", "ort-trt", "ort-cuda", "ort"]
+_LADDER: tuple[Backend, ...] = ("trt", "ort-cuda")
+"""What `auto` tries before it stays with PyTorch."""
+_CAUGHT = (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)
+_log = logging.getLogger(__name__)
+
+Refusals = tuple[tuple[str, str], ...]
+
+
+class AccelerationError(ShapecheckError):
+    """No backend that was asked for runs the UNet. `refusals` holds each with its reason."""
+
+    def __init__(self, refusals: Refusals) -> None:
+        self.refusals = refusals
+        super().__init__("\n".join(["the UNet stays in PyTorch", *(f"  {name}: {reason}" for name, reason in refusals)]))
+
+
+class Accelerated:
+    """What `accelerate` did. Call it, or leave its `with` block, to put the PyTorch UNet back."""
+
+    def __init__(self, owners: Owners, backend: str, unet: nn.Module, artefact: Path | None, refusals: Refusals) -> None:
+        self.backend = backend
+        """The one that runs; `torch` where the UNet is in PyTorch."""
+        self.unet = unet
+        """What the pipeline calls."""
+        self.artefact = artefact
+        """The ONNX file or engine that runs; None for `torch`."""
+        self.refusals = refusals
+        """The backends that were tried before, each with its reason."""
+        self._owners = owners
+
+    def __call__(self) -> None:
+        """Put the PyTorch UNet back where it was, on its device, and close the session. Calling again is fine."""
+        if not isinstance(self.unet, DropIn):
+            return
+        dropin, self.unet, self.backend, self.artefact = self.unet, self._owners.unet, "torch", None
+        if not self._owners.put(self.unet, instead_of=dropin):
+            _log.warning("the UNet that accelerate put in was exchanged meanwhile: what is there now stays")
+        device = dropin.device
+        dropin.close()
+        self.unet.to(device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self()
+
+
+def accelerate(
+    pipe_or_stream: Any,
+    engine_dir: str | Path,
+    backend: Backend = "auto",
+    *,
+    sizes: Sequence[str] = (),
+    batch: Sequence[str] = (),
+    fallback: Literal["log", "error"] = "log",
+    graphs: bool = False,
+    finite: bool = True,
+    own_outputs: bool = True,
+    progress: Progress = silent,
+) -> Accelerated:
+    """Exchange the UNet of a diffusers pipeline or a StreamDiffusion for one that is exported, and built, from it.
+
+    The UNet is observed, with the pipeline's ControlNets; exported into the folder `engine_dir`, or found there by its contract
+    and weights; for TensorRT built for `sizes` and `batch`, as for `shapecheck build` (by default the model's own size and a
+    batch of 1 to 2; for a stream the size and batch that it was made for); and put in the place of the PyTorch UNet, which
+    on a GPU waits in the CPU's memory. ControlNets stay what they are. Returns what was done: call that to undo it.
+
+    `auto` tries TensorRT, then ONNX Runtime on CUDA, then stays with PyTorch; every step down is logged as a warning with its
+    reason. Any other backend is tried alone. `fallback="error"` raises where the UNet would stay in PyTorch. `graphs`, `finite`
+    and `own_outputs` are those of `load`.
+
+    Raises ContractError where UNet and ControlNets do not fit each other; AccelerationError as above; ShapecheckError where
+    this is no pipeline, size or folder, or the UNet cannot be exchanged. The pipeline is then as it was.
+    """
+    if backend not in get_args(Backend) or fallback not in ("log", "error"):
+        raise ShapecheckError(f"backend is one of {', '.join(get_args(Backend))}, and fallback log or error")
+    owners, folder = Owners(pipe_or_stream), _folder(Path(engine_dir))
+    progress("observing the contract")
+    contract = probe(take(owners.unet).module, [take(net).module for net in owners.controlnets] or None)
+    profiles = _profiles(owners, contract, sizes, batch)
+    files = Made(owners.unet, folder, progress)
+    device = next(owners.unet.parameters()).device
+    opened = partial(load, device=device, graphs=graphs, finite=finite, own_outputs=own_outputs)
+    refusals: Refusals = ()
+    for each in _LADDER if backend == "auto" else (backend,):
+        try:
+            dropin, artefact = _started(owners.unet, files, each, profiles, opened)
+        except _CAUGHT as error:
+            refusals += ((each, _reason(error)),)
+            _log.warning("%s does not run this UNet: %s", *refusals[-1])
+            continue
+        owners.put(dropin, instead_of=owners.unet)
+        _log.info("%s runs the UNet: %s", each, artefact)
+        return Accelerated(owners, each, dropin, artefact, refusals)
+    if fallback == "error":
+        raise AccelerationError(refusals)
+    _log.warning("nothing faster runs here: the UNet stays in PyTorch")
+    return Accelerated(owners, "torch", owners.unet, None, refusals)
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ShapecheckError(f"cannot write into {path}: {error.strerror or error}") from None
+    return path
+
+
+def _profiles(owners: Owners, contract: Contract, sizes: Sequence[str], batch: Sequence[str]) -> tuple[Profile, ...]:
+    """For the sizes that were asked for; else for what a stream was made for, or the model's own."""
+    factor = contract.header.vae_factor
+    if owners.frame is not None:
+        width, height, number = owners.frame
+        usual, together = f"{width}x{height}", f"{number}"
+    else:
+        rows, columns = contract.header.native or (64, 64)
+        usual, together = f"{columns * factor}x{rows * factor}", "1:2:2"
+    ranges = parse_ranges(sizes or [usual], batch or [together], vae_factor=factor)
+    return tuple(profile_of(contract, each) for each in ranges)
+
+
+def _started(
+    unet: nn.Module, files: Made, backend: Backend, profiles: Sequence[Profile], opened: Callable[..., DropIn]
+) -> tuple[DropIn, Path]:
+    """The UNet in that backend. Raises ShapecheckError where it does not run, the PyTorch UNet then back on its device."""
+    device = next(unet.parameters()).device
+    if (device.type == "cuda") != (backend != "ort"):
+        place = "the CPU" if backend == "ort" else "a GPU"
+        raise ShapecheckError(f"it runs on {place} and the UNet is on {device}: move the pipeline first, with pipe.to(…)")
+    if not files.is_exported and not (found := doctor.backend(backend)).runs:  # said before minutes go into an export
+        raise ShapecheckError("; ".join(f"{gap.problem} ({gap.fix})" for gap in found.gaps))
+    artefact = files.onnx()
+    try:
+        _free(unet)
+        if backend == "trt" or backend == "rtx":
+            artefact = files.engine(backend, profiles)
+            return opened(artefact, "trt"), artefact
+        options = profile_forms.provider_options(profiles) if backend == "ort-trt" else None
+        return opened(artefact, backend, options=options), artefact
+    except BaseException:
+        unet.to(device)
+        raise
+
+
+def _free(unet: nn.Module) -> None:
+    """Leave the GPU's memory to what takes the UNet's place."""
+    unet.to("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _reason(error: BaseException) -> str:
+    return str(extras.missing(error, "it") if isinstance(error, ModuleNotFoundError) else error)
