@@ -68,6 +68,15 @@ def _sweep(folder: Path) -> None:
                 left.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> Path:
+    """The folder, made with those above it where it is not there. Raises ShapecheckError where the system refuses."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ShapecheckError(f"cannot write into {path}: {error.strerror or error}") from None
+    return path
+
+
 def refuse_unwritable(output: Path) -> None:
     """Raise ShapecheckError before the work is done for nothing."""
     try:

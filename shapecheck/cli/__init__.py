@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 
 from shapecheck import __version__
+from shapecheck.cli.bench import bench
+from shapecheck.cli.demo import demo
 from shapecheck.cli.engines import build, profile
 from shapecheck.cli.files import check, export
 from shapecheck.cli.group import Commands
@@ -22,7 +24,7 @@ def main() -> None:
     """
 
 
-for _command in (probe, export, check, profile, build, parity, doctor, presets):
+for _command in (probe, export, check, profile, build, parity, bench, demo, doctor, presets):
     main.add_command(_command)
 
 

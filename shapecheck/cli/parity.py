@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shapecheck import ContractError, ShapecheckError
+from shapecheck import ContractError
 from shapecheck.cli.options import offline_option, output_option, size_options
 from shapecheck.contract.environment import BACKENDS
-from shapecheck.files import refuse_unwritable
+from shapecheck.files import make_folder, refuse_unwritable
 from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def parity(
     if output is not None:
         refuse_unwritable(output)
     if report is not None:
-        _make(report)
+        make_folder(report)
     names = tuple(each.strip() for each in backends.split(",") if each.strip())
     request = ParityRequest(
         model, onnx, engine, names, controlnet, sizes, batch, tokens, seed, times_own, reference, variant, offline, report
@@ -126,10 +126,3 @@ def _told(found: Parity, form: str) -> str:
 
         return page(found)
     return text.told(found, "markdown" if form == "markdown" else "human")
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ShapecheckError(f"cannot write into {folder}: {error.strerror or error}") from None

@@ -17,6 +17,7 @@ from shapecheck.build.subject import take
 from shapecheck.contract import Contract, ShapecheckError, profile_forms
 from shapecheck.contract.profiles import Profile, profile_of
 from shapecheck.contract.ranges import parse_ranges
+from shapecheck.files import make_folder
 from shapecheck.observe.probe import probe
 from shapecheck.observe.progress import Progress, silent
 from shapecheck.pipelines.load import load
@@ -102,7 +103,7 @@ def accelerate(
     """
     if backend not in get_args(Backend) or fallback not in ("log", "error"):
         raise ShapecheckError(f"backend is one of {', '.join(get_args(Backend))}, and fallback log or error")
-    owners, folder = Owners(pipe_or_stream), _folder(Path(engine_dir))
+    owners, folder = Owners(pipe_or_stream), make_folder(Path(engine_dir))
     progress("observing the contract")
     contract = probe(take(owners.unet).module, [take(net).module for net in owners.controlnets] or None)
     profiles = _profiles(owners, contract, sizes, batch)
@@ -124,14 +125,6 @@ def accelerate(
         raise AccelerationError(refusals)
     _log.warning("nothing faster runs here: the UNet stays in PyTorch")
     return Accelerated(owners, "torch", owners.unet, None, refusals)
-
-
-def _folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ShapecheckError(f"cannot write into {path}: {error.strerror or error}") from None
-    return path
 
 
 def _profiles(owners: Owners, contract: Contract, sizes: Sequence[str], batch: Sequence[str]) -> tuple[Profile, ...]:

@@ -1,4 +1,4 @@
-"""A parity run as one page that needs nothing but itself: no script, no font, no image from elsewhere."""
+"""Pages that need nothing but themselves, no script, no font, no image from elsewhere; and that of a parity run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from shapecheck.contract.parity import KINDS, CheckKind, Parity, Result, Side, Status
+from shapecheck.report.json_values import storable
 from shapecheck.report.numbers import Style, written
-from shapecheck.report.parity_record import record, storable
+from shapecheck.report.parity_record import record
 from shapecheck.report.parity_summary import backend_title, counts, explained, sentence, side_status, subject, tolerance
 from shapecheck.report.unet_drawing import draw
 from shapecheck.report.unet_shapes import Drawing, Told
@@ -65,7 +66,7 @@ class Section:
 def page(parity: Parity) -> str:
     """The whole page. Every number on it names its place in the JSON inside: `data-path`, and `data-value` as JSON has it."""
     values = record(parity)
-    template = _environment().get_template("parity.html.j2")
+    template = environment().get_template("parity.html.j2")
     return template.render(
         parity=parity,
         sections=[_section(parity, index) for index in range(len(parity.sides))],
@@ -78,7 +79,8 @@ def page(parity: Parity) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Where templates are found, and what is done to every value that they print: nothing from outside is markup."""
     return Environment(
         loader=PackageLoader("shapecheck", "report"),
         autoescape=True,

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-Style = Literal["difference", "times", "share", "strength", "cosine", "decibel", "count", "seconds"]
-"""`difference`: an error; `times`: a ratio of errors; `share`: of a whole; the others say it."""
+Style = Literal["difference", "times", "share", "strength", "cosine", "decibel", "count", "seconds", "milliseconds", "level"]
+"""`difference`: an error; `times`: a ratio; `share`: of a whole; `level`: of 255 from black to white; the others say it."""
 
 _NAMES = {math.inf: "∞", -math.inf: "−∞"}
 
@@ -42,4 +42,6 @@ _FORMS: dict[Style, Callable[[float], str]] = {
     "decibel": lambda value: f"{value:.1f} dB",
     "count": lambda value: f"{value:.0f}",
     "seconds": lambda value: f"{value:.2f} s",
+    "milliseconds": lambda value: f"{value:.1f} ms",
+    "level": lambda value: f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}",
 }

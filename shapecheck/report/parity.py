@@ -10,7 +10,7 @@ from shapecheck.contract.verdict import Verdict
 from shapecheck.report import parity_record
 from shapecheck.report.numbers import written
 from shapecheck.report.parity_summary import backend_title, counts, explained, sentence, subject, unrun
-from shapecheck.report.tables import Format, fact_list, heading, note_list, table, wrapped
+from shapecheck.report.tables import Format, clean, fact_list, heading, note_list, table, wrapped
 
 _OUTPUT = ("case", "switch", "cfg")
 _PROBED = ("input", "slot")
@@ -18,8 +18,8 @@ _PROBED = ("input", "slot")
 
 def told(parity: Parity, form: Format = "human") -> str:
     """The whole report: per backend what ran, what failed and why, where it began, then the numbers."""
-    title = _clean(f"Parity of {parity.model}", form)
-    verdict = _clean(f"{parity.verdict}: {sentence(parity)}", form)
+    title = clean(f"Parity of {parity.model}", form)
+    verdict = clean(f"{parity.verdict}: {sentence(parity)}", form)
     line = f"**{verdict}**" if form == "markdown" else wrapped(verdict, "    ")
     parts = [f"# {title}" if form == "markdown" else title, line, fact_list(_cleaned(_facts(parity), form), form)]
     for side in parity.sides:
@@ -47,7 +47,7 @@ def _facts(parity: Parity) -> list[tuple[str, str]]:
 def _side(side: Side, form: Format) -> Iterator[str]:
     yield _heading(backend_title(side), form)
     yield fact_list(_cleaned(_what_ran(side), form), form)
-    yield note_list([_clean(note, form) for note in side.notes], form)
+    yield note_list([clean(note, form) for note in side.notes], form)
     if side.failed:
         yield _heading(f"What failed on {side.backend}", form)
         yield _reasons(side.failed, form)
@@ -66,7 +66,7 @@ def _side(side: Side, form: Format) -> Iterator[str]:
 
 
 def _heading(text: str, form: Format) -> str:
-    return heading(_clean(text, form), form)
+    return heading(clean(text, form), form)
 
 
 def _what_ran(side: Side) -> list[tuple[str, str]]:
@@ -86,12 +86,12 @@ def _divergence(found: Divergence, form: Format) -> str:
     agreed = f"{len(found.agreed)} values before it agree" + (f", the last {found.agreed[-1]}" if found.agreed else "")
     lines = [f"{found.value} (module {found.module}{slot}): {found.verdict}", agreed, *([found.note] if found.note else [])]
     told = note_list(_clean_all(lines, form), form) if form == "markdown" else _paragraphs(lines)
-    command = textwrap.indent(_clean(found.command, "human"), "    ")
+    command = textwrap.indent(clean(found.command, "human"), "    ")
     return f"{told}\n\n{command}" if found.command else told
 
 
 def _paragraphs(lines: Sequence[str]) -> str:
-    return "\n".join(wrapped(_clean(line, "human"), "    ") for line in lines)
+    return "\n".join(wrapped(clean(line, "human"), "    ") for line in lines)
 
 
 _CASE_HEADERS = ("output", "worst error", "allowed", "own error", "worst/own", "outside", "cosine", "PSNR", "status")
@@ -99,7 +99,7 @@ _PROBE_HEADERS = ("input or slot", "strength", "cosine", "effect", "worst error"
 
 
 def _case(result: Result, form: Format) -> tuple[str, ...]:
-    return (_clean(subject(result).removeprefix("case "), form), *_numbers(result.verdict), _status(result))
+    return (clean(subject(result).removeprefix("case "), form), *_numbers(result.verdict), _status(result))
 
 
 def _numbers(verdict: Verdict | None) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ def _probe(result: Result, form: Format) -> tuple[str, ...]:
         else ("-", "-", "-")
     )
     compared = (_worst(verdict), written(verdict.allowed, "difference")) if verdict else ("", "")
-    return (_clean(result.check.where, form), *seen, *compared, str(result.geometry or ""), _status(result))
+    return (clean(result.check.where, form), *seen, *compared, str(result.geometry or ""), _status(result))
 
 
 def _status(result: Result) -> str:
@@ -148,14 +148,8 @@ def _cleaned(facts: Sequence[tuple[str, str]], form: Format) -> list[tuple[str, 
             last = name or last
             merged[last] = f"{merged[last]}; {value}" if last in merged else value
         facts = list(merged.items())
-    return [(name, _clean(value, form)) for name, value in facts if value]
+    return [(name, clean(value, form)) for name, value in facts if value]
 
 
 def _clean_all(lines: Sequence[str], form: Format) -> list[str]:
-    return [_clean(line, form) for line in lines]
-
-
-def _clean(text: str, form: Format) -> str:
-    """On one line, without what steers a terminal; in Markdown without what would be read as HTML or end a cell."""
-    line = "".join(each if each.isprintable() else " " if each.isspace() else ascii(each)[1:-1] for each in text)
-    return line.replace("<", "\\<").replace("|", "\\|") if form == "markdown" else line
+    return [clean(line, form) for line in lines]

@@ -9,6 +9,7 @@ from typing import Any
 
 from shapecheck.contract.parity import Divergence, Parity, Result, Side
 from shapecheck.contract.verdict import Verdict
+from shapecheck.report.json_values import named, storable
 
 SCHEMA = 1
 
@@ -28,17 +29,12 @@ def record(parity: Parity) -> dict[str, Any]:
         "versions": dict(parity.versions),
         "contract": json.loads(parity.contract.to_json()),
     }
-    return _named(values)  # type: ignore[no-any-return]
+    return named(values)  # type: ignore[no-any-return]
 
 
 def dumps(parity: Parity) -> str:
     """The record as text."""
     return storable(json.dumps(record(parity), indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
-
-
-def storable(text: str) -> str:
-    """The same JSON where half a surrogate pair, which is no UTF-8, is written as JSON's escape."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def times_own(verdict: Verdict) -> float:
@@ -81,14 +77,3 @@ def _divergence(found: Divergence) -> dict[str, Any]:
 def _verdict(verdict: Verdict) -> dict[str, Any]:
     derived = {"count": verdict.count, "share": verdict.share, "passes": verdict.passes, "times_own": times_own(verdict)}
     return asdict(verdict) | derived
-
-
-def _named(value: Any) -> Any:
-    """The same, with lists for tuples and names for the numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _named(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_named(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value

@@ -40,6 +40,12 @@ def note_list(notes: Sequence[str], form: Format) -> str:
     return "\n".join(wrapped(f"note: {note}", "      ") for note in notes)
 
 
+def clean(text: str, form: Format) -> str:
+    """On one line, without what steers a terminal; in Markdown without what would be read as HTML or end a cell."""
+    line = "".join(each if each.isprintable() else " " if each.isspace() else ascii(each)[1:-1] for each in text)
+    return line.replace("<", "\\<").replace("|", "\\|") if form == "markdown" else line
+
+
 def wrapped(text: str, indent: str) -> str:
     """For people: lines of at most LINE columns, but no path or address broken."""
     return textwrap.fill(text, LINE, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,78 @@
+"""The subcommand that measures time: bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shapecheck import ShapecheckError
+from shapecheck.cli.options import format_option, offline_option, output_option
+from shapecheck.contract.ranges import parse_pair
+from shapecheck.files import refuse_unwritable
+from shapecheck.terminal import progress, write
+
+_KNOWN = "torch, torch-compile, ort, ort-cuda, ort-trt, trt"
+
+
+@click.command()
+@click.argument("artefact")
+@click.option("--model", metavar="MODEL", help="Which UNet an ONNX file is that holds no contract.")
+@click.option(
+    "--backends",
+    metavar="NAMES",
+    default="",
+    help=f"What to time, with commas: {_KNOWN}.  [default: torch, torch-compile, and what ARTEFACT is for]",
+)
+@click.option("--size", metavar="WxH", help="Image size in pixels.  [default: the model's own]")
+@click.option("--batch", type=click.IntRange(1, 1024), default=1, show_default=True, help="2 for guidance with one image.")
+@click.option(
+    "--controlnets",
+    type=click.IntRange(0, 64),
+    help="How many run in every frame, in PyTorch.  [default: 1 where the UNet takes residuals]",
+)
+@click.option("--frames", type=click.IntRange(1, 100_000), default=20, show_default=True, help="How many are timed.")
+@click.option("--warm-up", type=click.IntRange(1, 1000), default=3, show_default=True, help="How many are played before.")
+@offline_option
+@format_option
+@output_option
+def bench(
+    artefact: str,
+    model: str | None,
+    backends: str,
+    size: str | None,
+    batch: int,
+    controlnets: int | None,
+    frames: int,
+    warm_up: int,
+    offline: bool,
+    form: str,
+    output: Path | None,
+) -> int:
+    """Time frames of ARTEFACT beside PyTorch: median, 95th percentile, memory, and which part takes what share.
+
+    ARTEFACT is an ONNX file or an engine of a UNet; or a model, which is timed in PyTorch alone, without its weights. A frame
+    is the ControlNets, the hand-over of their residuals and one call of the UNet. The backends take turns, so that the ratios
+    hold on a machine that does other things too. On a GPU times are those of CUDA events.
+
+    Exit status 0, or 2 where a backend that was named, or that ARTEFACT is for, did not run.
+
+    \b
+    Examples:
+      shapecheck bench ./sd15/unet.onnx
+      shapecheck bench unet.plan --size 904x512 --batch 2 --controlnets 2 --format markdown -o bench.md
+      shapecheck bench unet.onnx --backends torch,ort-cuda,ort-trt --frames 100
+    """
+    from shapecheck.pipelines.bench import Request
+    from shapecheck.pipelines.bench import bench as timed
+    from shapecheck.report import bench as report
+
+    if output is not None:
+        refuse_unwritable(output)
+    names = tuple(each.strip() for each in backends.split(",") if each.strip())
+    pixels = parse_pair(size, "WxH in pixels") if size is not None else None
+    with progress() as tell:
+        found = timed(Request(artefact, model, names, pixels, batch, controlnets, frames, warm_up, offline), tell)
+    text = report.as_json(found) if form == "json" else report.told(found, "markdown" if form == "markdown" else "human")
+    write(text, output)
+    return 0 if found.ran else ShapecheckError.exit_status

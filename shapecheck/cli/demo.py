@@ -1,0 +1,98 @@
+"""The subcommand that shows the whole road on generated input: demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import click
+
+from shapecheck import ContractError
+from shapecheck.cli.options import Form, format_option, offline_option
+from shapecheck.contract.demo import PROMPT, DemoBackend, DemoRequest
+from shapecheck.contract.ranges import parse_pair
+from shapecheck.files import make_folder
+from shapecheck.terminal import progress, write
+
+if TYPE_CHECKING:
+    from shapecheck.contract.demo import Demo
+
+
+@click.command()
+@click.option(
+    "--out",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    required=True,
+    help="Where pictures, page and exported file go.",
+)
+@click.option("--model", metavar="MODEL", help="A diffusers folder or hub id.  [default: a small model, random weights]")
+@click.option("--controlnet", metavar="NAME", help="The same of a ControlNet; with --model.")
+@click.option(
+    "--image",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="A control image.  [default: a depth map that is made]",
+)
+@click.option("--prompt", metavar="TEXT", default=PROMPT, show_default=True, help="What to draw.")
+@click.option(
+    "--backend",
+    type=click.Choice(get_args(DemoBackend)),
+    default="ort",
+    show_default=True,
+    help="What runs the UNet; all but ort on a GPU, in float16.",
+)
+@click.option("--size", metavar="WxH", help="Pixels, multiples of 8.  [default: 136x104, or the model's own]")
+@click.option("--steps", type=click.IntRange(2, 1000), default=8, show_default=True, help="Of the scheduler.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the noise to begin with.")
+@click.option("--variant", metavar="NAME", help="Which of MODEL's files, such as fp16.")
+@offline_option
+@format_option
+def demo(
+    folder: Path,
+    model: str | None,
+    controlnet: str | None,
+    image: Path | None,
+    prompt: str,
+    backend: DemoBackend,
+    size: str | None,
+    steps: int,
+    seed: int,
+    variant: str | None,
+    offline: bool,
+    form: Form,
+) -> int:
+    """Draw one picture in PyTorch, and again with the UNet exported and exchanged; compare, and show both on a page.
+
+    Nothing is downloaded: a small model with random weights and a depth map are made here, and the pictures are textures.
+    --model and --controlnet take real checkpoints. FOLDER then holds index.html, demo.json, demo.md, every picture, and the
+    ONNX file or engine, which the next demo finds again. Exporting takes most of the time, about a minute or two.
+
+    Exit status 0 where the pictures are the same and the ControlNet acts, 1 where not. In float16 the difference is told and
+    not judged.
+
+    \b
+    Examples:
+      shapecheck demo --out demo
+      shapecheck demo --out demo --backend trt
+      shapecheck demo --out demo --model ./sd15 --controlnet ./my-controlnet --image depth.png --prompt "a red chair"
+    """
+    size_px = parse_pair(size, "WxH in pixels") if size is not None else None
+    request = DemoRequest(model, controlnet, image, prompt, backend, size_px, steps, seed, offline, variant)
+    make_folder(folder)
+    with progress() as tell:
+        tell("importing torch and diffusers")
+        from shapecheck.pipelines.demo import run
+        from shapecheck.report.demo_files import write_all
+
+        found = run(request, folder, tell)
+    write_all(found, folder)
+    write(_told(found, form), None)
+    return 0 if found.passes else ContractError.exit_status
+
+
+def _told(found: Demo, form: Form) -> str:
+    from shapecheck.report import demo as text
+
+    return text.as_json(found) if form == "json" else text.told(found, form)

@@ -1,0 +1,217 @@
+"""Frames timed on several backends: what is measured, told, and refused. No test depends on how long anything took."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import engines
+import onnx_files
+import pytest
+import small
+import torch
+from click.testing import CliRunner
+
+import shapecheck
+from shapecheck import Geometry, ShapecheckError
+from shapecheck.cli import main
+from shapecheck.contract.bench import Bench, Frame, Timing
+from shapecheck.pipelines import bench as benches
+from shapecheck.pipelines import clock
+from shapecheck.pipelines.bench import Request, bench
+from shapecheck.pipelines.load import load
+from shapecheck.pipelines.stage import Stage
+from shapecheck.report import bench as report
+
+SIZE = "136x72"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path, contract = engines.exported(tmp_path_factory.mktemp("bench") / "unet.onnx", small.TINY)
+    return engines.sealed(path, contract)
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock that is one second later whenever it is looked at, so that parts are known."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(ticks)))
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["bench", *map(str, arguments)])
+
+
+def timing(backend, *totals, **more):
+    return Timing(backend, f"{backend}, float32", tuple(Frame(total / 2, total / 8, total * 3 / 8) for total in totals), **more)
+
+
+def told(*timings, **more):
+    values = {
+        "artefact": "unet.onnx",
+        "contract": "sha256:ab",
+        "geometry": Geometry(2, 9, 17),
+        "controlnets": 2,
+        "device": "cpu, 2 threads",
+        "versions": (("torch", "2.13"),),
+    } | more
+    return Bench(timings=timings, **values)
+
+
+def test_numbers_are_those_of_the_frames():
+    found = timing("ort", *range(1, 101))
+    assert (found.median, found.p95, found.rate) == (50.5, 95.0, 1000 / 50.5)
+    assert [found.share(part) for part in ("controlnet", "handover", "unet")] == [0.5, 0.125, 0.375]
+    assert timing("ort", 7.0).p95 == 7.0
+
+
+def test_the_report_compares_with_the_first_that_ran():
+    found = told(
+        Timing("torch", "", reason="out of memory", asked=False), timing("torch-compile", 40, memory=3 << 20), timing("ort", 10)
+    )
+    text = report.told(found)
+    rows = [re.split(r"  +", line.strip()) for line in text.splitlines() if "×" in line and "%" in line]
+    assert rows == [
+        ["torch-compile", "40.00", "40.00", "25.00", "1.00×", "3", "50.0%", "12.5%", "37.5%"],
+        ["ort", "10.00", "10.00", "100.00", "0.25×", "not known", "50.0%", "12.5%", "37.5%"],
+    ]
+    assert "note: torch did not run: out of memory" in text
+    assert "ControlNets    2, in PyTorch" in text
+    assert report.told(found, "markdown").startswith("# Frames of unet.onnx\n\n- device: cpu, 2 threads\n")
+    assert found.ran
+    assert not replace(found, timings=(*found.timings, Timing("trt", "", reason="no GPU"))).ran
+    assert not told(Timing("torch", "", reason="no memory", asked=False)).ran
+
+
+def test_json_holds_every_frame():
+    values = json.loads(report.as_json(told(timing("ort", 10, 30), Timing("trt", "", reason="no GPU"))))
+    first, second = values["timings"]
+    assert (values["shapecheck_bench"], values["geometry"]["width"], values["controlnets"]) == (1, 17, 2)
+    assert first["frames"] == [{"controlnet": n / 2, "handover": n / 8, "unet": n * 3 / 8} for n in (10, 30)]
+    assert (first["median_ms"], first["p95_ms"], first["frames_per_second"]) == (20, 30, 50)
+    assert first["shares"] == {"controlnet": 0.5, "handover": 0.125, "unet": 0.375}
+    assert (second["reason"], second["frames"]) == ("no GPU", [])
+
+
+def test_parts_lie_between_the_marks(ticking):
+    """Five marks a frame: four parts, one tick each, of which two are the hand-over; as many in PyTorch as in a session."""
+    contract = shapecheck.probe(small.unet(**small.TINY))
+    stage = Stage(contract, Geometry(1, 9, 17), torch.device("cpu"), 1)
+    run = benches._Run("torch", Request("x"), contract, torch.device("cpu"))
+    with torch.no_grad():
+        run.warm_up(stage, lambda *_: None)
+        run.time()
+    assert run.timing(asked=True).frames == (Frame(1000.0, 2000.0, 1000.0),)
+
+
+def test_backends_take_turns_and_compute_the_same_call(file, monkeypatch):
+    """Every frame calls each backend once, with residuals of as many ControlNets as were asked for."""
+    calls = []
+    real = load
+
+    def watched(*given, **options):
+        unet = real(*given, **options)
+        unet.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(("ort", *seen(kwargs))), with_kwargs=True)
+        return unet
+
+    def seen(kwargs):
+        return tuple(kwargs["sample"].shape), len(kwargs.get("down_block_additional_residuals", ()))
+
+    monkeypatch.setattr(benches, "load", watched)
+    made = Stage._unet.func
+
+    def unet(self):
+        module = made(self)
+        module.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(("torch", *seen(kwargs))), with_kwargs=True)
+        return module
+
+    monkeypatch.setattr(Stage, "_unet", property(unet))
+    found = bench(Request(str(file), backends=("torch", "ort"), size_px=(136, 72), batch=3, controlnets=2, frames=4, warm_up=2))
+    slots = len(shapecheck.read_contract(file).slots)
+    assert [name for name, *_ in calls] == ["torch"] * 2 + ["ort"] * 2 + ["torch", "ort"] * 4
+    assert {tuple(rest) for _, *rest in calls} == {((3, 4, 9, 17), slots - 1)}
+    assert [len(each.frames) for each in found.timings] == [4, 4]
+    assert all(part > 0 for each in found.timings for frame in each.frames for part in (frame.controlnet, frame.unet))
+    assert all(each.memory is None or each.memory >= 0 for each in found.timings)
+    calls.clear()
+    bench(Request(str(file), backends=("ort",), size_px=(136, 72), controlnets=0, frames=1, warm_up=1))
+    assert calls == [("ort", (1, 4, 9, 17), 0)] * 2
+
+
+def test_the_command_prints_and_writes(file, tmp_path):
+    done = run(file, "--backends", "torch, ort", "--size", SIZE, "--frames", 2, "--warm-up", 1, "--format", "json")
+    assert done.exit_code == 0, done.output
+    values = json.loads(done.stdout)
+    assert [each["backend"] for each in values["timings"]] == ["torch", "ort"]
+    assert values["geometry"] == {"batch": 1, "height": 9, "width": 17, "tokens": 77}
+    out = tmp_path / "bench.md"
+    done = run(file, "--backends", "ort", "--size", SIZE, "--frames", 1, "--controlnets", 0, "--format", "markdown", "-o", out)
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert out.read_text().startswith(f"# Frames of {file}\n")
+
+
+def test_a_backend_that_does_not_run_is_told_and_fails(file, monkeypatch):
+    def refuses(*_, **__):
+        raise ShapecheckError("out of file handles")
+
+    monkeypatch.setattr(benches, "load", refuses)
+    done = run(file, "--backends", "torch,ort", "--size", SIZE, "--frames", 1, "--warm-up", 1)
+    assert done.exit_code == 2
+    assert "note: ort did not run: out of file handles" in done.stdout
+    assert re.search(r"(?m)^torch +\d", done.stdout)
+
+
+def test_what_a_compiler_raises_is_told_and_no_failure_where_nobody_asked(file, monkeypatch):
+    def raises(_module):
+        raise AssertionError("no compiler\nis here")
+
+    monkeypatch.setattr(torch, "compile", raises)
+    found = bench(Request(str(file), size_px=(136, 72), frames=1, warm_up=1))
+    assert [each.backend for each in found.timings if each.frames] == ["torch", "ort"]
+    assert r"no compiler\nis here" in found.timings[1].reason
+    assert found.ran
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--backends", "onnx"], "no backend 'onnx' to time; known: torch, torch-compile, ort, "),
+        (["--backends", "ort,trt"], "ort runs on the CPU and trt on a GPU: time them in two runs"),
+        (["--size", "100x72"], "the width 100 is no multiple of 8"),
+        (["--size", "big"], "'big' is no size"),
+        (["--frames", "0"], "Invalid value for '--frames'"),
+        (["-o", "no/such/folder.md"], "cannot write no/such/folder.md: No such file"),
+    ],
+)
+def test_what_cannot_be_timed_is_said_at_once(file, options, words):
+    done = run(file, *options)
+    assert done.exit_code == 2
+    assert words in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_at_once(file):
+    done = run(file, "--backends", "ort-cuda")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "ort-cuda cannot run here: no NVIDIA GPU" in done.stderr
+
+
+def test_a_controlnet_or_a_unet_without_slots_says_what_to_give(tmp_path):
+    unet = small.unet(**small.TINY)
+    net = onnx_files.controlnet_written(tmp_path / "net.onnx", small.controlnet(unet), latent=(9, 17))
+    done = run(net)
+    assert done.exit_code == 2
+    assert "net.onnx is a ControlNet: give a UNet" in done.stderr
+    (tmp_path / "plain.json").write_text(replace(shapecheck.probe(unet), slots=()).to_json())
+    done = run(tmp_path / "plain.json", "--controlnets", 1)
+    assert done.exit_code == 2
+    assert "takes no residuals: --controlnets 0" in done.stderr
+
+
+@pytest.mark.full
+def test_torch_compile_is_timed_beside_the_file(file):
+    found = bench(Request(str(file), size_px=(136, 72), frames=2, warm_up=1))
+    assert [(each.backend, len(each.frames)) for each in found.timings] == [("torch", 2), ("torch-compile", 2), ("ort", 2)]
+    assert not any(each.reason for each in found.timings)
