@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from shapecheck import presets
+from shapecheck import __version__, presets
 from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.contract.demo import Demo, DemoRequest, Picture
 from shapecheck.contract.environment import BACKENDS
@@ -32,7 +32,7 @@ _GUIDANCE = 5.0
 _ALLOWED = 1.0
 """Of 255: what nobody sees."""
 _PACKAGES = (
-    "shapecheck-controlnet", "torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt",
+    "torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt",
     "tensorrt-rtx-cu13",
 )  # fmt: skip
 
@@ -213,6 +213,7 @@ def _times(factor: int) -> str:
 
 
 def _versions() -> Iterator[tuple[str, str]]:
+    yield "shapecheck", __version__
     for name in _PACKAGES:
         try:
             yield name, version(name)

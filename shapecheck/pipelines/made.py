@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from shapecheck import __version__
 from shapecheck.build import weights
 from shapecheck.build.artefact import contract_inside
 from shapecheck.build.engine import build_engine
@@ -24,8 +25,8 @@ from shapecheck.files import locked
 from shapecheck.observe.progress import Progress
 
 _DIGITS = 16
-_MAKERS = ("shapecheck-controlnet", "torch", "diffusers", "onnxscript")
-"""Another release of these may export another graph."""
+_MAKERS = ("torch", "diffusers", "onnxscript")
+"""Another release of these, or of shapecheck, may export another graph."""
 
 
 class Made:
@@ -62,7 +63,8 @@ class Made:
         """Named after all that the file depends on: the modules and how they are set, the weights, and what exports it."""
         subject = take(self._unet)
         own = weights.digest(subject.live or {}, lambda *bytes_: self._progress("hashing the weights", *bytes_))
-        text = "\n".join([_settings(subject.module), own, *(f"{name} {version(name)}" for name in _MAKERS)])
+        makers = [f"shapecheck {__version__}", *(f"{name} {version(name)}" for name in _MAKERS)]
+        text = "\n".join([_settings(subject.module), own, *makers])
         return self._folder / f"unet-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}.onnx"
 
 
