@@ -312,6 +312,11 @@ HALF = {"allowed": None, "precision": "float16", "backend": "trt"}
         ({"control": NAN}, "BROKEN", "the ControlNet changes PyTorch's picture by NaN of 255"),
         ({"control": Change(0.0, 0.0)}, "BROKEN", "by 0 of 255: a backend that ignores it would not be noticed"),
         ({"control": Change(0.5, 0.1)}, "BROKEN", "by 0.5 of 255"),
+        (
+            {"difference": Change(30.0, 9.0), "control": Change(30.0, 9.0), **HALF},
+            "BROKEN",
+            "trt is on average 9 of 255 from PyTorch's picture, which the ControlNet changes by 9",
+        ),
         ({"difference": Change(30.0, 1.0), **HALF}, "NOT JUDGED", "trt and PyTorch differ by at most 30 of 255, in float16"),
         ({"difference": NAN, **HALF}, "BROKEN", "trt and PyTorch differ by NaN: a picture holds values that are no numbers"),
         ({"control": Change(0.0, 0.0), **HALF}, "BROKEN", "by 0 of 255"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from functools import cache
 
 import engines
 import onnx_files
@@ -45,9 +46,14 @@ def unet(file):
     with_session.close()
 
 
+@cache
+def shallow():
+    return shapecheck.probe(small.unet(**small.SHALLOW))
+
+
 def call(batch=2, seed=0, **changes):
     """Arguments of a forward, residuals included."""
-    contract = shapecheck.probe(small.unet(**small.SHALLOW)) if "contract" not in changes else changes.pop("contract")
+    contract = changes.pop("contract", None) or shallow()
     generator = torch.Generator().manual_seed(seed)
     shapes = contract.shapes(shapecheck.Geometry(batch, H, W))
     *downs, mid = (torch.randn(shape, generator=generator) for shape in shapes.values())
@@ -275,6 +281,19 @@ def test_a_stream_of_frames_keeps_nothing_of_the_last(file, torch_unet):
             assert close_to(ours, theirs)
             fresh = shapecheck.load(file, "ort")(frame["sample"], steps, frame["encoder_hidden_states"], **control)[0]
             assert torch.equal(ours, fresh)
+
+
+def test_a_stream_takes_a_controlnets_file_for_a_controlnet(torch_unet, tmp_path):
+    """StreamDiffusion unpacks what an engine gives, told by `engine` and `stream`, and asks a ControlNet for no dictionary."""
+    net = small.controlnet(torch_unet)
+    ours = shapecheck.load(onnx_files.controlnet_written(tmp_path / "net.onnx", net, latent=(H, W)), "ort")
+    assert not (hasattr(ours, "engine") and hasattr(ours, "stream"))
+    frame = {name: call(batch=3)[name] for name in ("sample", "encoder_hidden_states")}
+    frame |= {"timestep": torch.tensor([32, 45, 399]), "controlnet_cond": torch.rand(3, 3, 8 * H, 8 * W)}
+    with torch.no_grad():
+        downs, mid = ours(**frame, conditioning_scale=0.7, return_dict=False)
+        expected, expected_mid = net(**frame, conditioning_scale=0.7, return_dict=False)
+    assert all(close_to(one, other) for one, other in zip([*downs, mid], [*expected, expected_mid], strict=True))
 
 
 def test_a_live_unet_is_held_to_its_contract_too(torch_unet, good):

@@ -84,6 +84,9 @@ def _wrong(demo: Demo) -> Iterator[str]:
     if demo.allowed is None:
         if not math.isfinite(demo.difference.largest):
             yield f"{demo.backend} and PyTorch differ by {largest}: a picture holds values that are no numbers"
+        elif not demo.difference.mean < demo.control.mean:
+            apart, moved = (written(each.mean, "level") for each in (demo.difference, demo.control))
+            yield f"{demo.backend} is on average {apart} of 255 from PyTorch's picture, which the ControlNet changes by {moved}"
     elif not demo.difference.largest <= demo.allowed:
         allowed = written(demo.allowed, "level")
         yield f"{demo.backend} does not give PyTorch's picture: they are {largest} of 255 apart, {allowed} allowed"

@@ -75,7 +75,7 @@ class DropIn(nn.Module):
         contract = session.contract
         if contract.role != role:
             raise ShapecheckError(f"this session is of a {contract.role}, and one of a {role} is expected")
-        self.contract, self.engine, self.stream = contract, session, None  # engine and stream: StreamDiffusion looks for them
+        self.contract, self.engine = contract, session
         self._finite, self._copies = finite, own_outputs and session.reuses_outputs
         self._dtype: torch.dtype = getattr(torch, dtypes_of(contract)["sample"])
         self._arguments = Arguments(contract, session.device)

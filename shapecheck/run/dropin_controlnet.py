@@ -19,6 +19,7 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
 
     Pipelines tell one ControlNet from several by its class, so it is a `ControlNetModel`, without weights. It fits into a
     `MultiControlNetModel`, beside others in PyTorch. `conditioning_scale` is an input of the file: it may change in every call.
+    StreamDiffusion calls it as it does a ControlNet in PyTorch: it has no `stream`, by which engines are told there.
     """
 
     def __init__(self, session: Session, *, finite: bool = True, own_outputs: bool = True) -> None:
