@@ -83,6 +83,7 @@ def test_the_contract_travels_with_the_engine(built, deep):
     assert Engine.from_json(record.to_json()) == record
 
 
+@pytest.mark.full
 def test_a_reduced_sd15_is_built_whole(tmp_path):
     file, contract = engines.exported(tmp_path / "unet.onnx", {})
     assert len(contract.slots) == 13

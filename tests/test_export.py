@@ -152,6 +152,7 @@ def test_a_live_module_that_differs_from_its_checkpoint_is_copied_and_not_linked
     assert difference(with_onnx(runtime, given)[0], with_torch(live, done.contract, given)) <= 2e-6
 
 
+@pytest.mark.full
 def test_a_controlnet_has_one_output_a_slot_and_a_live_strength(tmp_path):
     net = small.controlnet(small.unet(**TINY))
     net.save_pretrained(tmp_path / "controlnet")

@@ -18,6 +18,8 @@ from shapecheck.run.dropin import UnsupportedError
 
 ALLOWED = 1 / 255
 SEEN = 2 / 255
+QUICK = ("controlnet", "xl-text")
+"""What runs in every run of the tests; the others are marked `full`."""
 CONTROLLED = [name for name in pipes.PIPELINES if "controlnet" in name]
 
 
@@ -62,7 +64,9 @@ def worst(one, other):
     return float(np.abs(one - other).max())
 
 
-@pytest.mark.parametrize("name", pipes.PIPELINES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (name not in QUICK)) for name in pipes.PIPELINES]
+)
 def test_a_file_gives_the_images_that_pytorch_gives(made, name):
     assert worst(*both(made, name)) <= ALLOWED
 
@@ -187,6 +191,7 @@ def test_strength_is_turned_while_it_runs(made):
     assert worst(found[1], pipes.images(pipe, num_inference_steps=4)) > SEEN
 
 
+@pytest.mark.full
 def test_an_exported_controlnet_takes_a_controlnets_place(made, tmp_path):
     """Alone, with guess mode and a strength, and among several; the same file twice."""
     parts, path = made("sd15")
