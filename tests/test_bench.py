@@ -211,7 +211,8 @@ def test_a_controlnet_or_a_unet_without_slots_says_what_to_give(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # said by torch, of its own compiler
 def test_torch_compile_is_timed_beside_the_file(file):
     found = bench(Request(str(file), size_px=(136, 72), frames=2, warm_up=1))
+    assert [each.reason for each in found.timings] == ["", "", ""]
     assert [(each.backend, len(each.frames)) for each in found.timings] == [("torch", 2), ("torch-compile", 2), ("ort", 2)]
-    assert not any(each.reason for each in found.timings)
