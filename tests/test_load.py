@@ -254,6 +254,12 @@ def test_outputs_are_the_callers_own_unless_it_says_otherwise(file, good):
     assert len(places) == 1
 
 
+def test_threads_of_onnx_runtime_do_not_spin_beside_pytorch(unet):
+    """They went on after a call, and a ControlNet in PyTorch took twice as long (reports/performance.md)."""
+    settings = unet.engine._runner._session.get_session_options()
+    assert settings.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 def test_zeros_are_made_once_a_size_in_one_piece(torch_unet):
     contract = shapecheck.probe(torch_unet)
     arguments = Arguments(contract, torch.device("cpu"))

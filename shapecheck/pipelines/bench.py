@@ -54,7 +54,7 @@ class Request:
 
 
 def bench(request: Request, progress: Progress = silent) -> Bench:
-    """Time a request's frames: of every backend one in turn, so that what disturbs one disturbs all.
+    """Time a request's frames: of every backend one in turn, so that what disturbs the machine disturbs all.
 
     A backend that does not run is told with its reason. Raises ShapecheckError where nothing can be timed, or backends of CPU
     and GPU are asked for at once.
@@ -110,8 +110,13 @@ class _Run:
         self._memory = None if before is None or after is None else max(0, after - before)
 
     def time(self) -> None:
-        """One frame more, if it runs."""
+        """One frame more, if it runs, after one that does not count.
+
+        So every frame follows one of its own backend: ONNX Runtime's threads go on spinning after a call, and slow down what
+        comes next.
+        """
         if self._play is not None:
+            self._play(self._clock)
             self._clock.begin()
             self._play(self._clock)
             controlnet, before, unet, after = self._clock.parts()

@@ -22,6 +22,7 @@ PROVIDERS = {
 """The provider of each backend."""
 _SOURCE = re.compile(r"\S*onnxruntime_src/\S+ .*?\) |Error in execution: |\[ONNXRuntimeError\] : \d+ : \w+ : ")
 """Places in ONNX Runtime's source, which it puts before its reasons."""
+_SPINNING = "session.intra_op.allow_spinning"
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _ELEMENTS = {
     torch.float32: 1,
@@ -83,6 +84,7 @@ class OnnxSession:
             onnxruntime.preload_dlls()  # CUDA as pip installs it is not where the loader looks
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4  # what goes wrong is raised; its log would say it twice
+        settings.add_session_config_entry(_SPINNING, "0")  # else its threads slow down what PyTorch computes after a call
         if folder is not None:
             settings.add_session_config_entry(_FOLDER, str(folder.absolute()))
         source = model if isinstance(model, bytes) else str(model)
