@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from shapecheck.contract.bench import Bench, Timing
-from shapecheck.report.tables import Format, fact_list, heading, note_list, table
+from shapecheck.report.json_values import storable
+from shapecheck.report.tables import Format, clean, fact_list, heading, note_list, table
 
 _HEADERS = ("backend", "median ms", "p95 ms", "frames/s", "ratio", "memory MiB", "ControlNet", "hand-over", "UNet")
 _PARTS = ("controlnet", "handover", "unet")
@@ -20,8 +21,8 @@ _NOTES = (
 def told(bench: Bench, form: Format = "human") -> str:
     """The whole report. `ratio` is the median beside that of the first backend that ran."""
     ran = [each for each in bench.timings if each.frames]
-    title = f"Frames of {bench.artefact}"
-    refused = [f"{each.backend} did not run: {each.reason}" for each in bench.timings if each.reason]
+    title = clean(f"Frames of {bench.artefact}", form)
+    refused = [clean(f"{each.backend} did not run: {each.reason}", form) for each in bench.timings if each.reason]
     parts = [
         f"# {title}" if form == "markdown" else title,
         fact_list(list(_facts(bench)), form),
@@ -35,7 +36,8 @@ def told(bench: Bench, form: Format = "human") -> str:
 def as_json(bench: Bench) -> str:
     """The same for machines, with every frame's milliseconds."""
     timings = [asdict(each) | _numbers(each) for each in bench.timings]
-    return json.dumps({"shapecheck_bench": 1} | asdict(bench) | {"timings": timings}, indent=1, ensure_ascii=False) + "\n"
+    values = {"shapecheck_bench": 1} | asdict(bench) | {"timings": timings, "versions": dict(bench.versions)}
+    return storable(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def _facts(bench: Bench) -> Iterator[tuple[str, str]]:
