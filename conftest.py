@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 
@@ -17,3 +19,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def update_reports(request: pytest.FixtureRequest) -> bool:
     """Whether what is said today is accepted as what has to be said."""
     return bool(request.config.getoption("--shapecheck-update"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch in one thread: small models are no faster in two, and another worker has the other core."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

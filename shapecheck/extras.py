@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
 from shapecheck.contract import ShapecheckError
 
 _EXTRAS = {
@@ -23,3 +27,12 @@ def missing(error: ModuleNotFoundError, task: str) -> Exception:
     if name not in _EXTRAS:
         return error
     return ShapecheckError(f"{task} needs the package {name}: pip install 'shapecheck-controlnet[{_EXTRAS[name]}]'")
+
+
+def versions(distributions: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Name and version of those that are installed."""
+    found = []
+    for name in distributions:
+        with suppress(PackageNotFoundError):
+            found.append((name, version(name)))
+    return tuple(found)

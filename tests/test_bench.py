@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import engines
@@ -17,6 +18,7 @@ import shapecheck
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.cli import main
 from shapecheck.contract.bench import Bench, Frame, Timing
+from shapecheck.contract.environment import Backend, Gap
 from shapecheck.pipelines import bench as benches
 from shapecheck.pipelines import clock
 from shapecheck.pipelines.bench import Request, bench
@@ -95,11 +97,12 @@ def test_json_holds_every_frame():
     assert (second["reason"], second["frames"]) == ("no GPU", [])
 
 
-def test_parts_lie_between_the_marks(ticking):
+@pytest.mark.parametrize("name", ["torch", "ort"])
+def test_parts_lie_between_the_marks(file, ticking, name):
     """Five marks a frame: four parts, one tick each, of which two are the hand-over; as many in PyTorch as in a session."""
-    contract = shapecheck.probe(small.unet(**small.TINY))
+    contract = shapecheck.read_contract(file)
     stage = Stage(contract, Geometry(1, 9, 17), torch.device("cpu"), 1)
-    run = benches._Run("torch", Request("x"), contract, torch.device("cpu"))
+    run = benches._Run(name, Request(str(file)), contract, torch.device("cpu"))
     with torch.no_grad():
         run.warm_up(stage, lambda *_: None)
         run.time()
@@ -134,10 +137,16 @@ def test_backends_take_turns_and_compute_the_same_call(file, monkeypatch):
     assert {tuple(rest) for _, *rest in calls} == {((3, 4, 9, 17), slots - 1)}
     assert [len(each.frames) for each in found.timings] == [4, 4]
     assert all(part > 0 for each in found.timings for frame in each.frames for part in (frame.controlnet, frame.unet))
-    assert all(each.memory is None or each.memory >= 0 for each in found.timings)
     calls.clear()
     bench(Request(str(file), backends=("ort",), size_px=(136, 72), controlnets=0, frames=1, warm_up=1))
     assert calls == [("ort", (1, 4, 9, 17), 0)] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where it is read off /proc")
+def test_memory_is_what_is_taken():
+    before = clock.taken(torch.device("cpu"))
+    kept = torch.ones(16, 2**20)  # 64 MiB
+    assert clock.taken(torch.device("cpu")) - before >= kept.nbytes / 2
 
 
 def test_the_command_prints_and_writes(file, tmp_path):
@@ -191,8 +200,10 @@ def test_what_cannot_be_timed_is_said_at_once(file, options, words):
     assert words in done.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_said_at_once(file):
+def test_a_gpu_that_is_not_there_is_said_at_once(file, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gaps = (Gap("no NVIDIA GPU and no driver", ""),)
+    monkeypatch.setattr(benches.doctor, "backend", lambda name: Backend(name, False, "", gaps))
     done = run(file, "--backends", "ort-cuda")
     assert (done.exit_code, done.stdout) == (2, "")
     assert "ort-cuda cannot run here: no NVIDIA GPU" in done.stderr

@@ -42,19 +42,7 @@ SIZE = (104, 72)
 SHORT = ("--size", "104x72", "--steps", "2")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def exported(unet, path, *, weights, progress):
-    """The exporter takes a minute."""
-    _, contract = onnx_files.written(path, unet, latent=(9, 13))
-    engines.sealed(path, contract)
-    path.with_name(f"{path.name}.data").touch()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache
@@ -68,7 +56,7 @@ def runs(_backend):
     return SimpleNamespace(runs=True)
 
 
-EXPORT = (made, "export", exported)
+EXPORT = (made, "export", engines.exported_quickly)
 QUICK = (EXPORT, (doctor, "backend", runs), *((place, "probe", lambda *_: contract()) for place in (accelerate, onnx_files)))
 """Stand-ins for what other tests are of."""
 
@@ -257,9 +245,8 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     assert re.search("cannot write into .*folder: Not a directory", result.stderr)
 
 
-def test_a_backend_of_gpus_needs_one(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_a_backend_of_gpus_needs_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = demo("--out", str(tmp_path), "--backend", "trt")
     assert result.exit_code == 2
     assert "trt runs on a GPU, and PyTorch sees none here: `shapecheck doctor`" in result.stderr

@@ -23,12 +23,7 @@ QUICK = ("controlnet", "xl-text")
 CONTROLLED = [name for name in pipes.PIPELINES if "controlnet" in name]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,17 @@ class Header:
     notes: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def usual(self) -> tuple[int, int]:
+        """Latent height and width to take where nobody asked for a size: the model's own, else 64×64."""
+        return self.native or (64, 64)
+
+    @property
+    def usual_px(self) -> tuple[int, int]:
+        """Width and height of that in pixels."""
+        rows, columns = self.usual
+        return columns * self.vae_factor, rows * self.vae_factor
+
 
 def _told(value: Shape | str) -> str:
     return value if isinstance(value, str) else show(value)

@@ -52,7 +52,7 @@ def probe(
     if run is not None and failure is None and not seen:
         raise ShapecheckError("run() never called the UNet that was given to probe")
     subject = Subject(type(unet.module).__name__, unet.inputs, unet.config, divisor, header)
-    shown = geometry or Geometry(1, *(header.native or (64, 64)))
+    shown = geometry or Geometry(1, *header.usual)
     contract = _judged(traces + seen, subject, unet, nets, shown)
     if failure is not None:
         raise failure

@@ -75,7 +75,7 @@ def carry_out(request: Request, *, offline: bool = False, progress: Progress) ->
         contract, found = error.contract, error.mismatches
     if asked is not None:
         contract.require(asked)
-    geometry = asked or Geometry(request.batch, *(contract.header.native or (64, 64)))
+    geometry = asked or Geometry(request.batch, *contract.header.usual)
     if request.claim is not None:
         found = contract.mismatches(_residuals(request.claim, request.batch), geometry)
     return Finding(contract, found, geometry)

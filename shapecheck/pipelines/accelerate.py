@@ -134,8 +134,7 @@ def _profiles(owners: Owners, contract: Contract, sizes: Sequence[str], batch: S
         width, height, number = owners.frame
         usual, together = f"{width}x{height}", f"{number}"
     else:
-        rows, columns = contract.header.native or (64, 64)
-        usual, together = f"{columns * factor}x{rows * factor}", "1:2:2"
+        usual, together = "{}x{}".format(*contract.header.usual_px), "1:2:2"
     ranges = parse_ranges(sizes or [usual], batch or [together], vae_factor=factor)
     return tuple(profile_of(contract, each) for each in ranges)
 

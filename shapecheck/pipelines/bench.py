@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +75,7 @@ def bench(request: Request, progress: Progress = silent) -> Bench:
                 run.time()
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     timings = [run.timing(asked=name not in optional) for name, run in runs.items()]
-    return Bench(request.artefact, contract.digest, geometry, controlnets, place, tuple(timings), tuple(_versions()))
+    return Bench(request.artefact, contract.digest, geometry, controlnets, place, tuple(timings), extras.versions(_PACKAGES))
 
 
 class _Run:
@@ -188,15 +186,7 @@ def _controlnets(request: Request, contract: Contract) -> int:
 
 
 def _geometry(request: Request, contract: Contract) -> Geometry:
-    factor = contract.header.vae_factor
-    rows, columns = contract.header.native or (64, 64)
-    width, height = request.size_px or (columns * factor, rows * factor)
-    geometry = Geometry.from_px(width, height, batch=request.batch, vae_factor=factor)
+    header = contract.header
+    geometry = Geometry.from_px(*(request.size_px or header.usual_px), batch=request.batch, vae_factor=header.vae_factor)
     contract.require(geometry)
     return geometry
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            yield name, version(name)

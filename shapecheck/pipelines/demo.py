@@ -6,15 +6,14 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shapecheck import __version__, presets
-from shapecheck.contract import Contract, Geometry, ShapecheckError
+from shapecheck import __version__, extras, presets
+from shapecheck.contract import Geometry, ShapecheckError
 from shapecheck.contract.demo import Demo, DemoRequest, Picture
 from shapecheck.contract.environment import BACKENDS
 from shapecheck.observe.configfile import one_line
@@ -80,7 +79,7 @@ def run(request: DemoRequest, folder: Path, progress: Progress = silent) -> Demo
         allowed=_ALLOWED if dtype == torch.float32 else None,
         torch_seconds=torch_seconds,
         backend_seconds=backend_seconds,
-        versions=tuple(_versions()),
+        versions=(("shapecheck", __version__), *extras.versions(_PACKAGES)),
     )
 
 
@@ -158,15 +157,10 @@ def _named(request: DemoRequest, dtype: torch.dtype, progress: Progress) -> tupl
         raise ShapecheckError(f"{unweighted[0]} is a preset, which has no weights: give a diffusers folder or a hub id")
     assert request.model is not None and request.controlnet is not None
     contract = probe(request.model, request.controlnet, offline=request.offline, progress=progress)
-    size = request.size_px or _native(contract)
+    size = request.size_px or contract.header.usual_px
     Geometry.from_px(*size, vae_factor=contract.header.vae_factor)
     progress("loading the pipeline")
     return _loaded(request, dtype, xl=contract.config.get("addition_embed_type") == "text_time"), size
-
-
-def _native(contract: Contract) -> tuple[int, int]:
-    rows, columns = contract.header.native or (64, 64)
-    return columns * contract.header.vae_factor, rows * contract.header.vae_factor
 
 
 def _loaded(request: DemoRequest, dtype: torch.dtype, *, xl: bool) -> Any:
@@ -210,12 +204,3 @@ def _written(
 
 def _times(factor: int) -> str:
     return f", times {factor}" if factor > 1 else ""
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "shapecheck", __version__
-    for name in _PACKAGES:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            continue
