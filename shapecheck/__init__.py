@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shapecheck.run.engine_session import EngineSession
     from shapecheck.run.guard import guard
     from shapecheck.run.residuals import combined
+    from shapecheck.verify.explained import ExplainedError, explained
     from shapecheck.verify.request import parity
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "Contract",
     "ContractError",
     "EngineSession",
+    "ExplainedError",
     "Geometry",
     "Mismatch",
     "Profile",
@@ -43,6 +45,7 @@ __all__ = [
     "accelerate",
     "build_engine",
     "combined",
+    "explained",
     "export",
     "guard",
     "load",
@@ -56,9 +59,11 @@ __all__ = [
 
 _LAZY = {
     "EngineSession": "shapecheck.run.engine_session",
+    "ExplainedError": "shapecheck.verify.explained",
     "accelerate": "shapecheck.pipelines.accelerate",
     "build_engine": "shapecheck.build.engine",
     "combined": "shapecheck.run.residuals",
+    "explained": "shapecheck.verify.explained",
     "export": "shapecheck.build.export",
     "guard": "shapecheck.run.guard",
     "load": "shapecheck.pipelines.load",

@@ -14,14 +14,15 @@ PACKAGE = Path(__file__).parent.parent / "shapecheck"
 ALLOWED = {
     "contract": set(),
     "presets": {"contract"},
-    "report": {"contract", "presets"},
+    "faults": {"contract", "presets"},
+    "report": {"contract", "presets", "faults"},
     "observe": {"contract", "presets"},
     "build": {"contract", "observe", "doctor"},
     "run": {"contract"},
-    "verify": {"contract", "presets", "observe", "build", "run", "doctor"},
+    "verify": {"contract", "presets", "faults", "observe", "build", "run", "doctor"},
     "pipelines": {"contract", "observe", "build", "run", "verify", "doctor", "presets", ""},
-    "cli": {"contract", "presets", "report", "observe", "build", "verify", "pipelines", "doctor", ""},
-    "pytest_plugin": {"contract", "report", "verify", "doctor", ""},
+    "cli": {"contract", "presets", "faults", "report", "observe", "build", "verify", "pipelines", "doctor", ""},
+    "pytest_plugin": {"contract", "presets", "faults", "report", "verify", "doctor", ""},
     "__main__": {"cli"},
     "": {"contract", "observe", "build", "run", "verify", "pipelines"},
     "extras": {"contract"},
@@ -39,7 +40,7 @@ BORDERS = {
     "polygraphy": "build/",
     "jinja2": "report/html.py",
 }
-STANDARD = {"contract", "presets"}
+STANDARD = {"contract", "presets", "faults"}
 
 
 def imports(path: Path) -> set[str]:
@@ -78,7 +79,7 @@ def test_arrows_point_one_way():
     assert ("observe", "contract") in seen
     assert seen <= {(source, target) for source, targets in ALLOWED.items() for target in targets} | {
         (source, "")
-        for source in ("report", "observe", "presets", "build", "run", "verify", "pipelines", "terminal", "cli", "doctor")
+        for source in ("report", "faults", "observe", "presets", "build", "run", "verify", "pipelines", "terminal", "cli", "doctor")
     }
 
 

@@ -8,6 +8,7 @@ from shapecheck import __version__
 from shapecheck.cli.bench import bench
 from shapecheck.cli.demo import demo
 from shapecheck.cli.engines import build, profile
+from shapecheck.cli.explain import explain
 from shapecheck.cli.files import check, export
 from shapecheck.cli.group import Commands
 from shapecheck.cli.machine import doctor
@@ -24,7 +25,7 @@ def main() -> None:
     """
 
 
-for _command in (probe, export, check, profile, build, parity, bench, demo, doctor, presets):
+for _command in (probe, export, check, explain, profile, build, parity, bench, demo, doctor, presets):
     main.add_command(_command)
 
 

@@ -89,6 +89,14 @@ def take_controlnets(
     return nets, (*notes, *filter(None, (_own_latents(unet, net) for net in nets)))
 
 
+def build_controlnets(names: Sequence[str], offline: bool) -> list[Model]:
+    """The ControlNets of these names, with those saved beside them, on the meta device.
+
+    Raises ShapecheckError where one cannot be found or built.
+    """
+    return [net for name in names for net in _take_controlnet(name, offline)[0]]
+
+
 def _several(choice: str | nn.Module | Sequence[str | nn.Module]) -> list[str | nn.Module]:
     if isinstance(choice, nn.Module):
         return list(getattr(choice, "nets", [choice]))  # a MultiControlNetModel holds its ControlNets in `nets`

@@ -6,12 +6,14 @@ options is given.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shapecheck.pytest_plugin.asked import OPTIONS, STUDY, examined, named, option
+from shapecheck.pytest_plugin.explaining import explanation
 from shapecheck.pytest_plugin.fixtures import shapecheck_contract, shapecheck_parity, shapecheck_require
 from shapecheck.pytest_plugin.items import ParityChecks, ProbeFile
 
@@ -103,6 +105,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     from shapecheck.report.parity_files import write_all
 
     write_all(study.report(), Path(folder))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Below a failure of a UNet over its residuals: which slot, why, and what to change."""
+    report = yield
+    if report.failed and call.excinfo is not None and (told := explanation(call.excinfo.value)):
+        report.sections.append(("shapecheck", told))
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

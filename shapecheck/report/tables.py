@@ -16,9 +16,18 @@ LINE = 100
 """Columns a person's text is wrapped at."""
 _COLUMN = 40
 _WRAPPED = (
-    "ControlNet gives", "claimed", "the file has", "the engine has", "given", "UNet takes", "it should have", "it should be",
+    "ControlNet gives",
+    "claimed",
+    "the file has",
+    "the engine has",
+    "given",
+    "UNet takes",
+    "it should have",
+    "it should be",
     "likely cause",
-)  # fmt: skip
+)
+_LONG = {"what was done": 78, "change": 84, "verdict": 60}
+"""Widths of columns that hold sentences."""  # fmt: skip
 
 
 def heading(text: str, form: Format) -> str:
@@ -60,7 +69,7 @@ def table(rows: Sequence[Sequence[Any]], headers: Sequence[str], form: Format) -
     sides = ["right" if isinstance(cell, int) else "left" for cell in rows[0]]
     if form == "markdown":
         return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=sides)
-    widest = [_COLUMN if header in _WRAPPED else None for header in headers]
+    widest = [_COLUMN if header in _WRAPPED else _LONG.get(header) for header in headers]
     body = [headers, *rows]  # a header given as such is padded by two columns
     lines = tabulate(body, tablefmt="simple", disable_numparse=True, colalign=sides, maxcolwidths=widest).splitlines()
     return "\n".join([lines[1], lines[0], *lines[2:-1]])

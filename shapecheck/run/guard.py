@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from shapecheck.contract import Config, Contract, ContractError, Mismatch, Shape, ShapecheckError
+from shapecheck.run.called import DOWNS, Call, call_of, inner, places_of
 from shapecheck.run.guard_checks import (
-    DOWNS,
     EMPTIED,
-    FEATURES,
-    MID,
-    Call,
     Shapes,
     autocast_dtype,
     feature_faults,
@@ -33,14 +29,7 @@ from shapecheck.run.watch import Watch
 
 Mode = Literal["error", "warn"]
 
-_ARGUMENTS = ("sample", DOWNS, MID, FEATURES)
-_ORDER = (
-    "sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask", "cross_attention_kwargs",
-    "added_cond_kwargs", DOWNS, MID, FEATURES, "encoder_attention_mask", "return_dict",
-)  # fmt: skip
-"""Positional arguments of diffusers' forward: what `*args` means in a forward that wraps it."""
 _traced: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
-_NEVER = sys.maxsize
 _DECIDING = (
     "in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types",
     "mid_block_type",
@@ -111,7 +100,7 @@ def guard(
         raise ShapecheckError(f'no guard mode {mode!r}; known: "error", "warn"')
     if not isinstance(unet, nn.Module):
         raise ShapecheckError(f"a guard is put on a UNet, not on a {type(unet).__name__}; of a pipeline give pipeline.unet")
-    _require_contract_of(_inner(unet), contract)
+    _require_contract_of(inner(unet), contract)
     return Guard(unet, contract, _modules(controlnet), mode)
 
 
@@ -119,8 +108,8 @@ class Guard:
     """What `guard` put on a UNet. `remove()`, or the end of a `with`, takes it off again."""
 
     def __init__(self, unet: nn.Module, contract: Contract, controlnets: Sequence[nn.Module], mode: Mode) -> None:
-        self._unet, self._contract, self._mode = _inner(unet), contract, mode
-        self._places = _places(self._unet)
+        self._unet, self._contract, self._mode = inner(unet), contract, mode
+        self._places = places_of(self._unet)
         self._names = tuple(slot.name for slot in contract.slots)
         self._shapes = Shapes(contract.slots)
         self._known: tuple[Any, list[_Form]] = (None, [])
@@ -150,7 +139,7 @@ class Guard:
         """The forward pre-hook."""
         if torch.compiler.is_compiling() or _traced():  # an export: symbols in place of sizes
             return
-        call = Call(*[args[place] if place < len(args) else kwargs.get(name) for name, place in self._places])
+        call = call_of(self._places, args, kwargs)
         if call.downs is None and call.mid is None and call.features is None:
             return
         found = [] if self._fits(call) else self._faults(call)
@@ -223,11 +212,6 @@ class Guard:
         warnings.warn(str(error), GuardWarning, stacklevel=_level())
 
 
-def _inner(module: nn.Module) -> nn.Module:
-    """The module itself, where torch.compile wrapped it."""
-    return getattr(module, "_orig_mod", module)
-
-
 def _modules(controlnet: nn.Module | Sequence[nn.Module] | None) -> tuple[nn.Module, ...]:
     several = isinstance(controlnet, (list, tuple, nn.ModuleList))
     modules = tuple(controlnet) if several else () if controlnet is None else (controlnet,)  # type: ignore[arg-type]
@@ -235,20 +219,6 @@ def _modules(controlnet: nn.Module | Sequence[nn.Module] | None) -> tuple[nn.Mod
         if not isinstance(each, nn.Module):
             raise ShapecheckError(f"controlnet= takes a ControlNet or several in a list, not {told(each)}")
     return modules  # type: ignore[return-value]
-
-
-def _places(unet: nn.Module) -> tuple[tuple[str, int], ...]:
-    """The arguments that matter, each with its place among the positional ones. Raises ShapecheckError where there are none."""
-    parameters = inspect.signature(unet.forward).parameters.values()
-    kinds = {each.kind for each in parameters}
-    positional = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        positional += _ORDER[len(positional) :]
-    known = {each.name for each in parameters} | set(positional)
-    absent = [name for name in _ARGUMENTS[:-1] if name not in known]
-    if absent and inspect.Parameter.VAR_KEYWORD not in kinds:
-        raise ShapecheckError(f"{type(unet).__name__}.forward takes no {', '.join(absent)}: there is nothing to guard")
-    return tuple((name, positional.index(name) if name in positional else _NEVER) for name in _ARGUMENTS)
 
 
 def _require_contract_of(unet: nn.Module, contract: Contract) -> None:

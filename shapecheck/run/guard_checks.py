@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,8 @@ from torch import Tensor
 from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError, Slot, show
 from shapecheck.contract.compare import compare
 from shapecheck.contract.naming import SHAPECHECK
+from shapecheck.run.called import DOWNS, FEATURES, MID, Call
 
-DOWNS = "down_block_additional_residuals"
-MID = "mid_block_additional_residual"
-FEATURES = "down_intrablock_additional_residuals"
 _LONE_MID = f"without {DOWNS} diffusers ignores all control: give both, or neither"
 _LONE_DOWNS = (
     f"without {MID} diffusers takes the down residuals for T2I-Adapter features, adds them elsewhere and pops them from the "
@@ -27,15 +25,6 @@ EMPTIED = (
     "diffusers pops T2I-Adapter features from the caller's list, so that a later call finds less in it: "
     "give list(features) at each call"
 )
-
-
-class Call(NamedTuple):
-    """The arguments of one call that matter here."""
-
-    sample: Any
-    downs: Any
-    mid: Any
-    features: Any
 
 
 class Shapes:

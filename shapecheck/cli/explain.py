@@ -1,0 +1,187 @@
+"""Subcommand explain: from an error text or a claimed table to the slot and the cause."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import click
+
+from shapecheck import ContractError, ShapecheckError
+from shapecheck.cli.options import Form, format_option, offline_option, output_option
+from shapecheck.contract.ranges import parse_pair
+from shapecheck.files import refuse_unwritable
+from shapecheck.terminal import progress, write
+
+if TYPE_CHECKING:
+    from shapecheck.contract import Contract
+    from shapecheck.faults.from_mapping import Judgement
+    from shapecheck.faults.size import Size
+
+_KEPT = 2**20
+"""Bytes of a log that are read from its start and from its end."""
+
+
+@click.command()
+@click.argument("text", required=False)
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="The UNet it is about: what `probe` takes, or a file that holds a contract.  [default: every preset is tried]",
+)
+@click.option(
+    "--controlnet", "controlnets", multiple=True, metavar="NAME", help="Hold what this ControlNet emits against it. Repeatable."
+)
+@click.option("--size", metavar="WxH", help="The image size in pixels.  [default: whatever can give the text]")
+@click.option("--latent", metavar="HxW", help="The same in latent cells.")
+@click.option("--batch", type=click.IntRange(min=1), help="The batch; 2 for one image with classifier-free guidance.")
+@click.option(
+    "--mapping",
+    metavar="TABLE|FILE",
+    help="The shapes that were given: 320,640,1280,1280@64 (cells; mid:1280@8 for mid), a list of shapes, a .json, .toml or "
+    ".py file with names such as input_control_00, or a saved contract.",
+)
+@offline_option
+@format_option
+@output_option
+def explain(
+    text: str | None,
+    model: str | None,
+    controlnets: tuple[str, ...],
+    size: str | None,
+    latent: str | None,
+    batch: int | None,
+    mapping: str | None,
+    offline: bool,
+    form: Form,
+    output: Path | None,
+) -> int:
+    """Say which slot an error is about, why, and what to change.
+
+    TEXT is an error message, a file with a traceback or a log, or - for standard input: of PyTorch, torch.export, ONNX
+    Runtime, TensorRT, Polygraphy or diffusers. Every fault there is a name for is played through on the UNet, and those
+    that give exactly this text are told, with the slot where each shows. --mapping holds a table of shapes against the UNet
+    instead, or beside it: every slot at once, and the mistake that makes such a table.
+
+    Exit status: 0 a diagnosis, 1 none, 2 it could not run.
+
+    \b
+    Examples:
+      shapecheck explain "The size of tensor a (320) must match the size of tensor b (640) at non-singleton dimension 1"
+      shapecheck explain log.txt --model sdxl --size 1024x1024
+      shapecheck explain --model sd15 --mapping 320,640,1280,1280@64
+      shapecheck explain --model sd15 --controlnet ./my-controlnet
+    """
+    from shapecheck.faults.diagnosis import Diagnosis
+    from shapecheck.faults.from_text import explain_text
+    from shapecheck.report import explain as report
+
+    if output is not None:
+        refuse_unwritable(output)
+    said = _text(text, others=bool(mapping or controlnets))
+    if mapping and controlnets:
+        raise ShapecheckError("--mapping and --controlnet both say what was given; give one of them")
+    models = _models(model, offline)
+    asked = _size(size, latent, batch, models)
+    if model is not None:
+        models[model].require(asked.usual(models[model]))
+    judgements = _judgements(mapping, controlnets, model, models, asked, offline)
+    diagnosis = explain_text(said, models, asked) if said is not None else Diagnosis((), tuple(models))
+    first, others = (judgements[0], judgements[1:]) if judgements else (None, [])
+    if form == "json":
+        write(report.as_json(diagnosis, first, others), output)
+    else:
+        write(report.told(diagnosis, first, others, form=form), output)
+    return 0 if report.verdict(diagnosis, first) == "diagnosis" else ContractError.exit_status
+
+
+def _text(text: str | None, *, others: bool) -> str | None:
+    """The text to explain. None where a table is to be explained alone."""
+    if text is None:
+        if others:
+            return None
+        raise click.UsageError("give an error TEXT, a FILE or - for standard input; or --mapping, or --controlnet")
+    if text == "-":
+        return _bounded(sys.stdin.buffer)
+    if os.path.isfile(text):  # noqa: PTH113  # Path.is_file raises on names too long
+        try:
+            with open(text, "rb") as file:  # noqa: PTH123
+                return _bounded(file)
+        except OSError as error:
+            raise ShapecheckError(f"cannot read {text}: {error.strerror or error}") from None
+    return text
+
+
+def _bounded(stream: IO[bytes]) -> str:
+    """The start and the end of a log of any length, as text of any kind."""
+    start, end = stream.read(_KEPT), b""
+    while more := stream.read(_KEPT):
+        end = (end + more)[-_KEPT:]
+    joint = b"\n" if end else b""
+    return (start + joint + end).decode("utf-8", "replace")
+
+
+def _models(model: str | None, offline: bool) -> Mapping[str, Contract]:
+    """The UNets to try, by name."""
+    from shapecheck import presets
+
+    if model is None:
+        return presets.contracts()
+    if model in presets.contracts():
+        return {model: presets.contract(model)}
+    from shapecheck.verify.models import contract_of
+
+    with progress() as steps:
+        contract = contract_of(model, offline=offline, progress=steps)
+    if contract.role != "unet":
+        raise ShapecheckError(f"{model} is a ControlNet; give the UNet with --model and this one with --controlnet")
+    if not contract.slots:
+        raise ShapecheckError(f"{model} takes no residuals: it was exported with --no-control")
+    return {model: contract}
+
+
+def _size(size: str | None, latent: str | None, batch: int | None, models: Mapping[str, Contract]) -> Size:
+    from shapecheck.contract import Geometry
+    from shapecheck.faults.size import Size
+
+    if size and latent:
+        raise ShapecheckError("a size in pixels and one in latent cells were given; give one of them")
+    if size:
+        factor = next(iter(models.values())).header.vae_factor if len(models) == 1 else 8
+        at = Geometry.from_px(*parse_pair(size, "WxH in pixels"), vae_factor=factor)
+        return Size((at.height, at.width), batch)
+    return Size(parse_pair(latent, "HxW in latent cells") if latent else None, batch)
+
+
+def _judgements(
+    mapping: str | None,
+    controlnets: tuple[str, ...],
+    model: str | None,
+    models: Mapping[str, Contract],
+    size: Size,
+    offline: bool,
+) -> list[Judgement]:
+    """What was given, held against every UNet; the one it fits best first."""
+    from shapecheck.faults.claim_forms import read_claim
+    from shapecheck.faults.from_mapping import best, judge_given
+    from shapecheck.faults.from_text import alike_models
+
+    if mapping:
+        claim = read_claim(mapping, size.usual(next(iter(models.values()))))
+        return best(claim, alike_models(models), models, size)
+    if not controlnets:
+        return []
+    if model is None:
+        raise ShapecheckError("--controlnet: name the UNet it is used with, with --model")
+    from shapecheck.verify.emission import emitted
+
+    contract = models[model]
+    at = size.usual(contract)
+    with progress() as steps:
+        return [
+            judge_given(given, (model,), contract, at)
+            for given in emitted(model, controlnets, contract, at, offline=offline, progress=steps)
+        ]

@@ -1,0 +1,177 @@
+"""Right tables spoilt: residuals left out, given twice, exchanged, in another order, of another width or size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+
+from shapecheck.contract import Shape, show
+from shapecheck.faults.fault import Fault
+from shapecheck.faults.given import Given
+from shapecheck.faults.hints import Hints, completed
+from shapecheck.faults.table import Size, Table
+
+_AS_EMITTED = "give the residuals in the order the ControlNet returns them, none left out and none twice"
+
+
+def edits(table: Table, hints: Hints) -> Iterator[Fault]:
+    """Every single fault of this sort; widths and sizes are those of the UNet and of the hints."""
+    yield from _dropped(table)
+    yield from _duplicated(table)
+    yield from _swapped(table)
+    yield from _reordered(table)
+    yield from _shifted(table)
+    yield from _mids(table)
+    yield from _widths(table, hints)
+    yield from _strides(table, hints)
+
+
+def _dropped(table: Table) -> Iterator[Fault]:
+    downs = table.downs
+    for index, name in enumerate(table.names[:-1]):
+        rest = "" if index == len(downs) - 1 else ": every one after it arrives a slot too early"
+        given = Given((*downs[:index], *downs[index + 1 :]), table.mid)
+        yield Fault("drop", f"the residual of slot {index} is left out{rest}", _AS_EMITTED, given, (name,))
+    yield Fault(
+        "empty",
+        "there are no down residuals",
+        "give all down residuals beside the mid one",
+        Given((), table.mid),
+        table.names[:-1],
+    )
+
+
+def _duplicated(table: Table) -> Iterator[Fault]:
+    downs = table.downs
+    for index, name in enumerate(table.names[:-1]):
+        given = Given((*downs[: index + 1], *downs[index:]), table.mid)
+        told = f"the residual of slot {index} is given twice: every one after it arrives a slot too late"
+        yield Fault("duplicate", told, _AS_EMITTED, given, (name,))
+
+
+def _swapped(table: Table) -> Iterator[Fault]:
+    flat = [*table.downs, table.mid]
+    for one, other in combinations(range(len(flat)), 2):
+        if flat[one] == flat[other]:
+            continue  # no shape shows it
+        changed = list(flat)
+        changed[one], changed[other] = flat[other], flat[one]
+        names = table.names[one], table.names[other]
+        second = "mid" if other == len(flat) - 1 else str(other)
+        told = f"the residuals of slots {one} and {second} are exchanged"
+        yield Fault("swap", told, "exchange the two", Given(tuple(changed[:-1]), changed[-1]), names)
+
+
+def _reordered(table: Table) -> Iterator[Fault]:
+    downs, mid = table.downs, table.mid
+    change = "give them from the first to the last: diffusers adds them in the order of the skips, and does not pop them"
+    yield Fault("reverse", "the down residuals are in reverse, the order in which LDM and ComfyUI pop them", change, Given(downs[::-1], mid))  # fmt: skip
+    yield Fault(
+        "reverse", "all residuals are in reverse, mid first", change, Given((mid, *downs[:0:-1]), downs[0])
+    )  # fmt: skip
+    yield Fault("reverse", "the residuals are in reverse within each level", change, Given(tuple(_by_level(downs)), mid))
+
+
+def _by_level(downs: tuple[Shape, ...]) -> Iterator[Shape]:
+    sizes = list(dict.fromkeys(shape[2:] for shape in downs))
+    for size in sizes:
+        yield from [shape for shape in downs if shape[2:] == size][::-1]
+
+
+def _shifted(table: Table) -> Iterator[Fault]:
+    downs, mid, names = table.downs, table.mid, table.names
+    for by in range(1, len(downs)):
+        slots = "slot 0 is" if by == 1 else f"slots 0 to {by - 1} are"
+        early = f"{slots} left out: every residual arrives {_count(by)} too early"
+        yield Fault("shift", early, _AS_EMITTED, Given(downs[by:], mid), names[:by])
+        late = f"{_count(by)} too late: the first is given {by + 1} times and {_last(by)} left out"
+        yield Fault("shift", f"every residual arrives {late}", _AS_EMITTED, Given((*downs[:1] * by, *downs[:-by]), mid))
+        yield Fault(
+            "shift", f"every residual arrives {_count(by)} too late: the first is given {by + 1} times", _AS_EMITTED,
+            Given((*downs[:1] * by, *downs), mid),
+        )  # fmt: skip
+        around = f"the list is turned: the last {_count(by, 'residual')} come first"
+        yield Fault("shift", around, _AS_EMITTED, Given((*downs[-by:], *downs[:-by]), mid))
+        cut = f"the last {_count(by, 'residual')} are left out"
+        if by > 1:
+            yield Fault("shift", cut, _AS_EMITTED, Given(downs[:-by], mid), names[-1 - by : -1])
+        if by > 1:
+            moved = f"every residual arrives {_count(by)} too early, the last is repeated to fill the list"
+            yield Fault("shift", moved, _AS_EMITTED, Given((*downs[by:], *downs[-1:] * by), mid))
+    yield Fault(
+        "shift", "every residual arrives a slot too early, the last is repeated to fill the list", _AS_EMITTED,
+        Given((*downs[1:], downs[-1]), mid),
+    )  # fmt: skip
+
+
+def _last(by: int) -> str:
+    return "the last is" if by == 1 else f"the last {by} are"
+
+
+def _count(number: int, what: str = "slot") -> str:
+    return f"{'a' if number == 1 else number} {what}{'' if number == 1 else 's'}"
+
+
+def _mids(table: Table) -> Iterator[Fault]:
+    downs, mid, names = table.downs, table.mid, table.names
+    change = "give the mid residual as mid_block_additional_residual, and the down residuals alone in the list"
+    last = (names[-1],)
+    yield Fault(
+        "mid", "the mid residual is forgotten: diffusers takes the down residuals for T2I-Adapter features", change,
+        Given(downs, None), last,
+    )  # fmt: skip
+    yield Fault(
+        "mid", "the mid residual stands at the end of the down residuals and nothing is given as mid", change,
+        Given((*downs, mid), None), last,
+    )  # fmt: skip
+    yield Fault("mid", "the mid residual comes first among the down residuals too", change, Given((mid, *downs), mid), last)
+    yield Fault("mid", "the mid residual is repeated at the end of the down residuals", change, Given((*downs, mid), mid), last)
+    yield Fault("mid", "the first down residual is given as mid", change, Given(downs, downs[0]), last)
+    yield Fault(
+        "surplus", "there is a residual more than slots, at the end of the list", "give one residual a slot: diffusers ignores others",
+        Given((*downs, downs[-1]), mid),
+    )  # fmt: skip
+
+
+def _widths(table: Table, hints: Hints) -> Iterator[Fault]:
+    """One residual of another width."""
+    flat = [*table.downs, table.mid]
+    widths = dict.fromkeys((*(level.channels for level in table.levels), *hints.widths))
+    for at, name in enumerate(table.names):
+        batch, channels, *own = flat[at]
+        for width in widths:
+            if width != channels:
+                told = f"the residual of {_slot(table, at)} has {width} channels, not {channels}"
+                change = "give each residual the channels of its own slot"
+                yield Fault("width", told, change, _with(flat, at, (batch, width, *own)), (name,))
+
+
+def _strides(table: Table, hints: Hints) -> Iterator[Fault]:
+    """One residual of another size: that of another level, or any other."""
+    flat = [*table.downs, table.mid]
+    for at, name in enumerate(table.names):
+        batch, channels, height, width = flat[at]
+        stride = table.contract.slots[at].stride
+        change = "give each residual the size of its own slot"
+        sizes = {size: f"stride {other}" for other, size in _pyramid(table)}
+        for rows, columns in hints.sizes:
+            for size in completed(rows, columns, (height, width), table.latent):
+                sizes.setdefault(size, f"{show(size)} cells")
+        for size, called in sizes.items():
+            if size != (height, width):
+                told = f"the residual of {_slot(table, at)} has {called}, not stride {stride}"
+                yield Fault("stride", told, change, _with(flat, at, (batch, channels, *size)), (name,))
+
+
+def _slot(table: Table, at: int) -> str:
+    return "mid" if at == len(table.names) - 1 else f"slot {at}"
+
+
+def _pyramid(table: Table) -> Iterator[tuple[int, Size]]:
+    """Stride and size of every level."""
+    yield from ((level.stride, level.size) for level in table.levels)
+
+
+def _with(flat: list[Shape], at: int, shape: Shape) -> Given:
+    changed = [*flat[:at], shape, *flat[at + 1 :]]
+    return Given(tuple(changed[:-1]), changed[-1])

@@ -1,0 +1,167 @@
+"""From a claimed table, or one that was given, to what is wrong with it: slot by slot, and which mistake makes such a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError
+from shapecheck.contract.compare import compare
+from shapecheck.faults.anatomy import anatomy
+from shapecheck.faults.claim import Claim
+from shapecheck.faults.fault import Fault
+from shapecheck.faults.given import Given
+from shapecheck.faults.hints import Hints
+from shapecheck.faults.mistakes import mistakes
+from shapecheck.faults.outcome import Failure, outcome
+from shapecheck.faults.size import Size
+from shapecheck.faults.table import Table
+
+_NEAREST = 3
+_MOST_SIZES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A mistake, and in how many places its table differs from the one at hand."""
+
+    faults: tuple[Fault, ...]
+    differs: int
+
+    @property
+    def fault(self) -> Fault:
+        """The one told first."""
+        return self.faults[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A table held against one UNet at one size."""
+
+    models: tuple[str, ...]
+    contract: Contract
+    geometry: Geometry
+    given: Given
+    mismatches: tuple[Mismatch, ...]
+    """Every slot that is wrong, missing or surplus."""
+    failure: Failure | None
+    """What PyTorch raises first; None where it runs."""
+    matches: tuple[Match, ...]
+    """Mistakes that lead to this very table, else the nearest."""
+    tells_mid: bool = True
+
+    @property
+    def is_right(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.mismatches
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether something is wrong and PyTorch says nothing."""
+        return bool(self.mismatches) and self.failure is None
+
+    @property
+    def distance(self) -> tuple[bool, int, int]:
+        """How far it is from this UNet: a right table before one that a known mistake explains, before others."""
+        nearest = self.matches[0].differs if self.matches else 0
+        return not self.is_right, nearest, len(self.mismatches)
+
+
+def judge_given(given: Given, models: tuple[str, ...], contract: Contract, geometry: Geometry) -> Judgement:
+    """What is wrong with residuals that a UNet was given at this geometry.
+
+    Raises ShapecheckError where the UNet refuses the geometry.
+    """
+    table = Table.of(contract, geometry)
+    return _judged(given, given.named, table, models)
+
+
+def judge_claim(claim: Claim, models: tuple[str, ...], contract: Contract, size: Size) -> Judgement:
+    """What is wrong with a claimed table, at the size asked for, else at the one where least is.
+
+    Raises ShapecheckError where the UNet refuses every size it can be about.
+    """
+    judged: list[Judgement] = []
+    refused: ShapecheckError | None = None
+    for geometry in _geometries(claim, contract, size):
+        try:
+            table = Table.of(contract, geometry)
+        except ShapecheckError as error:
+            refused = error
+            continue
+        judged += _readings(claim, table, models, sized=size.latent is not None)
+    if not judged:
+        raise refused or ShapecheckError(f"{claim.origin}: no size to hold it against; give --size")
+    return min(judged, key=lambda each: each.distance)
+
+
+def best(claim: Claim, groups: Sequence[tuple[str, ...]], models: Mapping[str, Contract], size: Size) -> list[Judgement]:
+    """On each group of UNets that treat residuals alike, the nearest first."""
+    judged = []
+    for names in groups:
+        try:
+            judged.append(judge_claim(claim, names, models[names[0]], size))
+        except ShapecheckError:
+            if len(groups) == 1:
+                raise
+    return sorted(judged, key=lambda each: each.distance)
+
+
+def _readings(claim: Claim, table: Table, models: tuple[str, ...], *, sized: bool) -> Iterator[Judgement]:
+    if claim.gaps:
+        given = next(iter(claim.tables(table)))
+        named = claim.named_shapes(table)
+        judged = _judged(given, named, table, models, sized=sized)
+        told = f"{_slots(claim.gaps)} left out under {'their names' if len(claim.gaps) > 1 else 'its name'}, the others are in place"
+        names = tuple(table.names[index] for index in claim.gaps if index < len(table.names))
+        fault = Fault("drop", told, "give every slot", given, names)
+        yield replace(judged, matches=(Match((fault,), 0), *judged.matches))
+        return
+    for number, given in enumerate(claim.tables(table)):
+        tells_mid = claim.tells_mid or given.mid != table.mid or number == 0 and len(claim.downs) > len(table.downs)
+        yield replace(_judged(given, given.named, table, models, sized=sized), tells_mid=tells_mid)
+
+
+def _slots(numbers: tuple[int, ...]) -> str:
+    return f"slot {numbers[0]} is" if len(numbers) == 1 else f"slots {', '.join(map(str, numbers))} are"
+
+
+def _judged(
+    given: Given, named: Mapping[str, Shape], table: Table, models: tuple[str, ...], *, sized: bool = True
+) -> Judgement:
+    mismatches = compare(table.contract.slots, table.geometry, named)
+    unet = anatomy(table.contract, table.geometry)
+    failure = outcome(unet, given) if unet else None
+    matches = _matches(given, table, sized) if mismatches else ()
+    return Judgement(models, table.contract, table.geometry, given, mismatches, failure, matches)
+
+
+def _matches(given: Given, table: Table, sized: bool) -> tuple[Match, ...]:
+    """The mistakes that lead to this table; where there are none, those that come nearest.
+
+    `sized`: the size is known to be the UNet's, so that a whole table of another size is a mistake too.
+    """
+    known = mistakes(table, Hints.of_given(given))
+    if not sized:
+        known = [kept for each in known if (kept := tuple(fault for fault in each if fault.kind != "size"))]
+    counted = sorted((Match(each, _differences(each[0].given, given)) for each in known), key=lambda match: match.differs)
+    exact = tuple(match for match in counted if match.differs == 0)
+    return exact or tuple(counted[:_NEAREST])
+
+
+def _differences(one: Given, other: Given) -> int:
+    """Places at which two tables differ."""
+    both = zip(one.downs, other.downs, strict=False)
+    return sum(a != b for a, b in both) + abs(len(one.downs) - len(other.downs)) + (one.mid != other.mid)
+
+
+def _geometries(claim: Claim, contract: Contract, size: Size) -> tuple[Geometry, ...]:
+    """Sizes a claim can be about: the one asked for; else its largest, the model's own, and every other it names."""
+    usual = size.usual(contract)
+    usual = replace(usual, batch=size.batch or claim.batch or usual.batch)
+    if size.latent is not None:
+        return (usual,)
+    told = claim.sizes()
+    largest = [(max(height for height, _ in told), max(width for _, width in told))] if told else []
+    sizes = [*largest, (usual.height, usual.width), *told[:_MOST_SIZES]]
+    return tuple(dict.fromkeys(replace(usual, height=height, width=width) for height, width in sizes))

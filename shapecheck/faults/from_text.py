@@ -1,0 +1,132 @@
+"""From a text to the faults that give it: every fault is played through, at every size it can be about, on every UNet asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from shapecheck.contract import Contract, Geometry, ShapecheckError
+from shapecheck.faults import causes
+from shapecheck.faults.anatomy import Anatomy, anatomy
+from shapecheck.faults.diagnosis import Answer, Candidate, Diagnosis, Reading
+from shapecheck.faults.fault import Fault
+from shapecheck.faults.hints import Hints
+from shapecheck.faults.latents import geometries
+from shapecheck.faults.matching import gives, is_of_slot, slot_of
+from shapecheck.faults.mistakes import mistakes
+from shapecheck.faults.outcome import Failure, Stage, outcome
+from shapecheck.faults.reading import flattened, symptoms
+from shapecheck.faults.size import Size
+from shapecheck.faults.symptom import Symptom
+from shapecheck.faults.table import Table
+from shapecheck.faults.unrelated import unrelated
+
+_MOST_SYMPTOMS = 12
+"""Symptoms of one text that are looked into."""
+_PLAYED = (
+    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "upsample", "keyword", "unequal", "pair", "dimensions",
+)  # fmt: skip
+"""Symptoms that a fault can be played through to."""
+
+
+def explain_text(text: str, models: Mapping[str, Contract], size: Size) -> Diagnosis:
+    """What a text comes to on these UNets, by name. Raises ShapecheckError where one of them refuses the size asked for."""
+    told = symptoms(text)
+    flat = flattened(text)
+    if reason := unrelated(flat, told):
+        return Diagnosis((), tuple(models), reason)
+    readings = tuple(_reading(symptom, models, size) for symptom in told[:_MOST_SYMPTOMS])
+    diagnosis = Diagnosis(readings, tuple(models))
+    return diagnosis if diagnosis.found else replace(diagnosis, reason=causes.nothing_fits(told))
+
+
+def _reading(symptom: Symptom, models: Mapping[str, Contract], size: Size) -> Reading:
+    direct = tuple(causes.causes(symptom, models))
+    if symptom.kind not in _PLAYED:
+        return Reading(symptom, (), direct)
+    answers = (_answer(symptom, names, models[names[0]], size) for names in alike_models(models))
+    return Reading(symptom, tuple(answer for answer in answers if answer.candidates), direct)
+
+
+def alike_models(models: Mapping[str, Contract]) -> list[tuple[str, ...]]:
+    """Names of models that treat residuals alike."""
+    groups: dict[object, list[str]] = {}
+    for name, contract in models.items():
+        config = contract.config
+        built = tuple(
+            config.get(key) for key in ("block_out_channels", "down_block_types", "up_block_types", "norm_num_groups")
+        )
+        slots = tuple((slot.skip, slot.up_block, slot.producer) for slot in contract.slots)
+        groups.setdefault((slots, contract.divisor, built), []).append(name)
+    return [tuple(sorted(names, key=lambda name: (len(name), name))) for names in groups.values()]
+
+
+def _answer(symptom: Symptom, names: tuple[str, ...], contract: Contract, size: Size) -> Answer:
+    usual = size.usual(contract)
+    at = geometries(symptom, contract, usual, size_known=size.latent is not None, batch_known=size.batch is not None)
+    found: dict[tuple[str, str], Candidate] = {}
+    for geometry in at:
+        for candidate in _candidates(symptom, contract, geometry):
+            key = (candidate.slot, candidate.fault.told)
+            known = found.get(key)
+            found[key] = replace(known, geometries=(*known.geometries, geometry)) if known else candidate
+    return Answer(names, contract, at[0], tuple(sorted(found.values(), key=lambda each: _position(each, contract))))
+
+
+def _position(candidate: Candidate, contract: Contract) -> int:
+    """Candidates of one slot together, in slot order; within it as they are told."""
+    names = [slot.name for slot in contract.slots]
+    return names.index(candidate.slot) if candidate.slot in names else len(names)
+
+
+def _candidates(symptom: Symptom, contract: Contract, geometry: Geometry) -> Iterator[Candidate]:
+    unet = anatomy(contract, geometry)
+    if unet is None:
+        raise ShapecheckError("this contract does not say how its UNet is built: give the model itself with --model")
+    table = Table.of(contract, geometry)
+    for faults in mistakes(table, _hints(symptom)):
+        for failure in _failures(symptom, unet, table, faults[0]):
+            yield Candidate(failure.slot, failure.module, failure.stage, failure.wanted, failure.given, faults, (geometry,))
+
+
+def _hints(symptom: Symptom) -> Hints:
+    """What the text says that residuals had."""
+    if symptom.kind == "unequal":
+        return Hints(symptom.given_shape, tuple((None, each) for each in symptom.given_shape), symptom.given_shape)
+    if symptom.kind not in ("broadcast", "pair", "dimensions"):
+        return Hints()
+    if len(symptom.given_shape) == 3 and symptom.kind == "broadcast":  # attention, which folds images and cells
+        return Hints(batches=symptom.given_shape[:1])
+    if len(symptom.given_shape) == 4:
+        return Hints.of_shapes([symptom.given_shape])
+    if symptom.axis is not None and symptom.axis < 4 and symptom.given is not None:
+        return _hints_of_axis(symptom.axis, symptom.wanted, symptom.given)
+    return Hints(tuple(width for width in symptom.given_shape[1:2] if width > 0))
+
+
+def _hints_of_axis(axis: int, wanted: int | None, given: int) -> Hints:
+    hints = Hints.of_axis(axis, given)
+    if axis == 1 and wanted and given and wanted % given == 0:  # attention again
+        return replace(hints, batches=(wanted // given,))
+    return hints
+
+
+def _failures(symptom: Symptom, unet: Anatomy, table: Table, fault: Fault) -> Iterator[Failure]:
+    """Where this fault gives the text: at the first failure; where inputs are checked one by one, at the slot that is named."""
+    if symptom.kind == "dimensions":
+        slot = slot_of(symptom.names[0], table.contract)
+        if slot and is_of_slot(symptom, table, fault.given, slot):
+            producer = next(each.producer for each in unet.slots if each.name == slot)
+            stage: Stage = "mid" if slot == table.names[-1] else "down"
+            yield Failure(stage, "broadcast", slot, producer, table.right.named[slot], fault.given.named[slot])
+    elif symptom.kind == "pair":
+        yield from _pairs(symptom, unet, fault)
+    elif (failure := outcome(unet, fault.given)) and gives(symptom, failure, table):
+        yield failure
+
+
+def _pairs(symptom: Symptom, unet: Anatomy, fault: Fault) -> Iterator[Failure]:
+    """Every slot where these two shapes meet: ComfyUI leaves out what does not fit, and goes on."""
+    for slot, skip in zip(unet.slots, (*unet.skips, unet.mid), strict=True):
+        if skip == symptom.wanted_shape and fault.given.named.get(slot.name) == symptom.given_shape:
+            yield Failure("down", "broadcast", slot.name, slot.producer, skip, symptom.given_shape)

@@ -1,0 +1,99 @@
+"""At which latent sizes a text can have arisen, where nobody says: those at which some level has the sizes that are told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice, product
+
+from shapecheck.contract import Contract, Dim, Geometry
+from shapecheck.faults.symptom import Symptom
+
+_MOST = 96
+_LARGEST = 2**14
+"""Latent cells along a side."""
+
+
+def geometries(
+    symptom: Symptom, contract: Contract, usual: Geometry, *, size_known: bool, batch_known: bool
+) -> tuple[Geometry, ...]:
+    """`usual` first; then, unless its size is known to be the right one, every other that could have given the text."""
+    batch = (None if batch_known else _batch(symptom)) or usual.batch
+    usual = replace(usual, batch=batch)
+    if size_known:
+        return (usual,)
+    fitting = (
+        each for each in _sizes(symptom, contract, usual) if not (each[0] % contract.divisor or each[1] % contract.divisor)
+    )
+    others = (replace(usual, height=height, width=width) for height, width in fitting)
+    return tuple(dict.fromkeys((usual, *islice(others, _MOST))))
+
+
+def _batch(symptom: Symptom) -> int | None:
+    if symptom.kind in ("broadcast", "concat") and symptom.axis == 0:
+        return symptom.wanted
+    for shape in (symptom.wanted_shape, symptom.given_shape):
+        if len(shape) == 4 and 0 < shape[0] <= _LARGEST:
+            return shape[0]
+    return None
+
+
+def _sizes(symptom: Symptom, contract: Contract, usual: Geometry) -> Iterator[tuple[int, int]]:
+    """Heights and widths of latents, in cells."""
+    rows, columns = _told(symptom)
+    for stride, height, width in _levels(contract):
+        tall = [] if rows is None else list(_before(rows, height))
+        wide = [] if columns is None else list(_before(columns, width))
+        if rows is not None and columns is not None:
+            yield from _both(tall, wide, stride)
+        elif columns is not None:
+            yield from ((max(1, round(each * usual.height / usual.width)), each) for each in wide)
+        elif rows is not None:
+            for each in tall:
+                yield each, max(1, round(each * usual.width / usual.height))
+                yield each, usual.width
+
+
+def _told(symptom: Symptom) -> tuple[int | None, int | None]:
+    """Height and width of the UNet's own tensor, as far as a text tells."""
+    if len(symptom.wanted_shape) == 4:
+        return _side(symptom.wanted_shape[2]), _side(symptom.wanted_shape[3])
+    if symptom.kind in ("norm", "groups") and len(symptom.given_shape) == 4:
+        return _side(symptom.given_shape[2]), _side(symptom.given_shape[3])
+    side = None if symptom.wanted is None else _side(symptom.wanted)
+    if symptom.kind == "broadcast":
+        return (side, None) if symptom.axis == 2 else (None, side) if symptom.axis == 3 else (None, None)
+    if symptom.kind == "concat":
+        return (None, side) if symptom.axis == 3 else (None, None) if symptom.axis == 0 else (side, None)
+    if symptom.kind == "unequal" and symptom.axis == 3:
+        return None, None
+    return None, None
+
+
+def _side(size: int) -> int | None:
+    return size if 0 < size <= _LARGEST else None
+
+
+def _levels(contract: Contract) -> Iterator[tuple[int, Dim, Dim]]:
+    """Stride, height and width rule of every level."""
+    yield from dict.fromkeys((slot.stride, slot.skip[2], slot.skip[3]) for slot in contract.slots)
+
+
+def _before(size: int, rule: Dim) -> Iterator[int]:
+    """Every latent side that this rule brings to `size`."""
+    for side in range(max(1, (size - 1) * rule.stride), (size + 1) * rule.stride + 1):
+        try:
+            if rule.at({rule.symbol or "": side}) == size and side <= _LARGEST:
+                yield side
+        except ValueError:  # the rounding of an odd size was never observed: the UNet refuses it
+            continue
+
+
+def _both(tall: list[int], wide: list[int], stride: int) -> Iterator[tuple[int, int]]:
+    """Pairs of sides: every height with the widest and the other way round, and those that lie as far from a multiple."""
+    if stride <= 4:
+        yield from product(tall, wide)
+        return
+    yield from zip(tall, wide, strict=False)
+    yield from ((height, wide[-1]) for height in tall if wide)
+    yield from ((tall[-1], width) for width in wide if tall)

@@ -1,0 +1,62 @@
+"""What is right, and the sizes and widths that mistakes are made of, at one geometry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shapecheck.contract import Contract, Geometry, Shape
+from shapecheck.faults.given import Given, right
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One size of the pyramid: its stride, height and width in cells, and the channels its attention layers have."""
+
+    stride: int
+    size: Size
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The right residuals of a UNet at one geometry, and its levels."""
+
+    contract: Contract
+    geometry: Geometry
+    right: Given
+    levels: tuple[Level, ...]
+
+    @classmethod
+    def of(cls, contract: Contract, geometry: Geometry) -> Table:
+        """Raises ShapecheckError where the UNet refuses the geometry."""
+        sizes: dict[int, Level] = {}
+        for slot, shape in zip(contract.slots, contract.shapes(geometry).values(), strict=True):
+            sizes[slot.stride] = Level(slot.stride, (shape[-2], shape[-1]), slot.channels)
+        levels = list(sizes.values())
+        widths = contract.config.get("block_out_channels") or ()
+        if len(widths) == len(levels):  # the last slot of a level need not be as wide as the level
+            levels = [Level(each.stride, each.size, width) for each, width in zip(levels, widths, strict=True)]
+        return cls(contract, geometry, right(contract, geometry), tuple(levels))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the slots, in order, mid last."""
+        return tuple(slot.name for slot in self.contract.slots)
+
+    @property
+    def downs(self) -> tuple[Shape, ...]:
+        """The right down residuals."""
+        return self.right.downs
+
+    @property
+    def mid(self) -> Shape:
+        """The right mid residual."""
+        assert self.right.mid is not None
+        return self.right.mid
+
+    @property
+    def latent(self) -> Size:
+        """Height and width in latent cells."""
+        return self.geometry.height, self.geometry.width

@@ -1,0 +1,64 @@
+"""Texts that have nothing to do with residuals, and what they are about."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from shapecheck.faults import place
+from shapecheck.faults.symptom import Symptom
+
+_LORA = r"\blora[_.\w]*|\bLoRA\b"
+_IMAGE = r"sample = sample \+ controlnet_cond"
+_ABOUT: tuple[tuple[str, str], ...] = (
+    (
+        r"out of memory|OutOfMemory|Failed to allocate memory|\bOOM\b|bad_alloc|DefaultCPUAllocator: can't allocate",
+        "memory ran out",
+    ),
+    (
+        r"No such file or directory|FileNotFoundError|does not appear to have a file named|Error no file named|File doesn't exist",
+        "a file is missing",
+    ),
+    (
+        r"size mismatch for |Missing key\(s\) in state_dict|Unexpected key\(s\) in state_dict",
+        "weights of another model are loaded",
+    ),
+    (_LORA, "a LoRA does not fit the layer it is put on"),
+    (r"No module named|ModuleNotFoundError|cannot import name", "a package is missing"),
+    (
+        r"ConnectionError|Max retries exceeded|HTTPError|RepositoryNotFound|GatedRepo|LocalEntryNotFound",
+        "something could not be downloaded",
+    ),
+    (_IMAGE, "the ControlNet's image is not of the latents' size: give it one of the size that is drawn"),
+    (
+        r"Expected all tensors to be on the same device",
+        "models or inputs lie on different devices: move them to one",
+    ),
+    (r"CUDA error|CUDA driver|cuDNN|CUBLAS", "the GPU or its driver failed"),
+    (r"PermissionError|Permission denied", "a file may not be read or written"),
+)
+"""In the order they are looked for."""
+_SIZES = ("broadcast", "output", "concat", "rank", "norm", "groups", "index", "upsample", "text width")
+"""Symptoms that tell of two sizes and may come from any code."""
+_NOTHING = "this text says nothing of residuals, or in words that are not known here"
+
+
+def unrelated(text: str, told: Sequence[Symptom]) -> str:
+    """What a text on one line is about, where that is nothing of residuals; empty where it may be.
+
+    A text that tells of two sizes is unrelated where it was raised in other code than that which adds residuals.
+    """
+    if not told:
+        return _about(text) or _NOTHING
+    if any(symptom.stage or symptom.kind not in _SIZES for symptom in told):
+        return ""
+    if re.search(f"{_LORA}|{_IMAGE}", text):
+        return _about(text)
+    file = place.elsewhere(text)
+    if not file or all(symptom.kind == "text width" for symptom in told):
+        return ""
+    return f"it was raised in {file}, where no residual is added"
+
+
+def _about(text: str) -> str:
+    return next((about for pattern, about in _ABOUT if re.search(pattern, text)), "")

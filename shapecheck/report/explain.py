@@ -1,0 +1,337 @@
+"""What an error text or a claimed table comes to, as text, Markdown or JSON."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from shapecheck.contract import Contract, Geometry, show
+from shapecheck.faults.diagnosis import Answer, Candidate, Cause, Diagnosis, Reading
+from shapecheck.faults.fault import Fault
+from shapecheck.faults.from_mapping import Judgement
+from shapecheck.faults.given import Given
+from shapecheck.faults.symptom import Symptom
+from shapecheck.faults.table import Table
+from shapecheck.faults.wording import eager
+from shapecheck.report.tables import LINE, Format, clean, fact_list, heading, mismatch_table, note_list, table, wrapped
+
+_SHOWN = 4
+"""Names of models, and sizes, that are written out."""
+_LONGEST = 400
+"""Characters of the text that are repeated."""
+
+
+def told(
+    diagnosis: Diagnosis, judgement: Judgement | None = None, others: Sequence[Judgement] = (), *, form: Format = "human"
+) -> str:
+    """The whole report: what each symptom comes to; then the table that was claimed, if one was, on the UNet it fits best.
+
+    `others` are the same on the other UNets that were tried.
+    """
+    parts: list[str] = []
+    for reading in diagnosis.found:
+        parts += _reading(reading, form, models_named=len(diagnosis.tried) == 1)
+    if judgement is not None:
+        parts += [*judged(judgement, form), *elsewhere(others, form)]
+    if not diagnosis.found and diagnosis.reason:
+        parts += [wrapped(f"NO DIAGNOSIS: {diagnosis.reason}", ""), _tried(diagnosis, form)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _tried(diagnosis: Diagnosis, form: Format) -> str:
+    tried = f"tried: {', '.join(diagnosis.tried)}"
+    return tried if form == "markdown" else wrapped(tried, "       ")
+
+
+def _reading(reading: Reading, form: Format, *, models_named: bool) -> Iterator[str]:
+    symptom = reading.symptom
+    line = clean(symptom.line[:_LONGEST], form)
+    yield f"# {symptom.source}: {line}" if form == "markdown" else wrapped(f"{symptom.source}: {line}", "  ")
+    if said := meaning(symptom):
+        yield said if form == "markdown" else wrapped(said, "")
+    for cause in reading.causes:
+        yield _cause(cause, form)
+    if not reading.answers:
+        return
+    answers = sorted(reading.answers, key=lambda each: -len(each.models))
+    if not models_named:
+        yield heading("Models that can give this text", form)
+        rows = [(_names(each.models), _places(each), len(each.candidates)) for each in answers]
+        yield table(rows, ("models", "where it shows", "faults"), form)
+    yield from _answer(answers[0], form)
+    yield _certainty(answers[0], form)
+
+
+def meaning(symptom: Symptom) -> str:
+    """What the words of a symptom mean, in terms of residuals; empty where they say it themselves."""
+    place = {"down": ", in the additions to the skips", "mid": ", in the addition after mid", "up": ", on the way up",
+             "feature": ", inside the down blocks, where T2I-Adapter features are added", None: ""}[symptom.stage]  # fmt: skip
+    wanted = symptom.wanted if symptom.wanted is not None else "another size"
+    given = symptom.given if symptom.given is not None else "another"
+    if symptom.kind in ("broadcast", "pair") and symptom.wanted_shape:
+        return f"The UNet's own tensor is {show(symptom.wanted_shape)}, what is added to it {show(symptom.given_shape)}{place}."
+    if symptom.kind == "broadcast":
+        axis = dict(enumerate(("batch", "channels", "height", "width"))).get(symptom.axis or 0, "an axis")
+        return (
+            f"In skip + residual the UNet's own tensor is a and has {_counted(wanted, axis)}; the residual is b and has {_counted(given, axis)}{place}. "
+            "PyTorch compares the last axis first and names the first that differs."
+        )
+    if symptom.kind == "concat":
+        return f"On the way up, a tensor of size {wanted} meets a skip of {given}."
+    if symptom.kind in ("norm", "groups"):
+        return "On the way up, a layer gets other channels than it has weights for: skips are missing or in another's place."
+    if symptom.kind == "index":
+        return "On the way up, no skip is left: too few residuals cut the list of skips short, in silence."
+    if symptom.kind == "unequal":
+        return "ONNX Runtime names the smaller size first, whichever side it is on."
+    return ""
+
+
+def _counted(size: object, axis: str) -> str:
+    return f"{size} channels" if axis == "channels" else f"{axis} {size}"
+
+
+def _cause(cause: Cause, form: Format) -> str:
+    facts = [
+        ("cause", cause.told),
+        *([("where", cause.where)] if cause.where else []),
+        ("change", cause.change),
+        *([("certain", cause.command)] if cause.command else []),
+    ]
+    told = [(name, clean(text, form)) for name, text in facts]
+    if form == "human":
+        told = [(name, textwrap.fill(text, LINE - 9, break_long_words=False, break_on_hyphens=False)) for name, text in told]
+    return fact_list(told, form)
+
+
+def _answer(answer: Answer, form: Format) -> Iterator[str]:
+    slots = dict.fromkeys(each.slot for each in answer.candidates)
+    count = len(answer.candidates)
+    faults = f"{count} fault gives" if count == 1 else f"{count} faults give"
+    yield heading(f"On {_names(answer.models)}, {faults} exactly this text, at {_places(answer)}", form)
+    for slot in slots:
+        candidates = [each for each in answer.candidates if each.slot == slot]
+        yield _place(candidates[0], form)
+        yield table(list(_rows(candidates, answer)), ("fault", "what was done"), form)
+    yield heading("What to change", form)
+    yield table(_changes(answer.candidates), ("fault", "change"), form)
+    yield heading(f"The right table, at {answer.geometry}", form)
+    yield right_table(answer.contract, answer.geometry, form)
+
+
+def _place(candidate: Candidate, form: Format) -> str:
+    """The slot, and the two shapes that meet there."""
+    place = f"{candidate.slot} ({candidate.module})"
+    met = f"the UNet has {show(candidate.wanted)}, and meets {show(candidate.given) if candidate.given else 'nothing'}"
+    return f"### {place}: {met}" if form == "markdown" else f"{place}: {met}"
+
+
+def _rows(candidates: Sequence[Candidate], answer: Answer) -> Iterator[tuple[str, str]]:
+    """One row a kind of fault; others of a kind are counted."""
+    usual = answer.geometry
+    for kind in dict.fromkeys(each.fault.kind for each in candidates):
+        alike = [each for each in candidates if each.fault.kind == kind]
+        first = alike[0]
+        done = first.fault.told
+        if others := [fault.told for fault in first.faults[1:] if fault.kind != kind]:
+            done += f"; or, which is the same, {others[0]}"
+        if usual not in first.geometries:
+            done += f"; at {_sizes(first.geometries)}"
+        if len(alike) > 1:
+            done += f" (and {len(alike) - 1} more of this kind)"
+        yield kind, done
+
+
+def _sizes(geometries: Sequence[Geometry]) -> str:
+    told = ", ".join(f"{each.height}×{each.width}" for each in geometries[:_SHOWN])
+    return f"latents of {told}{', …' * (len(geometries) > _SHOWN)}"
+
+
+def _changes(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
+    """What to do, once a kind of fault."""
+    changes: dict[str, str] = {}
+    for each in candidates:
+        changes.setdefault(each.fault.kind, each.fault.change)
+    return list(changes.items())
+
+
+def _certainty(answer: Answer, form: Format) -> str:
+    if len(answer.candidates) == 1:
+        return ""
+    model = answer.models[0]
+    return note_list(
+        [
+            "the text alone cannot tell these apart; the shapes that were given can: "
+            f"shapecheck explain --model {model} --mapping SHAPES.json, or `with shapecheck.explained(unet, controlnet):` "
+            "around the call"
+        ],
+        form,
+    )
+
+
+def right_table(contract: Contract, geometry: Geometry, form: Format) -> str:
+    """Number, slot, channels, stride, shape and producer of every slot."""
+    rows = [
+        (number, slot.name, slot.channels, slot.stride, show(slot.shape_at(geometry)), slot.producer)
+        for number, slot in enumerate(contract.slots)
+    ]
+    return table(rows, ("#", "slot", "channels", "stride", "shape", "skip from"), form)
+
+
+def _names(models: Sequence[str]) -> str:
+    return ", ".join(models[:_SHOWN]) + (f" and {len(models) - _SHOWN} more" if len(models) > _SHOWN else "")
+
+
+def _places(answer: Answer) -> str:
+    """`slots 0, 1, 2, 3 and mid`."""
+    names = [slot.name for slot in answer.contract.slots]
+    found = dict.fromkeys(each.slot for each in answer.candidates)
+    numbers = [str(names.index(name)) for name in found if name in names[:-1]]
+    parts = [f"slot{'s' * (len(numbers) > 1)} {', '.join(numbers)}"] if numbers else []
+    parts += ["mid"] if names[-1] in found else []
+    parts += [name for name in found if name not in names]
+    return " and ".join(parts)
+
+
+def judged(judgement: Judgement, form: Format) -> Iterator[str]:
+    """A table held against a UNet."""
+    title = f"The table given, on {_names(judgement.models)}, {judgement.geometry}"
+    yield f"# {title}" if form == "markdown" else title
+    yield verdict_line(judgement)
+    if judgement.failure is not None:
+        yield fact_list([("PyTorch says", eager(judgement.failure) or "an error that is not known here")], form)
+    if judgement.matches:
+        exact = judgement.matches[0].differs == 0
+        yield heading("This is what was done" if exact else "No known mistake gives this table; the nearest", form)
+        yield table(_match_rows(judgement), ("fault", "what was done", "slots that differ"), form)
+        yield heading("What to change", form)
+        changes = dict.fromkeys((match.fault.kind, match.fault.change) for match in judgement.matches)
+        yield table(list(changes), ("fault", "change"), form)
+    yield heading("Slot by slot", form)
+    yield table(_slot_rows(judgement), ("#", "slot", "given", "UNet takes", "verdict", "skip from", "likely cause"), form)
+    if not judgement.tells_mid:
+        yield note_list(["this table says nothing of the mid residual: it is taken to be right"], form)
+
+
+def _slot_rows(judgement: Judgement) -> list[tuple[object, ...]]:
+    """Every slot, right or wrong, then what no slot takes."""
+    wrong = {each.where: each for each in judgement.mismatches}
+    rows: list[tuple[object, ...]] = []
+    for number, slot in enumerate(judgement.contract.slots):
+        takes = show(slot.shape_at(judgement.geometry))
+        fault = wrong.pop(slot.name, None)
+        given = takes if fault is None else told_shape(fault.observed)
+        rows.append(
+            (number, slot.name, given, takes, fault.kind if fault else "right", slot.producer, fault.cause if fault else "")
+        )
+    rows += [("", each.where, told_shape(each.observed), "no such slot", each.kind, "", each.cause) for each in wrong.values()]
+    return rows
+
+
+def told_shape(value: tuple[int, ...] | str) -> str:
+    """A shape, or words in its place."""
+    return value if isinstance(value, str) else show(value)
+
+
+def elsewhere(judgements: Sequence[Judgement], form: Format) -> Iterator[str]:
+    """The same table on the other UNets that were tried."""
+    if judgements:
+        yield heading("On other models", form)
+        rows = [(_names(each.models), verdict_line(each)) for each in judgements]
+        yield table(rows, ("models", "verdict"), form)
+
+
+def verdict_line(judgement: Judgement) -> str:
+    """What a table comes to, in a line."""
+    if judgement.is_right:
+        return f"RIGHT: every one of the {len(judgement.contract.slots)} slots gets what it takes"
+    count = f"{len(judgement.mismatches)} {'slot' if len(judgement.mismatches) == 1 else 'slots'}"
+    if judgement.is_silent:
+        return f"WRONG IN SILENCE: {count} do not fit, and PyTorch runs all the same: the image is wrong"
+    return f"WRONG: {count} do not fit; PyTorch fails at {judgement.failure.slot if judgement.failure else 'some place'}"
+
+
+def _match_rows(judgement: Judgement) -> list[tuple[str, str, str]]:
+    return [(fault.kind, fault.told, str(match.differs or "")) for match in judgement.matches for fault in match.faults]
+
+
+def as_json(diagnosis: Diagnosis, judgement: Judgement | None = None, others: Sequence[Judgement] = ()) -> str:
+    """The same for machines, with every candidate and the residuals that lead to it.
+
+    `judgement` is the claimed table on the UNet it fits best, `others` the same on the other UNets that were tried.
+    """
+    record: dict[str, Any] = {
+        "verdict": verdict(diagnosis, judgement),
+        "reason": diagnosis.reason or None,
+        "tried": list(diagnosis.tried),
+        "symptoms": [_reading_record(reading) for reading in diagnosis.readings],
+        "mapping": None if judgement is None else _judgement_record(judgement),
+        "mapping_elsewhere": [
+            {"models": list(each.models), "right": each.is_right, "mismatches": len(each.mismatches)} for each in others
+        ],
+    }
+    return json.dumps(record, indent=1, ensure_ascii=True) + "\n"
+
+
+def verdict(diagnosis: Diagnosis, judgement: Judgement | None) -> str:
+    """`diagnosis`, or `none`."""
+    return "diagnosis" if diagnosis.found or judgement is not None else "none"
+
+
+def _reading_record(reading: Reading) -> dict[str, Any]:
+    return {
+        "symptom": asdict(reading.symptom) | {"meaning": meaning(reading.symptom)},
+        "causes": [asdict(cause) for cause in reading.causes],
+        "answers": [
+            {
+                "models": list(answer.models),
+                "geometry": asdict(answer.geometry),
+                "slots": list(dict.fromkeys(each.slot for each in answer.candidates)),
+                "candidates": [_candidate_record(each) for each in answer.candidates],
+                "right": Table.of(answer.contract, answer.geometry).right.named,
+            }
+            for answer in reading.answers
+        ],
+    }
+
+
+def _candidate_record(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "slot": candidate.slot,
+        "module": candidate.module,
+        "stage": candidate.stage,
+        "fault": candidate.fault.kind,
+        "told": candidate.fault.told,
+        "change": candidate.fault.change,
+        "touched": list(candidate.fault.slots),
+        "wanted": candidate.wanted,
+        "given": candidate.given,
+        "alike": [_fault_record(fault) for fault in candidate.faults[1:]],
+        "mapping": _given_record(candidate.table),
+        "geometries": [asdict(geometry) for geometry in candidate.geometries],
+    }
+
+
+def _fault_record(fault: Fault) -> dict[str, Any]:
+    return {"fault": fault.kind, "told": fault.told, "change": fault.change, "touched": list(fault.slots)}
+
+
+def _given_record(given: Given) -> dict[str, Any]:
+    return {"down": given.downs, "mid": given.mid}
+
+
+def _judgement_record(judgement: Judgement) -> dict[str, Any]:
+    return {
+        "models": list(judgement.models),
+        "geometry": asdict(judgement.geometry),
+        "verdict": "right" if judgement.is_right else "silent" if judgement.is_silent else "raises",
+        "text": eager(judgement.failure) if judgement.failure else None,
+        "slot": judgement.failure.slot if judgement.failure else None,
+        "mismatches": [asdict(each) for each in judgement.mismatches],
+        "faults": [_fault_record(fault) | {"differs": match.differs} for match in judgement.matches for fault in match.faults],
+        "given": _given_record(judgement.given),
+        "right": Table.of(judgement.contract, judgement.geometry).right.named,
+    }

@@ -1,0 +1,532 @@
+"""`explain`: real UNets are given every fault, and what they say leads back to exactly the faults that make them say it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from click.testing import CliRunner
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from spoilt import KINDS, spoilt, text_of
+
+from shapecheck import Geometry, presets, probe
+from shapecheck.cli import main
+from shapecheck.faults.anatomy import anatomy
+from shapecheck.faults.from_mapping import judge_given
+from shapecheck.faults.from_text import explain_text
+from shapecheck.faults.given import Given, right
+from shapecheck.faults.hints import Hints
+from shapecheck.faults.mistakes import mistakes
+from shapecheck.faults.outcome import outcome
+from shapecheck.faults.reading import symptoms
+from shapecheck.faults.size import Size
+from shapecheck.faults.table import Table
+from shapecheck.faults.wording import eager, meta
+
+ROOT = Path(__file__).parent.parent
+FAMOUS = "The size of tensor a (320) must match the size of tensor b (640) at non-singleton dimension 1"
+XL = {
+    "block_out_channels": (8, 16, 24),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+}
+THIN = XL | {"layers_per_block": 1}
+"""SDXL's levels with one layer each: seven slots."""
+TOPOLOGIES = {
+    "thin": THIN,
+    "xl": XL,
+    "sd15": {"block_out_channels": (8, 16, 24, 24), "norm_num_groups": 4},
+    "uneven": XL | {"layers_per_block": [1, 3, 2]},
+    "no mid block": {"block_out_channels": (8, 16, 24, 24), "norm_num_groups": 4, "mid_block_type": None},
+    "kandinsky": {
+        "block_out_channels": (8, 16, 24),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    },
+}
+AT = Geometry(2, 24, 20, 7)
+PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
+"""Without the phase that explains a failure: it traces every line of PyTorch."""
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Lab:
+    """A small real UNet, on the CPU and without values, and its contract."""
+
+    def __init__(self, name: str) -> None:
+        self.real = small.unet(**TOPOLOGIES[name])
+        self.meta = small.unet(**TOPOLOGIES[name]).to("meta")
+        self.contract = probe(self.meta)
+        self.config = dict(self.real.config)
+        self.at = Geometry(2, 24, 16, 7) if name == "kandinsky" else AT
+
+    def says(self, given: Given, at: Geometry | None = None, *, on: str = "real") -> str | None:
+        at = at or self.at
+        return text_of(getattr(self, on), at.batch, at.height, at.width, given.downs, given.mid)
+
+    def explained(self, text: str, at: Geometry | None = None):
+        at = at or self.at
+        return explain_text(text, {"it": self.contract}, Size((at.height, at.width), at.batch))
+
+
+@pytest.fixture(scope="module")
+def lab():
+    labs = {"thin": Lab("thin")}
+    return lambda name: labs[name] if name in labs else labs.setdefault(name, Lab(name))
+
+
+FULL = [pytest.param(name, marks=[pytest.mark.full] * (name != "thin")) for name in TOPOLOGIES]
+
+
+# what a UNet says is foretold, word by word
+
+
+@pytest.mark.parametrize("on", ["real", "meta"])
+@given(data=st.data())
+@settings(max_examples=40, deadline=None, phases=PHASES)
+def test_outcome_and_words_are_those_of_a_real_unet(lab, on, data):
+    it = lab("thin")
+    at = Geometry(data.draw(st.integers(1, 2)), data.draw(st.integers(4, 21)), data.draw(st.integers(4, 21)), 7)
+    fault = data.draw(spoilt(it.config, at.batch, at.height, at.width, tuple(set(KINDS) - {"swap", "stride"})))
+    failure = outcome(anatomy(it.contract, at), Given(fault.downs, fault.mid))
+    told = None if failure is None else (eager if on == "real" else meta)(failure)
+    assert told == it.says(Given(fault.downs, fault.mid), at, on=on)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_batch_larger_than_the_text_s_is_foretold_too(lab, batch):
+    it, at = lab("thin"), Geometry(1, 24, 20, 7)
+    given = right(it.contract, Geometry(batch, 24, 20, 7))
+    failure = outcome(anatomy(it.contract, at), given)
+    text = it.says(given, at)
+    assert (failure.stage, eager(failure)) == ("up", text)
+    assert any(each.table == given for each in candidates(it.explained(text, at)))
+
+
+# text alone
+
+
+def candidates(diagnosis):
+    return [each for reading in diagnosis.found for answer in reading.answers for each in answer.candidates]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_the_candidates_are_exactly_the_faults_that_give_the_text(lab, name):
+    it = lab(name)
+    table = Table.of(it.contract, it.at)
+    given_by = defaultdict(set)
+    for faults in mistakes(table, Hints((640,), (), (3,))):
+        given_by[it.says(faults[0].given)].add(faults[0].given)
+    assert len(given_by.pop(None)) >= 3
+    assert len(given_by) > 20
+    for text, tables in given_by.items():
+        found = {each.table for each in candidates(it.explained(text))}
+        assert tables <= found, text
+        assert all(it.says(table) == text for table in found - tables), text
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None, phases=PHASES)
+def test_the_true_fault_is_among_the_candidates_at_its_slot(lab, data):
+    it = lab("thin")
+    fault = data.draw(spoilt(it.config, AT.batch, AT.height, AT.width, KINDS))
+    text = it.says(Given(fault.downs, fault.mid))
+    if text is None:
+        return
+    true = [each for each in candidates(it.explained(text)) if fault.kind in {one.kind for one in each.faults}]
+    assert any(each.table == Given(fault.downs, fault.mid) or fault.kind in ("stride", "width") for each in true)
+
+
+@pytest.mark.parametrize("height,width", [(24, 20), (17, 25), (9, 33)])
+def test_without_a_size_every_size_is_looked_at(lab, height, width):
+    it, at = lab("thin"), Geometry(1, height, width, 7)
+    for faults in mistakes(Table.of(it.contract, at)):
+        text = it.says(faults[0].given, at) if faults[0].kind in ("drop", "floor", "reverse") else None
+        if text is not None:
+            told = explain_text(text, {"it": it.contract}, Size())
+            kinds = {fault.kind for each in candidates(told) for fault in each.faults}
+            assert faults[0].kind in kinds, (text, faults[0].told)
+
+
+def test_a_traceback_narrows_to_its_place(lab):
+    it = lab("thin")
+    downs, mid = right(it.contract, AT).downs, right(it.contract, AT).mid
+    text = it.says(Given(downs, (*mid[:1], 8, *mid[2:])))
+    alone = candidates(it.explained(text))
+    lines = {
+        "down": "down_block_res_sample = down_block_res_sample + down_block_additional_residual",
+        "mid": "sample = sample + mid_block_additional_residual",
+    }
+    seen = {}
+    for stage, line in lines.items():
+        traceback = f'Traceback (most recent call last):\n  File "unet_2d_condition.py", line 1, in forward\n    {line}\n{text}'
+        seen[stage] = candidates(it.explained(traceback))
+        assert {each.stage for each in seen[stage]} == {stage}
+        assert {each.table for each in seen[stage]} <= {each.table for each in alone}
+    assert len(seen["down"]) + len(seen["mid"]) == len(alone)
+
+
+def test_the_famous_text_is_slots_0_to_3_of_sd15():
+    diagnosis = explain_text(FAMOUS, {"sd15": presets.contract("sd15")}, Size())
+    (reading,) = diagnosis.found
+    (answer,) = reading.answers
+    shown = {(each.slot, each.fault.kind) for each in answer.candidates}
+    assert {slot for slot, _ in shown} == {f"down_block_residual_{number:02d}" for number in range(4)}
+    assert shown >= {(f"down_block_residual_{number:02d}", kind) for number in range(4) for kind in ("blocks", "width")}
+    tables = {each.table.downs: each.slot for each in answer.candidates}
+    at = lambda *widths: tuple((1, width, 64, 64) for width in widths)  # noqa: E731
+    assert tables[at(320, 640, 1280, 1280)] == "down_block_residual_01"
+    assert tables[at(640, 1280, 1280, 1280)] == "down_block_residual_00"
+
+
+@pytest.mark.full
+def test_the_famous_text_is_foretold_at_real_size():
+    """SD1.5 itself, on the meta device: the mappings that lead to the famous text do."""
+    contract = presets.contract("sd15")
+    unet = torch.nn.Module
+    with torch.device("meta"):
+        from diffusers import UNet2DConditionModel
+
+        unet = UNet2DConditionModel.from_config(dict(presets.load("sd15").config)).eval()
+    (answer,) = explain_text(FAMOUS, {"sd15": contract}, Size()).found[0].answers
+    for each in answer.candidates:
+        table = each.table
+        said = text_of(unet, 1, 64, 64, table.downs, table.mid, text_width=768)
+        assert said == meta(outcome(anatomy(contract, Geometry(1, 64, 64)), table))
+        assert "of length 640 at -3" in said
+
+
+# what has nothing to do with slots
+
+
+@pytest.mark.parametrize(
+    ("text", "about"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "memory"),
+        ("FileNotFoundError: [Errno 2] No such file or directory: 'unet.onnx'", "missing"),
+        ("RuntimeError: Error(s) in loading state_dict for UNet: size mismatch for conv_in.weight: copying a param", "weights"),
+        ("File \"lora.py\", line 9, in forward\nRuntimeError: The size of tensor a (320) must match the size of tensor b (640) "
+         "at non-singleton dimension 1", "LoRA"),
+        ("ModuleNotFoundError: No module named 'xformers'", "package"),
+        ("RuntimeError: The size of tensor a (77) must match the size of tensor b (78) at non-singleton dimension 1", "no slot"),
+        ("IndexError: list index out of range", "nothing of residuals"),
+        ("", "nothing of residuals"),
+        ("It works now, thanks!", "nothing of residuals"),
+        ('Traceback (most recent call last):\n  File "/x/diffusers/models/autoencoders/vae.py", line 9, in forward\n    x = a + b\n'
+         "RuntimeError: The size of tensor a (320) must match the size of tensor b (640) at non-singleton dimension 1", "vae.py"),
+        ("    sample = sample + controlnet_cond\nRuntimeError: The size of tensor a (64) must match the size of tensor b (32) at "
+         "non-singleton dimension 3", "ControlNet's image"),
+    ],
+)  # fmt: skip
+def test_other_texts_are_answered_so(text, about):
+    result = shapecheck(text)
+    assert result.exit_code == 1, result.output
+    assert result.stdout.startswith("NO DIAGNOSIS: ")
+    assert about in " ".join(result.stdout.split())
+    assert "down_block" not in result.stdout
+
+
+HOSTILE = {
+    "megabytes": FAMOUS * 60_000,
+    "no newline": "The size of tensor a (" * 300_000,
+    "one name": "Required inputs (['" * 300_000 + " are missing from",
+    "nested": "[" * 3_000_000 + "(" * 2_000_000,
+    "colours": "\x1b[" * 2_000_000,
+    "digits": f"The size of tensor a ({10**30}) must match the size of tensor b ({10**300}) at non-singleton dimension 1",
+    "minus": "Expected size -1 but got size 99999999999999999999 for tensor number 1 in the list",
+    "shapes": "control could not be applied torch.Size([" + "9, " * 100_000 + "]) torch.Size([])",
+    "large": "The size of tensor a (999999999) must match the size of tensor b (999999998) at non-singleton dimension 3",
+    "zero": "The size of tensor a (0) must match the size of tensor b (0) at non-singleton dimension 2",
+    "prefixes": "E1126 13:31:09.187000 5375 torch/fake_tensor.py:3090] " * 50_000,
+    "surrogates": "\ud800 The size of tensor a (\udfff)",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_is_answered_at_once(name):
+    models = {"sd15": presets.contract("sd15")}
+    start = time.perf_counter()
+    diagnosis = explain_text(HOSTILE[name], models, Size())
+    assert time.perf_counter() - start < 5  # a second is the goal; this machine may be busy
+    assert diagnosis.found or diagnosis.reason
+
+
+@given(st.text() | st.lists(st.sampled_from(["size of tensor a (", "320", ")", "[1, ", "must match the size of tensor b", "Axis 2"])).map("".join))
+def test_any_text_has_an_answer(text):
+    explain_text(text, {"sd15": presets.contract("sd15")}, Size((8, 8), 1))
+
+
+def test_binary_files_have_an_answer(tmp_path):
+    file = tmp_path / "core"
+    file.write_bytes(bytes(range(256)) * 20_000 + FAMOUS.encode())
+    assert shapecheck(str(file)).exit_code == 0  # the end of a log counts
+
+
+# a table given
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, phases=PHASES)
+def test_the_true_fault_of_a_table_is_first(lab, data):
+    it = lab(data.draw(st.sampled_from(["thin"])))
+    fault = data.draw(spoilt(it.config, AT.batch, AT.height, AT.width, KINDS))
+    table = Given(fault.downs, fault.mid)
+    judgement = judge_given(table, ("it",), it.contract, AT)
+    said = it.says(table)
+    assert judgement.is_silent == (said is None and table != right(it.contract, AT))
+    if judgement.failure is not None:
+        assert eager(judgement.failure) == said
+    if not judgement.is_right:
+        assert judgement.matches[0].differs == 0
+        assert fault.kind in {each.kind for each in judgement.matches[0].faults}
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, phases=PHASES)
+def test_the_true_fault_of_a_preset_s_table_is_first(data):
+    name = data.draw(st.sampled_from(["sd15", "sdxl", "koala-700m", "bk-sdm-tiny", "sdxl-refiner"]))
+    contract = presets.contract(name)
+    at = Geometry(data.draw(st.integers(1, 3)), data.draw(st.integers(9, 130)), data.draw(st.integers(9, 130)))
+    fault = data.draw(spoilt(dict(contract.config), at.batch, at.height, at.width, KINDS))
+    judgement = judge_given(Given(fault.downs, fault.mid), (name,), contract, at)
+    assert judgement.is_right or fault.kind in {each.kind for each in judgement.matches[0].faults}
+
+
+@pytest.mark.parametrize(("unet", "given_of"), [("sd15", "sdxl"), ("sdxl", "sd15"), ("koala-700m", "sdxl-refiner")])
+def test_another_family_s_table_is_named(unet, given_of):
+    at = Geometry(1, 72, 56)
+    judgement = judge_given(right(presets.contract(given_of), at), (unet,), presets.contract(unet), at)
+    assert judgement.matches[0].fault.kind == "family"
+    assert given_of in judgement.matches[0].fault.told
+
+
+SD15_FLAT = [list(shape) for shape in presets.contract("sd15").shapes(Geometry(2, 64, 64)).values()]
+PYTHON = """
+height, width = 64, 64
+def shapes(batch_size, latent_height, latent_width):
+    inputs = {"input_control_00": (2 * batch_size, 320, latent_height, latent_width)}
+    inputs["input_control_01"] = (2 * batch_size, 320, latent_height, latent_width)
+    inputs["input_control_middle"] = (2 * batch_size, 1280, latent_height // 8, latent_width // 8)
+    return inputs
+__import__("os").abort()
+"""
+WRITTEN = {
+    "compact": ("320,640,1280,1280@64", "blocks"),
+    "compact with mid": ("320,640,1280,1280@64 mid:1280@64", "blocks"),
+    "sizes apart": ("320@64,640@32,1280@16,1280@8", "blocks"),
+    "list": (json.dumps(SD15_FLAT[:3] + SD15_FLAT[4:]), "drop"),
+    "tuples": (str([tuple(each[1:]) for each in SD15_FLAT][::-1][1:] + [tuple(SD15_FLAT[-1][1:])]), "reverse"),
+    "pair": (json.dumps([SD15_FLAT[1:-1], SD15_FLAT[-1]]), "drop"),
+    "right": (json.dumps(SD15_FLAT), None),
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_tables_are_read_as_people_write_them(form):
+    text, kind = WRITTEN[form]
+    result = shapecheck("--model", "sd15", "--mapping", text, "--format", "json")
+    assert result.exit_code == 0, result.output
+    mapping = json.loads(result.stdout)["mapping"]
+    assert (mapping["verdict"] == "right") is (kind is None)
+    if kind:
+        assert mapping["faults"][0] | {"differs": 0} == mapping["faults"][0]
+        assert kind in {each["fault"] for each in mapping["faults"]}
+
+
+FILES = {
+    "names.json": (json.dumps({f"input_control_{n:02d}": s for n, s in enumerate(SD15_FLAT[:-1])} | {"input_control_middle": SD15_FLAT[-1]}), None),
+    "nested.json": (json.dumps({"a": [{"profile": {"down_block_residual_00": {"min": 1, "opt": [2, 640, 64, 64]}}}]}), "mid"),
+    "sides.json": (json.dumps({"down": SD15_FLAT[:-1], "mid": SD15_FLAT[-1][:1] + [640, 8, 8]}), "width"),
+    "rows.json": (json.dumps({"down": [{"channels": s[1], "stride": 64 // s[2]} for s in SD15_FLAT[:-1]]}), "mid"),
+    "contract.json": (presets.contract("sdxl").to_json(), "family"),
+    "table.toml": ("[mapping]\ndown = []\nmid = [1280, 8, 8]\n", "empty"),
+    "gap.json": (json.dumps({f"input_control_{n:02d}": s for n, s in enumerate(SD15_FLAT[:-1]) if n != 3} | {"input_control_middle": SD15_FLAT[-1]}), "drop"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_tables_are_read_from_files(tmp_path, name):
+    text, kind = FILES[name]
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    result = shapecheck("--model", "sd15", "--mapping", str(tmp_path / name), "--latent", "64x64", "--format", "json")
+    assert result.exit_code == 0, result.output
+    mapping = json.loads(result.stdout)["mapping"]
+    assert (mapping["verdict"] == "right") is (kind is None)
+    if kind in ("family", "width", "empty", "drop"):
+        assert mapping["faults"][0]["fault"] == kind
+    if name == "gap.json":
+        assert [each["where"] for each in mapping["mismatches"]] == ["down_block_residual_03"]
+
+
+def test_python_files_are_read_and_never_run(tmp_path):
+    (tmp_path / "models.py").write_text(PYTHON, encoding="utf-8")
+    result = shapecheck("--model", "sd15", "--mapping", str(tmp_path / "models.py"), "--latent", "64x96", "--batch", "2", "--format", "json")
+    given = json.loads(result.stdout)["mapping"]["given"]
+    assert given == {"down": [[4, 320, 64, 96]] * 2, "mid": [4, 1280, 8, 12]}
+
+
+def test_a_table_without_a_model_finds_its_model():
+    table = json.dumps([list(shape) for shape in presets.contract("sdxl").shapes(Geometry(1, 96, 72)).values()])
+    result = shapecheck("--mapping", table, "--format", "json")
+    mapping = json.loads(result.stdout)["mapping"]
+    assert (mapping["verdict"], mapping["geometry"]["height"], mapping["geometry"]["width"]) == ("right", 96, 72)
+    assert {"sdxl", "ssd-1b"} <= set(mapping["models"])
+
+
+def test_silent_faults_are_told_as_silent():
+    result = shapecheck("--model", "sd15", "--mapping", json.dumps([[*SD15_FLAT[:-1], SD15_FLAT[-2]], SD15_FLAT[-1]]))
+    assert result.exit_code == 0
+    assert "WRONG IN SILENCE: 1 slot" in result.stdout
+    assert "surplus" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mapping", "320,x"], "is no channels@size"),
+        (["--mapping", "nowhere.json"], "there is no file nowhere.json"),
+        (["--mapping", "[[1, 2]]"], "expected (channels, height, width)"),
+        (["--mapping", "[[0, 2, 3]]"], "sizes go from 1"),
+        (["--mapping", f"{10**8}@64"], "sizes go from 1"),
+        (["--mapping", "[" * 5000], "is no list of shapes"),
+        (["--mapping", "{}"], "no residuals in it"),
+        (["--mapping", ",".join(["320@64"] * 600)], "which no UNet takes"),
+        (["--mapping", "320@64", "--controlnet", "sd15"], "give one of them"),
+        (["--controlnet", "sd15"], "name the UNet"),
+        (["x", "--model", "nowhere"], "nowhere is no preset"),
+        (["x", "--model", "controlnet-sd15"], "is a ControlNet"),
+        (["x", "--size", "513x512"], "no multiple of 8"),
+        (["x", "--size", "512x512", "--latent", "64x64"], "give one of them"),
+        (["x", "--model", "kandinsky-2.2", "--latent", "9x9"], "multiples of"),
+        ([], "give an error TEXT"),
+    ],
+)
+def test_what_cannot_be_meant_is_status_2(arguments, message):
+    result = shapecheck(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output.replace("\n", " ")
+
+
+# the command
+
+
+def shapecheck(*arguments: str, **options):
+    return CliRunner().invoke(main, ["explain", *arguments], **options)
+
+
+def test_standard_input_files_and_words_are_the_same(tmp_path):
+    (tmp_path / "log.txt").write_text(f"noise\n{FAMOUS}\nnoise", encoding="utf-8")
+    told = {
+        shapecheck(FAMOUS, "--model", "sd15").stdout,
+        shapecheck("-", "--model", "sd15", input=FAMOUS).stdout,
+        shapecheck(str(tmp_path / "log.txt"), "--model", "sd15").stdout,
+    }
+    assert len(told) == 1
+    assert "On sd15, 30 faults give exactly this text, at slots 0, 1, 2, 3" in told.pop()
+
+
+def test_json_has_every_candidate_and_its_table():
+    record = json.loads(shapecheck(FAMOUS, "--model", "sd15", "--format", "json").stdout)
+    assert (record["verdict"], record["tried"]) == ("diagnosis", ["sd15"])
+    (answer,) = record["symptoms"][0]["answers"]
+    assert len(answer["candidates"]) == 30
+    assert answer["right"]["down_block_residual_03"] == [1, 320, 32, 32]
+    swap = next(each for each in answer["candidates"] if each["fault"] == "swap")
+    assert swap["touched"] == ["down_block_residual_03", "down_block_residual_04"]
+    assert swap["mapping"]["down"][3] == [1, 640, 32, 32]
+
+
+def test_markdown_is_markdown(tmp_path):
+    result = shapecheck(FAMOUS, "--model", "sd15", "--format", "markdown", "-o", str(tmp_path / "told.md"))
+    text = (tmp_path / "told.md").read_text(encoding="utf-8")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert text.startswith("# PyTorch: ")
+    assert "| fault   | what was done" in text
+
+
+def test_presets_are_tried_without_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from click.testing import CliRunner; from shapecheck.cli import main;"
+        f"r = CliRunner().invoke(main, ['explain', {FAMOUS!r}]); assert r.exit_code == 0 and 'sdxl' in r.stdout;"
+        "assert not {'torch', 'diffusers', 'numpy', 'onnx'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_controlnet_by_name_is_held_against_the_unet():
+    result = shapecheck("--model", "sd15", "--controlnet", "controlnet-sdxl-small", "--latent", "40x56", "--format", "json")
+    mapping = json.loads(result.stdout)["mapping"]
+    assert (mapping["verdict"], mapping["faults"][0]["fault"]) == ("raises", "family")
+    fits = json.loads(shapecheck("--model", "sd15", "--controlnet", "controlnet-sd15", "--format", "json").stdout)
+    assert fits["mapping"]["verdict"] == "right"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "where"),
+    [
+        ("Required inputs (['down_block_0', 'down_block_10', 'mid_block_additional_residual']) are missing from the input feed "
+         "(['sample']).", "missing", "down_block_residual_10"),
+        ("Got invalid dimensions for input: input_control_03 for the following indices\n index: 1 Got: 640 Expected: 320\n Please",
+         "dimensions", "down_block_residual_03"),
+        ("Invalid input name: down_block_residual_03", "unknown", "down_block_residual_03"),
+        ("Invalid input name: down_block_12", "unknown", ""),
+        ("Static dimension mismatch while setting input shape for down_block_0. Set dimensions are [2,640,64,64]. Expected "
+         "dimensions are [-1,320,-1,-1].", "dimensions", "down_block_residual_00"),
+        ("Set dimension [2,320,96,96] for tensor down_block_residual_01 does not satisfy any optimization profiles. Valid range "
+         "for profile 0: [1,320,64,64]..[4,320,64,64].", "range", "down_block_residual_01"),
+        ("Supplied binding dimension [2,4,67,120] for bindings[0] exceed min ~ max range at index 2, maximum dimension in profile "
+         "is 64, minimum dimension in profile is 64, but supplied dimension is 67.", "range", "sample"),
+        ("ValueError: No valid profile found. Please go to the TensorRT tab", "range", ""),
+        ("Address is not set for input tensor input_control_00. Call", "missing", "down_block_residual_00"),
+        ("Cannot find binding of given name: mid_block_residual", "unknown", "mid_block_residual"),
+        ("[!] Input tensor: down_block_0 | Received incompatible shape: (2, 640, 8, 8).\n    Note: Expected a shape compatible with: "
+         "BoundedShape(['B', 320, 'H', 'W'], min=None, max=None)", "dimensions", "down_block_residual_00"),
+        ("Trying to create tensor with negative dimension -1: [-1, 320, -1, -1]", "missing", "down_block_residual_00"),
+        ("AttributeError: 'tuple' object has no attribute 'pop'", "container", "mid_block_residual"),
+        ("FutureWarning: Passing intrablock residual connections with `down_block_additional_residuals` is deprecated", "mid",
+         "mid_block_residual"),
+        ("mat1 and mat2 shapes cannot be multiplied (154x1024 and 768x320)", "input", "encoder_hidden_states"),
+        ("expected input[2, 9, 64, 64] to have 4 channels, but got 9 channels instead", "input", "sample"),
+        ("mixed dtype (CPU): expect parameter to have scalar type of Float", "dtype", ""),
+        ("ValueError: unknown mid_block_type : None", "from_unet", ""),
+        ("axis 2 dimensions must be equal for concatenation on axis 1. Condition '==' violated: 87 != 88.", "odd size", ""),
+        ("Sizes of tensors must match except in dimension 1. Expected size 24 but got size 23 for tensor number 1 in the list.",
+         "odd size", ""),
+    ],
+)  # fmt: skip
+def test_what_a_text_names_is_told_by_name(text, kind, where):
+    result = shapecheck(text, "--format", "json")
+    assert result.exit_code == 0, result.output
+    causes = [cause for symptom in json.loads(result.stdout)["symptoms"] for cause in symptom["causes"]]
+    cause = next(each for each in causes if each["kind"] == kind)
+    assert where in (cause["where"], *cause["slots"])
+    assert shapecheck(text).exit_code == 0
+
+
+def test_symptoms_carry_what_is_said():
+    (one,) = symptoms(f"{FAMOUS}\n{FAMOUS}")
+    assert (one.kind, one.axis, one.wanted, one.given) == ("broadcast", 1, 320, 640)
+    (formula,) = symptoms("The size of tensor a ((((s18 - 1)//2)) + 1) must match the size of tensor b (s45) at non-singleton dimension 3)")
+    assert (formula.stride, formula.wanted, formula.given) == (2, None, None)
+    (pair,) = symptoms("warning control could not be applied torch.Size([8, 1280, 12, 8]) torch.Size([8, 1280, 24, 16])")
+    assert (pair.wanted_shape, pair.given_shape) == ((8, 1280, 12, 8), (8, 1280, 24, 16))
+
+
+def test_comfyui_s_warning_is_every_slot_where_the_two_shapes_meet():
+    text = "warning control could not be applied torch.Size([2, 640, 32, 32]) torch.Size([2, 640, 64, 64])"
+    found = candidates(explain_text(text, {"sd15": presets.contract("sd15")}, Size((64, 64))))
+    assert {each.slot for each in found} == {"down_block_residual_04", "down_block_residual_05"}
+    assert {"constant", "stride"} <= {each.fault.kind for each in found}
