@@ -15,6 +15,13 @@ def families(contract: Contract) -> tuple[str, ...]:
     return tuple(name for name, known in presets.contracts().items() if architecture(known) == architecture(contract))
 
 
+def identity(contract: Contract) -> str:
+    """The same in words: `SD2.1 (presets: sd-turbo, sd21, sd21-base)`, or `no known family`."""
+    fits = families(contract)
+    known = ", ".join(dict.fromkeys(presets.load(name).family for name in fits))
+    return f"{known} (presets: {', '.join(fits)})" if fits else "no known family"
+
+
 def architecture(contract: Contract) -> tuple[object, ...]:
     """What two models share when one's ControlNets, exports and engines are built like the other's.
 

@@ -17,7 +17,7 @@ LINE = 100
 _COLUMN = 40
 _WRAPPED = (
     "ControlNet gives", "claimed", "the file has", "the engine has", "given", "UNet takes", "it should have", "it should be",
-    "likely cause",
+    "likely cause", "A", "B",
 )  # fmt: skip
 
 
