@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shapecheck.build.safetensor_files import Stored, checkpoint_files, read_table
+from shapecheck.build.safetensor_files import checkpoint_files
 from shapecheck.build.weights import differing, linkable, match
 from shapecheck.contract import Contract, Role, ShapecheckError
 from shapecheck.observe import configs, sources
 from shapecheck.observe.probe import probe, probe_controlnet
 from shapecheck.observe.quiet import quiet
+from shapecheck.observe.safetensors_header import Stored, read_table
 
 PRECISIONS = frozenset(("float32", "float16", "bfloat16"))
 
