@@ -89,6 +89,12 @@ def take(model: str | Path | nn.Module, *, variant: str | None = None, offline: 
     if isinstance(model, nn.Module):
         return _take_live(model, variant)
     source = find(str(model), offline=offline)
+    if source.tensors:
+        raise ShapecheckError(
+            f"{source.origin} is a single file without a configuration: `probe` reads its shapes, but what it computes with "
+            "beside them is not in it. Give a diffusers folder; in Python this makes one, with a "
+            f"configuration from the hub: diffusers.{source.class_name}.from_single_file({str(model)!r}).save_pretrained('FOLDER')"
+        )
     stored, absent = None, f"{source.origin} is a configuration without weights"
     if source.folder is None and Path(model).is_dir():
         absent += f", and the folder of that name is ./{model}"

@@ -21,8 +21,9 @@ from shapecheck.terminal import progress, write
 def diff(a: str, b: str, offline: bool, form: Form, output: Path | None) -> int:
     """Say everything in which the contracts of A and B differ, and what that means for a ControlNet made for one of them.
 
-    Each is a UNet as `shapecheck probe` takes it (preset, config.json, diffusers folder, hub id), or a file that holds a
-    contract: one that `probe --format json -o` wrote, an ONNX file that shapecheck exported, an engine with its record.
+    Each is a UNet as `shapecheck probe` takes it (preset, config.json, diffusers folder, .safetensors checkpoint, hub id),
+    or a file that holds a contract: one that `probe --format json -o` wrote, an ONNX file that shapecheck exported, an engine
+    with its record.
 
     Exit status 0 says that the contracts are the same, 1 that they differ, 2 that one of them cannot be had.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from shapecheck import presets
-from shapecheck.contract import Contract
+from shapecheck.contract import Config, Contract
 
 _NOT_ARCHITECTURE = ("sample_size", "upcast_attention", "dropout")
 
@@ -32,6 +33,16 @@ def architecture(contract: Contract) -> tuple[object, ...]:
     config = {key: value for key, value in settings.items() if value}
     slots = tuple((slot.name, slot.skip, slot.producer) for slot in contract.slots)
     return contract.class_name, contract.inputs, slots, tuple(config.items())
+
+
+def sharing(config: Mapping[str, Any], keys: Collection[str]) -> tuple[str, ...]:
+    """The UNet presets with these settings of a configuration; spelt otherwise is the same, as above."""
+    wanted = {key: _once(Config(config)[key]) or None for key in keys}
+    return tuple(
+        name
+        for name, known in presets.contracts().items()
+        if all((_once(known.config.get(key)) or None) == value for key, value in wanted.items())
+    )
 
 
 def _once(value: Any) -> Any:
