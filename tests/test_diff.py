@@ -241,7 +241,7 @@ MODELS = {
     ("one", "other"),
     [
         ("plain", "text and time"),
-        *(pytest.param("plain", other, marks=pytest.mark.full) for other in ("other text", "rounded down")),
+        *(pytest.param("plain", other, marks=pytest.mark.full) for other in ("rounded down",)),
     ],
 )
 def test_whether_a_controlnet_fits_is_what_a_run_of_both_says(one, other):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -78,11 +79,12 @@ def test_the_header_of_a_well_known_model_tells_its_configuration(tmp_path, pres
     assert different <= {"transformer_layers_per_block", "reverse_transformer_layers_per_block"}
 
 
-@pytest.mark.parametrize("preset", ["sd15", *(pytest.param(each, marks=pytest.mark.full) for each in ("sdxl", "sdxl-refiner"))])
+@pytest.mark.parametrize("preset", ["sd15", pytest.param("sdxl", marks=pytest.mark.full)])
 def test_the_contract_read_from_a_checkpoint_is_the_models(tmp_path, preset):
     file = headers.write(tmp_path / "model.safetensors", headers.original(model(preset), PREFIX["unet"]))
     net = None
     if preset == "sd15":
+        assert "the presets with the same tensors (sd15);" in configs.find(str(file), "unet").notes[0]
         net = headers.write(tmp_path / "net.safetensors", headers.original(model("controlnet-sd15"), PREFIX["controlnet"]))
     found, known = probe(str(file), net and str(net)), presets.contract(preset)
     assert (found.inputs, found.slots, found.divisor, found.class_name) == (
@@ -110,15 +112,25 @@ def test_what_else_a_checkpoint_holds_tells_the_size_of_a_latent_cell(tmp_path):
     upscaler = headers.write(tmp_path / "x4.safetensors", headers.original(model("sd-x4-upscaler"), "diffusion_model."))
     source = configs.find(str(upscaler), "unet")
     assert (source.vae_factor, source.config["attention_head_dim"]) == (4, 8)
-    assert "Attention heads are not in a header: as in preset sd-x4-upscaler" in " ".join(source.notes)
+    assert "Attention heads are not in a header: as in the presets with the same tensors (sd-x4-upscaler);" in source.notes[0]
 
 
 def test_presets_with_the_same_tensors_have_the_same_heads():
+    open_to_shapes = {"attention_head_dim", "only_cross_attention"}
     for name, contract in presets.contracts().items():
-        keys = contract.config.keys() - {"sample_size", "attention_head_dim", "only_cross_attention", *UNTOLD}
-        alike = sharing(contract.config, keys)
+        alike = sharing(contract.config, contract.config.keys() - open_to_shapes - UNTOLD)
         assert name in alike
-        assert len({told({key: presets.contract(each).config[key] for key in ("attention_head_dim",)}) for each in alike}) == 1
+        assert len({Config({key: presets.contract(each).config[key] for key in open_to_shapes}) for each in alike}) == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("preset", [each for each in presets.contracts() if each not in NOT_TOLD])
+def test_the_presets_that_are_named_have_these_tensors(tmp_path, preset):
+    file = headers.write(tmp_path / "model.safetensors", headers.original(model(preset), PREFIX["unet"]))
+    (named,) = [each for note in configs.find(str(file), "unet").notes for each in re.findall(r"same tensors \((.+?)\)", note)]
+    assert preset in named.split(", ")
+    for each in named.split(", "):
+        assert headers.shapes(model(each)) == headers.shapes(model(preset))
 
 
 # the names

@@ -92,8 +92,8 @@ def take(model: str | Path | nn.Module, *, variant: str | None = None, offline: 
     if source.tensors:
         raise ShapecheckError(
             f"{source.origin} is a single file without a configuration: `probe` reads its shapes, but what it computes with "
-            "beside them is not in it. Give a diffusers folder; in Python this makes one, with a "
-            f"configuration from the hub: diffusers.{source.class_name}.from_single_file({str(model)!r}).save_pretrained('FOLDER')"
+            "beside them is not in it. Give a diffusers folder; in Python this makes one, with a configuration from the hub: "
+            f"diffusers.{source.class_name}.from_single_file({str(model)!r}).save_pretrained('FOLDER')"
         )
     stored, absent = None, f"{source.origin} is a configuration without weights"
     if source.folder is None and Path(model).is_dir():

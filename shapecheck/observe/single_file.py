@@ -37,6 +37,16 @@ _SHOWN = 6
 _GIVE = "give the diffusers folder or its config.json"
 _OPEN = {"sample_size", "attention_head_dim", "only_cross_attention"}
 """Settings that shapes do not tell, or not whole."""
+_NOT_BESIDE = dict.fromkeys(
+    (
+        "addition_embed_type",
+        "addition_time_embed_dim",
+        "class_embed_type",
+        "num_class_embeds",
+        "projection_class_embeddings_input_dim",
+    )
+)
+"""What a configuration says where a model takes nothing besides latents, time and text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +180,7 @@ def _shared(tensors: Tensors) -> dict[str, Any]:
         "use_linear_projection": linear,
         "attention_head_dim": [max(each // _HEAD, 1) for each in channels] if linear else _HEADS,
         "mid_block_type": _mid_type(tensors, mid),
+        **_NOT_BESIDE,
         **_embeddings(tensors),
     }
 
@@ -187,13 +198,13 @@ def _of_unet(tensors: Tensors, depths: Any) -> dict[str, Any]:
         "up_block_types": [_kind(each, "Up") for each in ups],
         "only_cross_attention": _only_cross(tensors, downs),
     }
-    if tensors.has("time_embedding.cond_proj."):
-        config["time_cond_proj_dim"] = tensors.shape("time_embedding.cond_proj.weight", 2)[1]
+    guided = tensors.has("time_embedding.cond_proj.")
+    config["time_cond_proj_dim"] = tensors.shape("time_embedding.cond_proj.weight", 2)[1] if guided else None
     upward = [_one(each.depths) for each in ups]
     downward = depths if isinstance(depths, list) else [depths] * len(downs)
     mirrored = all(up in (None, down) for up, down in zip(upward, reversed(downward), strict=True))
-    if not mirrored or any(isinstance(each, list) for each in downward):
-        config["reverse_transformer_layers_per_block"] = [1 if each is None else each for each in upward]
+    spelt = not mirrored or any(isinstance(each, list) for each in downward)
+    config["reverse_transformer_layers_per_block"] = [1 if each is None else each for each in upward] if spelt else None
     return config
 
 
@@ -295,7 +306,7 @@ def _vae_factor(shapes: Mapping[str, Shape]) -> int | None:
 def _unknown(path: Path, config: Mapping[str, Any], known: Sequence[str], *, assumed: bool) -> Iterator[str]:
     """What the reader must know of a configuration that nobody wrote down."""
     heads = f"{_HEAD} channels each" if config["use_linear_projection"] else f"{_HEADS} in each level"
-    of = f"as in preset {known[0]}, which has the same tensors" if known else f"as in Stable Diffusion, {heads}"
+    of = f"as in the presets with the same tensors ({', '.join(known)})" if known else f"as in Stable Diffusion, {heads}"
     yield (
         f"{path.name}: settings told by the shapes in its header, and they build exactly its tensors. Attention heads are not "
         f"in a header: {of}; norm groups and all else that changes no shape as diffusers has it by default"
