@@ -124,7 +124,7 @@ CHANGED = st.one_of(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(CHANGED, st.booleans())
 def test_one_thing_that_is_changed_is_told_and_nothing_else(changed, exchanged):
     other, where = changed
@@ -241,31 +241,30 @@ MODELS = {
     ("one", "other"),
     [
         ("plain", "text and time"),
-        *(pytest.param("plain", other, marks=pytest.mark.full) for other in ("rounded down",)),
+        *(pytest.param("plain", other, marks=pytest.mark.full) for other in ("other text", "rounded down")),
     ],
 )
 def test_whether_a_controlnet_fits_is_what_a_run_of_both_says(one, other):
     """The oracle is the probe: the ControlNet that the one implies, run with the other, both ways."""
-    unets = [small.unet(**MODELS[name]) for name in (one, other)]
-    a, b = (Side("", probe(unet)) for unet in unets)
-    record = json.loads(as_json(a, b))
-    assert record["controlnet_of_a_fits_b"] is runs(*unets)
-    assert record["controlnet_of_b_fits_a"] is runs(*unets[::-1])
+    first, second = (small.unet(**MODELS[name]) for name in (one, other))
+    (b, forth), (a, back) = run(first, second), run(second, first)
+    record = json.loads(as_json(Side("", a), Side("", b)))
+    assert (record["controlnet_of_a_fits_b"], record["controlnet_of_b_fits_a"]) == (forth, back)
 
 
-def runs(made_for, held_to) -> bool:
+def run(made_for, held_to) -> tuple[Contract, bool]:
+    """The contract of a UNet, and whether the ControlNet made for another one agrees with it."""
     net = made_for if isinstance(made_for, str) else small.controlnet(made_for)
     try:
-        probe(held_to, net)
-    except ContractError:
-        return False
-    return True
+        return probe(held_to, net), True
+    except ContractError as error:
+        return error.contract, False
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("made_for", "held_to"), [("sdxl", "ssd-1b")])
 def test_the_same_of_well_known_models(made_for, held_to):
-    assert json.loads(as_json(side(made_for), side(held_to)))["controlnet_of_a_fits_b"] is runs(made_for, held_to)
+    assert json.loads(as_json(side(made_for), side(held_to)))["controlnet_of_a_fits_b"] is run(made_for, held_to)[1]
 
 
 # the command

@@ -194,7 +194,7 @@ def unets(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(unets(), st.booleans())
 def test_any_unet_of_the_family_is_told_by_its_header(tmp_path, config, in_ldm):
     with torch.device("meta"):
