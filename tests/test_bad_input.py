@@ -256,10 +256,12 @@ def test_the_real_command_runs_no_pickle_either(tmp_path: Path, bomb: Bomb) -> N
     assert "so it is never opened" in refused_in_a_process("probe", str(path))
 
 
-def test_safetensors_hold_no_configuration(tmp_path: Path) -> None:
+def test_safetensors_without_a_model_say_so(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes((2).to_bytes(8, "little") + b"{}")
-    assert refused("probe", str(path)).startswith(f"{path} holds weights without a configuration; give the diffusers folder")
+    assert refused("probe", str(path)) == (
+        f"{path} holds no Stable Diffusion UNet or ControlNet, neither in the original layout nor in diffusers': it is empty"
+    )
 
 
 def test_code_in_a_folder_is_not_imported(tmp_path: Path, bomb: Bomb) -> None:

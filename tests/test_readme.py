@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import engines
+import headers
 import onnx_files
 import pytest
 import small
@@ -52,6 +53,12 @@ def prepare(text: str) -> None:
         return
     if "my-model" in text or "unet.plan" in text:
         small.unet(**small.TINY).save_pretrained("my-model/unet")
+    if "v1-5-pruned" in text:
+        for file, preset, prefix in (
+            ("v1-5-pruned", "sd15", "model.diffusion_model."),
+            ("control_v11p_sd15_canny", "controlnet-sd15", "control_model."),
+        ):
+            headers.write(Path(f"{file}.safetensors"), headers.original(headers.module(preset), prefix))
     if "exchanged.onnx" in text:
         healthy, _ = engines.exported(Path("healthy.onnx"), small.TINY)
         swap = onnx_files.exchange("down_block_residual_00", "down_block_residual_01")
@@ -116,7 +123,7 @@ def settled(text: str) -> str:
 
 
 def test_there_is_something_to_run():
-    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS), len(PYTEST), len(EVERY_SNIPPET)) == (8, 8, 5, 1, 9)
+    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS), len(PYTEST), len(EVERY_SNIPPET)) == (9, 8, 5, 1, 9)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from small import unet
 
 from shapecheck import ShapecheckError
 from shapecheck.build import weights
-from shapecheck.build.safetensor_files import DTYPES
 from shapecheck.build.weights import Stored, checkpoint_files, copy, differing, digest, linkable, location, match, read_table
+from shapecheck.observe.safetensors_header import DTYPES
 
 torch.set_num_threads(1)
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from shapecheck import __version__
 from shapecheck.build import graph, postconditions
 from shapecheck.build import weights as checkpoints
-from shapecheck.build.safetensor_files import Stored
 from shapecheck.build.subject import Subject, take
 from shapecheck.contract import Contract, ShapecheckError, metadata
 from shapecheck.contract.exported import Exported, Weights
 from shapecheck.contract.naming import Naming, scheme
 from shapecheck.files import refuse_unwritable, whole
 from shapecheck.observe.progress import Progress, silent
+from shapecheck.observe.safetensors_header import Stored
 
 ELEMENTS: Mapping[str, ir.DataType] = {
     "float32": ir.DataType.FLOAT,

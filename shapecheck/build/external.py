@@ -11,10 +11,10 @@ import onnx.numpy_helper
 from onnx import TensorProto
 
 from shapecheck.build import onnx_file
-from shapecheck.build.safetensor_files import Stored
 from shapecheck.build.weights import Embedded
 from shapecheck.contract import ShapecheckError
 from shapecheck.observe.configfile import one_line
+from shapecheck.observe.safetensors_header import Stored
 
 _DTYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",

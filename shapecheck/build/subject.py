@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shapecheck.build.safetensor_files import Stored, checkpoint_files, read_table
+from shapecheck.build.safetensor_files import checkpoint_files
 from shapecheck.build.weights import differing, linkable, match
 from shapecheck.contract import Contract, Role, ShapecheckError
 from shapecheck.observe import configs, sources
 from shapecheck.observe.probe import probe, probe_controlnet
 from shapecheck.observe.quiet import quiet
+from shapecheck.observe.safetensors_header import Stored, read_table
 
 PRECISIONS = frozenset(("float32", "float16", "bfloat16"))
 
@@ -88,6 +89,12 @@ def take(model: str | Path | nn.Module, *, variant: str | None = None, offline: 
     if isinstance(model, nn.Module):
         return _take_live(model, variant)
     source = find(str(model), offline=offline)
+    if source.tensors:
+        raise ShapecheckError(
+            f"{source.origin} is a single file without a configuration: `probe` reads its shapes, but what it computes with "
+            "beside them is not in it. Give a diffusers folder; in Python this makes one, with a configuration from the hub: "
+            f"diffusers.{source.class_name}.from_single_file({str(model)!r}).save_pretrained('FOLDER')"
+        )
     stored, absent = None, f"{source.origin} is a configuration without weights"
     if source.folder is None and Path(model).is_dir():
         absent += f", and the folder of that name is ./{model}"

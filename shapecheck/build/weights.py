@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, BinaryIO
 
-from shapecheck.build.safetensor_files import Stored, checkpoint_files, read_table
+from shapecheck.build.safetensor_files import checkpoint_files
 from shapecheck.contract import ShapecheckError
 from shapecheck.contract.dims import Shape, show
 from shapecheck.files import whole
 from shapecheck.observe.configfile import one_line
+from shapecheck.observe.safetensors_header import Stored, read_table
 
 if TYPE_CHECKING:
     import torch

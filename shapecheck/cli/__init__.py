@@ -7,6 +7,7 @@ import click
 from shapecheck import __version__
 from shapecheck.cli.bench import bench
 from shapecheck.cli.demo import demo
+from shapecheck.cli.diff import diff
 from shapecheck.cli.engines import build, profile
 from shapecheck.cli.explain import explain
 from shapecheck.cli.files import check, export
@@ -25,7 +26,7 @@ def main() -> None:
     """
 
 
-for _command in (probe, export, check, explain, profile, build, parity, bench, demo, doctor, presets):
+for _command in (probe, explain, diff, export, check, profile, build, parity, bench, demo, doctor, presets):
     main.add_command(_command)
 
 

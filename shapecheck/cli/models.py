@@ -19,9 +19,9 @@ from shapecheck.terminal import progress, write
     "controlnets",
     multiple=True,
     metavar="NAME",
-    help="A ControlNet: preset, diffusers folder, config.json or hub id; or a UNet preset, for the ControlNet made for it. "
-    "Repeat for several at once. A folder that MultiControlNetModel saved gives all of its ControlNets. "
-    "Default: the ControlNet that MODEL implies.",
+    help="A ControlNet: preset, diffusers folder, config.json, .safetensors file or hub id; or a UNet preset, for the "
+    "ControlNet made for it. Repeat for several at once. A folder that MultiControlNetModel saved gives all of its "
+    "ControlNets. Default: the ControlNet that MODEL implies.",
 )
 @click.option("--size", metavar="WxH", help="Show shapes at this image size in pixels, and observe it too.")
 @click.option("--latent", metavar="HxW", help="The same in latent cells.")
@@ -41,10 +41,10 @@ def probe(
 ) -> int:
     """Observe MODEL and its ControlNet, and print the exact slot table.
 
-    MODEL is a preset (see `shapecheck presets`), a UNet's config.json, a diffusers folder, a hub id, or a probes/*.toml
-    file. Nothing but configurations is read: no weights, no GPU, no code from the model. A .toml file holds `model` and
-    any of `controlnet`, `size`, `latent`, `batch`, `mapping` (claimed shapes, instead of a ControlNet) and `story`; its
-    `expect` is for tests and is not compared here.
+    MODEL is a preset (see `shapecheck presets`), a UNet's config.json, a diffusers folder, a .safetensors checkpoint, a hub id,
+    or a probes/*.toml file. Nothing but configurations and the header of a checkpoint is read: no weights, no GPU, no code
+    from the model. A .toml file holds `model` and any of `controlnet`, `size`, `latent`, `batch`, `mapping` (claimed shapes,
+    instead of a ControlNet) and `story`; its `expect` is for tests and is not compared here.
 
     \b
     Examples:

@@ -13,8 +13,9 @@ from typing import Any
 
 from shapecheck import presets
 from shapecheck.contract import Role, ShapecheckError
-from shapecheck.observe import hub
+from shapecheck.observe import hub, single_file
 from shapecheck.observe.configfile import ADVICE, one_line, read_json, refuse_absurd
+from shapecheck.observe.single_file import Held
 
 Locate = Callable[[str], Path | None]
 """From a file's place in a model, such as vae/config.json, to where it lies here; None where the model has none."""
@@ -50,6 +51,8 @@ class ModelSource:
     notes: tuple[str, ...] = ()
     controlnets: tuple[ModelSource, ...] = ()
     """Of a UNet: the ControlNets in the same model folder. Of a ControlNet: the further ones saved with it."""
+    tensors: Mapping[str, Held] = field(default_factory=dict, repr=False)
+    """Where the configuration was read off a checkpoint's header: the tensors that the model must have, by their names."""
 
     @property
     def role(self) -> Role:
@@ -110,8 +113,24 @@ def _from_folder(folder: Path, name: str, role: Role) -> ModelSource:
 def _from_file(path: Path, name: str, role: Role) -> ModelSource:
     if path.name == "model_index.json":
         return _from_folder(path.parent, name, role)
-    _refuse_weights(path)
+    _refuse_pickles(path)
+    if path.suffix.lower() == ".safetensors":
+        return _from_checkpoint(path, name, role)
     return _with_vae_near(_source(read_json(path), name, str(path), role, path.parent), path.parent)
+
+
+def _from_checkpoint(path: Path, name: str, role: Role) -> ModelSource:
+    """The source of a single file of weights: by the config.json it was saved with, else by the shapes in its header."""
+    if re.fullmatch(r"diffusion_pytorch_model(\.\w+)?", path.stem) and _file_in(path.parent, "config.json"):
+        source = _from_file(path.parent / "config.json", name, role)
+        return replace(source, notes=(*source.notes, f"read from the config.json beside {path.name}, which was not opened"))
+    read = single_file.read(path, role)
+    if read is None:
+        raise OtherModelError(
+            _wrong_class({"_class_name": _CLASS_OF["controlnet" if role == "unet" else "unet"]}, str(path), role)
+        )
+    refuse_absurd(read.config, str(path))
+    return ModelSource(name, str(path), _CLASS_OF[role], read.config, None, read.vae_factor, read.notes, tensors=read.tensors)
 
 
 def _from_hub(name: str, role: Role, offline: bool) -> ModelSource:
@@ -234,19 +253,16 @@ def _parts(index: Mapping[str, Any]) -> list[str]:
     return sorted(key for key, value in index.items() if isinstance(value, list) and any(value))
 
 
-def _refuse_weights(path: Path) -> None:
+def _refuse_pickles(path: Path) -> None:
     if not path.is_file():
         raise ShapecheckError(f"{path} is a pipe, a device or a socket, which are never opened; {ADVICE}")
     with path.open("rb") as file:
         start = file.read(4)
-    if path.suffix.lower() in _PICKLES or start.startswith((b"PK\x03\x04", b"\x80")):
+    pickled = path.suffix.lower() in _PICKLES or start.startswith(b"PK\x03\x04")
+    if pickled or (start.startswith(b"\x80") and path.suffix.lower() != ".safetensors"):  # there it begins a length
         raise ShapecheckError(
             f"{path} is a pickled checkpoint: opening it would run code it contains, so it is never opened; "
-            "give the model's diffusers folder or its config.json"
-        )
-    if path.suffix.lower() == ".safetensors":
-        raise ShapecheckError(
-            f"{path} holds weights without a configuration; give the diffusers folder it belongs to, or its config.json"
+            "give the model's diffusers folder, its config.json or a .safetensors file"
         )
 
 

@@ -27,10 +27,10 @@ def probe(
 ) -> Contract:
     """Observe a UNet and its ControlNet, and return the contract both agree on.
 
-    `model` is a preset, a config.json, a diffusers folder, a hub id, or a live UNet2DConditionModel (or subclass) on any
-    device. `controlnet` is one or several of the same, a MultiControlNetModel, or the name of a UNet preset (the ControlNet
-    made for it); without it the ControlNet the UNet implies, and where diffusers cannot build that one, the UNet alone,
-    which `contract.header.notes` then says.
+    `model` is a preset, a config.json, a diffusers folder, a .safetensors checkpoint, a hub id, or a live
+    UNet2DConditionModel (or subclass) on any device. `controlnet` is one or several of the same, a MultiControlNetModel, or
+    the name of a UNet preset (the ControlNet made for it); without it the ControlNet the UNet implies, and where diffusers
+    cannot build that one, the UNet alone, which `contract.header.notes` then says.
 
     `geometry` is one more size to observe, and the one at which disagreements are told (default: the model's native size).
     `run` is a call that drives the same live modules, such as a pipeline's: what reaches the UNet in it is observed too.

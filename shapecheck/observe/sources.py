@@ -9,10 +9,13 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
-from shapecheck.contract import ShapecheckError
+from shapecheck.contract import ShapecheckError, show
 from shapecheck.observe.configfile import one_line
 from shapecheck.observe.configs import ModelSource
 from shapecheck.observe.quiet import quiet
+from shapecheck.observe.single_file import Held
+
+_SHOWN = 6
 
 
 def build(source: ModelSource) -> nn.Module:
@@ -28,6 +31,12 @@ def build(source: ModelSource) -> nn.Module:
         raise ShapecheckError(
             f"diffusers cannot build a {source.class_name} from {source.origin}: {_first_line(error)}"
         ) from None
+    if source.tensors and (found := _unlike(module, source.tensors)):
+        shown = "; ".join(found[:_SHOWN]) + (f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+        raise ShapecheckError(
+            f"{source.origin} is not read: a {source.class_name} of the sizes its header tells has other tensors than it "
+            f"holds, {len(found)} of them: {shown}; give the diffusers folder it was made from, or its config.json"
+        )
     return module.eval()
 
 
@@ -73,6 +82,22 @@ def ignored_keys(source: ModelSource) -> tuple[str, ...]:
     model = UNet2DConditionModel if source.role == "unet" else ControlNetModel
     known = model._get_init_keys(model)
     return tuple(sorted(key for key in source.config if not key.startswith("_") and key not in known))
+
+
+def _unlike(module: nn.Module, tensors: Mapping[str, Held]) -> list[str]:
+    """Every tensor that a module and a checkpoint do not have alike, by its name in diffusers, with the file's own."""
+    found = []
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for name in dict.fromkeys((*wanted, *tensors)):
+        held = tensors.get(name)
+        if held is None:
+            found.append(f"no {name} of {show(wanted[name])}")
+        elif name not in wanted:
+            found.append(f"{one_line(held.name)} of {show(held.shape)} has no place")
+        elif held.shape != wanted[name]:
+            own = f" ({one_line(held.name)})" if held.name != name else ""
+            found.append(f"{name}{own} is {show(held.shape)}, expected {show(wanted[name])}")
+    return found
 
 
 def _first_line(error: Exception) -> str:

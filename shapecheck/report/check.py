@@ -6,10 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from shapecheck import presets
 from shapecheck.contract import Mismatch
 from shapecheck.contract.checked import Check
-from shapecheck.presets.families import families
+from shapecheck.presets.families import families, identity
 from shapecheck.report.tables import Format, fact_list, heading, mismatch_table, note_list, shared_cause, table
 
 
@@ -55,9 +54,6 @@ def as_json(checked: Check, *, controlnets: Sequence[str] = (), misfits: Sequenc
 
 
 def _facts(checked: Check, form: Format) -> str:
-    fits = families(checked.contract)
-    known = ", ".join(dict.fromkeys(presets.load(name).family for name in fits))
-    identity = f"{known} (presets: {', '.join(fits)})" if fits else "no known family"
     source = checked.contract.header.source or checked.contract.digest
     bases = {
         "given": f"the contract of {source}",
@@ -66,7 +62,11 @@ def _facts(checked: Check, form: Format) -> str:
         "none": "itself alone: no preset fits; name its UNet with --model",
     }
     naming = f"named as by {checked.naming}" if checked.naming else "found by graph walk"
-    facts = [("held to", bases[checked.basis]), ("identity", identity), ("exporter", checked.exporter or "not said")]
+    facts = [
+        ("held to", bases[checked.basis]),
+        ("identity", identity(checked.contract)),
+        ("exporter", checked.exporter or "not said"),
+    ]
     if checked.slots:
         facts.append(("slots", f"{len(checked.slots)}, {naming}"))
     return fact_list([*facts, ("sizes", _sizes(checked))], form)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from shapecheck import presets
 from shapecheck.contract import AddSite, Contract, Geometry, Mismatch, Slot, show
 from shapecheck.contract.naming import SHAPECHECK
-from shapecheck.presets.families import families
+from shapecheck.presets.families import families, identity
 from shapecheck.report.tables import Format, fact_list, heading, mismatch_table, note_list, shared_cause, table
 
 Verdict = Literal["agree", "mismatch", "unet alone"]
@@ -69,11 +68,9 @@ def _title(contract: Contract, form: Format, claim: bool) -> str:
 
 def _facts(contract: Contract, geometry: Geometry, form: Format, *, lines: bool) -> str:
     header = contract.header
-    fits = families(contract)
-    known = ", ".join(dict.fromkeys(presets.load(name).family for name in fits))
     factor = header.vae_factor
     facts = [
-        ("identity", f"{known} (presets: {', '.join(fits)})" if fits else "no known family"),
+        ("identity", identity(contract)),
         ("model", f"{contract.class_name}, {header.parameters:,} parameters" if header.parameters else contract.class_name),
         ("sizes", _size_rule(contract)),
         ("shown at", f"{geometry} ({geometry.width * factor}×{geometry.height * factor} pixels)"),
