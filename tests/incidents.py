@@ -195,7 +195,9 @@ def _export(setup: dict[str, Any], model: str, folder: Path) -> Acted:
 def _feed(setup: dict[str, Any], contract: Contract, at: Geometry) -> dict[str, np.ndarray]:
     shapes = contract.input_shapes(at) | _shapes(setup, contract, at)
     dtypes = {name: np.dtype(dtype) for name, dtype in dtypes_of(contract).items()}
-    feed = {name: np.zeros(shape, np.float16 if name in setup.get("half", ()) else dtypes[name]) for name, shape in shapes.items()}
+    feed = {
+        name: np.zeros(shape, np.float16 if name in setup.get("half", ()) else dtypes[name]) for name, shape in shapes.items()
+    }
     feed = {name: value for name, value in feed.items() if name not in setup.get("leave_out", ())}
     renamed = setup.get("rename", {})
     return feed | {new: feed[old] for old, new in renamed.items()}
@@ -280,7 +282,7 @@ def _lora(setup: dict[str, Any], model: str, folder: Path) -> Acted:
     """Low-rank weights of another width, added by a function of that name in a file of that name."""
     code = compile("def add_lora_delta(x, down, up):\n    return x + down @ up\n", "lora.py", "exec")
     space: dict[str, Any] = {}
-    exec(code, space)  # noqa: S102  # our own two lines, under the name that a traceback is to show
+    exec(code, space)  # our own two lines, under the name that a traceback is to show
     call = lambda: space["add_lora_delta"](torch.zeros(2, 32, 4, 4), torch.zeros(2, 64, 4, 4), torch.eye(4))  # noqa: E731
     _, told = _caught(call)
     return Acted(told, told, contract_of(model), Geometry(2, 16, 24, 7))

@@ -43,7 +43,7 @@ def _drop(draw, downs, mid, config, at):
 
 def _duplicate(draw, downs, mid, config, at):
     index = draw(st.integers(0, len(downs) - 1))
-    return tuple(downs[:index] + [downs[index]] + downs[index:]), mid
+    return (*downs[:index], downs[index], *downs[index:]), mid
 
 
 def _swap(draw, downs, mid, config, at):

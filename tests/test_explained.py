@@ -44,7 +44,11 @@ def contract(unet):
 
 
 def base(at=AT):
-    return {"sample": torch.zeros(at.batch, 4, at.height, at.width), "timestep": 1, "encoder_hidden_states": torch.zeros(at.batch, 7, 12)}
+    return {
+        "sample": torch.zeros(at.batch, 4, at.height, at.width),
+        "timestep": 1,
+        "encoder_hidden_states": torch.zeros(at.batch, 7, 12),
+    }
 
 
 def emitted(net, at=AT):
@@ -103,7 +107,7 @@ def test_the_error_says_slot_cause_and_change(unet, net):
 
 def test_dtypes_and_forgotten_mids_are_told(unet, net):
     downs, mid = emitted(net)
-    with pytest.raises(ExplainedError, match="mid_block_residual.*missing") as caught, explained(unet):
+    with pytest.raises(ExplainedError, match=r"mid_block_residual.*missing") as caught, explained(unet):
         call(unet, tuple(downs), None)
     assert isinstance(caught.value.__cause__, AttributeError)
     with pytest.raises(ExplainedError, match="the mid residual is forgotten"), explained(unet):
@@ -134,7 +138,7 @@ def test_what_residuals_do_not_explain_passes_as_it_is(unet, net):
 def test_it_needs_a_unet():
     with pytest.raises(ShapecheckError, match=r"of a pipeline give pipeline\.unet"), explained(object()):
         pass
-    with pytest.raises(ShapecheckError, match="Linear.forward takes no sample"), explained(torch.nn.Linear(1, 1)):
+    with pytest.raises(ShapecheckError, match=r"Linear\.forward takes no sample"), explained(torch.nn.Linear(1, 1)):
         pass
     assert shapecheck.explained is explained
 

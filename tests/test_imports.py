@@ -79,7 +79,19 @@ def test_arrows_point_one_way():
     assert ("observe", "contract") in seen
     assert seen <= {(source, target) for source, targets in ALLOWED.items() for target in targets} | {
         (source, "")
-        for source in ("report", "faults", "observe", "presets", "build", "run", "verify", "pipelines", "terminal", "cli", "doctor")
+        for source in (
+            "report",
+            "faults",
+            "observe",
+            "presets",
+            "build",
+            "run",
+            "verify",
+            "pipelines",
+            "terminal",
+            "cli",
+            "doctor",
+        )
     }
 
 

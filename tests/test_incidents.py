@@ -35,7 +35,18 @@ def test_the_catalogue_is_whole():
     for each in ALL:
         assert each.story.endswith(".")
         assert each.text or each.setup["how"] != "not run", f"{each.name}: neither a text nor a set-up"
-        assert set(each.expect) <= {"exit", "reason", "slots", "slot", "fault", "faults", "text_faults", "causes", "where", "silent"}
+        assert set(each.expect) <= {
+            "exit",
+            "reason",
+            "slots",
+            "slot",
+            "fault",
+            "faults",
+            "text_faults",
+            "causes",
+            "where",
+            "silent",
+        }
         assert each.expect, each.name
         if each.setup["how"] == "not run":
             assert each.setup["why"]

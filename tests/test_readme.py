@@ -123,7 +123,7 @@ def settled(text: str) -> str:
 
 
 def test_there_is_something_to_run():
-    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS), len(PYTEST), len(EVERY_SNIPPET)) == (9, 8, 5, 1, 9)
+    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS), len(PYTEST), len(EVERY_SNIPPET)) == (11, 9, 6, 1, 10)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_commands_run_one_after_the_other(block):
     ("snippet", "values"),
     [
         pytest.param(snippet, values, id=str(at), marks=[pytest.mark.full] * ("export(" in snippet))
-        for at, (snippet, values) in enumerate(zip(SNIPPETS, (0, 1, 1, 1, 0, 1, 3, 0), strict=True))
+        for at, (snippet, values) in enumerate(zip(SNIPPETS, (0, 2, 1, 1, 1, 0, 1, 3, 0), strict=True))
     ],
 )
 def test_a_snippet_runs_and_says_what_its_comments_say(snippet, values):

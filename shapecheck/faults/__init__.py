@@ -1,1 +1,1 @@
-"""What can be wrong with residuals, what each fault looks like, and from a text or a table back to the fault. Standard library only."""
+"""What can be wrong with residuals, how each fault shows, and the way back to it. Standard library only."""

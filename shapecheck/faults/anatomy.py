@@ -14,7 +14,7 @@ _GROUPS = 32
 
 @dataclass(frozen=True, slots=True)
 class UpBlock:
-    """A block of the way up: the slots whose skips it concatenates to what flows up, in that order, and the channels it makes."""
+    """A block of the way up: the slots whose skips it concatenates, in that order, and the channels it makes."""
 
     name: str
     slots: tuple[int, ...]

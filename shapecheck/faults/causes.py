@@ -41,26 +41,28 @@ def _dtype(symptom: Symptom, models: Models) -> Iterator[Cause]:
         yield Cause("dtype", name, told, "cast it to the dtype of the file's own input", _CHECK)
         return
     yield Cause(
-        "dtype", "", f"{met}: residuals, latents or text are not in the UNet's dtype. PyTorch promotes skip + residual in silence, "
-        "and a layer after it refuses the sum",
-        "load the ControlNet with the UNet's torch_dtype, or cast what it returns: [each.to(unet.dtype) for each in downs], mid.to(unet.dtype)",
+        "dtype", "", f"{met}: residuals, latents or text are not in the UNet's dtype. PyTorch promotes skip + residual in "
+        "silence, and a layer after it refuses the sum",
+        "load the ControlNet with the UNet's torch_dtype, or cast what it returns: [each.to(unet.dtype) for each in downs], "
+        "mid.to(unet.dtype)",
         "shapecheck.guard(unet, contract) names the slot before the call runs",
     )  # fmt: skip
 
 
 def _container(symptom: Symptom, models: Models) -> Iterator[Cause]:
     yield Cause(
-        "container", "mid_block_residual", "no mid residual is given, so diffusers takes the down residuals for T2I-Adapter features "
-        "and pops them from a list; this one is a tuple",
-        "give mid_block_additional_residual too; features of a T2I-Adapter go as down_intrablock_additional_residuals=list(features)",
+        "container", "mid_block_residual", "no mid residual is given, so diffusers takes the down residuals for T2I-Adapter "
+        "features and pops them from a list; this one is a tuple",
+        "give mid_block_additional_residual too; features of a T2I-Adapter go as "
+        "down_intrablock_additional_residuals=list(features)",
         "", ("mid_block_residual",),
     )  # fmt: skip
 
 
 def _mid_forgotten(symptom: Symptom, models: Models) -> Iterator[Cause]:
     yield Cause(
-        "mid", "mid_block_residual", "no mid residual is given: diffusers takes the down residuals for T2I-Adapter features and adds "
-        "them inside the down blocks, where some fit by chance",
+        "mid", "mid_block_residual", "no mid residual is given: diffusers takes the down residuals for T2I-Adapter features "
+        "and adds them inside the down blocks, where some fit by chance",
         "give mid_block_additional_residual beside down_block_additional_residuals",
         "", ("mid_block_residual",),
     )  # fmt: skip
@@ -72,7 +74,8 @@ def _missing(symptom: Symptom, models: Models) -> Iterator[Cause]:
         return
     slots, others = _sorted_names(symptom, models)
     if slots:
-        told = f"the file takes {len(slots)} residual{'s' * (len(slots) > 1)} that {'were' if len(slots) > 1 else 'was'} not given: {_listed(slots)}"
+        many = "residuals that were" if len(slots) > 1 else "residual that was"
+        told = f"the file takes {len(slots)} {many} not given: {_listed(slots)}"
         change = (
             "give every slot at every call, zeros of its shape where control is off: `shapecheck.load(FILE)` does so; "
             "or export once more with --no-control"
@@ -96,12 +99,18 @@ def _unknown(symptom: Symptom, models: Models) -> Iterator[Cause]:
     slots, others = _sorted_names(symptom, models)
     surplus = [name for name in others if residual_index(name) is not None]
     if slots:
-        told = f"the file has no input of that name: {_listed(slots)}. It was exported without control, or calls its slots otherwise"
+        told = (
+            f"the file has no input of that name: {_listed(slots)}. It was exported without control, or calls its slots "
+            "otherwise"
+        )
         change = "export with control inputs, and with the names that the caller gives: --naming says whose"
         yield Cause("unknown", "", told, change, _CHECK, tuple(slots.values()))
     if surplus:
         told = f"the file has no input of that name, and the UNet no such slot: {_listed(dict.fromkeys(surplus))}"
-        change = "give as many residuals as the UNet has slots: this ControlNet is made for another one, or mid is numbered as a down residual"
+        change = (
+            "give as many residuals as the UNet has slots: this ControlNet is made for another one, or mid is numbered as a "
+            "down residual"
+        )
         yield Cause("unknown", "", told, change, _CHECK)
     if known := [name for name in others if _is_base_input(name, models)]:
         told = "the file has no input of that name: it was baked in, or the file is of another family"
@@ -174,8 +183,8 @@ def _odd_size(symptom: Symptom, models: Models) -> Iterator[Cause]:
     for hidden, skip in pairs:
         if hidden % 2 == 0 and skip == hidden - 1:
             told = (
-                f"no residual is wrong: the way up doubled to {hidden}, where the skip was halved from an odd size and is {skip}. "
-                "The original LDM code does so, and a graph traced at a size that is a multiple of 8 latent cells"
+                f"no residual is wrong: the way up doubled to {hidden}, where the skip was halved from an odd size and is "
+                f"{skip}. The original LDM code does so, and a graph traced at a size that is a multiple of 8 latent cells"
             )
             change = "draw at multiples of 64 pixels, or export a graph that is right at every size with shapecheck export"
             yield Cause("odd size", "", told, change, _CHECK)
@@ -218,14 +227,21 @@ def _from_unet(symptom: Symptom, models: Models) -> Iterator[Cause]:
 
 
 _FROM_UNET = {
-    "mid": ("it knows no such mid block", "a ControlNet of such a UNet needs a class of its own; its slots can be probed without one"),
-    "layers": ("layers_per_block is a list, from_unet takes a number", "set unet.config.layers_per_block to a number, where all levels have as many"),
+    "mid": (
+        "it knows no such mid block",
+        "a ControlNet of such a UNet needs a class of its own; its slots can be probed without one",
+    ),
+    "layers": (
+        "layers_per_block is a list, from_unet takes a number",
+        "set unet.config.layers_per_block to a number, where all levels have as many",
+    ),
     "cond_proj": (
         "its time embedding has cond_proj, as LCM's has, and the ControlNet's has none",
         "pass load_weights_from_unet=False, or make it from the UNet that the LCM was distilled from",
     ),
     "adapter": (
-        "an IP-Adapter was loaded and changed the UNet's config", "make the ControlNet before load_ip_adapter, or from a fresh UNet",
+        "an IP-Adapter was loaded and changed the UNet's config",
+        "make the ControlNet before load_ip_adapter, or from a fresh UNet",
     ),
 }  # fmt: skip
 

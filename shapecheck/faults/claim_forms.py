@@ -1,4 +1,4 @@
-"""Claimed tables in the forms people write them: 320,640@64; a list of shapes; names in JSON, TOML or Python; a saved contract."""
+"""Claimed tables as people write them: 320,640@64; a list of shapes; names in JSON, TOML or Python; a saved contract."""
 
 from __future__ import annotations
 
@@ -225,8 +225,8 @@ def _named_values(node: ast.AST, geometry: Geometry) -> Iterator[tuple[str, Any]
             read = _value(value, geometry)
             if read is None:
                 raise ShapecheckError(
-                    f"--mapping: line {getattr(value, 'lineno', 0)}: the shape of {key.value} is no list of numbers; batch, height "
-                    "and width may stand in it, with +, -, * and //"
+                    f"--mapping: line {getattr(value, 'lineno', 0)}: the shape of {key.value} is no list of numbers; batch, "
+                    "height and width may stand in it, with +, -, * and //"
                 )
             yield key.value, read
 

@@ -1,4 +1,4 @@
-"""What a text or a table comes to: candidate faults, each with the slot where it shows; causes that are no slot's; or neither."""
+"""What a text comes to: candidate faults, each with the slot where it shows; causes that leave no choice; or neither."""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ def _swapped(table: Table) -> Iterator[Fault]:
 def _reordered(table: Table) -> Iterator[Fault]:
     downs, mid = table.downs, table.mid
     change = "give them from the first to the last: diffusers adds them in the order of the skips, and does not pop them"
-    yield Fault("reverse", "the down residuals are in reverse, the order in which LDM and ComfyUI pop them", change, Given(downs[::-1], mid))  # fmt: skip
+    popped = "the down residuals are in reverse, the order in which LDM and ComfyUI pop them"
+    yield Fault("reverse", popped, change, Given(downs[::-1], mid))
     yield Fault(
         "reverse", "all residuals are in reverse, mid first", change, Given((mid, *downs[:0:-1]), downs[0])
     )  # fmt: skip
@@ -128,7 +129,8 @@ def _mids(table: Table) -> Iterator[Fault]:
     yield Fault("mid", "the mid residual is repeated at the end of the down residuals", change, Given((*downs, mid), mid), last)
     yield Fault("mid", "the first down residual is given as mid", change, Given(downs, downs[0]), last)
     yield Fault(
-        "surplus", "there is a residual more than slots, at the end of the list", "give one residual a slot: diffusers ignores others",
+        "surplus", "there is a residual more than slots, at the end of the list",
+        "give one residual a slot: diffusers ignores others",
         Given((*downs, downs[-1]), mid),
     )  # fmt: skip
 

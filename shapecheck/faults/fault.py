@@ -12,7 +12,7 @@ FaultKind = Literal[
     "blocks", "layers", "family", "mid", "drop", "shift", "reverse", "constant", "floor", "transpose", "duplicate", "swap",
     "size", "batch", "rank", "pooled", "surplus", "stride", "width", "empty",
 ]  # fmt: skip
-"""In the order they are told. A rule that was wrong comes before a table that was spoilt, and that before one wrong residual."""
+"""In the order they are told: a wrong rule before a table that was spoilt, and that before one wrong residual."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,13 +112,14 @@ def _readings(claim: Claim, table: Table, models: tuple[str, ...], *, sized: boo
         given = next(iter(claim.tables(table)))
         named = claim.named_shapes(table)
         judged = _judged(given, named, table, models, sized=sized)
-        told = f"{_slots(claim.gaps)} left out under {'their names' if len(claim.gaps) > 1 else 'its name'}, the others are in place"
-        names = tuple(table.names[index] for index in claim.gaps if index < len(table.names))
-        fault = Fault("drop", told, "give every slot", given, names)
+        names = "their names" if len(claim.gaps) > 1 else "its name"
+        told = f"{_slots(claim.gaps)} left out under {names}, the others are in place"
+        slots = tuple(table.names[index] for index in claim.gaps if index < len(table.names))
+        fault = Fault("drop", told, "give every slot", given, slots)
         yield replace(judged, matches=(Match((fault,), 0), *judged.matches))
         return
     for number, given in enumerate(claim.tables(table)):
-        tells_mid = claim.tells_mid or given.mid != table.mid or number == 0 and len(claim.downs) > len(table.downs)
+        tells_mid = claim.tells_mid or given.mid != table.mid or (number == 0 and len(claim.downs) > len(table.downs))
         yield replace(_judged(given, given.named, table, models, sized=sized), tells_mid=tells_mid)
 
 

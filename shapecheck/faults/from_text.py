@@ -1,4 +1,4 @@
-"""From a text to the faults that give it: every fault is played through, at every size it can be about, on every UNet asked for."""
+"""From a text to the faults that give it: every fault is played through, on every UNet, at every size it can be about."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """From a text to symptoms: what PyTorch, ONNX Runtime, TensorRT, Polygraphy and diffusers print when residuals do not fit.
 
-Every pattern begins at fixed words and looks a bounded way ahead, so that megabytes of anything are read in well under a second.
+Every pattern is looked for around fixed words and no further, so that megabytes of anything are read in well under a second.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from shapecheck.contract import Shape
 from shapecheck.faults import place
-from shapecheck.faults.symptom import Symptom
+from shapecheck.faults.symptom import Symptom, SymptomKind
 
 _LONGEST = 2**20
 """Characters that are looked at: so many from the start and as many from the end."""
@@ -38,13 +38,16 @@ def symptoms(text: str) -> tuple[Symptom, ...]:
     flat = flattened(text)
     found: list[tuple[int, Symptom]] = []
     for pattern in _PATTERNS:
-        for match in _matches(pattern, flat):
-            found.append((match.start(), replace(pattern.build(match), stage=place.stage(flat, match.start(), match.end()))))
+        found += [(match.start(), _placed(pattern.build(match), match, flat)) for match in _matches(pattern, flat)]
     found.sort(key=lambda pair: pair[0])
     told: dict[Symptom, Symptom] = {}
     for _, symptom in found:
         told.setdefault(replace(symptom, line="", stage=None), symptom)  # one exception is often told twice
     return tuple(told.values())
+
+
+def _placed(symptom: Symptom, match: re.Match[str], text: str) -> Symptom:
+    return replace(symptom, stage=place.stage(text, match.start(), match.end()))
 
 
 def _matches(pattern: _Pattern, text: str) -> Iterator[re.Match[str]]:
@@ -101,9 +104,7 @@ def _broadcast_meta(match: re.Match[str]) -> Symptom:
     length, axis, given, wanted = match.groups()
     given_shape, wanted_shape = _shape(given or ""), _shape(wanted or "")
     rank = max(len(given_shape), len(wanted_shape), 4)
-    return Symptom(
-        "broadcast", "PyTorch", match[0], rank + int(axis), None, _size(length), wanted_shape, given_shape
-    )  # fmt: skip
+    return Symptom("broadcast", "PyTorch", match[0], rank + int(axis), None, _size(length), wanted_shape, given_shape)
 
 
 def _concat(match: re.Match[str]) -> Symptom:
@@ -111,24 +112,28 @@ def _concat(match: re.Match[str]) -> Symptom:
     return Symptom("concat", "PyTorch", match[0], int(axis) if axis else None, _size(wanted), _size(given))
 
 
-def _sizes(kind: str, source: str) -> Callable[[re.Match[str]], Symptom]:
+def _sizes(kind: SymptomKind, source: str) -> Callable[[re.Match[str]], Symptom]:
     """Two sizes: the model's own, what was given."""
-    return lambda match: Symptom(kind, source, match[0], None, _size(match[1]), _size(match[2]))  # type: ignore[arg-type]
+    return lambda match: Symptom(kind, source, match[0], None, _size(match[1]), _size(match[2]))
 
 
-def _shapes(kind: str, source: str) -> Callable[[re.Match[str]], Symptom]:
+def _shapes(kind: SymptomKind, source: str) -> Callable[[re.Match[str]], Symptom]:
     """Two shapes: the model's own, what was given."""
     return lambda match: Symptom(
-        kind, source, match[0], wanted_shape=_shape(match[1]), given_shape=_shape(match[2])  # type: ignore[arg-type]
-    )  # fmt: skip
+        kind,
+        source,
+        match[0],
+        wanted_shape=_shape(match[1]),
+        given_shape=_shape(match[2]),
+    )
 
 
 def _groups(match: re.Match[str]) -> Symptom:
     return Symptom("groups", "PyTorch", match[0], wanted=_size(match[2]), given_shape=_shape(match[1]))
 
 
-def _plain(kind: str, source: str) -> Callable[[re.Match[str]], Symptom]:
-    return lambda match: Symptom(kind, source, match[0])  # type: ignore[arg-type]
+def _plain(kind: SymptomKind, source: str) -> Callable[[re.Match[str]], Symptom]:
+    return lambda match: Symptom(kind, source, match[0])
 
 
 def _dtype(source: str, given: int, wanted: int) -> Callable[[re.Match[str]], Symptom]:
@@ -138,12 +143,12 @@ def _dtype(source: str, given: int, wanted: int) -> Callable[[re.Match[str]], Sy
     )
 
 
-def _named(kind: str, source: str) -> Callable[[re.Match[str]], Symptom]:
-    return lambda match: Symptom(kind, source, match[0], names=(match[1],))  # type: ignore[arg-type]
+def _named(kind: SymptomKind, source: str) -> Callable[[re.Match[str]], Symptom]:
+    return lambda match: Symptom(kind, source, match[0], names=(match[1],))
 
 
-def _several(kind: str, source: str) -> Callable[[re.Match[str]], Symptom]:
-    return lambda match: Symptom(kind, source, match[0], names=_names(match[1]))  # type: ignore[arg-type]
+def _several(kind: SymptomKind, source: str) -> Callable[[re.Match[str]], Symptom]:
+    return lambda match: Symptom(kind, source, match[0], names=_names(match[1]))
 
 
 def _from_unet(what: str) -> Callable[[re.Match[str]], Symptom]:
@@ -161,7 +166,7 @@ def _ort_dimensions(match: re.Match[str]) -> Symptom:
         given[at], wanted[at] = got, want
     return Symptom(
         "dimensions", "ONNX Runtime", match[0], names=(match[1],), wanted_shape=tuple(wanted), given_shape=tuple(given)
-    )  # fmt: skip
+    )
 
 
 def _named_rank(source: str) -> Callable[[re.Match[str]], Symptom]:
@@ -182,7 +187,7 @@ def _ort_concat(match: re.Match[str]) -> Symptom:
 def _trt_static(match: re.Match[str]) -> Symptom:
     return Symptom(
         "dimensions", "TensorRT", match[0], names=(match[1],), given_shape=_shape(match[2]), wanted_shape=_shape(match[3])
-    )  # fmt: skip
+    )
 
 
 def _trt_range(match: re.Match[str]) -> Symptom:
@@ -194,7 +199,7 @@ def _trt_range_old(match: re.Match[str]) -> Symptom:
     shape, binding, axis, high, low, given = match.groups()
     return Symptom(
         "range", "TensorRT", match[0], int(axis), None, _size(given), (), _shape(shape), names=(binding,), bounds=(low, high)
-    )  # fmt: skip
+    )
 
 
 def _trt_profile(match: re.Match[str]) -> Symptom:
@@ -226,137 +231,234 @@ _DTYPE = r"([\w.:]{1,40}\w)"
 _PATTERNS = (
     # PyTorch, real tensors; under torch.export with formulas for sizes
     _pattern(
-        r"(?:The )?size of tensor a \((.{1,200}?)\) must match the size of tensor b \((.{1,200}?)\) at non-singleton dimension (\d)",
-        _broadcast, "must match the size of tensor b",
+        r"(?:The )?size of tensor a \((.{1,200}?)\) must match the size of tensor b \((.{1,200}?)\) "
+        r"at non-singleton dimension (\d)",
+        _broadcast,
+        "must match the size of tensor b",
     ),
     _pattern(
-        r"Sizes of tensors must match except in dimension 1\. Expected(?: size)? (\d+)(?: in dimension (\d))? but got(?: size)? (\d+)",
-        _concat, "Sizes of tensors must match except",
+        r"(?:Sizes of tensors must match except in dimension 1\. )?(?<!dimension 2\. )"
+        r"Expected(?: size)? (\d+)(?: in dimension (\d))? but got(?: size)? (\d+)",
+        _concat,
+        " but got ",
     ),
     _pattern(
         r"Sizes of tensors must match except in dimension 1\. Got (\d+)() and (\d+) in dimension \d",
-        _concat, "Sizes of tensors must match except",
-    ),
-    _pattern(r"Tensors must have same number of dimensions: got (\d) and (\d)", _sizes("rank", "PyTorch"), "same number of dimensions"),
-    _pattern(
-        rf"(?:Expected weight to be a vector of size equal to the number of channels in input, but )?got weight of shape {_SHAPE} and input of shape {_SHAPE}", _shapes("norm", "PyTorch"), "and input of shape",
+        _concat,
+        "Sizes of tensors must match except",
     ),
     _pattern(
-        rf"divisible by num_groups, but got input of shape {_SHAPE} and num_groups=(\d{{1,9}})", _groups, "divisible by num_groups",
+        r"Tensors must have same number of dimensions: got (\d) and (\d)",
+        _sizes("rank", "PyTorch"),
+        "same number of dimensions",
     ),
-    _pattern(rf"output with shape {_SHAPE} doesn't match the broadcast shape {_SHAPE}", _shapes("output", "PyTorch"), "the broadcast shape"),
+    _pattern(
+        r"(?:Expected weight to be a vector of size equal to the number of channels in input, but )?"
+        rf"got weight of shape {_SHAPE} and input of shape {_SHAPE}",
+        _shapes("norm", "PyTorch"),
+        "and input of shape",
+    ),
+    _pattern(
+        rf"divisible by num_groups, but got input of shape {_SHAPE} and num_groups=(\d{{1,9}})",
+        _groups,
+        "divisible by num_groups",
+    ),
+    _pattern(
+        rf"output with shape {_SHAPE} doesn't match the broadcast shape {_SHAPE}",
+        _shapes("output", "PyTorch"),
+        "the broadcast shape",
+    ),
     _pattern(
         rf"got input with spatial dimensions of {_SHAPE} and output size of torch\.Size\({_SHAPE}\)",
-        _shapes("upsample", "PyTorch"), "with spatial dimensions of",
+        _shapes("upsample", "PyTorch"),
+        "with spatial dimensions of",
     ),
     _pattern(r"tuple index out of range", _plain("index", "PyTorch"), "tuple index out of range"),
     # PyTorch, tensors without values
     _pattern(
-        rf"(?:Attempting to )?broadcast a dimension of length (\d+) at (-\d)!(?: Mismatching argument at index 1 had torch\.Size\({_SHAPE}\); "
+        r"(?:Attempting to )?broadcast a dimension of length (\d+) at (-\d)!"
+        rf"(?: Mismatching argument at index 1 had torch\.Size\({_SHAPE}\); "
         rf"but expected shape should be broadcastable to {_SHAPE})?",
-        _broadcast_meta, "to broadcast a dimension of length",
+        _broadcast_meta,
+        "to broadcast a dimension of length",
     ),
     _pattern(
-        r"Number of dimensions of tensors must match\. Expected (\d)-D tensors, but got (\d)-D", _sizes("rank", "PyTorch"), "Number of dimensions of tensors must match",
+        r"Number of dimensions of tensors must match\. Expected (\d)-D tensors, but got (\d)-D",
+        _sizes("rank", "PyTorch"),
+        "Number of dimensions of tensors must match",
     ),
     # dtypes, text and latents
-    _pattern(rf"Input type \({_DTYPE}\) and (?:bias|weight) type \({_DTYPE}\) should be the same", _dtype("PyTorch", 1, 2), "should be the same"),
+    _pattern(
+        rf"Input type \({_DTYPE}\) and (?:bias|weight) type \({_DTYPE}\) should be the same",
+        _dtype("PyTorch", 1, 2),
+        "should be the same",
+    ),
     _pattern(rf"expected scalar type {_DTYPE} but found {_DTYPE}", _dtype("PyTorch", 2, 1), "expected scalar type"),
     _pattern(rf"mixed dtype \(CPU\): expect parameter to have scalar type of {_DTYPE}", _dtype("PyTorch", 1, 0), "mixed dtype"),
-    _pattern(rf"expected m1 and m2 to have the same dtype, but got: {_DTYPE} != {_DTYPE}", _dtype("PyTorch", 1, 2), "to have the same dtype"),
-    _pattern(rf"mat1 and mat2 must have the same dtype, but got {_DTYPE} and {_DTYPE}", _dtype("PyTorch", 1, 2), "must have the same dtype"),
     _pattern(
-        rf"to have the same type as tensor for argument #\d 'z'; but type {_DTYPE} does not equal {_DTYPE}", _dtype("PyTorch", 2, 1), "to have the same type as",
+        rf"expected m1 and m2 to have the same dtype, but got: {_DTYPE} != {_DTYPE}",
+        _dtype("PyTorch", 1, 2),
+        "to have the same dtype",
+    ),
+    _pattern(
+        rf"mat1 and mat2 must have the same dtype, but got {_DTYPE} and {_DTYPE}",
+        _dtype("PyTorch", 1, 2),
+        "must have the same dtype",
+    ),
+    _pattern(
+        rf"to have the same type as tensor for argument #\d 'z'; but type {_DTYPE} does not equal {_DTYPE}",
+        _dtype("PyTorch", 2, 1),
+        "to have the same type as",
     ),
     _pattern(
         r"(?:mat1 and mat2|input and weight\.T) shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)",
-        lambda match: Symptom("text width", "PyTorch", match[0], None, _size(match[2]), _size(match[1])), "shapes cannot be multiplied",
+        lambda match: Symptom("text width", "PyTorch", match[0], None, _size(match[2]), _size(match[1])),
+        "shapes cannot be multiplied",
     ),
-    _pattern(r"to have (\d+) channels, but got (\d+) channels instead", _sizes("sample channels", "PyTorch"), "channels instead"),
+    _pattern(
+        r"to have (\d+) channels, but got (\d+) channels instead", _sizes("sample channels", "PyTorch"), "channels instead"
+    ),
     # diffusers
     _pattern(r"'tuple' object has no attribute 'pop'", _plain("pop", "diffusers"), "has no attribute 'pop'"),
     _pattern(
-        r"Passing intrablock residual connections with `down_block_additional_residuals` is deprecated", _plain("deprecated", "diffusers"), "Passing intrablock residual",
+        r"Passing intrablock residual connections with `down_block_additional_residuals` is deprecated",
+        _plain("deprecated", "diffusers"),
+        "Passing intrablock residual",
     ),
-    _pattern(r"unexpected keyword argument 'additional_residuals'", _plain("keyword", "diffusers"), "keyword argument 'additional_residuals'"),
+    _pattern(
+        r"unexpected keyword argument 'additional_residuals'",
+        _plain("keyword", "diffusers"),
+        "keyword argument 'additional_residuals'",
+    ),
     _pattern(r"unknown mid_block_type : \w{1,60}", _from_unet("mid"), "unknown mid_block_type"),
     _pattern(r"can't multiply sequence by non-int of type 'list'", _from_unet("layers"), "can't multiply sequence by"),
-    _pattern(r'for TimestepEmbedding: Unexpected key\(s\) in state_dict: "cond_proj\.weight"', _from_unet("cond_proj"), "cond_proj.weight"),
-    _pattern(r"`encoder_hid_dim` has to be defined when `encoder_hid_dim_type` is set to ip_image_proj", _from_unet("adapter"), "`encoder_hid_dim` has to be"),
+    _pattern(
+        r'for TimestepEmbedding: Unexpected key\(s\) in state_dict: "cond_proj\.weight"',
+        _from_unet("cond_proj"),
+        "cond_proj.weight",
+    ),
+    _pattern(
+        r"`encoder_hid_dim` has to be defined when `encoder_hid_dim_type` is set to ip_image_proj",
+        _from_unet("adapter"),
+        "`encoder_hid_dim` has to be",
+    ),
     # ComfyUI: what is added to, what was given
     _pattern(
-        rf"control could not be applied torch\.Size\({_SHAPE}\) torch\.Size\({_SHAPE}\)", _shapes("pair", "ComfyUI"), "control could not be applied",
+        rf"control could not be applied torch\.Size\({_SHAPE}\) torch\.Size\({_SHAPE}\)",
+        _shapes("pair", "ComfyUI"),
+        "control could not be applied",
     ),
     # ONNX Runtime
     _pattern(
         rf"Got invalid dimensions for input: {_NAME} for the following indices((?: index: \d Got: \d+ Expected: \d+){{1,8}})",
-        _ort_dimensions, "Got invalid dimensions for input",
+        _ort_dimensions,
+        "Got invalid dimensions for input",
     ),
-    _pattern(rf"Invalid rank for input: {_NAME} Got: (\d) Expected: (\d)", _named_rank("ONNX Runtime"), "Invalid rank for input"),
     _pattern(
-        rf"Unexpected input data type\. Actual: \(tensor\({_DTYPE}\)\) ?, expected: \(tensor\({_DTYPE}\)\)", _dtype("ONNX Runtime", 1, 2), "Unexpected input data type",
+        rf"Invalid rank for input: {_NAME} Got: (\d) Expected: (\d)", _named_rank("ONNX Runtime"), "Invalid rank for input"
     ),
-    _pattern(r"Required inputs \(\[([^\[\]]{1,4000})\]\) are missing from", _several("missing", "ONNX Runtime"), "are missing from"),
+    _pattern(
+        rf"Unexpected input data type\. Actual: \(tensor\({_DTYPE}\)\) ?, expected: \(tensor\({_DTYPE}\)\)",
+        _dtype("ONNX Runtime", 1, 2),
+        "Unexpected input data type",
+    ),
+    _pattern(
+        r"Required inputs \(\[([^\[\]]{1,4000})\]\) are missing from", _several("missing", "ONNX Runtime"), "are missing from"
+    ),
     _pattern(rf"Missing Input: {_NAME}", _named("missing", "ONNX Runtime"), "Missing Input: "),
     _pattern(rf"Invalid (?:input name|Feed Input Name): ?{_NAME}", _named("unknown", "ONNX Runtime"), "Invalid "),
     _pattern(rf"Failed to find NodeArg with name: {_NAME} in", _named("unknown", "ONNX Runtime"), "Failed to find NodeArg"),
     _pattern(
         r"running (?:Add|Sum) node\. Name:'([^']{1,300})' Status Message: .{1,300}?BroadcastIterator::(\w{4,6})\(.{1,300}?"
         r"by a dimension other than 1\. (\d+) by (\d+)",
-        _ort_add, "by a dimension other than 1",
+        _ort_add,
+        "by a dimension other than 1",
     ),
     _pattern(
-        r"running Concat node\. Name:'([^']{1,300})' Status Message: .{1,300}?Axis (\d) has mismatched dimensions of (\d+) and (\d+)",
-        _ort_concat, "has mismatched dimensions of",
+        r"running Concat node\. Name:'([^']{1,300})' Status Message: .{1,300}?"
+        r"Axis (\d) has mismatched dimensions of (\d+) and (\d+)",
+        _ort_concat,
+        "has mismatched dimensions of",
     ),
     # TensorRT, running
     _pattern(
-        rf"while setting input shape for {_NAME}\. Set dimensions are {_SHAPE}\. Expected dimensions are {_SHAPE}", _trt_static, "while setting input shape for",
+        rf"while setting input shape for {_NAME}\. Set dimensions are {_SHAPE}\. Expected dimensions are {_SHAPE}",
+        _trt_static,
+        "while setting input shape for",
     ),
     _pattern(
         rf"Set dimension {_SHAPE} for tensor {_NAME} does not satisfy any optimization profiles\.?"
         r"(?: Valid range for profile \d+: \[([-\d, ]{1,200})\]\.\.\[([-\d, ]{1,200})\])?",
-        _trt_range, "does not satisfy any optimization profiles",
+        _trt_range,
+        "does not satisfy any optimization profiles",
     ),
     _pattern(
         rf"Supplied binding dimension {_SHAPE} for (bindings\[\d+\]) exceed min ~ max range at index (\d), "
         r"maximum dimension in profile is (\d+), minimum dimension in profile is (\d+), but supplied dimension is (-?\d+)",
-        _trt_range_old, "Supplied binding dimension",
+        _trt_range_old,
+        "Supplied binding dimension",
     ),
-    _pattern(r"Runtime dimension does not satisfy any optimization profile", _plain("range", "TensorRT"), "Runtime dimension does not satisfy"),
+    _pattern(
+        r"Runtime dimension does not satisfy any optimization profile",
+        _plain("range", "TensorRT"),
+        "Runtime dimension does not satisfy",
+    ),
     _pattern(r"No valid profile found", _plain("range", "TensorRT"), "No valid profile found"),
-    _pattern(rf"Address is not set for input tensor {_NAME}", _named("missing", "TensorRT"), "Address is not set for input tensor"),
-    _pattern(rf"(?:Cannot|Can not) find binding of given name: {_NAME}", _named("unknown", "TensorRT"), "find binding of given name"),
+    _pattern(
+        rf"Address is not set for input tensor {_NAME}", _named("missing", "TensorRT"), "Address is not set for input tensor"
+    ),
+    _pattern(
+        rf"(?:Cannot|Can not) find binding of given name: {_NAME}", _named("unknown", "TensorRT"), "find binding of given name"
+    ),
     _pattern(rf"[Gg]iven invalid tensor name: {_NAME}", _named("unknown", "TensorRT"), "iven invalid tensor name"),
     # TensorRT, building
-    _pattern(rf"Dynamic input tensor {_NAME} is missing dimensions in profile", _named("missing", "TensorRT"), "is missing dimensions in profile"),
     _pattern(
-        rf"Dimension mismatch for tensor {_NAME} and profile \d+\. At dimension axis (\d), profile has min=(\d+), opt=(\d+), max=(\d+) "
-        r"but tensor has (\d+)",
-        _trt_profile, "Dimension mismatch for tensor",
+        rf"Dynamic input tensor {_NAME} is missing dimensions in profile",
+        _named("missing", "TensorRT"),
+        "is missing dimensions in profile",
     ),
     _pattern(
-        r"axis (\d) dimensions must be equal for concatenation on axis 1\. (?:Dimensions are|Condition '==' violated:) (\d+) (?:and|!=) (\d+)",
-        _trt_concat, "dimensions must be equal for concatenation",
+        rf"Dimension mismatch for tensor {_NAME} and profile \d+\. "
+        r"At dimension axis (\d), profile has min=(\d+), opt=(\d+), max=(\d+) but tensor has (\d+)",
+        _trt_profile,
+        "Dimension mismatch for tensor",
+    ),
+    _pattern(
+        r"axis (\d) dimensions must be equal for concatenation on axis 1\. "
+        r"(?:Dimensions are|Condition '==' violated:) (\d+) (?:and|!=) (\d+)",
+        _trt_concat,
+        "dimensions must be equal for concatenation",
     ),
     # Polygraphy
-    _pattern(r"inputs were not found in input data: \{([^{}]{1,4000})\}", _several("missing", "Polygraphy"), "were not found in input data"),
-    _pattern(r"Extra inputs in input data: \{([^{}]{1,4000})\}", _several("unknown", "Polygraphy"), "Extra inputs in input data"),
     _pattern(
-        r"Invalid inputs were provided to the optimization profile: \{([^{}]{1,4000})\}", _several("unknown", "Polygraphy"), "provided to the optimization profile",
+        r"inputs were not found in input data: \{([^{}]{1,4000})\}",
+        _several("missing", "Polygraphy"),
+        "were not found in input data",
     ),
     _pattern(
-        rf"Input tensor: {_NAME} \| Received incompatible shape: \(([-\d, ]{{1,200}})\)\. Note: Expected a shape compatible with: "
-        r"BoundedShape\(\[(.{1,200}?)\]",
-        _poly_shape, "Received incompatible shape",
+        r"Extra inputs in input data: \{([^{}]{1,4000})\}", _several("unknown", "Polygraphy"), "Extra inputs in input data"
+    ),
+    _pattern(
+        r"Invalid inputs were provided to the optimization profile: \{([^{}]{1,4000})\}",
+        _several("unknown", "Polygraphy"),
+        "provided to the optimization profile",
+    ),
+    _pattern(
+        rf"Input tensor: {_NAME} \| Received incompatible shape: \(([-\d, ]{{1,200}})\)\. "
+        r"Note: Expected a shape compatible with: BoundedShape\(\[(.{1,200}?)\]",
+        _poly_shape,
+        "Received incompatible shape",
     ),
     _pattern(
         rf"Input tensor: {_NAME} \| Received unexpected dtype: {_DTYPE}\. Note: Expected type: {_DTYPE}",
-        lambda match: Symptom("dtype", "Polygraphy", match[0], names=(match[1],), bounds=(match[2], match[3])), "Received unexpected dtype",
+        lambda match: Symptom("dtype", "Polygraphy", match[0], names=(match[1],), bounds=(match[2], match[3])),
+        "Received unexpected dtype",
     ),
     # StreamDiffusion's engines
     _pattern(r"create tensor with negative dimension -1: \[([-\d, ]{1,100})\]", _negative, "with negative dimension -1"),
     _pattern(
-        r"KeyError: '((?:input_control|output_control|down_block|middle_control|mid_block)\w{1,60})'", _named("unknown", "StreamDiffusion"), "KeyError: '",
+        r"KeyError: '((?:input_control|output_control|down_block|middle_control|mid_block)\w{1,60})'",
+        _named("unknown", "StreamDiffusion"),
+        "KeyError: '",
     ),
-)  # fmt: skip
+)

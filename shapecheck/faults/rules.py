@@ -116,10 +116,9 @@ def _rounded(table: Table) -> Iterator[Fault]:
         given = Given(tuple(shapes[:-1]), shapes[-1])
         if given != table.right and all(min(shape) for shape in shapes):
             down = other == "floor"
-            told = f"sizes are halved rounding {'down' if down else 'up'}, as in {'height // stride' if down else '(height + 1) // 2'}"
-            yield Fault(
-                "floor", told, f"halve step by step, rounding {'up' if down else 'down'} ({own}), as the UNet does", given
-            )
+            done = "down, as in height // stride" if down else "up, as in (height + 1) // 2"
+            change = f"halve step by step, rounding {'up' if down else 'down'} ({own}), as the UNet does"
+            yield Fault("floor", f"sizes are halved rounding {done}", change, given)
 
 
 def _turned(table: Table) -> Iterator[Fault]:

@@ -10,15 +10,16 @@ from shapecheck.faults.symptom import Symptom
 
 _LORA = r"\blora[_.\w]*|\bLoRA\b"
 _IMAGE = r"sample = sample \+ controlnet_cond"
+_NO_FILE = (
+    r"No such file or directory|FileNotFoundError|does not appear to have a file named|Error no file named|"
+    r"File doesn't exist"
+)
 _ABOUT: tuple[tuple[str, str], ...] = (
     (
         r"out of memory|OutOfMemory|Failed to allocate memory|\bOOM\b|bad_alloc|DefaultCPUAllocator: can't allocate",
         "memory ran out",
     ),
-    (
-        r"No such file or directory|FileNotFoundError|does not appear to have a file named|Error no file named|File doesn't exist",
-        "a file is missing",
-    ),
+    (_NO_FILE, "a file is missing"),
     (
         r"size mismatch for |Missing key\(s\) in state_dict|Unexpected key\(s\) in state_dict",
         "weights of another model are loaded",

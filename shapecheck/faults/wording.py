@@ -20,7 +20,10 @@ def eager(failure: Failure) -> str:
                 f"Expected size {a} but got size {b} for tensor number 1 in the list."
             )
         case "attention":
-            return f"Sizes of tensors must match except in dimension 2. Expected size 1 but got size {given[0]} for tensor number 1 in the list."
+            return (
+                "Sizes of tensors must match except in dimension 2. "
+                f"Expected size 1 but got size {given[0]} for tensor number 1 in the list."
+            )
         case "rank":
             return f"Tensors must have same number of dimensions: got {len(wanted)} and {len(given)}"
         case _:

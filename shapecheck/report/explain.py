@@ -13,10 +13,11 @@ from shapecheck.faults.diagnosis import Answer, Candidate, Cause, Diagnosis, Rea
 from shapecheck.faults.fault import Fault
 from shapecheck.faults.from_mapping import Judgement
 from shapecheck.faults.given import Given
+from shapecheck.faults.matching import gives
 from shapecheck.faults.symptom import Symptom
 from shapecheck.faults.table import Table
 from shapecheck.faults.wording import eager
-from shapecheck.report.tables import LINE, Format, clean, fact_list, heading, mismatch_table, note_list, table, wrapped
+from shapecheck.report.tables import LINE, Format, clean, fact_list, heading, note_list, table, wrapped
 
 _SHOWN = 4
 """Names of models, and sizes, that are written out."""
@@ -35,7 +36,7 @@ def told(
     for reading in diagnosis.found:
         parts += _reading(reading, form, models_named=len(diagnosis.tried) == 1)
     if judgement is not None:
-        parts += [*judged(judgement, form), *elsewhere(others, form)]
+        parts += [*judged(judgement, form), agreement(diagnosis, judgement, form), *elsewhere(others, form)]
     if not diagnosis.found and diagnosis.reason:
         parts += [wrapped(f"NO DIAGNOSIS: {diagnosis.reason}", ""), _tried(diagnosis, form)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -76,8 +77,8 @@ def meaning(symptom: Symptom) -> str:
     if symptom.kind == "broadcast":
         axis = dict(enumerate(("batch", "channels", "height", "width"))).get(symptom.axis or 0, "an axis")
         return (
-            f"In skip + residual the UNet's own tensor is a and has {_counted(wanted, axis)}; the residual is b and has {_counted(given, axis)}{place}. "
-            "PyTorch compares the last axis first and names the first that differs."
+            f"In skip + residual the UNet's own tensor is a and has {_counted(wanted, axis)}; the residual is b and has "
+            f"{_counted(given, axis)}{place}. PyTorch compares the last axis first and names the first that differs."
         )
     if symptom.kind == "concat":
         return f"On the way up, a tensor of size {wanted} meets a skip of {given}."
@@ -161,15 +162,11 @@ def _changes(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
 def _certainty(answer: Answer, form: Format) -> str:
     if len(answer.candidates) == 1:
         return ""
-    model = answer.models[0]
-    return note_list(
-        [
-            "the text alone cannot tell these apart; the shapes that were given can: "
-            f"shapecheck explain --model {model} --mapping SHAPES.json, or `with shapecheck.explained(unet, controlnet):` "
-            "around the call"
-        ],
-        form,
+    note = (
+        "the text alone cannot tell these apart; the shapes that were given can: shapecheck explain --model "
+        f"{answer.models[0]} --mapping SHAPES.json, or `with shapecheck.explained(unet, controlnet):` around the call"
     )
+    return note_list([note], form)
 
 
 def right_table(contract: Contract, geometry: Geometry, form: Format) -> str:
@@ -214,6 +211,28 @@ def judged(judgement: Judgement, form: Format) -> Iterator[str]:
     yield table(_slot_rows(judgement), ("#", "slot", "given", "UNet takes", "verdict", "skip from", "likely cause"), form)
     if not judgement.tells_mid:
         yield note_list(["this table says nothing of the mid residual: it is taken to be right"], form)
+
+
+def agreement(diagnosis: Diagnosis, judgement: Judgement, form: Format) -> str:
+    """Whether the table gives the text, where both were given."""
+    agreed = agrees(diagnosis, judgement)
+    if agreed is None:
+        return ""
+    told = (
+        "this table gives the text above"
+        if agreed
+        else "this table does not give the text above: that comes from other residuals"
+    )
+    return note_list([told], form)
+
+
+def agrees(diagnosis: Diagnosis, judgement: Judgement) -> bool | None:
+    """Whether one of the symptoms is what the table's failure says; None where there is no symptom."""
+    if not diagnosis.readings:
+        return None
+    table = Table.of(judgement.contract, judgement.geometry)
+    failure = judgement.failure
+    return failure is not None and any(gives(each.symptom, failure, table) for each in diagnosis.readings)
 
 
 def _slot_rows(judgement: Judgement) -> list[tuple[object, ...]]:
@@ -269,6 +288,7 @@ def as_json(diagnosis: Diagnosis, judgement: Judgement | None = None, others: Se
         "tried": list(diagnosis.tried),
         "symptoms": [_reading_record(reading) for reading in diagnosis.readings],
         "mapping": None if judgement is None else _judgement_record(judgement),
+        "mapping_gives_text": None if judgement is None else agrees(diagnosis, judgement),
         "mapping_elsewhere": [
             {"models": list(each.models), "right": each.is_right, "mismatches": len(each.mismatches)} for each in others
         ],

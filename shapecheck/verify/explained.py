@@ -237,6 +237,6 @@ def _by_its_text(error: Exception, contract: Contract) -> ExplainedError | None:
     return ExplainedError(f"{contract.class_name} failed: {_last_line(error)}", found, contract, None)
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:500]
