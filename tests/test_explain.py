@@ -510,8 +510,8 @@ NAMED = (
     ),
     (
         (
-            "Supplied binding dimension [2,4,67,120] for bindings[0] exceed min ~ max range at index 2, maximum dimension in profile "
-            "is 64, minimum dimension in profile is 64, but supplied dimension is 67."
+            "Supplied binding dimension [2,4,67,120] for bindings[0] exceed min ~ max range at index 2, maximum dimension "
+            "in profile is 64, minimum dimension in profile is 64, but supplied dimension is 67."
         ),
         "range",
         "sample",
@@ -521,8 +521,8 @@ NAMED = (
     ("Cannot find binding of given name: mid_block_residual", "unknown", "mid_block_residual"),
     (
         (
-            "[!] Input tensor: down_block_0 | Received incompatible shape: (2, 640, 8, 8).\n    Note: Expected a shape compatible "
-            "with: BoundedShape(['B', 320, 'H', 'W'], min=None, max=None)"
+            "[!] Input tensor: down_block_0 | Received incompatible shape: (2, 640, 8, 8).\n    Note: Expected a shape "
+            "compatible with: BoundedShape(['B', 320, 'H', 'W'], min=None, max=None)"
         ),
         "dimensions",
         "down_block_residual_00",

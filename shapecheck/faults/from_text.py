@@ -21,8 +21,8 @@ from shapecheck.faults.symptom import Symptom
 from shapecheck.faults.table import Table
 from shapecheck.faults.unrelated import unrelated
 
-_MOST_SYMPTOMS = 12
-"""Symptoms of one text that are looked into."""
+_MOST, _MOST_PLAYED = 12, 4
+"""Symptoms of one text that are looked into, and those of them for which every fault is played through."""
 _PLAYED = (
     "broadcast", "output", "concat", "rank", "norm", "groups", "index", "upsample", "keyword", "unequal", "pair", "dimensions",
 )  # fmt: skip
@@ -35,14 +35,15 @@ def explain_text(text: str, models: Mapping[str, Contract], size: Size) -> Diagn
     flat = flattened(text)
     if reason := unrelated(flat, told):
         return Diagnosis((), tuple(models), reason)
-    readings = tuple(_reading(symptom, models, size) for symptom in told[:_MOST_SYMPTOMS])
+    played = [symptom for symptom in told[:_MOST] if symptom.kind in _PLAYED][:_MOST_PLAYED]
+    readings = tuple(_reading(symptom, models, size, play=symptom in played) for symptom in told[:_MOST])
     diagnosis = Diagnosis(readings, tuple(models))
     return diagnosis if diagnosis.found else replace(diagnosis, reason=causes.nothing_fits(told))
 
 
-def _reading(symptom: Symptom, models: Mapping[str, Contract], size: Size) -> Reading:
+def _reading(symptom: Symptom, models: Mapping[str, Contract], size: Size, *, play: bool) -> Reading:
     direct = tuple(causes.causes(symptom, models))
-    if symptom.kind not in _PLAYED:
+    if not play:
         return Reading(symptom, (), direct)
     answers = (_answer(symptom, names, models[names[0]], size) for names in alike_models(models))
     return Reading(symptom, tuple(answer for answer in answers if answer.candidates), direct)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 from shapecheck import presets
@@ -81,12 +82,21 @@ def _layers(table: Table) -> Iterator[Fault]:
 def _families(table: Table) -> Iterator[Fault]:
     """The table of another model."""
     tables: dict[Given, list[str]] = {}
-    for name, contract in presets.contracts().items():
-        tables.setdefault(_their_table(contract, table), []).append(name)
-    for given, names in tables.items():
+    for names, contract in _distinct():
+        tables.setdefault(_their_table(contract, table), []).extend(names)
+    for given, alike in tables.items():
         if given != table.right:
-            told = f"this is the table of {', '.join(names[:4])}{', …' * (len(names) > 4)}"
+            told = f"this is the table of {', '.join(alike[:4])}{', …' * (len(alike) > 4)}"
             yield Fault("family", told, "take a ControlNet made for this UNet, or the UNet it was made for", given)
+
+
+@cache
+def _distinct() -> tuple[tuple[tuple[str, ...], Contract], ...]:
+    """Presets whose slots differ, each with the names of all that share them."""
+    groups: dict[object, list[str]] = {}
+    for name, contract in presets.contracts().items():
+        groups.setdefault(tuple(slot.shape for slot in contract.slots), []).append(name)
+    return tuple((tuple(sorted(names, key=len)), presets.contract(names[0])) for names in groups.values())
 
 
 def _their_table(contract: Contract, table: Table) -> Given:

@@ -27,6 +27,8 @@ class Table:
     geometry: Geometry
     right: Given
     levels: tuple[Level, ...]
+    names: tuple[str, ...]
+    """Of the slots, in order, mid last."""
 
     @classmethod
     def of(cls, contract: Contract, geometry: Geometry) -> Table:
@@ -38,12 +40,8 @@ class Table:
         widths = contract.config.get("block_out_channels") or ()
         if len(widths) == len(levels):  # the last slot of a level need not be as wide as the level
             levels = [Level(each.stride, each.size, width) for each, width in zip(levels, widths, strict=True)]
-        return cls(contract, geometry, right(contract, geometry), tuple(levels))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the slots, in order, mid last."""
-        return tuple(slot.name for slot in self.contract.slots)
+        names = tuple(slot.name for slot in contract.slots)
+        return cls(contract, geometry, right(contract, geometry), tuple(levels), names)
 
     @property
     def downs(self) -> tuple[Shape, ...]:
