@@ -80,37 +80,24 @@ def _by_level(downs: tuple[Shape, ...]) -> Iterator[Shape]:
 
 
 def _shifted(table: Table) -> Iterator[Fault]:
-    downs, mid, names = table.downs, table.mid, table.names
+    downs = table.downs
     for by in range(1, len(downs)):
-        slots = "slot 0 is" if by == 1 else f"slots 0 to {by - 1} are"
-        early = f"{slots} left out: every residual arrives {_count(by)} too early"
-        yield Fault("shift", early, _AS_EMITTED, Given(downs[by:], mid), names[:by])
-        late = f"{_count(by)} too late: the first is given {by + 1} times and {_last(by)} left out"
-        yield Fault("shift", f"every residual arrives {late}", _AS_EMITTED, Given((*downs[:1] * by, *downs[:-by]), mid))
-        yield Fault(
-            "shift", f"every residual arrives {_count(by)} too late: the first is given {by + 1} times", _AS_EMITTED,
-            Given((*downs[:1] * by, *downs), mid),
-        )  # fmt: skip
-        around = f"the list is turned: the last {_count(by, 'residual')} come first"
-        yield Fault("shift", around, _AS_EMITTED, Given((*downs[-by:], *downs[:-by]), mid))
-        cut = f"the last {_count(by, 'residual')} are left out"
-        if by > 1:
-            yield Fault("shift", cut, _AS_EMITTED, Given(downs[:-by], mid), names[-1 - by : -1])
-        if by > 1:
-            moved = f"every residual arrives {_count(by)} too early, the last is repeated to fill the list"
-            yield Fault("shift", moved, _AS_EMITTED, Given((*downs[by:], *downs[-1:] * by), mid))
-    yield Fault(
-        "shift", "every residual arrives a slot too early, the last is repeated to fill the list", _AS_EMITTED,
-        Given((*downs[1:], downs[-1]), mid),
-    )  # fmt: skip
+        for told, residuals, slots in _shifts(downs, by):
+            yield Fault("shift", told, _AS_EMITTED, Given(residuals, table.mid), table.names[:-1][slots])
 
 
-def _last(by: int) -> str:
-    return "the last is" if by == 1 else f"the last {by} are"
-
-
-def _count(number: int, what: str = "slot") -> str:
-    return f"{'a' if number == 1 else number} {what}{'' if number == 1 else 's'}"
+def _shifts(downs: tuple[Shape, ...], by: int) -> Iterator[tuple[str, tuple[Shape, ...], slice]]:
+    """The ways in which a list is shifted by so many slots: in words, the list, the slots whose residuals are lost."""
+    slots, count = ("a slot", "residual is") if by == 1 else (f"{by} slots", f"{by} residuals are")
+    early, late = f"every residual arrives {slots} too early", f"every residual arrives {slots} too late"
+    none, first, last = slice(0), slice(by), slice(-by, None)
+    yield f"the first {count} left out: {early}", downs[by:], first
+    yield f"{early}, the last is repeated to fill the list", (*downs[by:], *downs[-1:] * by), first
+    yield f"the first is given {by + 1} times: {late}", (*downs[:1] * by, *downs), none
+    yield f"the first is given {by + 1} times and the last {count} left out: {late}", (*downs[:1] * by, *downs[:-by]), last
+    yield f"the list is turned: {early}, the first come last", (*downs[by:], *downs[:by]), none
+    if by > 1:
+        yield f"the last {count} left out", downs[:-by], last
 
 
 def _mids(table: Table) -> Iterator[Fault]:

@@ -71,13 +71,14 @@ def _answer(symptom: Symptom, names: tuple[str, ...], contract: Contract, size: 
             key = (candidate.slot, candidate.fault.told)
             known = found.get(key)
             found[key] = replace(known, geometries=(*known.geometries, geometry)) if known else candidate
-    return Answer(names, contract, at[0], tuple(sorted(found.values(), key=lambda each: _position(each, contract))))
+    return Answer(names, contract, at[0], tuple(sorted(found.values(), key=lambda each: _position(each, contract, at[0]))))
 
 
-def _position(candidate: Candidate, contract: Contract) -> int:
-    """Candidates of one slot together, in slot order; within it as they are told."""
+def _position(candidate: Candidate, contract: Contract, usual: Geometry) -> tuple[bool, int]:
+    """Those at the usual size first; then in slot order, within a slot as they are told."""
     names = [slot.name for slot in contract.slots]
-    return names.index(candidate.slot) if candidate.slot in names else len(names)
+    place = names.index(candidate.slot) if candidate.slot in names else len(names)
+    return usual not in candidate.geometries, place
 
 
 def _candidates(symptom: Symptom, contract: Contract, geometry: Geometry) -> Iterator[Candidate]:

@@ -48,12 +48,12 @@ class Hints:
 def completed(
     rows: int | None, columns: int | None, own: tuple[int, int], latent: tuple[int, int]
 ) -> Iterator[tuple[int, int]]:
-    """Sizes of which a side may be unknown: that side is then `own`'s, or in the proportions of `latent`."""
+    """Sizes of which a side may be unknown: that side is then in the proportions of `latent`, or `own`'s."""
     if rows is not None and columns is not None:
         yield rows, columns
     elif rows is not None:
-        yield rows, own[1]
         yield rows, max(1, round(rows * latent[1] / latent[0]))
+        yield rows, own[1]
     elif columns is not None:
-        yield own[0], columns
         yield max(1, round(columns * latent[0] / latent[1])), columns
+        yield own[0], columns

@@ -53,9 +53,12 @@ def residual_index(name: str) -> int | None:
 
 
 def is_of_slot(symptom: Symptom, table: Table, given: Given, slot: str) -> bool:
-    """Whether this table gives that slot what a text says it was given, and that is wrong."""
+    """Whether this table gives that slot what a text says it was given, and that is the first that is wrong.
+
+    Inputs are taken to be given in slot order, and graphs to know the channels of each.
+    """
     right, shape = table.right.named[slot], given.named.get(slot, ())
-    if not shape or shape == right:
+    if not shape or shape == right or not _channels_fit(table, given, before=slot):
         return False
     if symptom.given is not None and symptom.axis is None:  # ranks alone
         return len(shape) == symptom.given
@@ -65,6 +68,12 @@ def is_of_slot(symptom: Symptom, table: Table, given: Given, slot: str) -> bool:
     return (
         wanted and all(size in (-1, own) for size, own in zip(symptom.given_shape, shape, strict=False)) and _differs(symptom)
     )
+
+
+def _channels_fit(table: Table, given: Given, *, before: str) -> bool:
+    """Whether every slot before this one is given as many channels as it takes."""
+    earlier = table.names[: table.names.index(before)]
+    return all(given.named[name][-3:-2] == table.right.named[name][1:2] for name in earlier if name in given.named)
 
 
 def _differs(symptom: Symptom) -> bool:

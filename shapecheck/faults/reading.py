@@ -363,7 +363,9 @@ _PATTERNS = (
         "Unexpected input data type",
     ),
     _pattern(
-        r"Required inputs \(\[([^\[\]]{1,4000})\]\) are missing from", _several("missing", "ONNX Runtime"), "are missing from"
+        r"Required inputs \(\[([^\[\]]{1,4000})\]\) are missing from(?: the)? input feed",
+        _several("missing", "ONNX Runtime"),
+        "are missing from",
     ),
     _pattern(rf"Missing Input: {_NAME}", _named("missing", "ONNX Runtime"), "Missing Input: "),
     _pattern(rf"Invalid (?:input name|Feed Input Name): ?{_NAME}", _named("unknown", "ONNX Runtime"), "Invalid "),

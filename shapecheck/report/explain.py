@@ -34,7 +34,7 @@ def told(
     """
     parts: list[str] = []
     for reading in diagnosis.found:
-        parts += _reading(reading, form, models_named=len(diagnosis.tried) == 1)
+        parts += _reading(reading, form, diagnosis.tried[0] if len(diagnosis.tried) == 1 else None)
     if judgement is not None:
         parts += [*judged(judgement, form), agreement(diagnosis, judgement, form), *elsewhere(others, form)]
     if not diagnosis.found and diagnosis.reason:
@@ -47,18 +47,19 @@ def _tried(diagnosis: Diagnosis, form: Format) -> str:
     return tried if form == "markdown" else wrapped(tried, "       ")
 
 
-def _reading(reading: Reading, form: Format, *, models_named: bool) -> Iterator[str]:
+def _reading(reading: Reading, form: Format, model: str | None) -> Iterator[str]:
+    """One symptom; `model` is the one that was named, if one was."""
     symptom = reading.symptom
     line = clean(symptom.line[:_LONGEST], form)
     yield f"# {symptom.source}: {line}" if form == "markdown" else wrapped(f"{symptom.source}: {line}", "  ")
     if said := meaning(symptom):
         yield said if form == "markdown" else wrapped(said, "")
     for cause in reading.causes:
-        yield _cause(cause, form)
+        yield _cause(cause, form, model)
     if not reading.answers:
         return
     answers = sorted(reading.answers, key=lambda each: -len(each.models))
-    if not models_named:
+    if model is None:
         yield heading("Models that can give this text", form)
         rows = [(_names(each.models), _places(each), len(each.candidates)) for each in answers]
         yield table(rows, ("models", "where it shows", "faults"), form)
@@ -95,12 +96,12 @@ def _counted(size: object, axis: str) -> str:
     return f"{size} channels" if axis == "channels" else f"{axis} {size}"
 
 
-def _cause(cause: Cause, form: Format) -> str:
+def _cause(cause: Cause, form: Format, model: str | None) -> str:
     facts = [
         ("cause", cause.told),
         *([("where", cause.where)] if cause.where else []),
         ("change", cause.change),
-        *([("certain", cause.command)] if cause.command else []),
+        *([("certain", cause.command.replace("MODEL", model or "MODEL"))] if cause.command else []),
     ]
     told = [(name, clean(text, form)) for name, text in facts]
     if form == "human":
@@ -109,38 +110,59 @@ def _cause(cause: Cause, form: Format) -> str:
 
 
 def _answer(answer: Answer, form: Format) -> Iterator[str]:
-    slots = dict.fromkeys(each.slot for each in answer.candidates)
-    count = len(answer.candidates)
+    here, elsewhere = _split(answer)
+    count = len(here or elsewhere)
     faults = f"{count} fault gives" if count == 1 else f"{count} faults give"
-    yield heading(f"On {_names(answer.models)}, {faults} exactly this text, at {_places(answer)}", form)
-    for slot in slots:
-        candidates = [each for each in answer.candidates if each.slot == slot]
+    more = f"; {len(elsewhere)} more at other sizes" if here and elsewhere else ""
+    yield heading(f"On {_names(answer.models)}, {faults} exactly this text, at {_places(answer)}{more}", form)
+    for candidates in _by_slot(here):
         yield _place(candidates[0], form)
-        yield table(list(_rows(candidates, answer)), ("fault", "what was done"), form)
+        yield table(list(_rows(candidates)), ("fault", "what was done"), form)
+    if elsewhere:
+        yield heading(f"At other sizes than latents of {_sizes([answer.geometry])}", form)
+        rows = [_elsewhere_row(candidates) for candidates in _by_slot(elsewhere)]
+        yield table(rows, ("where", "at latents of", "UNet has", "meets", "faults"), form)
     yield heading("What to change", form)
     yield table(_changes(answer.candidates), ("fault", "change"), form)
     yield heading(f"The right table, at {answer.geometry}", form)
     yield right_table(answer.contract, answer.geometry, form)
 
 
+def _split(answer: Answer) -> tuple[list[Candidate], list[Candidate]]:
+    """The candidates at the size the answer is told at, and those that need another."""
+    here = [each for each in answer.candidates if answer.geometry in each.geometries]
+    return here, [each for each in answer.candidates if answer.geometry not in each.geometries]
+
+
+def _by_slot(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    groups: dict[str, list[Candidate]] = {}
+    for each in candidates:
+        groups.setdefault(each.slot, []).append(each)
+    return list(groups.values())
+
+
 def _place(candidate: Candidate, form: Format) -> str:
-    """The slot, and the two shapes that meet there."""
-    place = f"{candidate.slot} ({candidate.module})"
+    """The slot and the two shapes that meet there."""
     met = f"the UNet has {show(candidate.wanted)}, and meets {show(candidate.given) if candidate.given else 'nothing'}"
-    return f"### {place}: {met}" if form == "markdown" else f"{place}: {met}"
+    told = f"{candidate.slot} ({candidate.module}): {met}"
+    return f"### {told}" if form == "markdown" else wrapped(told, "  ")
 
 
-def _rows(candidates: Sequence[Candidate], answer: Answer) -> Iterator[tuple[str, str]]:
+def _elsewhere_row(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+    first = candidates[0]
+    sizes = _sizes(list(dict.fromkeys(at for each in candidates for at in each.geometries)))
+    kinds = ", ".join(dict.fromkeys(each.fault.kind for each in candidates))
+    return first.slot, sizes, show(first.wanted), show(first.given) if first.given else "nothing", kinds
+
+
+def _rows(candidates: Sequence[Candidate]) -> Iterator[tuple[str, str]]:
     """One row a kind of fault; others of a kind are counted."""
-    usual = answer.geometry
     for kind in dict.fromkeys(each.fault.kind for each in candidates):
         alike = [each for each in candidates if each.fault.kind == kind]
         first = alike[0]
         done = first.fault.told
         if others := [fault.told for fault in first.faults[1:] if fault.kind != kind]:
             done += f"; or, which is the same, {others[0]}"
-        if usual not in first.geometries:
-            done += f"; at {_sizes(first.geometries)}"
         if len(alike) > 1:
             done += f" (and {len(alike) - 1} more of this kind)"
         yield kind, done
@@ -148,7 +170,7 @@ def _rows(candidates: Sequence[Candidate], answer: Answer) -> Iterator[tuple[str
 
 def _sizes(geometries: Sequence[Geometry]) -> str:
     told = ", ".join(f"{each.height}×{each.width}" for each in geometries[:_SHOWN])
-    return f"latents of {told}{', …' * (len(geometries) > _SHOWN)}"
+    return f"{told}{', …' * (len(geometries) > _SHOWN)}"
 
 
 def _changes(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
@@ -163,10 +185,15 @@ def _certainty(answer: Answer, form: Format) -> str:
     if len(answer.candidates) == 1:
         return ""
     note = (
-        "the text alone cannot tell these apart; the shapes that were given can: shapecheck explain --model "
-        f"{answer.models[0]} --mapping SHAPES.json, or `with shapecheck.explained(unet, controlnet):` around the call"
+        f"the text alone cannot tell these apart; the shapes that were given can: {certain(answer)}, or "
+        "`with shapecheck.explained(unet, controlnet):` around the call"
     )
     return note_list([note], form)
+
+
+def certain(answer: Answer) -> str:
+    """The command that makes it certain."""
+    return f"shapecheck explain --model {answer.models[0]} --mapping SHAPES.json"
 
 
 def right_table(contract: Contract, geometry: Geometry, form: Format) -> str:
@@ -183,9 +210,9 @@ def _names(models: Sequence[str]) -> str:
 
 
 def _places(answer: Answer) -> str:
-    """`slots 0, 1, 2, 3 and mid`."""
+    """`slots 0, 1, 2, 3 and mid`: at the size the answer is told at, where there are any."""
     names = [slot.name for slot in answer.contract.slots]
-    found = dict.fromkeys(each.slot for each in answer.candidates)
+    found = dict.fromkeys(each.slot for each in _split(answer)[0] or answer.candidates)
     numbers = [str(names.index(name)) for name in found if name in names[:-1]]
     parts = [f"slot{'s' * (len(numbers) > 1)} {', '.join(numbers)}"] if numbers else []
     parts += ["mid"] if names[-1] in found else []
@@ -309,6 +336,7 @@ def _reading_record(reading: Reading) -> dict[str, Any]:
             {
                 "models": list(answer.models),
                 "geometry": asdict(answer.geometry),
+                "certain": certain(answer),
                 "slots": list(dict.fromkeys(each.slot for each in answer.candidates)),
                 "candidates": [_candidate_record(each) for each in answer.candidates],
                 "right": Table.of(answer.contract, answer.geometry).right.named,
