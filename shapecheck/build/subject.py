@@ -18,6 +18,10 @@ from shapecheck.observe.probe import probe, probe_controlnet
 from shapecheck.observe.quiet import quiet
 
 PRECISIONS = frozenset(("float32", "float16", "bfloat16"))
+_UNION = (
+    "a ControlNetUnionModel is not exported: how many images it takes, and of which kinds, changes from call to call; run it "
+    "in PyTorch beside the exported UNet, whose slots take what it gives"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,8 @@ def take(model: str | Path | nn.Module, *, variant: str | None = None, offline: 
     if isinstance(model, nn.Module):
         return _take_live(model, variant)
     source = find(str(model), offline=offline)
+    if source.class_name == "ControlNetUnionModel":
+        raise ShapecheckError(f"{source.origin}: {_UNION}")
     stored, absent = None, f"{source.origin} is a configuration without weights"
     if source.folder is None and Path(model).is_dir():
         absent += f", and the folder of that name is ./{model}"
@@ -124,13 +130,15 @@ def _place(source: configs.ModelSource) -> str:
 def _take_live(module: nn.Module, variant: str | None) -> Subject:
     module = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
     name = type(module).__name__
+    if sources.is_union(module):
+        raise ShapecheckError(_UNION)
     if not (sources.is_unet(module) or sources.is_controlnet(module)):
         raise ShapecheckError(f"class {name} is not exported yet: expected a UNet2DConditionModel or a ControlNetModel")
     live = dict(module.state_dict())
     if any(tensor.is_meta for tensor in live.values()):
-        return Subject(_meta_twin(module), name, f"live {name}", 8, _role(module), None, None, f"the {name} has no values")
+        return Subject(meta_twin(module), name, f"live {name}", 8, _role(module), None, None, f"the {name} has no values")
     stored, absent = _origin_of(module, variant)
-    return Subject(_meta_twin(module), name, f"live {name}", 8, _role(module), stored, live, absent)
+    return Subject(meta_twin(module), name, f"live {name}", 8, _role(module), stored, live, absent)
 
 
 def _origin_of(module: nn.Module, variant: str | None) -> tuple[Mapping[str, Stored] | None, str]:
@@ -160,8 +168,9 @@ def _stored_in(folder: Path, variant: str | None, origin: str) -> tuple[Mapping[
     return read_table(checkpoint_files(folder, variant=variant)), ""
 
 
-def _meta_twin(module: nn.Module) -> nn.Module:
+def meta_twin(module: nn.Module) -> nn.Module:
     """A copy of a live module with its own forward and no memory for tensors."""
+    module = getattr(module, "_orig_mod", module)
     memo = {id(each): _meta_like(each) for each in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo).eval()
 

@@ -38,7 +38,7 @@ def input_mismatches(unet: Sequence[Input], controlnet: Sequence[Input]) -> tupl
     wanted = {each.name: each.shape[1:] for each in unet}
     found = []
     for each in controlnet:
-        if each.name in ("timestep", "controlnet_cond") or wanted.get(each.name) == each.shape[1:]:
+        if each.name in ("timestep", "controlnet_cond", "control_type") or wanted.get(each.name) == each.shape[1:]:
             continue
         if each.name == "sample" and each.shape[1].scale < wanted["sample"][0].scale:
             continue  # inpainting and edit UNets take more latent channels than the ControlNets used with them

@@ -19,8 +19,16 @@ from shapecheck.observe.configfile import ADVICE, one_line, read_json, refuse_ab
 Locate = Callable[[str], Path | None]
 """From a file's place in a model, such as vae/config.json, to where it lies here; None where the model has none."""
 
-_CLASSES: Mapping[str, Role] = {"UNet2DConditionModel": "unet", "ControlNetModel": "controlnet"}
-_CLASS_OF: Mapping[Role, str] = {role: name for name, role in _CLASSES.items()}
+_CLASSES: Mapping[str, Role] = {
+    "UNet2DConditionModel": "unet",
+    "ControlNetModel": "controlnet",
+    "ControlNetUnionModel": "controlnet",
+}
+_CLASS_OF: Mapping[Role, str] = {"unet": "UNet2DConditionModel", "controlnet": "ControlNetModel"}
+"""What is expected of each role, in messages and where nothing else is said."""
+_UNION = "ControlNetUnionModel"
+_UNION_BEFORE_DIFFUSERS = ("ControlNetModel", "ControlNetModel_Union")
+"""What the configs of union ControlNets name that are older than diffusers' class for them."""
 _PLACES: Mapping[Role, tuple[str, ...]] = {
     "unet": ("unet/config.json", "config.json"),
     "controlnet": ("config.json", "controlnet/config.json"),
@@ -92,7 +100,8 @@ def _from_preset(name: str, role: Role) -> ModelSource:
     if role == "unet" and preset.kind == "controlnet":
         raise OtherModelError(f"{name} is a ControlNet; name the UNet as MODEL and give this one as --controlnet {name}")
     notes = () if preset.verified else (f"preset {name} is unverified: `shapecheck presets` says where it was looked for",)
-    return ModelSource(name, f"preset {name}", _CLASS_OF[preset.kind], preset.config, None, preset.vae_factor, notes)
+    class_name = _class_of(preset.config) or _CLASS_OF[preset.kind]
+    return ModelSource(name, f"preset {name}", class_name, preset.config, None, preset.vae_factor, notes)
 
 
 def _from_folder(folder: Path, name: str, role: Role) -> ModelSource:
@@ -156,7 +165,7 @@ def _first(places: Iterable[str], locate: Locate, name: str, role: Role, origin:
         if path is None:
             continue
         record = read_json(path)
-        if _class_of(record) == _CLASS_OF[role]:
+        if _role_of(record) == role:
             return _source(record, name, origin + place, role, path.parent)
         wrong = wrong or _wrong_class(record, origin + place, role)
     if wrong:
@@ -192,7 +201,7 @@ def _saved_together(
         if path is None:
             break
         record = read_json(path)
-        if _class_of(record) != "ControlNetModel":
+        if _role_of(record) != "controlnet":
             return tuple(nets), (f"{path} is of class {_class_of(record)}, which is not read yet: it was left out",)
         title = str(folder / subfolder) if isinstance(folder, Path) else f"{folder}/{subfolder}"
         nets.append(_source(record, title, str(path), "controlnet", path.parent))
@@ -253,30 +262,40 @@ def _refuse_weights(path: Path) -> None:
 def _source(record: Mapping[str, Any], name: str, origin: str, role: Role, folder: Path) -> ModelSource:
     """The source of a config that was read. Raises ShapecheckError where it is another model's."""
     class_name = _class_of(record)
-    if class_name is None or class_name != _CLASS_OF[role]:
+    if class_name is None or _role_of(record) != role:
         raise OtherModelError(_wrong_class(record, origin, role))
     refuse_absurd(record, origin)
-    guessed = f"no _class_name in {origin}: taken for a {class_name} by its keys"
-    return ModelSource(name, origin, class_name, record, folder, notes=() if "_class_name" in record else (guessed,))
+    named = record.get("_class_name")
+    given = f"_class_name {one_line(named)}" if "_class_name" in record else "no _class_name"
+    guessed = (f"{given} in {origin}: taken for a {class_name} by its keys",) if named != class_name else ()
+    return ModelSource(name, origin, class_name, record, folder, notes=guessed)
 
 
 def _class_of(record: Mapping[str, Any]) -> str | None:
     """The class a config names, or that its keys tell."""
-    if record.get("_class_name") is not None:
-        return one_line(record["_class_name"])
+    named = record.get("_class_name")
+    if named is not None and not (named in _UNION_BEFORE_DIFFUSERS and "num_control_type" in record):
+        return one_line(named)
     if not {"down_block_types", "block_out_channels", "cross_attention_dim"} <= record.keys():
-        return None
+        return None if named is None else one_line(named)
+    if "num_control_type" in record:
+        return _UNION
     return "UNet2DConditionModel" if "up_block_types" in record else "ControlNetModel"
+
+
+def _role_of(record: Mapping[str, Any]) -> Role | None:
+    """What a config's class is to the other one; None where it is neither."""
+    return _CLASSES.get(_class_of(record) or "")
 
 
 def _wrong_class(record: Mapping[str, Any], origin: str, role: Role) -> str:
     found = _class_of(record)
     if "shapecheck_contract" in record:
         return f"{origin} is a saved contract, not a model; read it with shapecheck.Contract.from_json"
-    if found == "ControlNetModel":
+    if _role_of(record) == "controlnet":
         return f"{origin} is a ControlNet; name the UNet as MODEL and give this one with --controlnet"
-    if found == "UNet2DConditionModel":
-        return f"{origin} is a UNet; --controlnet takes a ControlNetModel, or the name of a UNet preset"
+    if _role_of(record) == "unet":
+        return f"{origin} is a UNet; --controlnet takes a ControlNet, or the name of a UNet preset"
     if found is not None:
         return f"{origin} is of class {found}, which is not read yet; expected a {_CLASS_OF[role]}; {ADVICE}"
     kinds = record.get("architectures")

@@ -131,7 +131,7 @@ def _built(source: configs.ModelSource) -> Model:
 def _controlnet(module: nn.Module, name: str) -> Model:
     config = _config(module)
     if not sources.is_controlnet(module):
-        raise ShapecheckError(f"{_described(module)} is not read yet: expected a ControlNetModel or a subclass of it")
+        raise ShapecheckError(f"{_described(module)} is not read yet: expected a ControlNetModel, a union one, or a subclass")
     return Model(module, name, controlnet_inputs(config, _dtype_name(module)))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
 from torch import nn
 
 from shapecheck.contract import ShapecheckError
@@ -14,16 +14,17 @@ from shapecheck.observe.configfile import one_line
 from shapecheck.observe.configs import ModelSource
 from shapecheck.observe.quiet import quiet
 
+_MODELS: Mapping[str, Any] = {each.__name__: each for each in (UNet2DConditionModel, ControlNetModel, ControlNetUnionModel)}
+
 
 def build(source: ModelSource) -> nn.Module:
     """The module the configuration describes, on the meta device, in eval mode.
 
     Raises ShapecheckError where diffusers cannot build it.
     """
-    model: Any = UNet2DConditionModel if source.role == "unet" else ControlNetModel
     try:
         with quiet("diffusers"), torch.device("meta"):
-            module: nn.Module = model.from_config(_without_shadow_class(source.config, source.class_name))
+            module: nn.Module = _MODELS[source.class_name].from_config(_without_shadow_class(source.config, source.class_name))
     except Exception as error:  # the configuration is the user's: whatever diffusers makes of it is told to the user
         raise ShapecheckError(
             f"diffusers cannot build a {source.class_name} from {source.origin}: {_first_line(error)}"
@@ -33,10 +34,9 @@ def build(source: ModelSource) -> nn.Module:
 
 def load(source: ModelSource, variant: str | None, dtype: torch.dtype) -> nn.Module:
     """The model with its weights, from safetensors alone, in eval mode. Raises ShapecheckError where diffusers cannot."""
-    model: Any = UNet2DConditionModel if source.role == "unet" else ControlNetModel
     try:
         with quiet("diffusers"):
-            module: nn.Module = model.from_pretrained(
+            module: nn.Module = _MODELS[source.class_name].from_pretrained(
                 source.folder, variant=variant, torch_dtype=dtype, use_safetensors=True, local_files_only=True
             )
     except Exception as error:  # as above
@@ -65,12 +65,17 @@ def is_unet(module: nn.Module) -> bool:
 
 def is_controlnet(module: nn.Module) -> bool:
     """Whether this is the kind of ControlNet that is read."""
-    return isinstance(module, ControlNetModel)
+    return isinstance(module, (ControlNetModel, ControlNetUnionModel))
+
+
+def is_union(module: nn.Module) -> bool:
+    """Whether this is a ControlNet for several kinds of control, which takes a list of images and says which they are."""
+    return isinstance(module, ControlNetUnionModel)
 
 
 def ignored_keys(source: ModelSource) -> tuple[str, ...]:
     """Keys of the configuration that diffusers' class does not know and drops."""
-    model = UNet2DConditionModel if source.role == "unet" else ControlNetModel
+    model = _MODELS[source.class_name]
     known = model._get_init_keys(model)
     return tuple(sorted(key for key in source.config if not key.startswith("_") and key not in known))
 
