@@ -105,7 +105,8 @@ def take(model: str | Path | nn.Module, *, variant: str | None = None, offline: 
     notes = source.notes
     if source.role == "controlnet" and source.controlnets:
         notes += (f"the first of {1 + len(source.controlnets)} ControlNets that were saved together; export each",)
-    return Subject(module, source.name, _place(source), source.vae_factor, source.role, stored, None, absent, notes)
+    role: Role = "controlnet" if source.role == "controlnet" else "unet"
+    return Subject(module, source.name, _place(source), source.vae_factor, role, stored, None, absent, notes)
 
 
 def find(model: str, *, offline: bool) -> configs.ModelSource:

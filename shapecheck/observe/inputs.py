@@ -54,6 +54,12 @@ def controlnet_inputs(config: Settings, dtype: str) -> tuple[Input, ...]:
     )
 
 
+def adapter_input(config: Settings, dtype: str, vae_factor: int) -> Input:
+    """The image a T2I-Adapter takes, in pixels."""
+    image = (BATCH, constant(config["in_channels"]), Dim("h", vae_factor), Dim("w", vae_factor))
+    return Input("image", image, dtype, "x")
+
+
 def call_arguments(inputs: tuple[Input, ...], geometry: Geometry, device: torch.device) -> dict[str, Any]:
     """Keyword arguments for a forward: zeros of the right shape, dtype and device."""
     values = [torch.zeros(each.shape_at(geometry), dtype=getattr(torch, each.dtype), device=device) for each in inputs]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter, UNet2DConditionModel
 from torch import nn
 
 from shapecheck.contract import ShapecheckError
@@ -14,7 +14,9 @@ from shapecheck.observe.configfile import one_line
 from shapecheck.observe.configs import ModelSource
 from shapecheck.observe.quiet import quiet
 
-_MODELS: Mapping[str, Any] = {each.__name__: each for each in (UNet2DConditionModel, ControlNetModel, ControlNetUnionModel)}
+_MODELS: Mapping[str, Any] = {
+    each.__name__: each for each in (UNet2DConditionModel, ControlNetModel, ControlNetUnionModel, T2IAdapter)
+}
 
 
 def build(source: ModelSource) -> nn.Module:
@@ -56,6 +58,26 @@ def implied_controlnet(unet: nn.Module) -> nn.Module:
     except Exception as error:  # from_unet fails in many ways, none of them documented
         raise ShapecheckError(f"diffusers cannot build the ControlNet this UNet implies: {_first_line(error)}") from None
     return controlnet.eval()
+
+
+def implied_adapters(unet: nn.Module, vae_factor: int) -> list[nn.Module]:
+    """The T2I-Adapters that may be made for a UNet, on the meta device: of diffusers' kind for SD1.5, and for SDXL.
+
+    SDXL's gives one feature more than there are down blocks, for the mid block, and works on a grid half as fine.
+    """
+    config: Any = unet.config
+    channels, dtype = list(config["block_out_channels"]), next(unet.parameters()).dtype
+    with quiet("diffusers"), torch.device("meta"):
+        kinds = [
+            T2IAdapter(3, channels, 2, vae_factor, "full_adapter"),
+            T2IAdapter(3, [*channels, channels[-1]], 2, 2 * vae_factor, "full_adapter_xl"),
+        ]
+        return [each.to(dtype).eval() for each in kinds]
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether this is the kind of T2I-Adapter that is read."""
+    return isinstance(module, T2IAdapter)
 
 
 def is_unet(module: nn.Module) -> bool:
