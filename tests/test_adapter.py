@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import onnx
+import onnx_files
 import pytest
 import small
 import torch
 from click.testing import CliRunner
 from diffusers import MultiAdapter, T2IAdapter, UNet2DConditionModel
 
-from shapecheck import Contract, ContractError, Geometry, ShapecheckError, presets, probe
+from shapecheck import (
+    Contract,
+    ContractError,
+    Geometry,
+    ShapecheckError,
+    export,
+    guard,
+    load,
+    parity,
+    presets,
+    probe,
+    read_contract,
+)
 from shapecheck.cli import main
 from shapecheck.contract.naming import feature, is_feature
 from shapecheck.contract.profiles import Range, profile_of
 from shapecheck.observe import configs
+from shapecheck.run.contract_session import ContractSession
+from shapecheck.run.dropin_unet import DropInUNet
+from shapecheck.verify.check import check
 
 FEATURES = [feature(number) for number in range(4)]
 LIKE_SDXL = {
     "block_out_channels": (8, 16, 24),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "UpBlock2D"),
     "layers_per_block": 1,
 }
 """No attention in the first block, and a feature for the mid block, as in SDXL."""
@@ -232,11 +250,163 @@ def test_a_probe_file_names_an_adapter(tmp_path):
     assert "says itself what to probe" in refused.stderr
 
 
+# the file, and the session
+
+
+@pytest.fixture(scope="module")
+def computing() -> UNet2DConditionModel:
+    return small.unet(**LIKE_SDXL)
+
+
+@pytest.fixture(scope="module")
+def session(computing, contract) -> DropInUNet:
+    """The same checks as of a file, in PyTorch."""
+    return DropInUNet(ContractSession.of_unet(computing, contract))
+
+
+@pytest.fixture(scope="module")
+def exported(computing, tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("adapter") / "unet.onnx"
+    export(computing, file, adapter=True)
+    return file
+
+
+def call(contract: Contract, at: Geometry) -> dict[str, torch.Tensor]:
+    """A number for everything the contract names."""
+    generator = torch.Generator().manual_seed(3)
+    given = {name: torch.randn(shape, generator=generator) for name, shape in contract.input_shapes(at).items()}
+    return given | {"timestep": torch.linspace(7, 900, at.batch)}
+
+
+def forward_arguments(given: dict[str, torch.Tensor], *, features: bool = True) -> dict[str, object]:
+    named = {name: given[name] for name in ("sample", "timestep", "encoder_hidden_states")}
+    downs = [value for name, value in given.items() if name.startswith("down_block_residual")]
+    control = {"down_block_additional_residuals": downs, "mid_block_additional_residual": given["mid_block_residual"]}
+    beside = {"down_intrablock_additional_residuals": [given[name] for name in FEATURES]} if features else {}
+    return named | control | beside
+
+
 @pytest.mark.full
-@pytest.mark.parametrize(("model", "strides"), [("sd15", [1, 2, 4, 8]), ("sdxl", [2, 2, 4, 4])])
-def test_the_published_adapters_fit_their_models(model, strides):
-    observed = probe(model, adapter=f"t2iadapter-{model}")
-    assert [each.stride for each in observed.features] == strides
-    assert [each.channels for each in observed.features] == [320, 640, 1280, 1280]
-    assert probe(model, adapter=True) == observed
-    assert observed.slots == presets.contract(model).slots
+def test_features_are_inputs_of_the_file(exported, contract):
+    held = read_contract(exported)
+    assert held == contract
+    inputs = {each.name: each for each in onnx.load(exported, load_external_data=False).graph.input}
+    assert list(inputs)[-5:] == ["mid_block_residual", *FEATURES]
+    shape = inputs["down_intrablock_residual_02"].type.tensor_type.shape.dim
+    assert [each.dim_param or each.dim_value for each in shape] == ["batch", 24, "ceil(h/4)", "ceil(w/4)"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("at", [Geometry(2, 9, 13, 5), Geometry(1, 16, 12, 5)], ids=str)
+def test_the_file_computes_what_pytorch_does(computing, exported, at):
+    given = call(read_contract(exported), at)
+    session = load(exported)
+    with torch.no_grad():
+        expected = computing(**forward_arguments(given), return_dict=False)[0]
+        without = computing(**forward_arguments(given, features=False), return_dict=False)[0]
+    assert relative(session(**forward_arguments(given)).sample, expected) < 1e-5
+    assert relative(session(**forward_arguments(given, features=False)).sample, without) < 1e-5
+    assert relative(without, expected) > 1e-3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_feature_acts_where_it_belongs(computing, exported, name):
+    given = call(read_contract(exported), Geometry(2, 9, 13, 5))
+    given[name] = given[name] + 3
+    with torch.no_grad():
+        expected = computing(**forward_arguments(given), return_dict=False)[0]
+    session = load(exported)
+    assert relative(session(**forward_arguments(given)).sample, expected) < 1e-5
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def test_the_callers_list_stays_whole_and_nothing_stays_behind(session):
+    given = call(session.contract, Geometry(2, 9, 13, 5))
+    arguments = forward_arguments(given)
+    features = arguments["down_intrablock_additional_residuals"]
+    first = session(**arguments).sample
+    assert len(features) == len(FEATURES)
+    off = session(**forward_arguments(given, features=False)).sample
+    assert torch.equal(session(**arguments).sample, first)
+    assert not torch.equal(off, first)
+    none = forward_arguments(given) | {"down_intrablock_additional_residuals": [torch.zeros_like(each) for each in features]}
+    assert torch.equal(session(**none).sample, off)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda features: [], r"down_intrablock_additional_residuals: missing: got an empty list(.|\n)*give list\(features\)"),
+        (lambda features: features[:3], r"down_intrablock_residual_03.*: missing: got nothing"),
+        (lambda features: [*features, features[0]], "down_intrablock_residual_04: surplus"),
+        (lambda features: features[::-1], r"down_intrablock_residual_00 \(UNet down_blocks.0.downsamplers.0\): channels"),
+        (lambda features: [each[:1] for each in features], r"down_intrablock_residual_00 .*: batch"),
+        (lambda features: [each.half() for each in features], "down_intrablock_residual_00 .*: dtype"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused_and_the_next_call_is_served(session, change, told):
+    arguments = forward_arguments(call(session.contract, Geometry(2, 9, 13, 5)))
+    features = arguments["down_intrablock_additional_residuals"]
+    with pytest.raises(ContractError, match=told):
+        session(**arguments | {"down_intrablock_additional_residuals": change(features)})
+    assert session(**arguments).sample.shape == (2, 4, 9, 13)
+
+
+def test_a_live_unet_in_a_sessions_place_takes_them_too(computing, session):
+    given = call(session.contract, Geometry(2, 9, 13, 5))
+    with torch.no_grad():
+        expected = computing(**forward_arguments(given), return_dict=False)[0]
+    assert torch.equal(session(**forward_arguments(given)).sample, expected)
+
+
+def test_the_guard_lets_features_pass_beside_residuals(computing, contract):
+    arguments = forward_arguments(call(contract, Geometry(2, 9, 13, 5)))
+    features = arguments["down_intrablock_additional_residuals"]
+    with guard(computing, contract), torch.no_grad():
+        computing(**arguments)
+        assert features == []
+        with pytest.raises(ContractError, match="pops T2I-Adapter features"):
+            computing(**arguments)
+
+
+@pytest.mark.full
+def test_check_knows_features(exported, tmp_path):
+    checked = check(exported)
+    assert checked.mismatches == ()
+    assert checked.divisor == 1
+    assert {each.name: each.slot for each in checked.slots if is_feature(each.name)} == {name: name for name in FEATURES}
+    swapped = onnx_files.planted(exported, tmp_path / "swapped.onnx", onnx_files.exchange(FEATURES[2], FEATURES[3]))
+    assert {each.where for each in check(swapped).mismatches} == {FEATURES[2], FEATURES[3]}
+    dead = onnx_files.planted(exported, tmp_path / "dead.onnx", onnx_files.unconsume(FEATURES[1]))
+    assert [(each.where, each.kind) for each in check(dead).mismatches] == [(FEATURES[1], "unused")]
+    told = CliRunner().invoke(main, ["check", str(exported)])
+    assert told.exit_code == 0
+    assert "down_intrablock_residual_03" in told.stdout
+
+
+@pytest.mark.full
+def test_parity_says_that_it_gives_no_features(exported, computing):
+    with pytest.raises(ShapecheckError, match=r"takes a T2I-Adapter's features .*export --adapter --verify"):
+        parity(computing, onnx=exported, backends=("ort",))
+
+
+def test_a_controlnet_takes_no_features(tmp_path):
+    with pytest.raises(ShapecheckError, match=r"--adapter is for UNets, .* is a ControlNet"):
+        export(small.controlnet(small.unet(**small.TINY)), tmp_path / "net.onnx", adapter=True)
+
+
+@pytest.mark.full
+def test_features_without_slots_from_the_command_line(tmp_path):
+    small.unet(**small.TINY).save_pretrained(tmp_path / "model" / "unet")
+    command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "unet.onnx"), "--adapter", "--no-control", "--verify"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert "no slots, named as by shapecheck, and 1 feature of a T2I-Adapter" in done.stdout
+    assert "PyTorch and ONNX Runtime agree" in done.stdout
+    checked = check(tmp_path / "unet.onnx")
+    assert checked.mismatches == ()
+    assert len(checked.contract.features) == 1

@@ -120,13 +120,6 @@ def test_it_is_not_exported_and_the_message_says_what_to_do(tmp_path):
 
 
 @pytest.mark.full
-def test_the_published_one_fits_sdxl():
-    contract = probe("sdxl", "controlnet-union-sdxl")
-    assert contract == presets.contract("sdxl")
-    assert "unverified" in contract.header.notes[0]
-
-
-@pytest.mark.full
 def test_what_diffusers_derives_from_a_unet_at_its_real_size_fits_it():
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(presets.load("sdxl").config)).eval()

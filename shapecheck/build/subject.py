@@ -42,11 +42,17 @@ class Subject:
     """Why there is no checkpoint."""
     notes: tuple[str, ...] = ()
 
-    def contract(self, dtype: str, *, control: bool) -> Contract:
-        """The contract the file is written under: without slots where no control is wanted. Casts the meta module."""
+    def contract(self, dtype: str, *, control: bool, adapter: bool = False) -> Contract:
+        """The contract the file is written under: without slots where no control is wanted, with features for an adapter.
+
+        Casts the meta module.
+        """
         with quiet("diffusers"):
             self.module.to(getattr(torch, dtype))
-        observed = probe_controlnet(self.module) if self.role == "controlnet" else probe(self.module)
+        if self.role == "controlnet":
+            observed = probe_controlnet(self.module)
+        else:
+            observed = probe(self.module, adapter=True if adapter else None, vae_factor=self.vae_factor)
         notes = (*self.notes, *observed.header.notes)
         header = replace(observed.header, source=self.origin, vae_factor=self.vae_factor, notes=notes)
         return replace(observed, header=header, slots=observed.slots if control else ())
