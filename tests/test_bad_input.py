@@ -170,7 +170,7 @@ def test_a_unet_is_no_controlnet_and_a_controlnet_no_unet(tmp_path: Path) -> Non
     config(_class_name="ControlNetModel")(net)
     assert refused("probe", str(net)) == f"{net} is a ControlNet; name the UNet as MODEL and give this one with --controlnet"
     assert refused("probe", "sd15", "--controlnet", str(unet)) == (
-        f"{unet} is a UNet; --controlnet takes a ControlNetModel, or the name of a UNet preset"
+        f"{unet} is a UNet; --controlnet takes a ControlNet, or the name of a UNet preset"
     )
     assert refused("probe", "controlnet-sd15").endswith("give this one as --controlnet controlnet-sd15")
 

@@ -182,9 +182,9 @@ def test_a_probe_file_is_carried_out(tmp_path):
     for option in (["--batch", "1"], ["--size", "64x64"], ["--size="], ["--latent", "8x8"], ["--controlnet", "sd15"]):
         refused = shapecheck("probe", str(probe), *option)
         assert refused.exit_code == 2
-        assert "drop --controlnet, --size, --latent and --batch" in refused.stderr
+        assert "drop --controlnet, --adapter, --size, --latent, --batch" in refused.stderr
     probe.write_text('model = "sd15"\ncontrolnets = "sd15"\n', encoding="utf-8")
-    assert "unknown controlnets; known: batch, controlnet" in shapecheck("probe", str(probe)).stderr
+    assert "unknown controlnets; known: adapter, batch, controlnet" in shapecheck("probe", str(probe)).stderr
     probe.write_text("model = [", encoding="utf-8")
     assert "cannot read" in shapecheck("probe", str(probe)).stderr
 

@@ -51,6 +51,7 @@ def write(path: Path, record: object) -> Path:
         ("sd15", "unet", "UNet2DConditionModel", 8),
         ("sd-x4-upscaler", "unet", "UNet2DConditionModel", 4),
         ("controlnet-sd15", "controlnet", "ControlNetModel", 8),
+        ("controlnet-union-sdxl", "controlnet", "ControlNetUnionModel", 8),
         ("sdxl", "controlnet", "UNet2DConditionModel", 8),  # the ControlNet made for it
     ],
 )

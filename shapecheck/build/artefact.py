@@ -138,7 +138,7 @@ def _names(contract: Contract) -> Iterator[str]:
     yield contract.class_name
     for each in contract.inputs:
         yield from (each.name, each.dtype, each.argument)
-    for slot in contract.slots:
+    for slot in contract.residuals:
         yield from (slot.name, slot.producer, slot.up_block)
 
 

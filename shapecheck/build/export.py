@@ -40,6 +40,7 @@ def export(
     dtype: str | None = None,
     opset: int | None = None,
     control: bool = True,
+    adapter: bool = False,
     naming: str = "shapecheck",
     variant: str | None = None,
     offline: bool = False,
@@ -52,8 +53,9 @@ def export(
     `weights`: `link` points into the checkpoint's own safetensors, `copy` writes them to `output` + `.data`, `none` writes
     neither and leaves that file to be made later; by default they are linked where that is possible, else copied, and
     `reason` says why. `dtype` is by default the checkpoint's. `opset` is by default 20, for bfloat16 22.
-    `control=False` exports a UNet without slots. `naming` is a key of `contract.naming.SCHEMES`. `variant` chooses among a
-    checkpoint's files, such as fp16.
+    `control=False` exports a UNet without slots. With `adapter` it gets an input for each feature of the T2I-Adapter that it
+    implies, beside the slots or without them; zeros there are no adapter. `naming` is a key of `contract.naming.SCHEMES`.
+    `variant` chooses among a checkpoint's files, such as fp16.
 
     Raises ShapecheckError where the model, the weights or the output cannot serve; nothing is left behind then.
     """
@@ -61,6 +63,8 @@ def export(
     data = target.with_name(f"{target.name}.data")
     progress("reading the model")
     subject = take(model, variant=variant, offline=offline)
+    if subject.role == "controlnet" and adapter:
+        raise ShapecheckError(f"--adapter is for UNets, which then take features; {subject.name} is a ControlNet")
     if subject.role == "controlnet" and not control:
         raise ShapecheckError(f"--no-control is for UNets, which then take no residuals; {subject.name} is a ControlNet")
     dtype = subject.dtype(dtype)
@@ -68,7 +72,7 @@ def export(
     mode, reason = _mode(weights, dtype, subject, target)
     _refuse_unfit(data, mode)
     progress("observing the contract")
-    contract = subject.contract(dtype, control=control)
+    contract = subject.contract(dtype, control=control, adapter=adapter)
     progress("tracing the graph: half a minute for SD1.5, two minutes for SDXL")
     traced = _traced(subject, contract, opset)
     parameters = _parameters(traced, contract)
@@ -143,7 +147,7 @@ def _traced(subject: Subject, contract: Contract, opset: int) -> ir.Model:
 
 def _parameters(model: ir.Model, contract: Contract) -> list[ir.Value]:
     """The inputs that stand for weights: all after those that the contract names."""
-    named = len(contract.inputs) + (len(contract.slots) if contract.role == "unet" else 0)
+    named = len(contract.inputs) + (len(contract.residuals) if contract.role == "unet" else 0)
     return list(model.graph.inputs[named:])
 
 

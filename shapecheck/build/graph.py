@@ -14,8 +14,10 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract, Dim, Geometry, Input, Shape, ShapecheckError, Slot
-from shapecheck.contract.call import grouped
+from shapecheck.contract.call import added, grouped
 from shapecheck.contract.dims import BATCH, HEIGHT, WIDTH, constant
+from shapecheck.contract.naming import is_feature
+from shapecheck.contract.profiles import rules_of
 from shapecheck.observe.configfile import one_line
 from shapecheck.observe.quiet import quiet
 
@@ -27,6 +29,28 @@ _GIVES_ON = re.compile(r"conv_in|down_blocks\.\d+\.\w+\.\d+|mid_block|up_blocks\
 """Modules whose outputs become skips, or are compared block by block."""
 
 
+class _Fits:
+    """A shape that is equal to any."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+class _Fitting:
+    """A feature of one cell, for the mid block: diffusers adds it there only where its shape is said to be the skip's."""
+
+    shape = _Fits()
+
+    def __init__(self, cell: Tensor) -> None:
+        self.cell = cell
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return func(*(each.cell if isinstance(each, cls) else each for each in args), **(kwargs or {}))
+
+
 class _Flat(nn.Module):
     """A model that takes every input by position, in the contract's order."""
 
@@ -34,30 +58,33 @@ class _Flat(nn.Module):
         super().__init__()
         self.model = model
         self._arguments = [each.argument for each in contract.inputs]
+        self._slots = len(contract.slots) if contract.role == "unet" else 0
+        self._blocks = len(contract.config["down_block_types"])
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        call = grouped(dict(zip(self._arguments, tensors, strict=False)))  # the residuals are left over
-        if residuals := tensors[len(self._arguments) :]:
-            call |= {"down_block_additional_residuals": residuals[:-1], "mid_block_additional_residual": residuals[-1]}
+        call = grouped(dict(zip(self._arguments, tensors, strict=False)))  # what is added is left over
+        given = tensors[len(self._arguments) :]
+        residuals, features = given[: self._slots], given[self._slots :]
+        call |= added(residuals, [*features[: self._blocks], *map(_Fitting, features[self._blocks :])])
         result = self.model(**call, return_dict=False)
         return (*result[0], result[1]) if isinstance(result[0], list) else (result[0],)
 
 
 def trace_unet(model: nn.Module, contract: Contract, opset: int) -> ir.Model:
-    """The graph of a UNet on the meta device: the contract's inputs and one input a slot; one output.
+    """The graph of a UNet on the meta device: the contract's inputs, one input a slot and a feature; one output.
 
     The model's parameters are graph inputs too, after the others, under their state-dict names: no pass can fold them.
     """
     # a residual of one cell broadcasts over its skip: the graph reads no size off it, and its add is that of any size
     element = next(model.parameters()).dtype
-    residuals = [torch.empty((1, slot.channels, 1, 1), device="meta", dtype=element) for slot in contract.slots]
+    residuals = [torch.empty((1, slot.channels, 1, 1), device="meta", dtype=element) for slot in contract.residuals]
     graph = _trace(model, contract, residuals, opset)
-    rules = {each.name: each.shape for each in contract.inputs} | {slot.name: slot.shape for slot in contract.slots}
+    rules = rules_of(contract)
     for value, (name, shape) in zip(graph.graph.inputs[: len(rules)], rules.items(), strict=True):
         value.name, value.shape = name, _symbolic(shape)
     (output,) = graph.graph.outputs
     _name_outputs(graph)
-    for slot in contract.slots:
+    for slot in (*contract.features, *contract.slots):
         _name_slot(graph, slot)
     output.name = OUTPUT
     output.shape = _symbolic((BATCH, constant(contract.config["out_channels"]), HEIGHT, WIDTH))
@@ -78,6 +105,15 @@ def modules(node: ir.Node) -> list[str]:
     """The paths of the modules a node was traced in, outermost first; the model itself is the empty path."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
     return [str(scope).removeprefix(_PREFIX.rstrip(".")).removeprefix(".") for scope in scopes[1:-1]]
+
+
+def bare(skip: ir.Value) -> ir.Value:
+    """The skip before a T2I-Adapter's feature was added to it."""
+    maker = skip.producer()
+    added_to = [value for value in maker.inputs if value is not None] if maker is not None and maker.op_type == "Add" else []
+    if not any(value.is_graph_input() and is_feature(str(value.name)) for value in added_to):
+        return skip
+    return next(value for value in added_to if not value.is_graph_input())
 
 
 def drop_traces(model: ir.Model) -> None:
@@ -119,7 +155,7 @@ def _exported(model: nn.Module, tensors: tuple[Tensor, ...], dynamic: list[dict[
 
 def _odd_geometry(contract: Contract) -> Geometry:
     """Where to trace: sizes at which no branch for convenient sizes is taken, and no two axes are alike."""
-    halvings = max((len(dim.halvings) for slot in contract.slots for dim in slot.skip), default=3)
+    halvings = max((len(dim.halvings) for slot in contract.residuals for dim in slot.skip), default=3)
     smallest = max(3, 2 ** max(1, halvings + 1) // contract.divisor) | 1
     return Geometry(2, contract.divisor * smallest, contract.divisor * (smallest + 8))
 
@@ -192,7 +228,8 @@ def _name_slot(model: ir.Model, slot: Slot) -> None:
     residual = next(value for value in model.graph.inputs if value.name == slot.name)
     (add,) = residual.consumers()
     skip = next(value for value in add.inputs if value is not None and value is not residual)
-    skip.name = f"{slot.producer}.out"  # KOALA's mid slot shares its skip with the slot before
+    if bare(skip) is skip:
+        skip.name = f"{slot.producer}.out"  # KOALA's mid slot shares its skip with the slot before
     add.outputs[0].name = f"{slot.producer}.out+{slot.name}"
 
 

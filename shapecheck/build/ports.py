@@ -37,7 +37,7 @@ def mismatches(contract: Contract, ports: Sequence[Port], names: Mapping[str, st
     """
     table = {port.name: port for port in ports}
     rules, dtypes = rules_of(contract), dtypes_of(contract)
-    producers = {slot.name: slot.producer for slot in contract.slots}
+    producers = {slot.name: slot.producer for slot in contract.residuals}
     found = []
     for name, rule in rules.items():
         port, module = table.get(names[name]), producers.get(name, "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from shapecheck.build.graph import modules
+from shapecheck.build.graph import bare, modules
 from shapecheck.build.shapes import shapes_at
 from shapecheck.contract import Contract, Geometry, Slot
 
@@ -33,7 +33,7 @@ def check(model: ir.Model, contract: Contract) -> None:
     """
     _check_inputs(model, contract)
     if contract.role == "unet":
-        for slot in contract.slots:
+        for slot in contract.residuals:
             _check_add(model, slot)
     refused = sorted({node.op_type for node in model.graph} & REFUSED_BY_TENSORRT)
     _same("operators TensorRT rejects", refused, [])
@@ -46,7 +46,7 @@ def check(model: ir.Model, contract: Contract) -> None:
 def _check_inputs(model: ir.Model, contract: Contract) -> None:
     declared = {each.name: tuple(map(str, each.shape)) for each in contract.inputs}
     if contract.role == "unet":
-        declared |= {slot.name: tuple(map(str, slot.shape)) for slot in contract.slots}
+        declared |= {slot.name: tuple(map(str, slot.shape)) for slot in contract.residuals}
     values = model.graph.inputs[: len(declared)]
     found = {str(value.name): tuple(str(getattr(dim, "value", dim)) for dim in value.shape or ()) for value in values}
     _same("inputs", list(found.items()), list(declared.items()))
@@ -58,7 +58,7 @@ def _check_add(model: ir.Model, slot: Slot) -> None:
     _same(f"consumers of {slot.name}, and their module", consumers, [("Add", slot.adds[0].owner)])
     (add,) = residual.consumers()
     (skip,) = (value for value in add.inputs if value is not None and value is not residual)
-    maker = skip.producer()
+    maker = bare(skip).producer()
     _same(f"{slot.producer} makes the skip of {slot.name}", maker is not None and slot.producer in modules(maker), True)
 
 
@@ -68,7 +68,7 @@ def _check_shapes(model: ir.Model, contract: Contract, geometry: Geometry) -> No
     if contract.role == "controlnet":
         expected = contract.shapes(geometry)
     else:
-        expected = {f"{slot.producer}.out": tuple(dim.at(geometry.sizes) for dim in slot.skip) for slot in contract.slots}
+        expected = {f"{slot.producer}.out": tuple(dim.at(geometry.sizes) for dim in slot.skip) for slot in contract.residuals}
         image = (geometry.batch, contract.config["out_channels"], geometry.height, geometry.width)
         expected[str(model.graph.outputs[0].name)] = image
     _same(f"shapes at {geometry}", {name: found.known.get(name) for name in expected}, expected)

@@ -19,6 +19,10 @@ from shapecheck.observe.quiet import quiet
 from shapecheck.observe.safetensors_header import Stored, read_table
 
 PRECISIONS = frozenset(("float32", "float16", "bfloat16"))
+_UNION = (
+    "a ControlNetUnionModel is not exported: how many images it takes, and of which kinds, changes from call to call; run it "
+    "in PyTorch beside the exported UNet, whose slots take what it gives"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,17 @@ class Subject:
     """Why there is no checkpoint."""
     notes: tuple[str, ...] = ()
 
-    def contract(self, dtype: str, *, control: bool) -> Contract:
-        """The contract the file is written under: without slots where no control is wanted. Casts the meta module."""
+    def contract(self, dtype: str, *, control: bool, adapter: bool = False) -> Contract:
+        """The contract the file is written under: without slots where no control is wanted, with features for an adapter.
+
+        Casts the meta module.
+        """
         with quiet("diffusers"):
             self.module.to(getattr(torch, dtype))
-        observed = probe_controlnet(self.module) if self.role == "controlnet" else probe(self.module)
+        if self.role == "controlnet":
+            observed = probe_controlnet(self.module)
+        else:
+            observed = probe(self.module, adapter=True if adapter else None, vae_factor=self.vae_factor)
         notes = (*self.notes, *observed.header.notes)
         header = replace(observed.header, source=self.origin, vae_factor=self.vae_factor, notes=notes)
         return replace(observed, header=header, slots=observed.slots if control else ())
@@ -95,6 +105,8 @@ def take(model: str | Path | nn.Module, *, variant: str | None = None, offline: 
             "beside them is not in it. Give a diffusers folder; in Python this makes one, with a configuration from the hub: "
             f"diffusers.{source.class_name}.from_single_file({str(model)!r}).save_pretrained('FOLDER')"
         )
+    if source.class_name == "ControlNetUnionModel":
+        raise ShapecheckError(f"{source.origin}: {_UNION}")
     stored, absent = None, f"{source.origin} is a configuration without weights"
     if source.folder is None and Path(model).is_dir():
         absent += f", and the folder of that name is ./{model}"
@@ -106,7 +118,8 @@ def take(model: str | Path | nn.Module, *, variant: str | None = None, offline: 
     notes = source.notes
     if source.role == "controlnet" and source.controlnets:
         notes += (f"the first of {1 + len(source.controlnets)} ControlNets that were saved together; export each",)
-    return Subject(module, source.name, _place(source), source.vae_factor, source.role, stored, None, absent, notes)
+    role: Role = "controlnet" if source.role == "controlnet" else "unet"
+    return Subject(module, source.name, _place(source), source.vae_factor, role, stored, None, absent, notes)
 
 
 def find(model: str, *, offline: bool) -> configs.ModelSource:
@@ -131,13 +144,15 @@ def _place(source: configs.ModelSource) -> str:
 def _take_live(module: nn.Module, variant: str | None) -> Subject:
     module = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
     name = type(module).__name__
+    if sources.is_union(module):
+        raise ShapecheckError(_UNION)
     if not (sources.is_unet(module) or sources.is_controlnet(module)):
         raise ShapecheckError(f"class {name} is not exported yet: expected a UNet2DConditionModel or a ControlNetModel")
     live = dict(module.state_dict())
     if any(tensor.is_meta for tensor in live.values()):
-        return Subject(_meta_twin(module), name, f"live {name}", 8, _role(module), None, None, f"the {name} has no values")
+        return Subject(meta_twin(module), name, f"live {name}", 8, _role(module), None, None, f"the {name} has no values")
     stored, absent = _origin_of(module, variant)
-    return Subject(_meta_twin(module), name, f"live {name}", 8, _role(module), stored, live, absent)
+    return Subject(meta_twin(module), name, f"live {name}", 8, _role(module), stored, live, absent)
 
 
 def _origin_of(module: nn.Module, variant: str | None) -> tuple[Mapping[str, Stored] | None, str]:
@@ -167,8 +182,9 @@ def _stored_in(folder: Path, variant: str | None, origin: str) -> tuple[Mapping[
     return read_table(checkpoint_files(folder, variant=variant)), ""
 
 
-def _meta_twin(module: nn.Module) -> nn.Module:
+def meta_twin(module: nn.Module) -> nn.Module:
     """A copy of a live module with its own forward and no memory for tensors."""
+    module = getattr(module, "_orig_mod", module)
     memo = {id(each): _meta_like(each) for each in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo).eval()
 

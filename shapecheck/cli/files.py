@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option("--opset", type=int, metavar="N", help="ONNX opset, 18 to 23.  [default: 20; 22 for bfloat16]")
 @click.option("--control/--no-control", default=True, show_default=True, help="With one input a slot, or with none.")
+@click.option("--adapter", is_flag=True, help="With one input for each feature of the T2I-Adapter that a UNet implies.")
 @click.option(
     "--naming",
     type=click.Choice([naming.key for naming in SCHEMES]),
@@ -66,6 +67,7 @@ def export(
     dtype: str | None,
     opset: int | None,
     control: bool,
+    adapter: bool,
     naming: str,
     variant: str | None,
     verify: bool,
@@ -82,6 +84,7 @@ def export(
     Examples:
       shapecheck export ./sd15 -o ./sd15/unet.onnx
       shapecheck export ./sd15 -o unet_fp16.onnx --dtype float16 --verify
+      shapecheck export ./sd15 -o unet.onnx --adapter
       shapecheck export ./my-controlnet -o controlnet.onnx --weights copy
       shapecheck export sdxl -o sdxl.onnx --weights none
     """
@@ -98,6 +101,7 @@ def export(
             dtype=dtype,
             opset=opset,
             control=control,
+            adapter=adapter,
             naming=naming,
             variant=variant,
             offline=offline,

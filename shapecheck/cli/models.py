@@ -23,6 +23,9 @@ from shapecheck.terminal import progress, write
     "ControlNet made for it. Repeat for several at once. A folder that MultiControlNetModel saved gives all of its "
     "ControlNets. Default: the ControlNet that MODEL implies.",
 )
+@click.option(
+    "--adapter", metavar="NAME", help="A T2I-Adapter to observe too: preset, diffusers folder, config.json or hub id."
+)
 @click.option("--size", metavar="WxH", help="Show shapes at this image size in pixels, and observe it too.")
 @click.option("--latent", metavar="HxW", help="The same in latent cells.")
 @click.option("--batch", type=click.IntRange(min=1), help="Batch to show shapes at.  [default: 1]")
@@ -32,6 +35,7 @@ from shapecheck.terminal import progress, write
 def probe(
     model: str,
     controlnets: tuple[str, ...],
+    adapter: str | None,
     size: str | None,
     latent: str | None,
     batch: int | None,
@@ -39,23 +43,24 @@ def probe(
     form: Form,
     output: Path | None,
 ) -> int:
-    """Observe MODEL and its ControlNet, and print the exact slot table.
+    """Observe MODEL and its ControlNet, and a T2I-Adapter if one is named, and print the exact slot table.
 
     MODEL is a preset (see `shapecheck presets`), a UNet's config.json, a diffusers folder, a .safetensors checkpoint, a hub id,
     or a probes/*.toml file. Nothing but configurations and the header of a checkpoint is read: no weights, no GPU, no code
-    from the model. A .toml file holds `model` and any of `controlnet`, `size`, `latent`, `batch`, `mapping` (claimed shapes,
-    instead of a ControlNet) and `story`; its `expect` is for tests and is not compared here.
+    from the model. A .toml file holds `model` and any of `controlnet`, `adapter`, `size`, `latent`, `batch`, `mapping`
+    (claimed shapes, instead of a ControlNet) and `story`; its `expect` is for tests and is not compared here.
 
     \b
     Examples:
       shapecheck probe sd15
       shapecheck probe sdxl --controlnet controlnet-sdxl-small --size 904x512
+      shapecheck probe sdxl --adapter t2iadapter-sdxl
       shapecheck probe ./my-model --controlnet ./my-controlnet --format json -o contract.json
     """
     from shapecheck.observe import request as requests
     from shapecheck.report import contract as report
 
-    request = request_for(model, controlnets, size, latent, batch)
+    request = request_for(model, controlnets, size, latent, batch, adapter)
     if output is not None:
         refuse_unwritable(output)
     with progress() as steps:

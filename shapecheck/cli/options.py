@@ -57,21 +57,28 @@ def size_options(command: Callable[..., int]) -> Callable[..., int]:
     return command
 
 
-def request_for(model: str, controlnets: tuple[str, ...], size: str | None, latent: str | None, batch: int | None) -> Request:
+def request_for(
+    model: str,
+    controlnets: tuple[str, ...],
+    size: str | None,
+    latent: str | None,
+    batch: int | None,
+    adapter: str | None = None,
+) -> Request:
     """What to probe, as the command line or a .toml file says it. Raises ShapecheckError where that is no request."""
     from shapecheck.observe import request as requests
 
     path = Path(model)
     if path.suffix == ".toml" and os.path.isfile(path):  # noqa: PTH113  # Path.is_file raises on names too long
-        if controlnets or size is not None or latent is not None or batch is not None:
+        if controlnets or any(each is not None for each in (size, latent, batch, adapter)):
             raise ShapecheckError(
-                f"{path} says itself what to probe and at which size; drop --controlnet, --size, --latent and --batch"
+                f"{path} says itself what to probe and at which size; drop --controlnet, --adapter, --size, --latent, --batch"
             )
         return requests.read(path)
     size_px = parse_pair(size, "WxH in pixels") if size is not None else None
     cells = parse_pair(latent, "HxW in latent cells") if latent is not None else None
     number = requests.checked_batch(1 if batch is None else batch, "--batch")
-    return requests.Request(model, controlnets, size_px, cells, number)
+    return requests.Request(model, controlnets, adapter, size_px, cells, number)
 
 
 def held_to(model: str | None, offline: bool, tell: Steps) -> Contract | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shapecheck.contract.contract import Contract
@@ -20,7 +20,16 @@ def grouped(values: Mapping[str, Any]) -> dict[str, Any]:
 def arguments(contract: Contract, values: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments for the UNet's forward, from a value for every input and every slot of its contract."""
     call = grouped({each.argument: values[each.name] for each in contract.inputs})
-    if contract.slots:
-        *downs, mid = (values[slot.name] for slot in contract.slots)
-        call |= {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid}
-    return call
+    residuals, features = ([values[slot.name] for slot in slots] for slots in (contract.slots, contract.features))
+    return call | added(residuals, features)
+
+
+def added(residuals: Sequence[Any], features: Sequence[Any]) -> dict[str, Any]:
+    """Keyword arguments for what a UNet adds: residuals in slot order, mid last, and features; nothing where there are none.
+
+    Features are in a list of their own: diffusers pops them off it.
+    """
+    call: dict[str, Any] = {}
+    if residuals:
+        call |= {"down_block_additional_residuals": list(residuals[:-1]), "mid_block_additional_residual": residuals[-1]}
+    return call | ({"down_intrablock_additional_residuals": list(features)} if features else {})

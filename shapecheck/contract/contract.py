@@ -25,7 +25,7 @@ class Contract:
     """Base inputs, slots and identity of a UNet, as observed.
 
     A ControlNet has one too, where it is exported alone: its `role` says so, and its slots are what it emits.
-    Two contracts are equal, and share a digest, when class, inputs, slots, config, divisor and role agree;
+    Two contracts are equal, and share a digest, when class, inputs, slots, features, config, divisor and role agree;
     the header (where it came from, library versions) never counts.
     """
 
@@ -38,6 +38,8 @@ class Contract:
     """Latent height and width must be multiples of this; 1 where every size runs."""
     header: Header = field(default_factory=Header, compare=False)
     role: Role = "unet"
+    features: tuple[Slot, ...] = ()
+    """Where a T2I-Adapter's features are added, if one was observed."""
 
     @property
     def digest(self) -> str:
@@ -47,26 +49,37 @@ class Contract:
         """
         return serial.digest(self)
 
+    @property
+    def residuals(self) -> tuple[Slot, ...]:
+        """Everything the UNet adds: the slots of a ControlNet's residuals, then those of an adapter's features."""
+        return self.slots + self.features
+
     def slot(self, name: str) -> Slot:
-        """The slot of that name. Raises ShapecheckError listing the known names."""
-        for slot in self.slots:
+        """The slot of that name, of a residual or a feature. Raises ShapecheckError listing the known names."""
+        for slot in self.residuals:
             if slot.name == name:
                 return slot
-        raise ShapecheckError(f"no slot {name!r}; this contract has {', '.join(slot.name for slot in self.slots)}")
+        raise ShapecheckError(f"no slot {name!r}; this contract has {', '.join(slot.name for slot in self.residuals)}")
 
     def shapes(self, geometry: Geometry) -> dict[str, Shape]:
         """Slot name → (batch, channels, height, width) of its residual, in slot order; sizes in slot cells.
 
-        Raises ShapecheckError where the UNet refuses the geometry.
+        Without a T2I-Adapter's features, which `feature_shapes` gives. Raises ShapecheckError where the UNet refuses the
+        geometry.
         """
         self.require(geometry)
         return {slot.name: slot.shape_at(geometry) for slot in self.slots}
 
+    def feature_shapes(self, geometry: Geometry) -> dict[str, Shape]:
+        """The same of a T2I-Adapter's features, one a down block; empty where none was observed."""
+        self.require(geometry)
+        return {slot.name: slot.shape_at(geometry) for slot in self.features}
+
     def input_shapes(self, geometry: Geometry) -> dict[str, Shape]:
-        """The shape of every input the exported model has: base inputs first, then a UNet's slots."""
+        """The shape of every input the exported model has: base inputs first, then a UNet's slots, then features."""
         self.require(geometry)
         given = {each.name: each.shape_at(geometry) for each in self.inputs}
-        return given | self.shapes(geometry) if self.role == "unet" else given
+        return given | self.shapes(geometry) | self.feature_shapes(geometry) if self.role == "unet" else given
 
     def require(self, geometry: Geometry) -> None:
         """Raise ShapecheckError unless the UNet accepts this geometry."""

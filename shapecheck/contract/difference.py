@@ -37,7 +37,7 @@ def differences(a: Contract, b: Contract) -> tuple[Difference, ...]:
     return (
         *_told("model", "", _whole(a), _whole(b)),
         *_members("input", a.inputs, b.inputs),
-        *_members("slot", a.slots, b.slots),
+        *_members("slot", a.residuals, b.residuals),
         *_told("setting", "", _settings(a), _settings(b)),
     )
 

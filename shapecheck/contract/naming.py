@@ -35,6 +35,8 @@ class Naming:
         return int(match[1]) if match and name == self.down(int(match[1])) else None
 
 
+FEATURE = "down_intrablock_residual_"
+"""Prefix of the names of a T2I-Adapter's features, in every scheme: diffusers' `down_intrablock_additional_residuals`."""
 SHAPECHECK = Naming("shapecheck", "down_block_residual_", 2, "mid_block_residual", "shapecheck")
 SCHEMES = (
     SHAPECHECK,
@@ -42,6 +44,16 @@ SCHEMES = (
     Naming("comfyui", "output_control_", 1, "middle_control_0", "ComfyUI_TensorRT, pull request 90"),
     Naming("optimum-neuron", "down_block_additional_residuals_", 1, "mid_block_additional_residual", "optimum-neuron"),
 )
+
+
+def feature(index: int) -> str:
+    """The name of a feature of a T2I-Adapter."""
+    return f"{FEATURE}{index:02d}"
+
+
+def is_feature(name: str) -> bool:
+    """Whether this is the name of a T2I-Adapter's feature."""
+    return re.fullmatch(FEATURE + "[0-9]{2,4}", name) is not None
 
 
 def scheme(key: str) -> Naming:

@@ -20,7 +20,7 @@ def mismatches(contract: Contract, profile: Profile) -> tuple[Mismatch, ...]:
     An input that is missing would be filled with 1 by builders in silence: the slot then takes (1, channels, 1, 1).
     """
     rules, dtypes = rules_of(contract), dtypes_of(contract)
-    producers = {slot.name: slot.producer for slot in contract.slots}
+    producers = {slot.name: slot.producer for slot in contract.residuals}
     found = [*_disordered(profile), *_misnamed(rules, profile, producers)]
     try:
         sizes = range_of(contract, profile)
@@ -76,9 +76,11 @@ def _no_image(contract: Contract, given: Bounds, rule: tuple[Dim, ...], sizes: R
         expected = shape_at(rule, geometry)
         if shape == expected:
             continue
-        slots = [slot for slot in contract.slots if slot.name == given.name and contract.role == "unet"]
+        slots = [slot for slot in contract.residuals if slot.name == given.name and contract.role == "unet"]
         if slots:
-            wrong = next(each for each in compare(contract.slots, geometry, {given.name: shape}) if each.where == given.name)
+            wrong = next(
+                each for each in compare(contract.residuals, geometry, {given.name: shape}) if each.where == given.name
+            )
         else:
             wrong = Mismatch(kind_of(rule, shape, expected), given.name, shape, expected, geometry)
         return replace(wrong, observed=f"{bound} {show(shape)}", expected=f"{bound} {show(expected)}")

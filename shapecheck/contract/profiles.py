@@ -129,9 +129,9 @@ def profile_of(contract: Contract, sizes: Range) -> Profile:
 
 
 def rules_of(contract: Contract) -> dict[str, tuple[Dim, ...]]:
-    """The shape of every input the exported model has, by name: base inputs, then a UNet's slots."""
+    """The shape of every input the exported model has, by name: base inputs, then a UNet's slots, then features."""
     rules = {each.name: each.shape for each in contract.inputs}
-    return rules | {slot.name: slot.shape for slot in contract.slots} if contract.role == "unet" else rules
+    return rules | {slot.name: slot.shape for slot in contract.residuals} if contract.role == "unet" else rules
 
 
 def dtypes_of(contract: Contract) -> dict[str, str]:

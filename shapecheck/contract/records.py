@@ -7,6 +7,7 @@ from typing import Literal
 
 from shapecheck.contract.dims import Dim, Rounding, Shape, constant, show
 from shapecheck.contract.geometry import Geometry
+from shapecheck.contract.naming import is_feature
 
 Spatial = Literal["full", "pooled"]
 """`full`: the residual is as large as the skip. `pooled`: it is 1×1 and broadcast over the skip."""
@@ -106,10 +107,9 @@ class Mismatch:
     """Which ControlNet, where several were observed."""
 
     def __str__(self) -> str:
+        emitter = "adapter" if is_feature(self.where) else "ControlNet"
         sides = ", ".join(
-            f"{side} {module}"
-            for side, module in (("UNet", self.unet_module), ("ControlNet", self.controlnet_module))
-            if module
+            f"{side} {module}" for side, module in (("UNet", self.unet_module), (emitter, self.controlnet_module)) if module
         )
         place = f"{self.where} ({sides})" if sides else self.where
         at = f" at {self.geometry}" if self.geometry else ""
@@ -139,6 +139,8 @@ class Header:
     """Latent height and width of the model's own `sample_size`."""
     parameters: int | None = None
     controlnets: tuple[ControlNetInfo, ...] = ()
+    adapter: str = ""
+    """The T2I-Adapter that was observed beside the UNet, if any."""
     handover: tuple[str, ...] = ()
     """What happened to the residuals between the ControlNet and the UNet, in words."""
     notes: tuple[str, ...] = ()

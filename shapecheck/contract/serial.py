@@ -22,12 +22,19 @@ _LARGEST_TEXT = 4 * 2**20
 
 def identity(contract: Contract) -> dict[str, Any]:
     """The part that counts in equality, as JSON values."""
+    return _record(contract, sites=False)
+
+
+def _record(contract: Contract, *, sites: bool) -> dict[str, Any]:
+    """What is not the header; features are left out where there are none, as in files older than they are."""
+    features = [_slot(each, sites=sites) for each in contract.features]
     return {
         "class_name": contract.class_name,
         "role": contract.role,
         "divisor": contract.divisor,
         "inputs": [_input(each) for each in contract.inputs],
-        "slots": [_slot(each, sites=False) for each in contract.slots],
+        "slots": [_slot(each, sites=sites) for each in contract.slots],
+        **({"features": features} if features else {}),
         "config": contract.config.to_json(),
     }
 
@@ -41,7 +48,7 @@ def digest(contract: Contract) -> str:
 def dumps(contract: Contract) -> str:
     """JSON text of the whole contract, header included, stable from run to run."""
     record = {"shapecheck_contract": SCHEMA, "digest": digest(contract), "header": _header(contract.header)}
-    record |= identity(contract) | {"slots": [_slot(each, sites=True) for each in contract.slots]}
+    record |= _record(contract, sites=True)
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -86,7 +93,8 @@ def _slot(slot: Slot, *, sites: bool) -> dict[str, Any]:
 
 
 def _header(header: Header) -> dict[str, Any]:
-    return asdict(header) | {"versions": dict(header.versions)}
+    record = asdict(header) | {"versions": dict(header.versions)}
+    return record if header.adapter else {key: value for key, value in record.items() if key != "adapter"}
 
 
 def _read(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +103,7 @@ def _read(record: Mapping[str, Any]) -> dict[str, Any]:
         "role": _choice(record["role"], Role),
         "inputs": tuple(map(_read_input, _list(record["inputs"]))),
         "slots": tuple(map(_read_slot, _list(record["slots"]))),
+        "features": tuple(map(_read_slot, _list(record.get("features", [])))),
         "config": Config(_table(record["config"])),
         "divisor": _whole(record["divisor"]),
         "header": _read_header(_table(record["header"])),
@@ -135,6 +144,7 @@ def _read_header(record: Mapping[str, Any]) -> Header:
         native=None if native is None else _pair(native),
         parameters=None if parameters is None else _whole(parameters, least=0),
         controlnets=tuple(map(_read_controlnet, _list(record["controlnets"]))),
+        adapter=_text(record.get("adapter", "")),
         handover=tuple(map(_text, _list(record["handover"]))),
         notes=tuple(map(_text, _list(record["notes"]))),
         versions=tuple(sorted((package, _text(release)) for package, release in _table(record["versions"]).items())),

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from shapecheck.contract.dims import Shape
 from shapecheck.contract.geometry import Geometry
+from shapecheck.contract.naming import SHAPECHECK, feature, is_feature
 from shapecheck.contract.records import AddSite
+
+Group = Literal["control", "feature"]
+"""What a tensor is to the UNet: a ControlNet's residual, or a feature of a T2I-Adapter."""
+
+
+def slot_name(index: int, group: Group = "control") -> str:
+    """Our name of the slot that residual or feature `index` is for; the mid residual has -1."""
+    if group == "feature":
+        return feature(index)
+    return SHAPECHECK.mid if index < 0 else SHAPECHECK.down(index)
 
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """A residual as a ControlNet emitted it. `index` counts the down residuals from 0; the mid one is -1."""
+    """A residual as a ControlNet emitted it, or a T2I-Adapter's feature.
+
+    `controlnet` counts the ControlNets and after them the adapters; `index` the down residuals from 0, with the mid one -1,
+    or the features from 0.
+    """
 
     controlnet: int
     index: int
@@ -19,6 +35,12 @@ class Residual:
     dtype: str
     module: str
     """Path of the module of the ControlNet that made it."""
+    group: Group = "control"
+
+    @property
+    def name(self) -> str:
+        """Of the slot it is for."""
+        return slot_name(self.index, self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +56,12 @@ class Arrival:
     dtype: str
     sources: tuple[tuple[int, int], ...] = ()
     via: tuple[str, ...] = ()
+    group: Group = "control"
+
+    @property
+    def name(self) -> str:
+        """Of the slot it was given for."""
+        return slot_name(self.index, self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +75,19 @@ class Add:
     producer: str
     site: AddSite
     up_block: str = ""
+    group: Group = "control"
+
+    @property
+    def name(self) -> str:
+        """Of the slot."""
+        return slot_name(self.index, self.group)
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One call of the UNet, with what the ControlNets emitted for it.
+    """One call of the UNet, with what ControlNets and T2I-Adapters emitted for it.
 
-    `misunderstood` are residuals that something other than an addition took: index, and the operation and its place.
+    `misunderstood` are residuals that something other than an addition took: slot, and the operation and its place.
     `refused` is the text of the exception that ended the UNet's run, else empty.
     """
 
@@ -61,5 +95,15 @@ class Trace:
     emitted: tuple[Residual, ...] = ()
     arrived: tuple[Arrival, ...] = ()
     adds: tuple[Add, ...] = ()
-    misunderstood: tuple[tuple[int, str], ...] = ()
+    misunderstood: tuple[tuple[str, str], ...] = ()
     refused: str = ""
+
+    def only(self, group: Group) -> Trace:
+        """The same call, as far as residuals or as far as features go."""
+        return replace(
+            self,
+            emitted=tuple(each for each in self.emitted if each.group == group),
+            arrived=tuple(each for each in self.arrived if each.group == group),
+            adds=tuple(each for each in self.adds if each.group == group),
+            misunderstood=tuple(each for each in self.misunderstood if is_feature(each[0]) is (group == "feature")),
+        )

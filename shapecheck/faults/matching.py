@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from shapecheck.contract import Contract, Shape
-from shapecheck.contract.naming import SCHEMES, SHAPECHECK
+from shapecheck.contract.naming import SCHEMES, SHAPECHECK, is_feature
 from shapecheck.faults.given import Given
 from shapecheck.faults.outcome import Failure
 from shapecheck.faults.symptom import Symptom
@@ -48,6 +48,8 @@ def slot_of(name: str, contract: Contract) -> str | None:
 
 def residual_index(name: str) -> int | None:
     """The number of the slot that an input is named after, -1 for mid; None for any other name."""
+    if is_feature(name):
+        return None
     known = [index for scheme in SCHEMES if (index := scheme.index(name)) is not None]
     return known[0] if known else _guessed(name)
 

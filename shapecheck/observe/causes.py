@@ -8,7 +8,6 @@ from typing import Any
 
 from shapecheck import presets
 from shapecheck.contract import Contract, Dim, Input, Mismatch
-from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.presets.families import families
 
 _SHAPING_KEYS = (
@@ -19,7 +18,8 @@ _SHAPING_KEYS = (
     "cross_attention_dim",
     "addition_embed_type",
 )
-Table = Mapping[int, tuple[Dim, ...]]
+Table = Mapping[str, tuple[Dim, ...]]
+"""Slot → shape of what is emitted for it."""
 
 
 def explain(
@@ -33,12 +33,23 @@ def explain(
     return tuple(replace(each, cause="; ".join(filter(None, (cause, each.cause)))) for each in found)
 
 
+def explain_adapter(found: Sequence[Mismatch], contract: Contract, config: Mapping[str, Any]) -> tuple[Mismatch, ...]:
+    """The mismatches of a T2I-Adapter's features, each with the family put first that the adapter was made for, if known."""
+    deciding = ("adapter_type", "channels", "downscale_factor")
+    known = [presets.load(name) for name in presets.names() if presets.load(name).kind == "adapter"]
+    made_for = {
+        each.family for each in known if all(_plain(each.config[key]) == _plain(config.get(key)) for key in deciding)
+    } - {presets.load(name).family for name in families(contract)}
+    cause = f"this adapter was made for {' or '.join(sorted(made_for))}" if made_for else ""
+    return tuple(replace(each, cause="; ".join(filter(None, (cause, each.cause)))) for each in found)
+
+
 def input_mismatches(unet: Sequence[Input], controlnet: Sequence[Input]) -> tuple[Mismatch, ...]:
     """Inputs that a pipeline gives to both, where the two want different ones."""
     wanted = {each.name: each.shape[1:] for each in unet}
     found = []
     for each in controlnet:
-        if each.name in ("timestep", "controlnet_cond") or wanted.get(each.name) == each.shape[1:]:
+        if each.name in ("timestep", "controlnet_cond", "control_type") or wanted.get(each.name) == each.shape[1:]:
             continue
         if each.name == "sample" and each.shape[1].scale < wanted["sample"][0].scale:
             continue  # inpainting and edit UNets take more latent channels than the ControlNets used with them
@@ -87,8 +98,8 @@ def _plain(value: Any) -> Any:
     return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _slot_rules(contract: Contract) -> dict[int, tuple[Dim, ...]]:
-    return {-1 if slot.name == SHAPECHECK.mid else number: slot.skip for number, slot in enumerate(contract.slots)}
+def _slot_rules(contract: Contract) -> dict[str, tuple[Dim, ...]]:
+    return {slot.name: slot.skip for slot in contract.slots}
 
 
 def _text_width(inputs: Sequence[Input]) -> Dim | None:

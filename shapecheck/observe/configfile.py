@@ -47,9 +47,9 @@ def refuse_absurd(config: Mapping[str, Any], origin: str) -> None:
     for key, value in config.items():
         if (largest := max(_numbers(value), default=0)) > _LARGEST_NUMBER:
             raise ShapecheckError(f"{origin}: {one_line(key)} holds {largest:.3g}; more than {_LARGEST_NUMBER} is refused")
-    levels = config.get("down_block_types")
+    levels = config.get("down_block_types", config.get("channels"))
     count = len(levels) if isinstance(levels, list) else 1
-    layers = max(_numbers(config.get("layers_per_block")), default=1)
+    layers = max(_numbers(config.get("layers_per_block", config.get("num_res_blocks"))), default=1)
     deepest = max(_numbers(config.get("transformer_layers_per_block")), default=1)
     if count > _MOST_LEVELS or count * layers * max(deepest, 1) > _MOST_TRANSFORMERS:
         raise ShapecheckError(

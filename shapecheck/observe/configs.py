@@ -12,20 +12,37 @@ from pathlib import Path
 from typing import Any
 
 from shapecheck import presets
-from shapecheck.contract import Role, ShapecheckError
+from shapecheck.contract import ShapecheckError
 from shapecheck.observe import hub, single_file
 from shapecheck.observe.configfile import ADVICE, one_line, read_json, refuse_absurd
 from shapecheck.observe.single_file import Held
+from shapecheck.presets import Kind
 
 Locate = Callable[[str], Path | None]
 """From a file's place in a model, such as vae/config.json, to where it lies here; None where the model has none."""
 
-_CLASSES: Mapping[str, Role] = {"UNet2DConditionModel": "unet", "ControlNetModel": "controlnet"}
-_CLASS_OF: Mapping[Role, str] = {role: name for name, role in _CLASSES.items()}
-_PLACES: Mapping[Role, tuple[str, ...]] = {
+_CLASSES: Mapping[str, Kind] = {
+    "UNet2DConditionModel": "unet",
+    "ControlNetModel": "controlnet",
+    "ControlNetUnionModel": "controlnet",
+    "T2IAdapter": "adapter",
+}
+_CLASS_OF: Mapping[Kind, str] = {"unet": "UNet2DConditionModel", "controlnet": "ControlNetModel", "adapter": "T2IAdapter"}
+"""What is expected of each role, in messages and where nothing else is said."""
+_UNION = "ControlNetUnionModel"
+_UNION_BEFORE_DIFFUSERS = ("ControlNetModel", "ControlNetModel_Union")
+"""What the configs of union ControlNets name that are older than diffusers' class for them."""
+_PLACES: Mapping[Kind, tuple[str, ...]] = {
     "unet": ("unet/config.json", "config.json"),
     "controlnet": ("config.json", "controlnet/config.json"),
+    "adapter": ("config.json", "adapter/config.json"),
 }
+_MEANT: Mapping[Kind, tuple[Kind, ...]] = {
+    "unet": ("unet",),
+    "controlnet": ("controlnet", "unet"),
+    "adapter": ("adapter",),
+}
+"""Kinds of presets that may be named for a role: for a ControlNet a UNet too, which stands for the one it implies."""
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _MOST_CONTROLNETS = 32
@@ -55,12 +72,12 @@ class ModelSource:
     """Where the configuration was read off a checkpoint's header: the tensors that the model must have, by their names."""
 
     @property
-    def role(self) -> Role:
+    def role(self) -> Kind:
         """What the class is to the other one."""
         return _CLASSES[self.class_name]
 
 
-def find(name: str, role: Role, *, offline: bool = False) -> ModelSource:
+def find(name: str, role: Kind, *, offline: bool = False) -> ModelSource:
     """The configuration `name` stands for: a preset, else a path, else a hub id.
 
     For a ControlNet the name of a UNet preset is allowed and gives that UNet: its ControlNet is the implied one.
@@ -77,7 +94,7 @@ def find(name: str, role: Role, *, offline: bool = False) -> ModelSource:
         raise ShapecheckError(f"cannot read {one_line(name)}: {reason}; {ADVICE}") from None
 
 
-def _from_outside(name: str, role: Role, offline: bool) -> ModelSource:
+def _from_outside(name: str, role: Kind, offline: bool) -> ModelSource:
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_folder(path, name, role)
@@ -90,15 +107,19 @@ def _from_outside(name: str, role: Role, offline: bool) -> ModelSource:
     raise ShapecheckError(f"{one_line(name)} is no preset, no file or folder, and no hub id of the form owner/name; {hint}")
 
 
-def _from_preset(name: str, role: Role) -> ModelSource:
+def _from_preset(name: str, role: Kind) -> ModelSource:
     preset = presets.load(name)
-    if role == "unet" and preset.kind == "controlnet":
-        raise OtherModelError(f"{name} is a ControlNet; name the UNet as MODEL and give this one as --controlnet {name}")
+    if preset.kind not in _MEANT[role]:
+        what = {"unet": "UNet", "controlnet": "ControlNet", "adapter": "T2I-Adapter"}[preset.kind]
+        option = "as MODEL" if preset.kind == "unet" else f"as --{preset.kind} {name}"
+        wanted = "name the UNet as MODEL and give this one" if role == "unet" else "give this one"
+        raise OtherModelError(f"{name} is a {what}; {wanted} {option}")
     notes = () if preset.verified else (f"preset {name} is unverified: `shapecheck presets` says where it was looked for",)
-    return ModelSource(name, f"preset {name}", _CLASS_OF[preset.kind], preset.config, None, preset.vae_factor, notes)
+    class_name = _class_of(preset.config) or _CLASS_OF[preset.kind]
+    return ModelSource(name, f"preset {name}", class_name, preset.config, None, preset.vae_factor, notes)
 
 
-def _from_folder(folder: Path, name: str, role: Role) -> ModelSource:
+def _from_folder(folder: Path, name: str, role: Kind) -> ModelSource:
     locate = partial(_file_in, folder)
     source = _first(_PLACES[role], locate, name, role, f"{folder}/")
     if source is None:
@@ -110,7 +131,7 @@ def _from_folder(folder: Path, name: str, role: Role) -> ModelSource:
     return _with_vae_near(source, folder)
 
 
-def _from_file(path: Path, name: str, role: Role) -> ModelSource:
+def _from_file(path: Path, name: str, role: Kind) -> ModelSource:
     if path.name == "model_index.json":
         return _from_folder(path.parent, name, role)
     _refuse_pickles(path)
@@ -119,11 +140,13 @@ def _from_file(path: Path, name: str, role: Role) -> ModelSource:
     return _with_vae_near(_source(read_json(path), name, str(path), role, path.parent), path.parent)
 
 
-def _from_checkpoint(path: Path, name: str, role: Role) -> ModelSource:
+def _from_checkpoint(path: Path, name: str, role: Kind) -> ModelSource:
     """The source of a single file of weights: by the config.json it was saved with, else by the shapes in its header."""
     if re.fullmatch(r"diffusion_pytorch_model(\.\w+)?", path.stem) and _file_in(path.parent, "config.json"):
         source = _from_file(path.parent / "config.json", name, role)
         return replace(source, notes=(*source.notes, f"read from the config.json beside {path.name}, which was not opened"))
+    if role == "adapter":
+        raise ShapecheckError(f"{path}: a T2I-Adapter's configuration is not told from weights; give its folder or config.json")
     read = single_file.read(path, role)
     if read is None:
         raise OtherModelError(
@@ -133,7 +156,7 @@ def _from_checkpoint(path: Path, name: str, role: Role) -> ModelSource:
     return ModelSource(name, str(path), _CLASS_OF[role], read.config, None, read.vae_factor, read.notes, tensors=read.tensors)
 
 
-def _from_hub(name: str, role: Role, offline: bool) -> ModelSource:
+def _from_hub(name: str, role: Kind, offline: bool) -> ModelSource:
     locate = partial(hub.fetch, name, offline=offline)
     here_first = sorted(_PLACES[role], key=lambda place: not hub.is_cached(name, place))
     source = _first(here_first, locate, name, role, f"hub {name} ")
@@ -167,7 +190,7 @@ def _with_hub_further(source: ModelSource, locate: Locate) -> ModelSource:
     return replace(source, name=name, controlnets=nets, notes=(*source.notes, *notes))
 
 
-def _first(places: Iterable[str], locate: Locate, name: str, role: Role, origin: str) -> ModelSource | None:
+def _first(places: Iterable[str], locate: Locate, name: str, role: Kind, origin: str) -> ModelSource | None:
     """The first place with a model of that role, or None. Raises ShapecheckError where only other models are there."""
     wrong = ""
     for place in places:
@@ -175,7 +198,7 @@ def _first(places: Iterable[str], locate: Locate, name: str, role: Role, origin:
         if path is None:
             continue
         record = read_json(path)
-        if _class_of(record) == _CLASS_OF[role]:
+        if _role_of(record) == role:
             return _source(record, name, origin + place, role, path.parent)
         wrong = wrong or _wrong_class(record, origin + place, role)
     if wrong:
@@ -211,7 +234,7 @@ def _saved_together(
         if path is None:
             break
         record = read_json(path)
-        if _class_of(record) != "ControlNetModel":
+        if _role_of(record) != "controlnet":
             return tuple(nets), (f"{path} is of class {_class_of(record)}, which is not read yet: it was left out",)
         title = str(folder / subfolder) if isinstance(folder, Path) else f"{folder}/{subfolder}"
         nets.append(_source(record, title, str(path), "controlnet", path.parent))
@@ -234,7 +257,7 @@ def _file_in(folder: Path, place: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _nothing_in(folder: Path, role: Role) -> str:
+def _nothing_in(folder: Path, role: Kind) -> str:
     looked = f"looked for a {_CLASS_OF[role]} in {folder}: no {' and no '.join(_PLACES[role])}"
     index = _file_in(folder, "model_index.json")
     if index is None:
@@ -266,33 +289,49 @@ def _refuse_pickles(path: Path) -> None:
         )
 
 
-def _source(record: Mapping[str, Any], name: str, origin: str, role: Role, folder: Path) -> ModelSource:
+def _source(record: Mapping[str, Any], name: str, origin: str, role: Kind, folder: Path) -> ModelSource:
     """The source of a config that was read. Raises ShapecheckError where it is another model's."""
     class_name = _class_of(record)
-    if class_name is None or class_name != _CLASS_OF[role]:
+    if class_name is None or _role_of(record) != role:
         raise OtherModelError(_wrong_class(record, origin, role))
     refuse_absurd(record, origin)
-    guessed = f"no _class_name in {origin}: taken for a {class_name} by its keys"
-    return ModelSource(name, origin, class_name, record, folder, notes=() if "_class_name" in record else (guessed,))
+    named = record.get("_class_name")
+    given = f"_class_name {one_line(named)}" if "_class_name" in record else "no _class_name"
+    guessed = (f"{given} in {origin}: taken for a {class_name} by its keys",) if named != class_name else ()
+    return ModelSource(name, origin, class_name, record, folder, notes=guessed)
 
 
 def _class_of(record: Mapping[str, Any]) -> str | None:
     """The class a config names, or that its keys tell."""
-    if record.get("_class_name") is not None:
-        return one_line(record["_class_name"])
+    named = record.get("_class_name")
+    if named is not None and not (named in _UNION_BEFORE_DIFFUSERS and "num_control_type" in record):
+        return one_line(named)
+    if {"adapter_type", "channels"} <= record.keys():
+        return "T2IAdapter"
     if not {"down_block_types", "block_out_channels", "cross_attention_dim"} <= record.keys():
-        return None
+        return None if named is None else one_line(named)
+    if "num_control_type" in record:
+        return _UNION
     return "UNet2DConditionModel" if "up_block_types" in record else "ControlNetModel"
 
 
-def _wrong_class(record: Mapping[str, Any], origin: str, role: Role) -> str:
+def _role_of(record: Mapping[str, Any]) -> Kind | None:
+    """What a config's class is to the other one; None where it is neither."""
+    return _CLASSES.get(_class_of(record) or "")
+
+
+def _wrong_class(record: Mapping[str, Any], origin: str, role: Kind) -> str:
     found = _class_of(record)
     if "shapecheck_contract" in record:
         return f"{origin} is a saved contract, not a model; read it with shapecheck.Contract.from_json"
-    if found == "ControlNetModel":
+    if _role_of(record) == "controlnet":
         return f"{origin} is a ControlNet; name the UNet as MODEL and give this one with --controlnet"
-    if found == "UNet2DConditionModel":
-        return f"{origin} is a UNet; --controlnet takes a ControlNetModel, or the name of a UNet preset"
+    if _role_of(record) == "adapter":
+        return f"{origin} is a T2I-Adapter; name the UNet as MODEL and give this one with --adapter"
+    if _role_of(record) == "unet" and role == "adapter":
+        return f"{origin} is a UNet; --adapter takes a T2IAdapter"
+    if _role_of(record) == "unet":
+        return f"{origin} is a UNet; --controlnet takes a ControlNet, or the name of a UNet preset"
     if found is not None:
         return f"{origin} is of class {found}, which is not read yet; expected a {_CLASS_OF[role]}; {ADVICE}"
     kinds = record.get("architectures")

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from shapecheck.contract import Add, AddSite
+from shapecheck.contract.trace import Group, slot_name
 from shapecheck.observe.meta_kernels import META_KERNELS
 
 _aten = torch.ops.aten
@@ -22,6 +23,10 @@ _MADE_ANEW = frozenset(
 )
 _SAME_SIZE = frozenset({"_to_copy", "_unsafe_view", "mean"})
 _KEEP_MAKER = frozenset({"_to_copy", "clone", "detach", "alias", "mul", "div", "mean", "view", "_unsafe_view", "expand"})
+
+
+Key = tuple[Group, int]
+"""Group and index of a residual or feature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +39,16 @@ class Emitted:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """Tag of a residual inside the UNet; several indices where one tensor was given for several slots."""
+    """Tag of a residual inside the UNet, or of a feature; several where one tensor was given for several slots."""
 
-    indices: tuple[int, ...]
+    keys: tuple[Key, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Summed:
-    """Tag of the sum of a skip and residual `index`."""
+    """Tag of the sum of a skip and these residuals or features."""
 
-    index: int
+    keys: tuple[Key, ...]
 
 
 class Zeros:
@@ -64,8 +69,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         self.makers: Any = WeakIdKeyDictionary()
         self.inside = False
         self.adds: list[Add] = []
-        self.misunderstood: dict[int, str] = {}
-        """Residual → the operation that took it and is no addition."""
+        self.misunderstood: dict[str, str] = {}
+        """Slot → the operation that took it and is no addition."""
 
     def enter(self) -> None:
         """A UNet's call begins."""
@@ -117,6 +122,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
             via.append("sum" if len(sources) > len(emitted[0].sources) else "addition of something else")
         elif name == "cat" and len(operands) == 2 and isinstance(tags[0], Zeros):
             via.append("zeros before it in the batch")
+        elif name == "cat" and all(each is operands[0] for each in operands):
+            via.append("repeated in the batch")
         elif not _is_transparent(name, func):
             via.append(name)
         self._tag(result, Emitted(sources, tuple(dict.fromkeys(via))))
@@ -132,18 +139,22 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
             residual = next(each for each, tag in zip(operands, tags, strict=True) if isinstance(tag, Arrived))
             self._saw_slot(others[0], residual, arrived[0], result)
         elif not others or _is_transparent(name, func):
-            self._tag(result, Arrived(tuple(dict.fromkeys(index for tag in arrived for index in tag.indices))))
+            self._tag(result, Arrived(tuple(dict.fromkeys(key for tag in arrived for key in tag.keys))))
         else:
             site = self._site()
-            self.misunderstood |= {index: f"aten.{name} at {site.file}:{site.line}" for tag in arrived for index in tag.indices}
+            taken = (slot_name(index, group) for tag in arrived for group, index in tag.keys)
+            self.misunderstood |= dict.fromkeys(taken, f"aten.{name} at {site.file}:{site.line}")
 
     def _saw_slot(self, skip: Tensor, residual: Tensor, tag: Arrived, result: Any) -> None:
-        added = {add.index for add in self.adds}
-        index = next((index for index in tag.indices if index not in added), tag.indices[-1])
+        added = {(add.group, add.index) for add in self.adds}
+        group, index = next((key for key in tag.keys if key not in added), tag.keys[-1])
         dtypes = dtype_name(skip), dtype_name(residual)
-        shapes = tuple(skip.shape), tuple(residual.shape)
-        self.adds.append(Add(index, *shapes, dtypes, self.makers.get(skip) or "", self._site()))
-        self._tag(result, Summed(index))
+        shapes, maker = (tuple(skip.shape), tuple(residual.shape)), self.makers.get(skip) or ""
+        before = self.tags.get(skip)
+        self.adds.append(Add(index, *shapes, dtypes, maker, self._site(), group=group))
+        self._tag(result, Summed(((group, index), *(before.keys if isinstance(before, Summed) else ()))))
+        if group == "feature" and maker and isinstance(result, Tensor):
+            self.makers[result] = maker  # a residual that is added to the same skip lands at the same module
 
     def _tag(self, result: Any, tag: Emitted | Arrived | Summed) -> None:
         for each in tensors_in([result]):

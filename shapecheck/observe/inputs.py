@@ -37,7 +37,10 @@ def unet_inputs(config: Settings, dtype: str) -> tuple[Input, ...]:
 
 
 def controlnet_inputs(config: Settings, dtype: str) -> tuple[Input, ...]:
-    """The inputs of a ControlNetModel; the conditioning image is in pixels, its scale is left to the caller."""
+    """The inputs of a ControlNet; the conditioning image is in pixels, its scale is left to the caller.
+
+    A union ControlNet takes a flag for each kind of control too, and in a list an image for each kind that is in use: here one.
+    """
     scale = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
     image = (BATCH, constant(config["conditioning_channels"]), Dim("h", scale), Dim("w", scale))
     return (
@@ -45,15 +48,32 @@ def controlnet_inputs(config: Settings, dtype: str) -> tuple[Input, ...]:
         Input("timestep", (BATCH,), "float32", "timestep"),
         _text(config, dtype),
         Input("controlnet_cond", image, dtype, "controlnet_cond"),
+        *_control_type(config, dtype),
         *_class_labels(config, dtype),
         *_added(config, dtype),
     )
 
 
+def adapter_input(config: Settings, dtype: str, vae_factor: int) -> Input:
+    """The image a T2I-Adapter takes, in pixels."""
+    image = (BATCH, constant(config["in_channels"]), Dim("h", vae_factor), Dim("w", vae_factor))
+    return Input("image", image, dtype, "x")
+
+
 def call_arguments(inputs: tuple[Input, ...], geometry: Geometry, device: torch.device) -> dict[str, Any]:
     """Keyword arguments for a forward: zeros of the right shape, dtype and device."""
     values = [torch.zeros(each.shape_at(geometry), dtype=getattr(torch, each.dtype), device=device) for each in inputs]
-    return grouped({each.argument: value for each, value in zip(inputs, values, strict=True)})
+    return controlled({each.argument: value for each, value in zip(inputs, values, strict=True)})
+
+
+def controlled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for a forward, from values by `Input.argument`; a union ControlNet gets its first kind of control."""
+    call = grouped(values)
+    if "control_type" in call:
+        first = torch.zeros_like(call["control_type"])
+        first[:, 0] = 1
+        call |= {"control_type": first, "control_type_idx": [0], "controlnet_cond": [call["controlnet_cond"]]}
+    return call
 
 
 def _text(config: Settings, dtype: str) -> Input:
@@ -61,6 +81,11 @@ def _text(config: Settings, dtype: str) -> Input:
     if not isinstance(width, int):
         width = width[0]
     return Input("encoder_hidden_states", (BATCH, TOKENS, constant(width)), dtype, "encoder_hidden_states")
+
+
+def _control_type(config: Settings, dtype: str) -> list[Input]:
+    kinds = config.get("num_control_type")
+    return [Input("control_type", (BATCH, constant(kinds)), dtype, "control_type")] if kinds else []
 
 
 def _class_labels(config: Settings, dtype: str) -> list[Input]:

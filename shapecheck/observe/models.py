@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,9 +14,11 @@ from shapecheck.contract import Config, ControlNetInfo, Header, Input, Shapechec
 from shapecheck.contract.dims import constant
 from shapecheck.observe import configs, sources
 from shapecheck.observe.configfile import one_line
-from shapecheck.observe.inputs import controlnet_inputs, unet_inputs
+from shapecheck.observe.inputs import adapter_input, controlnet_inputs, unet_inputs
 
 ControlNetChoice = str | nn.Module | Sequence[str | nn.Module] | None
+AdapterChoice = str | nn.Module | Literal[True] | None
+"""A T2I-Adapter, or True for the one that the UNet implies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,31 @@ def build_controlnets(names: Sequence[str], offline: bool) -> list[Model]:
     return [net for name in names for net in _take_controlnet(name, offline)[0]]
 
 
+def take_adapters(
+    choice: str | nn.Module | Literal[True], unet: Model, vae_factor: int, offline: bool
+) -> tuple[list[Model], tuple[str, ...]]:
+    """The T2I-Adapter to observe, or those one of which the UNet implies, and what the reader must know of the choice.
+
+    Raises ShapecheckError where it cannot be found or built, or is none.
+    """
+    if choice is True:
+        implied = sources.implied_adapters(unet.module, vae_factor)
+        return [_adapter(module, f"the T2I-Adapter {unet.name} implies", vae_factor) for module in implied], ()
+    if isinstance(choice, str):
+        source = configs.find(choice, "adapter", offline=offline)
+        return [_adapter(sources.build(source), source.name, vae_factor)], (*source.notes, *_ignored(source))
+    module = _uncompiled(choice)
+    return [_adapter(module, type(module).__name__, vae_factor)], ()
+
+
+def _adapter(module: nn.Module, name: str, vae_factor: int) -> Model:
+    if not sources.is_adapter(module):
+        raise ShapecheckError(
+            f"{_described(module)} is not read yet: expected a T2IAdapter or a subclass of it; of a MultiAdapter give one"
+        )
+    return Model(module, name, (adapter_input(_config(module), _dtype_name(module), vae_factor),))
+
+
 def _several(choice: str | nn.Module | Sequence[str | nn.Module]) -> list[str | nn.Module]:
     if isinstance(choice, nn.Module):
         return list(getattr(choice, "nets", [choice]))  # a MultiControlNetModel holds its ControlNets in `nets`
@@ -139,7 +166,7 @@ def _built(source: configs.ModelSource) -> Model:
 def _controlnet(module: nn.Module, name: str) -> Model:
     config = _config(module)
     if not sources.is_controlnet(module):
-        raise ShapecheckError(f"{_described(module)} is not read yet: expected a ControlNetModel or a subclass of it")
+        raise ShapecheckError(f"{_described(module)} is not read yet: expected a ControlNetModel, a union one, or a subclass")
     return Model(module, name, controlnet_inputs(config, _dtype_name(module)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from shapecheck.contract import (
     Add,
@@ -21,8 +22,8 @@ from shapecheck.contract import (
 )
 from shapecheck.contract.compare import compare
 from shapecheck.contract.dims import BATCH, constant
-from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import Spatial
+from shapecheck.contract.trace import slot_name
 from shapecheck.observe.sizes import Sizes, rules
 
 
@@ -40,10 +41,23 @@ class Subject:
 def reconcile(
     traces: Sequence[Trace], subject: Subject, *, at: Geometry | None = None
 ) -> tuple[Contract, tuple[Mismatch, ...]]:
-    """The contract the UNet's side gives, and every disagreement of the ControlNets' side with it.
+    """The contract the UNet's side gives, and every disagreement of the ControlNets' and the adapter's side with it.
 
     `at` is the geometry at which disagreements are told, where they show there.
     """
+    control = [trace.only("control") for trace in traces]
+    slots, found = _reconciled(control, subject, at)
+    featured = [seen for trace in traces if (seen := trace.only("feature")).emitted or seen.arrived or seen.adds]
+    features, wrong = _reconciled(featured, subject, at)
+    header = replace(subject.header, handover=tuple(dict.fromkeys((*handover(control), *handover(featured)))))
+    contract = Contract(subject.unet, subject.inputs, slots, subject.config, subject.divisor, header, features=features)
+    return contract, (*found, *wrong)
+
+
+def _reconciled(
+    traces: Sequence[Trace], subject: Subject, at: Geometry | None
+) -> tuple[tuple[Slot, ...], tuple[Mismatch, ...]]:
+    """The slots of one group, and what is wrong with what was emitted for them. `traces` are those of that group only."""
     slots, found = slot_table(traces)
     numbers = sorted({residual.controlnet for trace in traces for residual in trace.emitted})
     spatials = {number: _spatial(traces, number) for number in numbers}
@@ -60,12 +74,14 @@ def reconcile(
         found += [replace(each, controlnet=f"ControlNet {number + 1}") for each in told] if len(numbers) > 1 else told
     known = {mismatch.where for mismatch in found}
     found += [mismatch for mismatch in _handover_mismatches(accepted, slots) if mismatch.where not in known]
-    header = replace(subject.header, handover=handover(traces))
-    return Contract(subject.unet, subject.inputs, slots, subject.config, subject.divisor, header), tuple(found)
+    return slots, tuple(found)
 
 
 def slot_table(traces: Sequence[Trace]) -> tuple[tuple[Slot, ...], list[Mismatch]]:
-    """The UNet's slots, from the adds of every trace; and the skips whose sizes no chain of halvings explains."""
+    """The UNet's slots, from the adds of every trace; and the skips whose sizes no chain of halvings explains.
+
+    All adds are of residuals, or all are of features.
+    """
     full = [trace for trace in traces if trace.adds]
     if not full:
         return (), []
@@ -80,13 +96,15 @@ def slot_table(traces: Sequence[Trace]) -> tuple[tuple[Slot, ...], list[Mismatch
     for index, shapes in skips.items():
         if index not in laid_out:
             cause = f"added at {_add(full[0], index).site} in a layout that is not understood"
-            found.append(Mismatch("rank", slot_name(index), shapes[0], "batch×channels×height×width", cause=cause))
+            found.append(Mismatch("rank", _add(full[0], index).name, shapes[0], "batch×channels×height×width", cause=cause))
             continue
         height, width = (known.get(tuple(shape[axis] for shape in shapes)) for known, axis in ((heights, 2), (widths, 3)))
         if height is None or width is None or len({shape[1] for shape in shapes}) != 1:
             seen = ", ".join(f"{trace.geometry}: {shape}" for trace, shape in zip(full, shapes, strict=True))
             found.append(
-                Mismatch("size", slot_name(index), seen, "a chain of halvings", unet_module=_add(full[0], index).producer)
+                Mismatch(
+                    "size", _add(full[0], index).name, seen, "a chain of halvings", unet_module=_add(full[0], index).producer
+                )
             )
         else:
             slots.append(_slot(full, index, (BATCH, constant(shapes[0][1]), height, width)))
@@ -116,21 +134,21 @@ def _step_in_words(step: str, nets: int) -> str:
     return f"on their way the residuals go through: {step}"
 
 
-def emitted_table(traces: Sequence[Trace], controlnet: int) -> Mapping[int, tuple[Dim, ...]]:
-    """Index → shape of what one ControlNet emits, as rules; without those whose sizes no rule explains."""
+def emitted_table(traces: Sequence[Trace], controlnet: int) -> Mapping[str, tuple[Dim, ...]]:
+    """Slot → shape of what one ControlNet or adapter emits, as rules; without those whose sizes no rule explains."""
     seen = [trace for trace in traces if _of(trace, controlnet)]
-    shapes: dict[int, list[Shape]] = {}
+    shapes: dict[str, list[Shape]] = {}
     for trace in seen:
-        for residual in _of(trace, controlnet):
-            shapes.setdefault(residual.index, []).append(residual.shape)
-    whole = {index: each for index, each in shapes.items() if len(each) == len(seen) and all(len(shape) == 4 for shape in each)}
+        for residual in sorted(_of(trace, controlnet), key=lambda each: _slot_order(each.index)):
+            shapes.setdefault(residual.name, []).append(residual.shape)
+    whole = {name: each for name, each in shapes.items() if len(each) == len(seen) and all(len(shape) == 4 for shape in each)}
     heights = _axis_rules("h", [trace.geometry.height for trace in seen], whole, 2)
     widths = _axis_rules("w", [trace.geometry.width for trace in seen], whole, 3)
     table = {}
-    for index in sorted(whole, key=_slot_order):
-        height, width = _rule(heights, whole[index], 2), _rule(widths, whole[index], 3)
+    for name, each in whole.items():
+        height, width = _rule(heights, each, 2), _rule(widths, each, 3)
         if height is not None and width is not None:
-            table[index] = (BATCH, constant(whole[index][0][1]), height, width)
+            table[name] = (BATCH, constant(each[0][1]), height, width)
     return table
 
 
@@ -139,7 +157,7 @@ def _rule(known: Mapping[Sizes, Dim], shapes: list[Shape], axis: int) -> Dim | N
     return constant(sizes[0]) if len(set(sizes)) == 1 else known.get(sizes)
 
 
-def _axis_rules(symbol: str, given: list[int], shapes: Mapping[int, list[Shape]], axis: int) -> Mapping[Sizes, Dim]:
+def _axis_rules(symbol: str, given: list[int], shapes: Mapping[Any, list[Shape]], axis: int) -> Mapping[Sizes, Dim]:
     return rules(symbol, tuple(given), (tuple(shape[axis] for shape in each) for each in shapes.values()))
 
 
@@ -147,7 +165,7 @@ def _slot(traces: Sequence[Trace], index: int, skip: tuple[Dim, ...]) -> Slot:
     adds = [add for add in traces[0].adds if add.index == index]
     consumers = (add.up_block for trace in traces for add in trace.adds if add.index == index)  # a refused run sees few
     return Slot(
-        slot_name(index), skip, "full", adds[0].producer, next(filter(None, consumers), ""), tuple(add.site for add in adds)
+        adds[0].name, skip, "full", adds[0].producer, next(filter(None, consumers), ""), tuple(add.site for add in adds)
     )
 
 
@@ -168,7 +186,7 @@ def _emitted_mismatches(
     traces: Sequence[Trace], controlnet: int, slots: tuple[Slot, ...], at: Geometry | None
 ) -> list[Mismatch]:
     """One ControlNet against the slots: each slot once, at the wanted geometry where the fault shows there."""
-    makers = {slot_name(residual.index): residual.module for trace in traces for residual in _of(trace, controlnet)}
+    makers = {residual.name: residual.module for trace in traces for residual in _of(trace, controlnet)}
     first: dict[str, Mismatch] = {}
     if at is not None and (given := _emitted_at(traces, controlnet, at)):
         _keep_first(first, compare(slots, at, given, makers=makers))
@@ -176,9 +194,7 @@ def _emitted_mismatches(
         if residuals := _of(trace, controlnet):
             # a batch of its own, as in guess mode, is the hand-over's business
             geometry = replace(trace.geometry, batch=residuals[0].shape[0])
-            _keep_first(
-                first, compare(slots, geometry, {slot_name(each.index): each.shape for each in residuals}, makers=makers)
-            )
+            _keep_first(first, compare(slots, geometry, {each.name: each.shape for each in residuals}, makers=makers))
     order = {slot.name: position for position, slot in enumerate(slots)}
     return sorted(first.values(), key=lambda mismatch: order.get(mismatch.where, len(order)))
 
@@ -186,10 +202,10 @@ def _emitted_mismatches(
 def _emitted_at(traces: Sequence[Trace], controlnet: int, at: Geometry) -> dict[str, Shape]:
     """What the ControlNet emits at a geometry that was not observed; empty where its rules do not say."""
     table = emitted_table(traces, controlnet)
-    if any(residual.index not in table for trace in traces for residual in _of(trace, controlnet)):
+    if any(residual.name not in table for trace in traces for residual in _of(trace, controlnet)):
         return {}
     try:
-        return {slot_name(index): tuple(dim.at(at.sizes) for dim in shape) for index, shape in table.items()}
+        return {name: tuple(dim.at(at.sizes) for dim in shape) for name, shape in table.items()}
     except ValueError:
         return {}
 
@@ -200,7 +216,7 @@ def _handover_mismatches(traces: Sequence[Trace], slots: tuple[Slot, ...]) -> li
     for trace in traces:
         _keep_first(first, _not_understood(trace))
         if trace.arrived:
-            _keep_first(first, compare(slots, trace.geometry, {slot_name(each.index): each.shape for each in trace.arrived}))
+            _keep_first(first, compare(slots, trace.geometry, {each.name: each.shape for each in trace.arrived}))
         _keep_first(first, _exchanged(trace))
         if trace.emitted and not trace.adds and not trace.arrived and not trace.refused:
             cause = "the ControlNet emitted it and it never reached the UNet"
@@ -211,18 +227,18 @@ def _handover_mismatches(traces: Sequence[Trace], slots: tuple[Slot, ...]) -> li
 
 def _not_understood(trace: Trace) -> list[Mismatch]:
     """Residuals the UNet took with something else than an addition: no verdict can be given on these."""
-    added = {add.index for add in trace.adds}
+    added = {add.name for add in trace.adds}
     return [
         Mismatch(
             "unused",
-            slot_name(index),
+            name,
             operation,
             "an addition",
             trace.geometry,
             cause="taken by an operation that is not understood",
         )
-        for index, operation in trace.misunderstood
-        if index not in added
+        for name, operation in trace.misunderstood
+        if name not in added
     ]
 
 
@@ -232,9 +248,9 @@ def _exchanged(trace: Trace) -> list[Mismatch]:
     if not trace.emitted or not trace.arrived:
         return found
     for arrival in trace.arrived:
-        name = slot_name(arrival.index)
+        name = arrival.name
         if wrong := sorted({index for _, index in arrival.sources} - {arrival.index}, key=_slot_order):
-            got = " and ".join(map(slot_name, wrong))
+            got = " and ".join(slot_name(index, arrival.group) for index in wrong)
             cause = "residuals were reordered between the ControlNet and the UNet"
             found.append(Mismatch("order", name, got, name, trace.geometry, cause=cause))
         elif not arrival.sources:
@@ -246,20 +262,19 @@ def _exchanged(trace: Trace) -> list[Mismatch]:
 
 
 def _unused(trace: Trace, residual: Residual, cause: str) -> Mismatch:
-    name = slot_name(residual.index)
-    return Mismatch("unused", name, "dropped", residual.shape, trace.geometry, "", residual.module, cause)
+    return Mismatch("unused", residual.name, "dropped", residual.shape, trace.geometry, "", residual.module, cause)
 
 
 def _of_another_dtype(trace: Trace) -> list[Mismatch]:
     """Residuals of another dtype than the skip: promoted in silence, or refused by the next layer."""
-    skips = {add.index: add for add in trace.adds}
-    given = {each.index: each.dtype for each in trace.emitted} | {each.index: each.dtype for each in trace.arrived}
+    skips = {add.name: add for add in trace.adds}
+    given = {each.name: each.dtype for each in trace.emitted} | {each.name: each.dtype for each in trace.arrived}
     found = []
-    for index, dtype in given.items():
-        add = skips.get(index)
+    for name, dtype in given.items():
+        add = skips.get(name)
         if add is not None and dtype != add.dtypes[0]:
             cause = "PyTorch promotes the sum, in silence or until the next layer refuses it"
-            found.append(Mismatch("dtype", slot_name(index), dtype, add.dtypes[0], trace.geometry, add.producer, cause=cause))
+            found.append(Mismatch("dtype", name, dtype, add.dtypes[0], trace.geometry, add.producer, cause=cause))
     return found
 
 
@@ -271,11 +286,6 @@ def _keep_first(first: dict[str, Mismatch], found: Sequence[Mismatch]) -> None:
 def _is_accepted(geometry: Geometry, divisor: int) -> bool:
     """Whether the UNet takes this size: what two models do at others is no disagreement."""
     return geometry.height % divisor == 0 and geometry.width % divisor == 0
-
-
-def slot_name(index: int) -> str:
-    """Our name of the slot that residual `index` is for."""
-    return SHAPECHECK.mid if index < 0 else SHAPECHECK.down(index)
 
 
 def _slot_order(index: int) -> tuple[bool, int]:

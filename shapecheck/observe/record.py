@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from shapecheck.contract import Arrival, Geometry, Residual, Trace
+from shapecheck.contract.trace import Group
 from shapecheck.observe.follow import Arrived, Emitted, Follower, Summed, dtype_name, tensors_in
 
 MID = -1
@@ -40,7 +42,7 @@ class Recorder:
         self._call: _Call | None = None
 
     def take_emitted(self) -> tuple[Residual, ...]:
-        """What ControlNets emitted since the last UNet call."""
+        """What ControlNets and adapters emitted since the last UNet call."""
         emitted, self._emitted = tuple(self._emitted), []
         return emitted
 
@@ -52,19 +54,23 @@ class Recorder:
     def controlnet_returned(self, number: int, output: Any) -> None:
         """ControlNet `number` emitted its residuals."""
         for index, tensor in _residuals(*_downs_and_mid(output)):
-            maker = self.follower.makers.get(tensor, "")
-            self._emitted.append(Residual(number, index, tuple(tensor.shape), dtype_name(tensor), maker))
-            self.follower.tags[tensor] = Emitted(frozenset({(number, index)}))
+            self._was_emitted(number, index, tensor, "control")
+
+    def adapter_returned(self, number: int, output: Any) -> None:
+        """T2I-Adapter `number`, counted after the ControlNets, emitted its features."""
+        for index, tensor in _residuals(output, None):
+            self._was_emitted(number, index, tensor, "feature")
 
     def unet_called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The UNet received its arguments."""
-        sample, text, downs, mid = (_argument(name, at, args, kwargs) for name, at in _ARGUMENTS)
+        sample, text, downs, mid, features = (_argument(name, at, args, kwargs) for name, at in _ARGUMENTS)
         tokens = text.shape[1] if isinstance(text, Tensor) and text.dim() == 3 else 77
         geometry = Geometry(sample.shape[0], sample.shape[-2], sample.shape[-1], tokens)
-        given = _residuals(downs, mid)
+        given: list[tuple[Group, int, Tensor]] = [("control", *each) for each in _residuals(downs, mid)]
+        given += [("feature", *each) for each in _residuals(features, None)]
         self._call = _Call(geometry, self.take_emitted(), tuple(self._arrival(*each) for each in given))
-        for _, tensor in given:
-            self.follower.tags[tensor] = Arrived(tuple(index for index, other in given if other is tensor))
+        for _, _, tensor in given:
+            self.follower.tags[tensor] = Arrived(tuple((group, index) for group, index, other in given if other is tensor))
         self.follower.enter()
 
     def module_called(self, path: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -73,9 +79,9 @@ class Recorder:
         if self._call is None or not adds:
             return
         tags = map(self.follower.tags.get, tensors_in([*args, *kwargs.values()]))
-        if taken := {tag.index for tag in tags if isinstance(tag, Summed)}:
+        if taken := {key for tag in tags if isinstance(tag, Summed) for key in tag.keys}:
             for at, add in enumerate(adds):
-                if add.index in taken and not add.up_block:
+                if (add.group, add.index) in taken and not add.up_block:
                     adds[at] = replace(add, up_block=path)
 
     def unet_returned(self, output: Any) -> None:
@@ -86,14 +92,19 @@ class Recorder:
             self.traces.append(Trace(call.geometry, call.emitted, call.arrived, adds, others, refused))
         self._call, self.follower.inside = None, False
 
-    def _arrival(self, index: int, tensor: Tensor) -> Arrival:
+    def _was_emitted(self, number: int, index: int, tensor: Tensor, group: Group) -> None:
+        maker = self.follower.makers.get(tensor, "")
+        self._emitted.append(Residual(number, index, tuple(tensor.shape), dtype_name(tensor), maker, group))
+        self.follower.tags[tensor] = Emitted(frozenset({(number, index)}))
+
+    def _arrival(self, group: Group, index: int, tensor: Tensor) -> Arrival:
         tag = self.follower.tags.get(tensor)
         sources, via = (tuple(sorted(tag.sources)), tag.via) if isinstance(tag, Emitted) else ((), ())
-        return Arrival(index, tuple(tensor.shape), dtype_name(tensor), sources, via)
+        return Arrival(index, tuple(tensor.shape), dtype_name(tensor), sources, via, group)
 
 
 @contextmanager
-def record(unet: nn.Module, controlnets: Sequence[nn.Module] = ()) -> Iterator[Recorder]:
+def record(unet: nn.Module, controlnets: Sequence[nn.Module] = (), adapters: Sequence[nn.Module] = ()) -> Iterator[Recorder]:
     """Watch these modules for as long as the context lasts; every hook is gone when it ends, however it ends.
 
     Each call of `unet` inside it appends a Trace to `recorder.traces`.
@@ -101,18 +112,19 @@ def record(unet: nn.Module, controlnets: Sequence[nn.Module] = ()) -> Iterator[R
     recorder = Recorder(unet)
     with ExitStack() as hooks:
         for number, controlnet in enumerate(controlnets):
-            _watch_controlnet(recorder, number, controlnet, hooks)
+            _watch_emitter(controlnet, partial(recorder.controlnet_returned, number), recorder, hooks)
+        for number, adapter in enumerate(adapters, start=len(controlnets)):
+            _watch_emitter(adapter, partial(recorder.adapter_returned, number), recorder, hooks)
         _watch_unet(recorder, unet, hooks)
         hooks.enter_context(recorder.follower)
         yield recorder
 
 
-def _watch_controlnet(recorder: Recorder, number: int, controlnet: nn.Module, hooks: ExitStack) -> None:
-    for path, module in controlnet.named_modules():
+def _watch_emitter(emitter: nn.Module, returned: Callable[[Any], None], recorder: Recorder, hooks: ExitStack) -> None:
+    for path, module in emitter.named_modules():
         if path:
             hooks.callback(module.register_forward_hook(_maker_hook(recorder, path)).remove)
-    returned = controlnet.register_forward_hook(lambda module, args, output: recorder.controlnet_returned(number, output))
-    hooks.callback(returned.remove)
+    hooks.callback(emitter.register_forward_hook(lambda module, args, output: returned(output)).remove)
 
 
 def _watch_unet(recorder: Recorder, unet: nn.Module, hooks: ExitStack) -> None:
@@ -139,6 +151,7 @@ _ARGUMENTS = (
     ("encoder_hidden_states", 2),
     ("down_block_additional_residuals", 8),
     ("mid_block_additional_residual", 9),
+    ("down_intrablock_additional_residuals", 10),
 )
 """Name and position of the arguments of UNet2DConditionModel.forward that are read."""
 

@@ -17,7 +17,7 @@ from shapecheck.observe.configfile import one_line
 from shapecheck.observe.progress import Progress
 
 _MOST_IN_BATCH = 65_536
-_KEYS = {"story", "model", "controlnet", "size", "latent", "batch", "mapping", "expect"}
+_KEYS = {"story", "model", "controlnet", "adapter", "size", "latent", "batch", "mapping", "expect"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,11 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A model, the ControlNets or the claimed shapes to hold against it, and the size to show."""
+    """A model, the ControlNets, T2I-Adapter or claimed shapes to hold against it, and the size to show."""
 
     model: str
     controlnets: tuple[str, ...] = ()
+    adapter: str | None = None
     size_px: tuple[int, int] | None = None
     """Width, height."""
     latent: tuple[int, int] | None = None
@@ -61,13 +62,15 @@ def carry_out(request: Request, *, offline: bool = False, progress: Progress) ->
     source = configs.find(request.model, "unet", offline=offline)
     for name in request.controlnets:
         configs.find(name, "controlnet", offline=offline)
+    if request.adapter is not None:
+        configs.find(request.adapter, "adapter", offline=offline)
     asked = geometry_of(request, source.vae_factor)
     progress("importing torch and diffusers")
     with _no_collection():
         from shapecheck.observe.probe import probe
     try:
         nets = list(request.controlnets) or None
-        contract = probe(request.model, nets, geometry=asked, offline=offline, progress=progress)
+        contract = probe(request.model, nets, adapter=request.adapter, geometry=asked, offline=offline, progress=progress)
         found: tuple[Mismatch, ...] = ()
     except ContractError as error:
         if error.contract is None:
@@ -109,6 +112,7 @@ def _request(record: Mapping[str, Any]) -> Request:
     return Request(
         model=_text(record, "model"),
         controlnets=tuple(nets),
+        adapter=_text(record, "adapter") if "adapter" in record else None,
         size_px=parse_pair(_text(record, "size"), "WxH") if "size" in record else None,
         latent=parse_pair(_text(record, "latent"), "HxW") if "latent" in record else None,
         batch=checked_batch(record.get("batch", 1), "`batch`"),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from shapecheck.contract import Geometry, ShapecheckError, Trace
+from shapecheck.contract import Geometry, Shape, ShapecheckError, Slot, Trace
 from shapecheck.observe import sizes
 from shapecheck.observe.inputs import call_arguments
 from shapecheck.observe.models import Model
@@ -43,15 +43,44 @@ def observe(unet: Model, nets: Sequence[Model], geometry: Geometry | None, progr
     return traces + seen, divisor
 
 
-def observe_call(unet: Model, nets: Sequence[Model], call: Callable[[], object]) -> tuple[list[Trace], Exception | None]:
+def observe_call(
+    unet: Model, nets: Sequence[Model], adapters: Sequence[Model], call: Callable[[], object]
+) -> tuple[list[Trace], Exception | None]:
     """What a call of the user's does with the same modules, each different UNet call once, and what it raised."""
     failure: Exception | None = None
-    with record(unet.module, [net.module for net in nets]) as recorder:
+    with record(unet.module, [net.module for net in nets], [each.module for each in adapters]) as recorder:
         try:
             call()
         except Exception as error:  # the caller decides whether a mismatch explains it
             failure = error
     return list(dict.fromkeys(recorder.traces)), failure
+
+
+def observe_adapter(
+    unet: Model,
+    nets: Sequence[Model],
+    adapter: Model,
+    mid: Slot | None,
+    accepted: Sequence[Geometry],
+    allowed: int,
+    progress: Progress,
+) -> tuple[list[Trace], int]:
+    """What the UNet does with an adapter's features, and the divisor that the adapter's sizes need, in latent cells.
+
+    The UNet is observed at the sizes it has `accepted`, multiples of `allowed`, and at others that the adapter takes.
+
+    `mid` is the slot after the mid block, where a feature is added only if it is of that very shape. `nets` are not run,
+    and the adapter is counted after them. Raises ShapecheckError where the adapter runs at no size.
+    """
+    halvings = len(unet.config["down_block_types"]) - 1
+    traces = []
+    with torch.no_grad(), record(unet.module, [net.module for net in nets], [adapter.module]) as recorder:
+        divisor, count = _adapter_divisor(adapter, halvings)
+        wanted = [*accepted, *(sizes.coarse(max(divisor, allowed), halvings) if divisor > 1 else ())]
+        for number, each in enumerate(dict.fromkeys(wanted), start=1):
+            progress(f"observing {adapter.name} at {each} ({number} of {len(wanted)})")
+            traces.append(_observe_features_at(unet, adapter, each, _feature_probes(unet, each, count, mid), recorder))
+    return traces, divisor
 
 
 def observe_controlnet(net: Model) -> list[Trace]:
@@ -118,10 +147,59 @@ def _run_controlnet(net: Model, geometry: Geometry) -> Residuals:
 
 def _run_unet(unet: Model, geometry: Geometry, given: Residuals, recorder: Recorder) -> Trace:
     downs, mid = given
+    return _call_unet(unet, geometry, recorder, down_block_additional_residuals=downs, mid_block_additional_residual=mid)
+
+
+def _call_unet(unet: Model, geometry: Geometry, recorder: Recorder, **given: object) -> Trace:
     arguments, before = call_arguments(unet.inputs, geometry, unet.device), len(recorder.traces)
     with contextlib.suppress(Exception):  # a refusal is an observation: its text is in the trace
-        unet.module(**arguments, down_block_additional_residuals=downs, mid_block_additional_residual=mid)
+        unet.module(**arguments, **given)
     return recorder.traces[before:][-1]
+
+
+def _adapter_divisor(adapter: Model, halvings: int) -> tuple[int, int]:
+    """The smallest power of two whose multiples the adapter accepts, in latent cells, and how many features it gives."""
+    divisor, failure = 1, ""
+    while divisor <= _LARGEST_DIVISOR:
+        try:
+            counts = [len(_run_adapter(adapter, each)) for each in sizes.coarse(divisor, halvings)]
+            return divisor, counts[0]
+        except Exception as error:  # a user's module may raise anything
+            divisor, failure = 2 * divisor, f"{type(error).__name__}: {error}"
+    raise ShapecheckError(f"{adapter.name} does not run at any size that was tried; the last error: {failure}")
+
+
+def _observe_features_at(unet: Model, adapter: Model, geometry: Geometry, probes: list[Tensor], recorder: Recorder) -> Trace:
+    """One run with the adapter. Where its features do not fit, or it refuses the size, the UNet is asked alone what it adds."""
+    recorder.take_emitted()
+    trace = None
+    with contextlib.suppress(Exception):  # it refuses the size: at others it does not
+        features = _run_adapter(adapter, geometry)
+        trace = _call_unet(unet, geometry, recorder, down_intrablock_additional_residuals=list(features))
+    if trace is not None and not trace.refused and len(trace.adds) == len(trace.arrived):
+        return trace
+    recorder.take_emitted()
+    alone = _call_unet(unet, geometry, recorder, down_intrablock_additional_residuals=probes)
+    if trace is None:
+        return replace(alone, arrived=())
+    return replace(alone, emitted=trace.emitted, arrived=(), misunderstood=trace.misunderstood) if alone.adds else trace
+
+
+def _feature_probes(unet: Model, geometry: Geometry, count: int, mid: Slot | None) -> list[Tensor]:
+    """As many features as the UNet can take of `count`: one cell each, which fits any skip, but whole for the mid block."""
+    blocks = len(unet.config["down_block_types"])
+    shapes: list[Shape] = [(1, 1, 1, 1)] * min(count, blocks)
+    if count > blocks and mid is not None:
+        shapes.append(replace(mid, spatial="full").shape_at(geometry))
+    return [torch.zeros(shape, device=unet.device, dtype=unet.dtype) for shape in shapes]
+
+
+def _run_adapter(adapter: Model, geometry: Geometry) -> Sequence[Tensor]:
+    (image,) = adapter.inputs
+    features: Sequence[Tensor] = adapter.module(
+        torch.zeros(image.shape_at(geometry), dtype=adapter.dtype, device=adapter.device)
+    )
+    return features
 
 
 def _summed(given: Sequence[Residuals]) -> Residuals | None:

@@ -26,6 +26,14 @@ def survey(halvings: int) -> tuple[Geometry, ...]:
     return tuple(Geometry(2, 2 * deepest + 1 + each * step, 8 * deepest - 1 - each * step) for each in range(4))
 
 
+def coarse(divisor: int, halvings: int) -> tuple[Geometry, ...]:
+    """The same for a model that takes only multiples of `divisor`: four odd multiples of it, which the levels left halve."""
+    if divisor == 1:
+        return survey(halvings)
+    least = 2 ** max(2, halvings + 2 - divisor.bit_length()) + 1
+    return tuple(Geometry(2, divisor * (least + 2 * each), divisor * (2 * least + 5 - 2 * each)) for each in range(4))
+
+
 def odd_at(level: int) -> Geometry:
     """A geometry whose sides are odd after `level` halvings of any rounding."""
     return Geometry(2, 17 * 2**level, 19 * 2**level)

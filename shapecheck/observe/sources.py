@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter, UNet2DConditionModel
 from torch import nn
 
 from shapecheck.contract import ShapecheckError, show
@@ -17,16 +17,19 @@ from shapecheck.observe.single_file import Held
 
 _SHOWN = 6
 
+_MODELS: Mapping[str, Any] = {
+    each.__name__: each for each in (UNet2DConditionModel, ControlNetModel, ControlNetUnionModel, T2IAdapter)
+}
+
 
 def build(source: ModelSource) -> nn.Module:
     """The module the configuration describes, on the meta device, in eval mode.
 
     Raises ShapecheckError where diffusers cannot build it.
     """
-    model: Any = UNet2DConditionModel if source.role == "unet" else ControlNetModel
     try:
         with quiet("diffusers"), torch.device("meta"):
-            module: nn.Module = model.from_config(_without_shadow_class(source.config, source.class_name))
+            module: nn.Module = _MODELS[source.class_name].from_config(_without_shadow_class(source.config, source.class_name))
     except Exception as error:  # the configuration is the user's: whatever diffusers makes of it is told to the user
         raise ShapecheckError(
             f"diffusers cannot build a {source.class_name} from {source.origin}: {_first_line(error)}"
@@ -42,10 +45,9 @@ def build(source: ModelSource) -> nn.Module:
 
 def load(source: ModelSource, variant: str | None, dtype: torch.dtype) -> nn.Module:
     """The model with its weights, from safetensors alone, in eval mode. Raises ShapecheckError where diffusers cannot."""
-    model: Any = UNet2DConditionModel if source.role == "unet" else ControlNetModel
     try:
         with quiet("diffusers"):
-            module: nn.Module = model.from_pretrained(
+            module: nn.Module = _MODELS[source.class_name].from_pretrained(
                 source.folder, variant=variant, torch_dtype=dtype, use_safetensors=True, local_files_only=True
             )
     except Exception as error:  # as above
@@ -67,6 +69,26 @@ def implied_controlnet(unet: nn.Module) -> nn.Module:
     return controlnet.eval()
 
 
+def implied_adapters(unet: nn.Module, vae_factor: int) -> list[nn.Module]:
+    """The T2I-Adapters that may be made for a UNet, on the meta device: of diffusers' kind for SD1.5, and for SDXL.
+
+    SDXL's gives one feature more than there are down blocks, for the mid block, and works on a grid half as fine.
+    """
+    config: Any = unet.config
+    channels, dtype = list(config["block_out_channels"]), next(unet.parameters()).dtype
+    with quiet("diffusers"), torch.device("meta"):
+        kinds = [
+            T2IAdapter(3, channels, 2, vae_factor, "full_adapter"),
+            T2IAdapter(3, [*channels, channels[-1]], 2, 2 * vae_factor, "full_adapter_xl"),
+        ]
+        return [each.to(dtype).eval() for each in kinds]
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether this is the kind of T2I-Adapter that is read."""
+    return isinstance(module, T2IAdapter)
+
+
 def is_unet(module: nn.Module) -> bool:
     """Whether this is the kind of UNet that is read."""
     return isinstance(module, UNet2DConditionModel)
@@ -74,12 +96,17 @@ def is_unet(module: nn.Module) -> bool:
 
 def is_controlnet(module: nn.Module) -> bool:
     """Whether this is the kind of ControlNet that is read."""
-    return isinstance(module, ControlNetModel)
+    return isinstance(module, (ControlNetModel, ControlNetUnionModel))
+
+
+def is_union(module: nn.Module) -> bool:
+    """Whether this is a ControlNet for several kinds of control, which takes a list of images and says which they are."""
+    return isinstance(module, ControlNetUnionModel)
 
 
 def ignored_keys(source: ModelSource) -> tuple[str, ...]:
     """Keys of the configuration that diffusers' class does not know and drops."""
-    model = UNet2DConditionModel if source.role == "unet" else ControlNetModel
+    model = _MODELS[source.class_name]
     known = model._get_init_keys(model)
     return tuple(sorted(key for key in source.config if not key.startswith("_") and key not in known))
 

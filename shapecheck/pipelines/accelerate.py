@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from shapecheck import doctor, extras
-from shapecheck.build.subject import take
+from shapecheck.build.subject import meta_twin
 from shapecheck.contract import Contract, ShapecheckError, profile_forms
 from shapecheck.contract.profiles import Profile, profile_of
 from shapecheck.contract.ranges import parse_ranges
@@ -105,7 +105,7 @@ def accelerate(
         raise ShapecheckError(f"backend is one of {', '.join(get_args(Backend))}, and fallback log or error")
     owners, folder = Owners(pipe_or_stream), make_folder(Path(engine_dir))
     progress("observing the contract")
-    contract = probe(take(owners.unet).module, [take(net).module for net in owners.controlnets] or None)
+    contract = probe(meta_twin(owners.unet), [meta_twin(net) for net in owners.controlnets] or None)
     profiles = _profiles(owners, contract, sizes, batch)
     files = Made(owners.unet, folder, progress)
     device = next(owners.unet.parameters()).device

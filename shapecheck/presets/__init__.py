@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
-from shapecheck.contract import Contract, Role, ShapecheckError
+from shapecheck.contract import Contract, ShapecheckError
 
 _FOLDER = files(__name__)
+Kind = Literal["unet", "controlnet", "adapter"]
+"""What a model is to a UNet, or that it is one; an adapter is a T2I-Adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class Preset:
     """A well-known model: where its config was read, and the config itself."""
 
     name: str
-    kind: Role
+    kind: Kind
     title: str
     family: str
     """What people call the architecture, shared by presets that differ only in size, precision or training."""

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from shapecheck.contract import AddSite, Contract, Geometry, Mismatch, Slot, show
-from shapecheck.contract.naming import SHAPECHECK
+from shapecheck.contract.naming import SHAPECHECK, is_feature
 from shapecheck.presets.families import families, identity
 from shapecheck.report.tables import Format, fact_list, heading, mismatch_table, note_list, shared_cause, table
 
@@ -31,10 +31,18 @@ def told(
     """
     verdict_line = _verdict_line(contract, mismatches, form, claim)
     parts = [_title(contract, form, claim), verdict_line, _facts(contract, geometry, form, lines=lines)]
-    parts += [heading("Slots", form), _slots(contract, geometry, form, lines=lines)]
+    parts += [
+        heading("Slots", form),
+        _slots(contract.slots, geometry, form, told_once=_shared_sites(contract, lines), lines=lines),
+    ]
+    if contract.features:
+        parts += [
+            heading("Features of the adapter", form),
+            _slots(contract.features, geometry, form, told_once="above", lines=lines),
+        ]
     parts += [heading("Base inputs", form), _inputs(contract, geometry, form)]
     if mismatches:
-        parts += [heading("Mismatches", form), mismatch_table(mismatches, form, "claimed" if claim else "ControlNet gives")]
+        parts += [heading("Mismatches", form), mismatch_table(mismatches, form, "claimed" if claim else _giver(mismatches))]
     parts += [note_list(contract.header.notes, form), verdict_line if form == "human" else ""]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -53,7 +61,7 @@ def as_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Geomet
         "claim": claim,
         "families": list(families(contract)),
         "geometry": asdict(geometry),
-        "shapes": {slot.name: slot.shape_at(geometry) for slot in contract.slots},
+        "shapes": {slot.name: slot.shape_at(geometry) for slot in contract.residuals},
         "mismatches": [asdict(each) for each in mismatches],
     }
     return json.dumps({"report": report} | json.loads(contract.to_json()), indent=1, ensure_ascii=False) + "\n"
@@ -62,7 +70,7 @@ def as_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Geomet
 def _title(contract: Contract, form: Format, claim: bool) -> str:
     observed = " + ".join(net.source for net in contract.header.controlnets) or "no ControlNet"
     nets = "claimed shapes" if claim else observed
-    title = f"{contract.header.source} with {nets}"
+    title = f"{contract.header.source} with {nets}" + (f" + {contract.header.adapter}" if contract.header.adapter else "")
     return f"# {title}" if form == "markdown" else title
 
 
@@ -75,6 +83,7 @@ def _facts(contract: Contract, geometry: Geometry, form: Format, *, lines: bool)
         ("sizes", _size_rule(contract)),
         ("shown at", f"{geometry} ({geometry.width * factor}×{geometry.height * factor} pixels)"),
         *([("added at", sites)] if (sites := _shared_sites(contract, lines)) else []),
+        *([("features at", _feature_sites(contract, lines))] if contract.features else []),
         *(("hand-over", each) for each in header.handover),
         ("digest", contract.digest),
     ]
@@ -102,9 +111,13 @@ def _size_rule(contract: Contract) -> str:
     return f"{accepted}; halvings are mixed: {chains}"
 
 
-def _slots(contract: Contract, geometry: Geometry, form: Format, *, lines: bool) -> str:
+def _giver(mismatches: Sequence[Mismatch]) -> str:
+    featured = {is_feature(each.where) for each in mismatches}
+    return "given" if len(featured) > 1 else "adapter gives" if featured == {True} else "ControlNet gives"
+
+
+def _slots(slots: Sequence[Slot], geometry: Geometry, form: Format, *, told_once: str, lines: bool) -> str:
     headers = ("#", "slot", "channels", "stride", "shape", "skip from", "added at", "used by")
-    told_once = _shared_sites(contract, lines)
     rows = [
         (
             number,
@@ -116,7 +129,7 @@ def _slots(contract: Contract, geometry: Geometry, form: Format, *, lines: bool)
             "" if told_once else _sites(slot, lines),
             slot.up_block,
         )
-        for number, slot in enumerate(contract.slots)
+        for number, slot in enumerate(slots)
     ]
     return table(rows, headers, form)
 
@@ -148,6 +161,10 @@ def _shared_sites(contract: Contract, lines: bool) -> str:
     return f"{down} (down), {mid.removeprefix(file) if mid.startswith(f'{file}:') else mid} (mid)"
 
 
+def _feature_sites(contract: Contract, lines: bool) -> str:
+    return ", ".join(dict.fromkeys(_site(add, lines) for slot in contract.features for add in slot.adds))
+
+
 def _inputs(contract: Contract, geometry: Geometry, form: Format) -> str:
     rows = [
         (each.name, "×".join(map(str, each.shape)), show(each.shape_at(geometry)), each.dtype, each.argument)
@@ -157,7 +174,7 @@ def _inputs(contract: Contract, geometry: Geometry, form: Format) -> str:
 
 
 def _verdict_line(contract: Contract, mismatches: Sequence[Mismatch], form: Format, claim: bool) -> str:
-    slots = f"{len(contract.slots)} slots"
+    slots = f"{len(contract.slots)} slots" + (f" and {len(contract.features)} features" if contract.features else "")
     shared = shared_cause(mismatches)
     texts = {
         "mismatch": f"MISMATCH: {len(mismatches)} {'place' if len(mismatches) == 1 else 'places'}",

@@ -17,11 +17,15 @@ def told(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
     """For a person."""
     contract = exported.contract
     slots = f"{len(contract.slots)} slots" if contract.slots else "no slots"
+    features = f", and {_counted(len(contract.features), 'feature')} of a T2I-Adapter" if contract.features else ""
     sizes = "every latent size" if contract.divisor == 1 else f"latent sizes that are multiples of {contract.divisor}"
     facts = [
         ("model", f"{contract.class_name} of {contract.header.source}"),
         ("inputs", ", ".join(each.name for each in contract.inputs)),
-        ("residuals", f"{slots}, named as by {exported.naming}" + (" (outputs)" if contract.role == "controlnet" else "")),
+        (
+            "residuals",
+            f"{slots}, named as by {exported.naming}{features}" + (" (outputs)" if contract.role == "controlnet" else ""),
+        ),
         ("precision", f"{exported.dtype}, opset {exported.opset}"),
         ("sizes", f"{sizes}, every batch"),
         ("weights", _weights(exported)),
@@ -43,6 +47,7 @@ def as_json(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
         "role": contract.role,
         "inputs": [each.name for each in contract.inputs],
         "slots": len(contract.slots),
+        "features": len(contract.features),
         "naming": exported.naming,
         "dtype": exported.dtype,
         "opset": exported.opset,
@@ -65,6 +70,10 @@ def as_json(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
         ],
     }
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _number(value: float) -> float | None:

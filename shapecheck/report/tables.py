@@ -9,15 +9,15 @@ from typing import Any, Literal
 from tabulate import tabulate
 
 from shapecheck.contract import Mismatch, show
-from shapecheck.contract.naming import SHAPECHECK
+from shapecheck.contract.naming import SHAPECHECK, is_feature
 
 Format = Literal["human", "markdown"]
 LINE = 100
 """Columns a person's text is wrapped at."""
 _COLUMN = 40
 _WRAPPED = (
-    "ControlNet gives", "claimed", "the file has", "the engine has", "given", "UNet takes", "it should have", "it should be",
-    "likely cause", "A", "B",
+    "ControlNet gives", "adapter gives", "claimed", "the file has", "the engine has", "given", "UNet takes", "it should have",
+    "it should be", "likely cause", "A", "B",
 )  # fmt: skip
 _LONG = {"what was done": 78, "change": 84, "verdict": 60}
 """Widths of columns that hold sentences."""
@@ -70,7 +70,8 @@ def table(rows: Sequence[Sequence[Any]], headers: Sequence[str], form: Format) -
 
 def mismatch_table(mismatches: Sequence[Mismatch], form: Format, given: str, wanted: str = "UNet takes") -> str:
     """Every mismatch, less the cause that all of them share."""
-    headers = ("where", "kind", given, wanted, "UNet module", "ControlNet", "ControlNet module", "likely cause")
+    emitter = "adapter module" if all(is_feature(each.where) for each in mismatches) else "ControlNet module"
+    headers = ("where", "kind", given, wanted, "UNet module", "ControlNet", emitter, "likely cause")
     shared = shared_cause(mismatches)
     several = len({each.controlnet for each in mismatches}) > 1
     usual = form == "human" and all(map(_is_of_the_slot, mismatches))
@@ -95,7 +96,7 @@ def _is_of_the_slot(mismatch: Mismatch) -> bool:
     """Whether the ControlNet's module is the one any reader expects."""
     number = SHAPECHECK.index(mismatch.where)
     module = "controlnet_mid_block" if number == -1 else f"controlnet_down_blocks.{number}"
-    return mismatch.controlnet_module in ("", module)
+    return is_feature(mismatch.where) or mismatch.controlnet_module in ("", module)
 
 
 def _sides(mismatch: Mismatch) -> tuple[str, str]:

@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError, show
-from shapecheck.contract.naming import SHAPECHECK
+from shapecheck.contract.naming import SHAPECHECK, feature
 from shapecheck.contract.profiles import dtypes_of
 from shapecheck.run.binding import CallError
 
 ADDED = "added_cond_kwargs"
+FEATURES = "down_intrablock_additional_residuals"
 _KEPT = 64
 """Sizes whose zeros are remembered."""
 _ADVICE = {
     f"{ADDED}.image_embeds": "image_embeds are an IP-Adapter's, for which this model was not exported: use the PyTorch UNet",
     "cross_attention_kwargs": "cross_attention_kwargs change the model itself, as a LoRA's scale does: "
     "fuse the LoRA with pipe.fuse_lora(lora_scale=…), then export",
-    "down_intrablock_additional_residuals": "these are a T2I-Adapter's features, for which this model was not exported",
+    FEATURES: "these are a T2I-Adapter's features, for which this model was not exported: export it with --adapter",
     "attention_mask": "masks are not part of the exported model: pad the text as the tokenizer does",
     "encoder_attention_mask": "masks are not part of the exported model: pad the text as the tokenizer does",
 }
+_EMPTY = "diffusers pops features from the caller's list, so that a later call finds less in it: give list(features)"
 _ALONE = {
     "down": "mid_block_additional_residual is missing: PyTorch takes residuals without it for a T2I-Adapter's features",
     "mid": "down_block_additional_residuals are missing: PyTorch then ignores the mid residual too",
@@ -35,7 +37,8 @@ class Arguments:
     """What a forward is called with, as inputs of a contract.
 
     Scalar timesteps become one number a row. Residuals that are all one cell, as with `global_pool_conditions`, are expanded
-    to the size of their slot. Without residuals every slot gets zeros, which are made once a size.
+    to the size of their slot. Without residuals every slot gets zeros, which are made once a size, and without features every
+    place of theirs.
     """
 
     def __init__(self, contract: Contract, device: torch.device) -> None:
@@ -44,6 +47,7 @@ class Arguments:
         self._dtypes = {name: getattr(torch, dtype) for name, dtype in dtypes_of(contract).items()}
         self._slots = [slot.name for slot in contract.slots] if contract.role == "unet" else []
         self._downs = self._slots[:-1]
+        self._features = [slot.name for slot in contract.features]
         self._zeros: dict[Any, dict[str, Tensor]] = {}
         self._pool = torch.zeros(0, dtype=self._dtypes.get("sample", torch.float32), device=device)
 
@@ -70,7 +74,7 @@ class Arguments:
     def residuals(self, downs: Any, mid: Any, sample: Any) -> dict[str, Any]:
         """One residual a slot. Raises CallError where only one of both is given, or the model takes none."""
         if downs is None and mid is None:
-            return self._off(sample) if self._slots else {}
+            return self._zeros_for(self._slots, sample)
         if downs is None or mid is None:
             side = "mid" if downs is None else "down"
             raise self._refused([Mismatch("missing", "the residuals", f"{side} alone", "down and mid", cause=_ALONE[side])], [])
@@ -84,12 +88,33 @@ class Arguments:
         named[SHAPECHECK.mid] = mid
         return self._expanded(named, sample) if _all_pooled(named.values()) else named
 
+    def features(self, given: Any, sample: Any) -> dict[str, Any]:
+        """One feature a place, from a T2I-Adapter's list, which stays as it is; zeros where there is no list.
+
+        Raises CallError where the list is empty, or the model takes none.
+        """
+        if given is None:
+            return self._zeros_for(self._features, sample)
+        if not isinstance(given, (list, tuple)):
+            raise ShapecheckError(f"{FEATURES} is {type(given).__name__}: a list of tensors is expected")
+        if not self._features:
+            raise self._refused([Mismatch("surplus", FEATURES, _told(given), "no such input")], [FEATURES])
+        if not given:
+            raise self._refused([Mismatch("missing", FEATURES, "an empty list", "a feature a down block", cause=_EMPTY)], [])
+        return {feature(index): value for index, value in enumerate(given)}
+
+    def _zeros_for(self, names: Sequence[str], sample: Any) -> dict[str, Tensor]:
+        """None where the sample is no image, which is told later."""
+        off = self._off(sample) if names else {}
+        return off if len(off) == len(names) else {name: off[name] for name in names if name in off}
+
     def _shapes(self, sample: Any) -> dict[str, Shape]:
-        """Of the slots; none where the sample is no image, which is told later."""
+        """Of the slots, and of features; none where the sample is no image, which is told later."""
         if not isinstance(sample, Tensor) or sample.dim() != 4 or 0 in sample.shape:
             return {}
         batch, _, height, width = sample.shape
-        return self._contract.shapes(Geometry(batch, height, width))
+        at = Geometry(batch, height, width)
+        return self._contract.shapes(at) | self._contract.feature_shapes(at)
 
     def _off(self, sample: Any) -> dict[str, Tensor]:
         size = getattr(sample, "shape", None)
@@ -118,7 +143,9 @@ class Arguments:
     def _advice(self, unknown: Sequence[str]) -> Iterator[str]:
         yield from dict.fromkeys(_ADVICE[name] for name in unknown if name in _ADVICE)
         if any(name not in _ADVICE for name in unknown):
-            yield f"forward takes {', '.join(self._names)}" + (", and the residuals" if self._slots else "")
+            yield f"forward takes {', '.join(self._names)}" + "".join(
+                f", and the {what}" for what, names in (("residuals", self._slots), ("features", self._features)) if names
+            )
 
 
 def _all_pooled(values: Any) -> bool:

@@ -220,7 +220,7 @@ def _misshapen(contract: Contract, geometry: Geometry, given: Mapping[str, Given
             yield Mismatch(
                 kind_of(each.shape, shape, expected), each.name, tuple(shape), expected, geometry, cause=_axes(each.shape)
             )
-    slots = contract.slots if contract.role == "unet" else ()
+    slots = contract.residuals if contract.role == "unet" else ()
     yield from compare(slots, geometry, {slot.name: tuple(shapes[slot.name]) for slot in slots if slot.name in shapes})
 
 
@@ -235,7 +235,7 @@ def _unplaced(rules: Mapping[str, tuple[Dim, ...]], given: Mapping[str, Given]) 
 
 def _of_another_kind(contract: Contract, device: str, given: Mapping[str, Given]) -> Iterator[Mismatch]:
     """Tensors of another dtype, or that lie on another device."""
-    producers = {slot.name: slot.producer for slot in contract.slots}
+    producers = {slot.name: slot.producer for slot in contract.residuals}
     for name, wanted in dtypes_of(contract).items():
         if name not in given:
             continue
@@ -262,7 +262,7 @@ def _axes(rule: tuple[Dim, ...]) -> str:
 
 def _advice(contract: Contract, found: Sequence[Mismatch]) -> Iterator[str]:
     """What to do about disagreements with the contract, a line for each sort of them."""
-    seen, slots = {each.kind for each in found}, {slot.name for slot in contract.slots}
+    seen, slots = {each.kind for each in found}, {slot.name for slot in contract.residuals}
     if any(each.kind == "missing" and each.where in slots for each in found):
         yield "without a ControlNet give zeros for every slot: a slot that is left out is never taken for zero"
     if "dtype" in seen:

@@ -116,7 +116,7 @@ class DropIn(nn.Module):
 
     def _refuse_infinite(self, inputs: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> NoReturn:
         """Raise ContractError naming the inputs whose values are no finite numbers, or the outputs where all inputs are."""
-        producers = {slot.name: slot.producer for slot in self.contract.slots if self.contract.role == "unet"}
+        producers = {slot.name: slot.producer for slot in self.contract.residuals if self.contract.role == "unet"}
         bad = {name: each for name, each in inputs.items() if each.is_floating_point() and not each.isfinite().all()}
         wrong = [
             Mismatch("values", name, _counted(each), "finite numbers", unet_module=producers.get(name, ""))

@@ -17,7 +17,8 @@ class DropInUNet(DropIn):
 
     It is called as diffusers' `UNet2DConditionModel` is, and as StreamDiffusion calls a TensorRT engine. Every call is checked:
     what the file has no input for is an error, and so are residuals that are missing, of another shape, dtype or device, or
-    given without their other half. Without residuals every slot gets zeros. With `finite` an image that is not all finite
+    given without their other half. Without residuals every slot gets zeros, and so does every place of a T2I-Adapter's feature
+    in a file that was exported for one; the list of features stays whole. With `finite` an image that is not all finite
     numbers is an error that names the slot the NaN came in by; on a GPU that waits for the image.
     """
 
@@ -59,11 +60,11 @@ class DropInUNet(DropIn):
             "timestep_cond": timestep_cond,
             "attention_mask": attention_mask,
             "cross_attention_kwargs": cross_attention_kwargs or None,
-            "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
             "encoder_attention_mask": encoder_attention_mask,
         }
         inputs = self._base(given, {**(added_cond_kwargs or {}), **added}, timestep)
         inputs |= self._arguments.residuals(down_block_additional_residuals, mid_block_additional_residual, sample)
+        inputs |= self._arguments.features(down_intrablock_additional_residuals, sample)
         (image,) = self._run(inputs).values()
         return UNet2DConditionOutput(sample=image) if return_dict else (image,)
 

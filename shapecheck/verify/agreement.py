@@ -61,7 +61,7 @@ def verify(
     refuse_unverifiable(exported.dtype, exported.weights)
     contract = exported.contract
     outputs = tuple(slot.name for slot in contract.slots) if contract.role == "controlnet" else ("out_sample",)
-    residuals = tuple(slot.name for slot in contract.slots) if contract.role == "unet" else ()
+    residuals = tuple(slot.name for slot in contract.residuals) if contract.role == "unet" else ()
     precisions = tuple(dict.fromkeys(("float32", exported.dtype)))
     geometries = geometries or _geometries(contract.divisor)
     name = "" if isinstance(model, nn.Module) else str(model)

@@ -144,7 +144,7 @@ def _unchecked(reading: Reading, case: Case, mismatches: Sequence[Mismatch]) -> 
         return none if not any(each.kind == "sizes" for each in mismatches) else ""
     if reading.image is None:
         return "it gives no image (batch, channels, height, width): only names and structure were checked"
-    told = [reading.image.name, *(each.landings[0].skip for each in case.roles.slots if each.landings)]
+    told = [reading.image.name, *(each.landings[0].skip for each in case.roles.added if each.landings)]
     if case.roles.is_controlnet:
         called = {case.called(slot) for slot in case.contract.slots}
         told = [each.name for each in reading.outputs if each.name in called]
@@ -156,10 +156,10 @@ def _unchecked(reading: Reading, case: Case, mismatches: Sequence[Mismatch]) -> 
 
 def _seen_slots(case: Case) -> tuple[SeenSlot, ...]:
     matched = {each.name: slot.name for slot, each in case.matching.slots if each is not None}
-    landings = {each.name: each.landings[0] for each in case.roles.slots if each.landings}
+    landings = {each.name: each.landings[0] for each in case.roles.added if each.landings}
     rules = case.survey.rules(landing.skip for landing in landings.values())
     seen = []
-    for each in case.roles.slots:
+    for each in case.roles.added:
         landing = landings.get(each.name)
         skip = "" if landing is None else show(rules[landing.skip]) if landing.skip in rules else "not seen"
         seen.append(SeenSlot(each.name, each.rule, skip, landing.module if landing else "", matched.get(each.name, "")))

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from shapecheck.build.safetensor_files import checkpoint_files
 from shapecheck.contract import ShapecheckError
-from shapecheck.contract.call import grouped
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.observe import configs, sources
-from shapecheck.observe.inputs import controlnet_inputs
+from shapecheck.observe.inputs import controlled, controlnet_inputs
 from shapecheck.verify.calls import Emitted
 
 
@@ -34,7 +33,7 @@ def emitted_by(name: str, *, variant: str | None = None, offline: bool = False) 
         generator = torch.Generator().manual_seed(frame)
         given = {}
         for each in inputs:
-            if each.name == "controlnet_cond":
+            if each.name in ("controlnet_cond", "control_type"):
                 given[each.argument] = torch.rand([dim.at(sizes) for dim in each.shape], generator=generator)
             elif each.name in base:
                 value = base[each.name]
@@ -42,7 +41,7 @@ def emitted_by(name: str, *, variant: str | None = None, offline: bool = False) 
             else:
                 raise ShapecheckError(f"{name} takes {each.name}, which the UNet does not")
         with torch.inference_mode():
-            downs, mid = net(**grouped(given), return_dict=False)
+            downs, mid = net(**controlled(given), return_dict=False)
         return dict(zip(SHAPECHECK.names(len(downs)), (*downs, mid), strict=True))
 
     return emit

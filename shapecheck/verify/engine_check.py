@@ -72,7 +72,7 @@ def check_engine(
 def _named(contract: Contract, model: Contract | None) -> Contract:
     """An engine's contract; where that does not know its model, the model's, with the slots the engine has."""
     known = "down_block_types" in contract.config or model is None
-    return contract if known or model is None else replace(model, slots=contract.slots)
+    return contract if known or model is None else replace(model, slots=contract.slots, features=contract.features)
 
 
 def _file(path: Path, engine: Engine, progress: Progress) -> Iterator[Mismatch]:

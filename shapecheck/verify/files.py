@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import nn
 from shapecheck.build import precision, reading, same_weights
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.engine_files import read_engine
-from shapecheck.contract.naming import detect
+from shapecheck.contract.naming import detect, is_feature
 from shapecheck.contract.parity import Check, Ran, Result
 from shapecheck.contract.profiles import Range, range_of, rules_of
 from shapecheck.run.onnx_session import PROVIDERS
@@ -203,6 +203,7 @@ def file_for(backend: str, model: TorchModel, onnx: Path | None, engine: Path | 
         if engine is None:
             raise ShapecheckError(f"{backend} runs engines: give one with --engine (`shapecheck build` makes one)")
         own = read_engine(engine).request.contract
+        _refuse_features(engine, [slot.name for slot in own.features])
         return EngineFile(engine, model.contract(_dtype(own), control=bool(own.slots)), onnx)
     if onnx is None:
         raise ShapecheckError(f"{backend} runs ONNX files: give one with --onnx (`shapecheck export` makes one)")
@@ -231,6 +232,7 @@ def _told(check: Check, fault: str | None, unknown: str = "") -> Result:
 
 def _onnx_file(path: Path, model: TorchModel) -> OnnxFile:
     found = reading.read(path)
+    _refuse_features(path, [each.name for each in found.inputs if is_feature(each.name)])
     image = next((each for each in found.inputs if each.name == "sample"), None)
     image = image or next((each for each in found.inputs if each.is_image and not each.landings), None)
     if image is None:
@@ -239,6 +241,14 @@ def _onnx_file(path: Path, model: TorchModel) -> OnnxFile:
     contract = model.contract(image.dtype, control=control)
     axes = zip(("batch", "", "h", "w"), image.dims or (), strict=False)
     return OnnxFile(path, contract, {symbol: dim for symbol, dim in axes if symbol and isinstance(dim, int)})
+
+
+def _refuse_features(path: Path, features: Sequence[str]) -> None:
+    if features:
+        raise ShapecheckError(
+            f"{path} takes a T2I-Adapter's features ({', '.join(features)}), which a parity run does not give yet; "
+            "`shapecheck export --adapter --verify` compares its numbers with PyTorch's"
+        )
 
 
 def _dtype(contract: Contract) -> str:

@@ -120,7 +120,7 @@ def _wrong_places(case: Case, matching: Matching) -> dict[str, str]:
     named = sorted(placed, key=lambda each: case.roles.position(each) or 0)
     pairs = zip(placed, named, strict=True)  # two that share a skip, as KOALA's last ones do, may change places
     found = {each.name: owner.name for each, owner in pairs if each.landings[0].rank != owner.landings[0].rank}
-    owners = {slot.producer: case.called(slot) for slot, _ in matching.slots if slot.producer}
+    owners = {slot.producer: case.called(slot) for slot, _ in reversed(matching.slots) if slot.producer}
     for slot, each in matching.slots:
         if each is not None and each.landings and each.name not in found:
             makers = [producer for producer in owners if f"{each.landings[0].module}.".startswith(f"{producer}.")]
@@ -159,7 +159,7 @@ def _fixed(dim: Dim, fixed: Mapping[str, int]) -> int | None:
 
 def _skip(case: Case, slot: Slot, each: Tensor) -> Iterator[Mismatch]:
     """What the residual is added to, as measured, against the contract's skip: the first size at which they differ."""
-    skips = [replace(one, spatial="full") for one in case.contract.slots]
+    skips = [replace(one, spatial="full") for one in case.contract.residuals]
     for geometry, shape in case.survey.measured(each.landings[0].skip).items():
         if geometry.height % case.contract.divisor == 0 and geometry.width % case.contract.divisor == 0:
             expected = {one.name: one.shape_at(geometry) for one in skips}

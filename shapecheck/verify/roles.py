@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from shapecheck.build.reading import Reading, Tensor
 from shapecheck.contract import Contract, Dim, Input, Slot
 from shapecheck.contract import naming as namings
-from shapecheck.contract.naming import SHAPECHECK, Naming
+from shapecheck.contract.naming import SHAPECHECK, Naming, is_feature
 
 _OTHERS = {
     "x": ("sample",),
@@ -35,6 +35,13 @@ class Roles:
     """In the order in which the graph makes their skips; those that are added to nothing last."""
     base: tuple[Tensor, ...]
     is_controlnet: bool
+    features: tuple[Tensor, ...] = ()
+    """Of a T2I-Adapter, by our names, which are the only ones known."""
+
+    @property
+    def added(self) -> tuple[Tensor, ...]:
+        """Residuals and features."""
+        return self.slots + self.features
 
     @property
     def sample(self) -> Tensor | None:
@@ -59,6 +66,7 @@ class Matching:
     """Which graph input stands for what a contract wants."""
 
     slots: tuple[tuple[Slot, Tensor | None], ...]
+    """Of residuals, then of features."""
     inputs: tuple[tuple[Input, Tensor | None], ...]
     surplus: tuple[Tensor, ...]
     renamed: frozenset[str]
@@ -78,27 +86,29 @@ def roles_of(each: Tensor) -> tuple[str, ...]:
 def sort_out(reading: Reading) -> Roles:
     """Sort a graph's inputs."""
     naming = namings.detect(each.name for each in reading.inputs)
-    slots = [each for each in reading.inputs if _is_slot(each, naming)]
+    features = tuple(each for each in reading.inputs if is_feature(each.name))
+    slots = [each for each in reading.inputs if each not in features and _is_slot(each, naming)]
     slots.sort(key=lambda each: min((landing.rank for landing in each.landings), default=math.inf))
-    emits = not slots and len(reading.outputs) >= _FEWEST_RESIDUALS
-    base = tuple(each for each in reading.inputs if each not in slots)
+    emits = not slots and not features and len(reading.outputs) >= _FEWEST_RESIDUALS
+    base = tuple(each for each in reading.inputs if each not in slots and each not in features)
     is_controlnet = emits or any(each.name == "controlnet_cond" for each in base)
     if is_controlnet:
         naming = namings.detect(each.name for each in reading.outputs)
-    return Roles(naming, tuple(slots), base, is_controlnet)
+    return Roles(naming, tuple(slots), base, is_controlnet, features)
 
 
 def match(roles: Roles, contract: Contract) -> Matching:
     """Give every slot and base input of the contract the graph input that stands for it."""
     slots = _match_slots(roles, contract.slots if contract.role == "unet" else ())
+    slots |= {each.name: each for each in roles.features if each.name in {slot.name for slot in contract.features}}
     inputs, renamed = _match_inputs(roles.base, contract.inputs)
     taken = [*slots.values(), *inputs.values()]
     if roles.naming:
-        renamed += [each.name for each in slots.values() if roles.position(each) is None]
+        renamed += [each.name for each in slots.values() if each in roles.slots and roles.position(each) is None]
     return Matching(
-        tuple((slot, slots.get(slot.name)) for slot in contract.slots if contract.role == "unet"),
+        tuple((slot, slots.get(slot.name)) for slot in contract.residuals if contract.role == "unet"),
         tuple((each, inputs.get(each.name)) for each in contract.inputs),
-        tuple(each for each in (*roles.base, *roles.slots) if each not in taken),
+        tuple(each for each in (*roles.base, *roles.added) if each not in taken),
         frozenset(renamed),
     )
 

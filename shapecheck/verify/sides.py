@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from shapecheck.build.subject import find
 from shapecheck.contract import Input
-from shapecheck.contract.call import grouped
+from shapecheck.contract.call import added, grouped
+from shapecheck.contract.naming import is_feature
 from shapecheck.observe import sources
 
 
@@ -32,6 +33,7 @@ class Job:
     arguments: tuple[tuple[str, str], ...]
     """Input name → argument of forward."""
     residuals: tuple[str, ...]
+    """And features, after them."""
     outputs: tuple[str, ...]
     cases: int
     variant: str | None = None
@@ -59,9 +61,8 @@ def _forward(module: nn.Module, job: Job, given: dict[str, Tensor], dtype: torch
     tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
     tensors["timestep"] = given["timestep"]
     call = grouped({argument: tensors[name] for name, argument in job.arguments})
-    if job.residuals:
-        *downs, mid = (tensors[name] for name in job.residuals)
-        call |= {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid}
+    features = [name for name in job.residuals if is_feature(name)]
+    call |= added(*([tensors[name] for name in job.residuals if (name in features) is group] for group in (False, True)))
     with torch.inference_mode():
         first, *rest = module(**call, return_dict=False)
     return [each.float() for each in ([*first, *rest] if isinstance(first, (list, tuple)) else [first])]

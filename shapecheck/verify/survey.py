@@ -117,8 +117,8 @@ class _Trial:
         sizes off residuals, they are given what was seen, until that is what they were given.
         """
         given = {each.name: self._given(each, geometry) for each in self._roles.base if each.dims is not None}
-        given |= {each.name: (1, 1, 1, 1) for each in self._roles.slots}
-        measured = [each for each in self._roles.slots if each.measured and each.landings]
+        given |= {each.name: (1, 1, 1, 1) for each in self._roles.added}
+        measured = [each for each in self._roles.added if each.measured and each.landings]
         run = self._reading.at(given)
         for _ in measured:
             seen = {each.name: run.known.get(each.landings[0].skip, given[each.name]) for each in measured}
