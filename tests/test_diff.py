@@ -339,3 +339,17 @@ def test_presets_and_files_are_compared_without_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert not {"torch", "diffusers", "onnx"} & set(done.stderr.split())
+
+
+def test_an_adapter_s_features_are_told_apart_from_slots():
+    feature = replace(SD15.slots[2], name="down_intrablock_residual_00")
+    taking = replace(SD15, features=(feature,))
+    (found,) = differences(taking, SD15)
+    assert (found.part, found.name, found.b) == ("feature", feature.name, None)
+    said = " ".join(meaning(Side("A", taking), Side("B", SD15)))
+    assert "A takes a T2I-Adapter's features too" in said
+    assert "the 13 slots are the same" in said
+    assert "same architecture" not in said
+    other = replace(SD15, features=(replace(feature, skip=SD15.slots[4].skip),))
+    assert "made for one does not fit the other" in meaning(Side("A", taking), Side("B", other))[0]
+    assert "DIFFERENT: 1 feature" in told(Side("A", taking), Side("B", SD15))

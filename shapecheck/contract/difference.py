@@ -11,8 +11,9 @@ from shapecheck.contract.contract import Contract
 from shapecheck.contract.dims import show
 from shapecheck.contract.records import Input, Slot
 
-Part = Literal["model", "input", "slot", "setting"]
-"""Of what: the model as a whole, one base input, one slot, one setting of its configuration."""
+Part = Literal["model", "input", "slot", "feature", "setting"]
+"""Of what: the model as a whole, one base input, one slot, one slot of a T2I-Adapter's feature, one setting of its
+configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,13 @@ class Difference:
 def differences(a: Contract, b: Contract) -> tuple[Difference, ...]:
     """Everything in which the contracts differ; empty exactly where they are equal.
 
-    In the order model, base inputs, slots, settings; A's order of inputs and slots, then what only B has.
+    In the order model, base inputs, slots, features, settings; A's order of inputs and slots, then what only B has.
     """
     return (
         *_told("model", "", _whole(a), _whole(b)),
         *_members("input", a.inputs, b.inputs),
-        *_members("slot", a.residuals, b.residuals),
+        *_members("slot", a.slots, b.slots),
+        *_members("feature", a.features, b.features),
         *_told("setting", "", _settings(a), _settings(b)),
     )
 

@@ -16,7 +16,12 @@ from shapecheck.report.tables import Format, clean, fact_list, heading, note_lis
 _OF_THE_SHAPE = ("", "batch", "channels", "size", "spatial")
 """What of a slot decides whether a residual has its shape."""
 _OF_THE_PIPELINE = ("sample", "timestep")
-_COUNTED: tuple[tuple[Part, str], ...] = (("input", "base input"), ("slot", "slot"), ("setting", "setting"))
+_COUNTED: tuple[tuple[Part, str], ...] = (
+    ("input", "base input"),
+    ("slot", "slot"),
+    ("feature", "feature"),
+    ("setting", "setting"),
+)
 _LONGEST = 400
 
 
@@ -69,7 +74,9 @@ def meaning(a: Side, b: Side) -> tuple[str, ...]:
         unet, net = (a, b) if left.role == "unet" else (b, a)
         return (f"{net.name} is a ControlNet, {unet.name} a UNet: `shapecheck probe UNET --controlnet NAME` says what fits.",)
     sentences = []
-    if _same_architecture(left, right):
+    if left.features != right.features:
+        sentences.append(_of_features(a, b))
+    elif _same_architecture(left, right):
         settings = [each.name for each in differences(left, right) if each.part == "setting"]
         only = f"; only {_listed(settings)} {'differs' if len(settings) == 1 else 'differ'}" if settings else ""
         sentences.append(f"The same architecture: exports and engines of both take calls of the same shapes{only}.")
@@ -148,6 +155,15 @@ def _emitted(a: Contract, b: Contract) -> str:
     if wrong := _wrong_slots(a, b):
         return f"One ControlNet cannot stand in for the other: {', '.join(wrong)}."
     return f"Both ControlNets give the same {len(a.slots)} residuals."
+
+
+def _of_features(a: Side, b: Side) -> str:
+    if a.contract.features and b.contract.features:
+        return "Features are added in other places or of other shapes: a T2I-Adapter made for one does not fit the other."
+    taking, other = (a, b) if a.contract.features else (b, a)
+    return (
+        f"{taking.name} takes a T2I-Adapter's features too, as `export --adapter` makes it; {other.name} was observed without."
+    )
 
 
 def _same_architecture(a: Contract, b: Contract) -> bool:
