@@ -36,7 +36,9 @@ def narrowed(config):
     }
 
 
-_SHAPING = ("use_linear_projection", "time_cond_proj_dim", "addition_embed_type", "transformer_layers_per_block", "num_class_embeds")
+_SHAPING = (
+    "use_linear_projection", "time_cond_proj_dim", "addition_embed_type", "transformer_layers_per_block", "num_class_embeds",
+)  # fmt: skip
 CONTROLNETS = ("controlnet-sd15", "controlnet-sd21", "controlnet-sdxl-full", "controlnet-sdxl-small")
 """The one between those for SDXL differs from both in depth alone."""
 

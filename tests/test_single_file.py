@@ -314,7 +314,7 @@ def test_a_unet_is_no_controlnet_and_the_other_way_round(tmp_path):
     unet = headers.write(tmp_path / "unet.safetensors", tiny())
     net = headers.write(tmp_path / "net.safetensors", headers.original(model("controlnet-sd15"), PREFIX["controlnet"]))
     assert refused(net) == f"{net} is a ControlNet; name the UNet as MODEL and give this one with --controlnet"
-    assert refused(unet, "controlnet").startswith(f"{unet} is a UNet; --controlnet takes a ControlNetModel")
+    assert refused(unet, "controlnet").startswith(f"{unet} is a UNet; --controlnet takes a ControlNet")
     both = headers.write(
         tmp_path / "both.safetensors", {**tiny(), **headers.original(model("controlnet-sd15"), "control_model.")}
     )
