@@ -44,7 +44,6 @@ TOPOLOGIES = {
     "xl": XL,
     "sd15": {"block_out_channels": (8, 16, 24, 24), "norm_num_groups": 4},
     "uneven": XL | {"layers_per_block": [1, 3, 2]},
-    "no mid block": {"block_out_channels": (8, 16, 24, 24), "norm_num_groups": 4, "mid_block_type": None},
     "kandinsky": {
         "block_out_channels": (8, 16, 24),
         "norm_num_groups": 4,
