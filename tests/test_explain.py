@@ -329,6 +329,9 @@ WRITTEN = {
     "list": (json.dumps([*SD15_FLAT[:3], *SD15_FLAT[4:]]), "drop"),
     "tuples": (str([*(tuple(each[1:]) for each in SD15_FLAT[-2::-1]), tuple(SD15_FLAT[-1][1:])]), "reverse"),
     "pair": (json.dumps([SD15_FLAT[1:-1], SD15_FLAT[-1]]), "drop"),
+    "bracketed": ("[320, 640, 1280, 1280]@64", "blocks"),
+    "torch's own": (str([torch.Size(each) for each in [*SD15_FLAT[:3], *SD15_FLAT[4:]]]), "drop"),
+    "a ControlNet's output": (str({"down_block_res_samples": SD15_FLAT[1:-1], "mid_block_res_sample": SD15_FLAT[-1]}), "drop"),
     "right": (json.dumps(SD15_FLAT), None),
 }
 

@@ -22,6 +22,9 @@ FORMS = (
 _LARGEST_FILE = 2**22
 _MOST_ENTRIES = 512
 _DEEPEST = 8
+_DOWNS = ("down", "downs", "down_block_res_samples", "down_block_additional_residuals")
+_MIDS = ("mid", "mid_block_res_sample", "mid_block_additional_residual")
+"""What the two sides are called: by us, by a ControlNet's output, by a UNet's forward."""
 _COMPACT = re.compile(r"(mid[:=]|\+)?(\d{1,9})(?:@(\d{1,9})(?:[x×](\d{1,9}))?)?")
 _LARGEST = 2**20
 """Of any axis."""
@@ -40,7 +43,9 @@ def read_claim(text: str, geometry: Geometry) -> Claim:
         is_file = False
     if is_file:
         return _from_file(path, geometry)
-    text = text.strip()
+    text = re.sub(r"torch\.Size\((\[[^\[\]]{0,200}\])\)", r"\1", text.strip())
+    if sized := re.fullmatch(r"[\[(]([\d, ]{1,4000})[\])]@([\dx×]{1,20})", text):
+        return _compact(f"{sized[1]}@{sized[2]}")
     if text[:1] in ("[", "(", "{"):
         return _from_value(_literal(text), "--mapping", geometry)
     if path.suffix in (".json", ".toml", ".py"):
@@ -114,7 +119,7 @@ def _from_value(value: Any, origin: str, geometry: Geometry) -> Claim:
             return _from_sides({"down": value[0], "mid": value[1]}, origin)
         return _from_list(value, origin)
     for table in _tables(value):
-        if "down" in table or "downs" in table:
+        if any(name in table for name in _DOWNS):
             return _from_sides(table, origin)
         if any(residual_index(name) is not None for name in table):
             return _from_names({name: each for name, each in table.items() if residual_index(name) is not None}, origin)
@@ -138,7 +143,7 @@ def _from_names(table: Mapping[str, Any], origin: str) -> Claim:
 
 
 def _from_sides(table: Mapping[str, Any], origin: str) -> Claim:
-    downs, mid = table.get("down", table.get("downs")), table.get("mid")
+    downs, mid = (next((table[name] for name in names if name in table), None) for names in (_DOWNS, _MIDS))
     if not isinstance(downs, (list, tuple)):
         raise ShapecheckError(f"{origin}: `down` must be a list of shapes; expected {FORMS}")
     entries = [(index, _entry(each, f"{origin}: down {index}")) for index, each in enumerate(downs)]

@@ -237,11 +237,12 @@ _PATTERNS = (
         "must match the size of tensor b",
     ),
     _pattern(
-        r"(?:Sizes of tensors must match except in dimension 1\. )?(?<!dimension 2\. )"
+        r"Sizes of tensors must match except in dimension 1\. "
         r"Expected(?: size)? (\d+)(?: in dimension (\d))? but got(?: size)? (\d+)",
         _concat,
-        " but got ",
+        "Sizes of tensors must match except",
     ),
+    _pattern(r"(?<!dimension \d\. )Expected size (\d+)() but got size (\d+)", _concat, "Expected size "),
     _pattern(
         r"Sizes of tensors must match except in dimension 1\. Got (\d+)() and (\d+) in dimension \d",
         _concat,
