@@ -78,6 +78,7 @@ def explain(
     from shapecheck.faults.diagnosis import Diagnosis
     from shapecheck.faults.from_text import explain_text
     from shapecheck.report import explain as report
+    from shapecheck.report import explain_record as record
 
     if output is not None:
         refuse_unwritable(output)
@@ -92,10 +93,10 @@ def explain(
     diagnosis = explain_text(said, models, asked) if said is not None else Diagnosis((), tuple(models))
     first, others = (judgements[0], judgements[1:]) if judgements else (None, [])
     if form == "json":
-        write(report.as_json(diagnosis, first, others), output)
+        write(record.as_json(diagnosis, first, others), output)
     else:
         write(report.told(diagnosis, first, others, form=form), output)
-    return 0 if report.verdict(diagnosis, first) == "diagnosis" else ContractError.exit_status
+    return 0 if record.verdict(diagnosis, first) == "diagnosis" else ContractError.exit_status
 
 
 def _text(text: str | None, *, others: bool) -> str | None:

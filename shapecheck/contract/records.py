@@ -114,7 +114,7 @@ class Mismatch:
         place = f"{self.where} ({sides})" if sides else self.where
         at = f" at {self.geometry}" if self.geometry else ""
         cause = f"; {self.cause}" if self.cause else ""
-        return f"{place}: {self.kind}: got {_told(self.observed)}, expected {_told(self.expected)}{at}{cause}"
+        return f"{place}: {self.kind}: got {shape_or_words(self.observed)}, expected {shape_or_words(self.expected)}{at}{cause}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,5 +158,6 @@ class Header:
         return columns * self.vae_factor, rows * self.vae_factor
 
 
-def _told(value: Shape | str) -> str:
+def shape_or_words(value: Shape | str) -> str:
+    """A shape as people read it; what stands in its place as it is."""
     return value if isinstance(value, str) else show(value)

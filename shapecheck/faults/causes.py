@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from shapecheck import presets
 from shapecheck.contract import Contract, show
@@ -19,13 +19,6 @@ def causes(symptom: Symptom, models: Models) -> Iterator[Cause]:
     """What this symptom says by itself, on these UNets."""
     if told := _TELLERS.get(symptom.kind):
         yield from told(symptom, models)
-
-
-def nothing_fits(told: Sequence[Symptom]) -> str:
-    """Why a text that reads like one of ours comes to nothing."""
-    if not told:
-        return "this text says nothing of residuals, or in words that are not known here"
-    return "no slot of these UNets can give this text, with any fault there is a name for: these sizes come from somewhere else"
 
 
 def _dtype(symptom: Symptom, models: Models) -> Iterator[Cause]:

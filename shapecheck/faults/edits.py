@@ -9,7 +9,7 @@ from shapecheck.contract import Shape, show
 from shapecheck.faults.fault import Fault
 from shapecheck.faults.given import Given
 from shapecheck.faults.hints import Hints, completed
-from shapecheck.faults.table import Size, Table
+from shapecheck.faults.table import Table
 
 _AS_EMITTED = "give the residuals in the order the ControlNet returns them, none left out and none twice"
 
@@ -142,7 +142,7 @@ def _strides(table: Table, hints: Hints) -> Iterator[Fault]:
         batch, channels, height, width = flat[at]
         stride = table.contract.slots[at].stride
         change = "give each residual the size of its own slot"
-        sizes = {size: f"stride {other}" for other, size in _pyramid(table)}
+        sizes = {level.size: f"stride {level.stride}" for level in table.levels}
         for rows, columns in hints.sizes:
             for size in completed(rows, columns, (height, width), table.latent):
                 sizes.setdefault(size, f"{show(size)} cells")
@@ -154,11 +154,6 @@ def _strides(table: Table, hints: Hints) -> Iterator[Fault]:
 
 def _slot(table: Table, at: int) -> str:
     return "mid" if at == len(table.names) - 1 else f"slot {at}"
-
-
-def _pyramid(table: Table) -> Iterator[tuple[int, Size]]:
-    """Stride and size of every level."""
-    yield from ((level.stride, level.size) for level in table.levels)
 
 
 def _with(flat: list[Shape], at: int, shape: Shape) -> Given:

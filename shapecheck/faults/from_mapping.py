@@ -9,9 +9,11 @@ from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckE
 from shapecheck.contract.compare import compare
 from shapecheck.faults.anatomy import anatomy
 from shapecheck.faults.claim import Claim
+from shapecheck.faults.diagnosis import Diagnosis
 from shapecheck.faults.fault import Fault
 from shapecheck.faults.given import Given
 from shapecheck.faults.hints import Hints
+from shapecheck.faults.matching import gives
 from shapecheck.faults.mistakes import mistakes
 from shapecheck.faults.outcome import Failure, outcome
 from shapecheck.faults.size import Size
@@ -59,6 +61,13 @@ class Judgement:
     def is_silent(self) -> bool:
         """Whether something is wrong and PyTorch says nothing."""
         return bool(self.mismatches) and self.failure is None
+
+    def gives(self, diagnosis: Diagnosis) -> bool | None:
+        """Whether this table gives a text that was explained: one of its symptoms. None where that has none."""
+        if not diagnosis.readings:
+            return None
+        failure, table = self.failure, Table.of(self.contract, self.geometry)
+        return failure is not None and any(gives(each.symptom, failure, table) for each in diagnosis.readings)
 
     @property
     def distance(self) -> tuple[bool, int, int]:

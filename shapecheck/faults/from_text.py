@@ -23,6 +23,9 @@ from shapecheck.faults.unrelated import unrelated
 
 _MOST, _MOST_PLAYED = 12, 4
 """Symptoms of one text that are looked into, and those of them for which every fault is played through."""
+_NOTHING_FITS = (
+    "no slot of these UNets can give this text, with any fault there is a name for: these sizes come from somewhere else"
+)
 _PLAYED = (
     "broadcast", "output", "concat", "rank", "norm", "groups", "index", "upsample", "keyword", "unequal", "pair", "dimensions",
 )  # fmt: skip
@@ -38,7 +41,7 @@ def explain_text(text: str, models: Mapping[str, Contract], size: Size) -> Diagn
     played = [symptom for symptom in told[:_MOST] if symptom.kind in _PLAYED][:_MOST_PLAYED]
     readings = tuple(_reading(symptom, models, size, play=symptom in played) for symptom in told[:_MOST])
     diagnosis = Diagnosis(readings, tuple(models))
-    return diagnosis if diagnosis.found else replace(diagnosis, reason=causes.nothing_fits(told))
+    return diagnosis if diagnosis.found else replace(diagnosis, reason=_NOTHING_FITS)
 
 
 def _reading(symptom: Symptom, models: Mapping[str, Contract], size: Size, *, play: bool) -> Reading:

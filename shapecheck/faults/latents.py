@@ -65,8 +65,6 @@ def _told(symptom: Symptom) -> tuple[int | None, int | None]:
         return (side, None) if symptom.axis == 2 else (None, side) if symptom.axis == 3 else (None, None)
     if symptom.kind == "concat":
         return (None, side) if symptom.axis == 3 else (None, None) if symptom.axis == 0 else (side, None)
-    if symptom.kind == "unequal" and symptom.axis == 3:
-        return None, None
     return None, None
 
 

@@ -11,7 +11,7 @@ from shapecheck.faults.outcome import Stage
 SymptomKind = Literal[
     "broadcast", "output", "concat", "rank", "norm", "groups", "index", "upsample", "keyword", "pair",  # as outcome.Kind
     "pop", "deprecated", "dtype", "text width", "sample channels", "from_unet",
-    "dimensions", "missing", "unknown", "range", "unequal", "type",
+    "dimensions", "missing", "unknown", "range", "unequal",
 ]  # fmt: skip
 
 
@@ -21,7 +21,7 @@ class Symptom:
 
     kind: SymptomKind
     source: str
-    """Who says it: PyTorch, ONNX Runtime, TensorRT, Polygraphy, diffusers."""
+    """Who says it: PyTorch, diffusers, ComfyUI, ONNX Runtime, TensorRT, Polygraphy, StreamDiffusion."""
     line: str
     """The words themselves."""
     axis: int | None = None

@@ -1,26 +1,19 @@
-"""What an error text or a claimed table comes to, as text, Markdown or JSON."""
+"""What an error text comes to, as text or Markdown; and beside it a table that was claimed."""
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from typing import Any
 
 from shapecheck.contract import Contract, Geometry, show
 from shapecheck.faults.diagnosis import Answer, Candidate, Cause, Diagnosis, Reading
-from shapecheck.faults.fault import Fault
 from shapecheck.faults.from_mapping import Judgement
-from shapecheck.faults.given import Given
-from shapecheck.faults.matching import gives
 from shapecheck.faults.symptom import Symptom
-from shapecheck.faults.table import Table
-from shapecheck.faults.wording import eager
+from shapecheck.report.explain_table import agreement, elsewhere, judged, names
 from shapecheck.report.tables import LINE, Format, clean, fact_list, heading, note_list, table, wrapped
 
 _SHOWN = 4
-"""Names of models, and sizes, that are written out."""
+"""Sizes that are written out."""
 _LONGEST = 400
 """Characters of the text that are repeated."""
 
@@ -61,7 +54,7 @@ def _reading(reading: Reading, form: Format, model: str | None) -> Iterator[str]
     answers = sorted(reading.answers, key=lambda each: -len(each.models))
     if model is None:
         yield heading("Models that can give this text", form)
-        rows = [(_names(each.models), _places(each), len(each.candidates)) for each in answers]
+        rows = [(names(each.models), _places(each), len(each.candidates)) for each in answers]
         yield table(rows, ("models", "where it shows", "faults"), form)
     yield from _answer(answers[0], form)
     yield _certainty(answers[0], form)
@@ -110,17 +103,17 @@ def _cause(cause: Cause, form: Format, model: str | None) -> str:
 
 
 def _answer(answer: Answer, form: Format) -> Iterator[str]:
-    here, elsewhere = _split(answer)
-    count = len(here or elsewhere)
+    here, others = _split(answer)
+    count = len(here or others)
     faults = f"{count} fault gives" if count == 1 else f"{count} faults give"
-    more = f"; {len(elsewhere)} more at other sizes" if here and elsewhere else ""
-    yield heading(f"On {_names(answer.models)}, {faults} exactly this text, at {_places(answer)}{more}", form)
+    more = f"; {len(others)} more at other sizes" if here and others else ""
+    yield heading(f"On {names(answer.models)}, {faults} exactly this text, at {_places(answer)}{more}", form)
     for candidates in _by_slot(here):
         yield _place(candidates[0], form)
         yield table(list(_rows(candidates)), ("fault", "what was done"), form)
-    if elsewhere:
+    if others:
         yield heading(f"At other sizes than latents of {_sizes([answer.geometry])}", form)
-        rows = [_elsewhere_row(candidates) for candidates in _by_slot(elsewhere)]
+        rows = [_elsewhere_row(candidates) for candidates in _by_slot(others)]
         yield table(rows, ("where", "at latents of", "UNet has", "meets", "faults"), form)
     yield heading("What to change", form)
     yield table(_changes(answer.candidates), ("fault", "change"), form)
@@ -205,10 +198,6 @@ def right_table(contract: Contract, geometry: Geometry, form: Format) -> str:
     return table(rows, ("#", "slot", "channels", "stride", "shape", "skip from"), form)
 
 
-def _names(models: Sequence[str]) -> str:
-    return ", ".join(models[:_SHOWN]) + (f" and {len(models) - _SHOWN} more" if len(models) > _SHOWN else "")
-
-
 def _places(answer: Answer) -> str:
     """`slots 0, 1, 2, 3 and mid`: at the size the answer is told at, where there are any."""
     names = [slot.name for slot in answer.contract.slots]
@@ -218,168 +207,3 @@ def _places(answer: Answer) -> str:
     parts += ["mid"] if names[-1] in found else []
     parts += [name for name in found if name not in names]
     return " and ".join(parts)
-
-
-def judged(judgement: Judgement, form: Format) -> Iterator[str]:
-    """A table held against a UNet."""
-    title = f"The table given, on {_names(judgement.models)}, {judgement.geometry}"
-    yield f"# {title}" if form == "markdown" else title
-    yield verdict_line(judgement)
-    if judgement.failure is not None:
-        yield fact_list([("PyTorch says", eager(judgement.failure) or "an error that is not known here")], form)
-    if judgement.matches:
-        exact = judgement.matches[0].differs == 0
-        yield heading("This is what was done" if exact else "No known mistake gives this table; the nearest", form)
-        yield table(_match_rows(judgement), ("fault", "what was done", "slots that differ"), form)
-        yield heading("What to change", form)
-        changes = dict.fromkeys((match.fault.kind, match.fault.change) for match in judgement.matches)
-        yield table(list(changes), ("fault", "change"), form)
-    yield heading("Slot by slot", form)
-    yield table(_slot_rows(judgement), ("#", "slot", "given", "UNet takes", "verdict", "skip from", "likely cause"), form)
-    if not judgement.tells_mid:
-        yield note_list(["this table says nothing of the mid residual: it is taken to be right"], form)
-
-
-def agreement(diagnosis: Diagnosis, judgement: Judgement, form: Format) -> str:
-    """Whether the table gives the text, where both were given."""
-    agreed = agrees(diagnosis, judgement)
-    if agreed is None:
-        return ""
-    told = (
-        "this table gives the text above"
-        if agreed
-        else "this table does not give the text above: that comes from other residuals"
-    )
-    return note_list([told], form)
-
-
-def agrees(diagnosis: Diagnosis, judgement: Judgement) -> bool | None:
-    """Whether one of the symptoms is what the table's failure says; None where there is no symptom."""
-    if not diagnosis.readings:
-        return None
-    table = Table.of(judgement.contract, judgement.geometry)
-    failure = judgement.failure
-    return failure is not None and any(gives(each.symptom, failure, table) for each in diagnosis.readings)
-
-
-def _slot_rows(judgement: Judgement) -> list[tuple[object, ...]]:
-    """Every slot, right or wrong, then what no slot takes."""
-    wrong = {each.where: each for each in judgement.mismatches}
-    rows: list[tuple[object, ...]] = []
-    for number, slot in enumerate(judgement.contract.slots):
-        takes = show(slot.shape_at(judgement.geometry))
-        fault = wrong.pop(slot.name, None)
-        given = takes if fault is None else told_shape(fault.observed)
-        rows.append(
-            (number, slot.name, given, takes, fault.kind if fault else "right", slot.producer, fault.cause if fault else "")
-        )
-    rows += [("", each.where, told_shape(each.observed), "no such slot", each.kind, "", each.cause) for each in wrong.values()]
-    return rows
-
-
-def told_shape(value: tuple[int, ...] | str) -> str:
-    """A shape, or words in its place."""
-    return value if isinstance(value, str) else show(value)
-
-
-def elsewhere(judgements: Sequence[Judgement], form: Format) -> Iterator[str]:
-    """The same table on the other UNets that were tried."""
-    if judgements:
-        yield heading("On other models", form)
-        rows = [(_names(each.models), verdict_line(each)) for each in judgements]
-        yield table(rows, ("models", "verdict"), form)
-
-
-def verdict_line(judgement: Judgement) -> str:
-    """What a table comes to, in a line."""
-    if judgement.is_right:
-        return f"RIGHT: every one of the {len(judgement.contract.slots)} slots gets what it takes"
-    count = f"{len(judgement.mismatches)} {'slot' if len(judgement.mismatches) == 1 else 'slots'}"
-    if judgement.is_silent:
-        return f"WRONG IN SILENCE: {count} do not fit, and PyTorch runs all the same: the image is wrong"
-    return f"WRONG: {count} do not fit; PyTorch fails at {judgement.failure.slot if judgement.failure else 'some place'}"
-
-
-def _match_rows(judgement: Judgement) -> list[tuple[str, str, str]]:
-    return [(fault.kind, fault.told, str(match.differs or "")) for match in judgement.matches for fault in match.faults]
-
-
-def as_json(diagnosis: Diagnosis, judgement: Judgement | None = None, others: Sequence[Judgement] = ()) -> str:
-    """The same for machines, with every candidate and the residuals that lead to it.
-
-    `judgement` is the claimed table on the UNet it fits best, `others` the same on the other UNets that were tried.
-    """
-    record: dict[str, Any] = {
-        "verdict": verdict(diagnosis, judgement),
-        "reason": diagnosis.reason or None,
-        "tried": list(diagnosis.tried),
-        "symptoms": [_reading_record(reading) for reading in diagnosis.readings],
-        "mapping": None if judgement is None else _judgement_record(judgement),
-        "mapping_gives_text": None if judgement is None else agrees(diagnosis, judgement),
-        "mapping_elsewhere": [
-            {"models": list(each.models), "right": each.is_right, "mismatches": len(each.mismatches)} for each in others
-        ],
-    }
-    return json.dumps(record, indent=1, ensure_ascii=True) + "\n"
-
-
-def verdict(diagnosis: Diagnosis, judgement: Judgement | None) -> str:
-    """`diagnosis`, or `none`."""
-    return "diagnosis" if diagnosis.found or judgement is not None else "none"
-
-
-def _reading_record(reading: Reading) -> dict[str, Any]:
-    return {
-        "symptom": asdict(reading.symptom) | {"meaning": meaning(reading.symptom)},
-        "causes": [asdict(cause) for cause in reading.causes],
-        "answers": [
-            {
-                "models": list(answer.models),
-                "geometry": asdict(answer.geometry),
-                "certain": certain(answer),
-                "slots": list(dict.fromkeys(each.slot for each in answer.candidates)),
-                "candidates": [_candidate_record(each) for each in answer.candidates],
-                "right": Table.of(answer.contract, answer.geometry).right.named,
-            }
-            for answer in reading.answers
-        ],
-    }
-
-
-def _candidate_record(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "slot": candidate.slot,
-        "module": candidate.module,
-        "stage": candidate.stage,
-        "fault": candidate.fault.kind,
-        "told": candidate.fault.told,
-        "change": candidate.fault.change,
-        "touched": list(candidate.fault.slots),
-        "wanted": candidate.wanted,
-        "given": candidate.given,
-        "alike": [_fault_record(fault) for fault in candidate.faults[1:]],
-        "mapping": _given_record(candidate.table),
-        "geometries": [asdict(geometry) for geometry in candidate.geometries],
-    }
-
-
-def _fault_record(fault: Fault) -> dict[str, Any]:
-    return {"fault": fault.kind, "told": fault.told, "change": fault.change, "touched": list(fault.slots)}
-
-
-def _given_record(given: Given) -> dict[str, Any]:
-    return {"down": given.downs, "mid": given.mid}
-
-
-def _judgement_record(judgement: Judgement) -> dict[str, Any]:
-    return {
-        "models": list(judgement.models),
-        "geometry": asdict(judgement.geometry),
-        "verdict": "right" if judgement.is_right else "silent" if judgement.is_silent else "raises",
-        "text": eager(judgement.failure) if judgement.failure else None,
-        "slot": judgement.failure.slot if judgement.failure else None,
-        "mismatches": [asdict(each) for each in judgement.mismatches],
-        "faults": [_fault_record(fault) | {"differs": match.differs} for match in judgement.matches for fault in match.faults],
-        "given": _given_record(judgement.given),
-        "right": Table.of(judgement.contract, judgement.geometry).right.named,
-    }

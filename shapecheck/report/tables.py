@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from tabulate import tabulate
 
-from shapecheck.contract import Mismatch, show
+from shapecheck.contract import Mismatch
 from shapecheck.contract.naming import SHAPECHECK, is_feature
+from shapecheck.contract.records import shape_or_words
 
 Format = Literal["human", "markdown"]
 LINE = 100
@@ -100,7 +101,7 @@ def _is_of_the_slot(mismatch: Mismatch) -> bool:
 
 
 def _sides(mismatch: Mismatch) -> tuple[str, str]:
-    return tuple(value if isinstance(value, str) else show(value) for value in (mismatch.observed, mismatch.expected))  # type: ignore[return-value]
+    return shape_or_words(mismatch.observed), shape_or_words(mismatch.expected)
 
 
 def shared_cause(mismatches: Sequence[Mismatch]) -> str:
