@@ -145,6 +145,15 @@ class ContractError(ShapecheckError):
         count = f"{len(mismatches)} mismatch{'es' if len(mismatches) != 1 else ''}"
         super().__init__("\n".join([f"{subject}: {count}", *(f"  {each}" for each in mismatches)]))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled whole, subclasses too: an exception is otherwise made again from its text alone."""
+        return _made_again, (type(self), self.args), self.__dict__
+
+
+def _made_again(kind: type[ContractError], args: tuple[Any, ...]) -> ContractError:
+    """One with this text; copy and pickle then give it its attributes."""
+    return kind.__new__(kind, *args)
+
 
 def _by_name(shapes: Residuals) -> dict[str, Shape]:
     """Slot name → shape, from any of the forms `Contract.mismatches` takes."""

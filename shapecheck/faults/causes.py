@@ -8,6 +8,7 @@ from shapecheck import presets
 from shapecheck.contract import Contract, show
 from shapecheck.faults.diagnosis import Cause
 from shapecheck.faults.matching import residual_index, slot_of
+from shapecheck.faults.nets import unlike_nets
 from shapecheck.faults.symptom import Symptom
 
 Models = Mapping[str, Contract]
@@ -17,7 +18,9 @@ _LATENTS = "sample"
 
 def causes(symptom: Symptom, models: Models) -> Iterator[Cause]:
     """What this symptom says by itself, on these UNets."""
-    if told := _TELLERS.get(symptom.kind):
+    if symptom.stage == "nets":
+        yield from unlike_nets(symptom)
+    elif told := _TELLERS.get(symptom.kind):
         yield from told(symptom, models)
 
 

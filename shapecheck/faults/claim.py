@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from shapecheck.contract import Shape
-from shapecheck.contract.naming import SHAPECHECK
+from shapecheck.contract import Shape, ShapecheckError
+from shapecheck.contract.naming import SCHEMES, SHAPECHECK
 from shapecheck.faults.given import Given
+from shapecheck.faults.matching import residual_index
 from shapecheck.faults.table import Table
 
 MID = -1
+_SIDE_WORD = re.compile("blocks?|res|residuals?|samples?|shapes?|slots?|outputs?|additional|controls?|controlnet|given")
+"""What a name of one of the two sides has beside `down` or `mid`."""
+_FREE = re.compile(r"\?|[A-Za-z_][A-Za-z0-9_]*")
+_AXIS = r"(?:-1|\?|\d{1,9}|[A-WYZa-wyz_]{1,20})"
+_WRITTEN = re.compile(rf"{_AXIS}(?:[xX×]{_AXIS}){{2,5}}")
+_LARGEST = 2**20
+"""Of any axis."""
+_FEWEST_CHANNELS, _LARGEST_SIDE = 32, 256
+"""Where plain numbers can be widths or one shape: channels are at least so many, sides in cells at most so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +30,7 @@ class Entry:
     """One residual as it is claimed; what is not said is None."""
 
     channels: int
-    size: tuple[int, int] | None = None
+    size: tuple[int | None, int | None] = (None, None)
     """Height and width in cells."""
     stride: int | None = None
     batch: int | None = None
@@ -29,7 +41,8 @@ class Entry:
         """Its shape at the table's geometry; what is not said is taken to be right for that slot, mid at -1."""
         if self.shape is not None:
             return self.shape
-        return (self.batch or table.geometry.batch, self.channels, *(self.size or self._size(table, index)))
+        sides = (own if told is None else told for told, own in zip(self.size, self._size(table, index), strict=True))
+        return (self.batch or table.geometry.batch, self.channels, *sides)
 
     def _size(self, table: Table, index: int) -> tuple[int, int]:
         if self.stride is not None:
@@ -38,6 +51,12 @@ class Entry:
             return known.get(self.stride, (-(-height // self.stride), -(-width // self.stride)))
         flat = table.mid if index == MID or index >= len(table.downs) else table.downs[index]
         return flat[2], flat[3]
+
+    @property
+    def told_size(self) -> tuple[int, int] | None:
+        """Height and width in cells, where both are said."""
+        height, width = self.shape[-2:] if self.shape else self.size
+        return None if height is None or width is None else (height, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +69,45 @@ class Claim:
     tells_mid: bool
     """Whether the mid residual is told apart; else the last of a list may be it."""
     origin: str
+    notes: tuple[str, ...] = ()
+    """How it was read, where it could have been read otherwise."""
 
     @property
-    def downs(self) -> tuple[Entry, ...]:
-        """In order, as a list would hold them."""
-        return tuple(entry for index, entry in self.entries if index != MID)
+    def downs(self) -> tuple[tuple[int, Entry], ...]:
+        """In order, as a list would hold them, each with its number."""
+        return tuple((index, entry) for index, entry in self.entries if index != MID)
+
+    @property
+    def mid(self) -> Entry | None:
+        """The mid residual, where it is told apart."""
+        return next((entry for index, entry in self.entries if index == MID), None)
 
     @property
     def gaps(self) -> tuple[int, ...]:
-        """Numbers that are left out, of residuals given by name."""
-        numbers = {index for index, _ in self.entries if index != MID}
-        return tuple(index for index in range(max(numbers, default=-1)) if index not in numbers) if self.named else ()
+        """Numbers that are left out before the last, of residuals given by name; -1 where mid is."""
+        numbers = {index for index, _ in self.downs}
+        if not self.named or not numbers:
+            return ()
+        return (*(index for index in range(max(numbers)) if index not in numbers), *((MID,) if self.mid is None else ()))
+
+    def from_zero(self, downs: int) -> Claim:
+        """Itself; where the names count one to `downs`, with the numbers of the slots."""
+        numbers = [index for index, _ in self.downs]
+        if not self.named or downs < 1 or numbers != list(range(1, downs + 1)):
+            return self
+        moved = tuple((index if index == MID else index - 1, entry) for index, entry in self.entries)
+        note = f"the names count from one: number 1 is taken for slot 0, number {downs} for slot {downs - 1}"
+        return replace(self, entries=moved, notes=(*self.notes, note))
 
     def tables(self, table: Table) -> Iterator[Given]:
         """What it can mean, the likelier first."""
         downs = self.downs
-        mid = next((entry for index, entry in self.entries if index == MID), None)
         if self.tells_mid:
-            yield _given(downs, mid, table)
+            yield _given(downs, self.mid, table)
             return
         whole = _given(downs, None, table)
         with_mid = Given(whole.downs, table.mid)  # a list of down residuals alone says nothing of mid
-        split = _given(downs[:-1], downs[-1], table) if downs else whole
+        split = _given(downs[:-1], downs[-1][1], table) if downs else whole
         yield from (split, with_mid, whole) if len(downs) > len(table.downs) else (with_mid, split, whole)
 
     def named_shapes(self, table: Table) -> dict[str, Shape]:
@@ -80,12 +116,16 @@ class Claim:
             SHAPECHECK.mid if index == MID else SHAPECHECK.down(index): entry.at(table, index) for index, entry in self.entries
         }
 
+    def completed(self, table: Table) -> Given:
+        """With what is right in every gap."""
+        right = {index: shape for index, shape in enumerate(table.downs) if index in self.gaps}
+        told = {index: entry.at(table, index) for index, entry in self.entries}
+        downs = right | told
+        return Given(tuple(downs[index] for index in sorted(downs) if index != MID), told.get(MID, table.mid))
+
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Every height and width that is said."""
-        told = (
-            entry.size or (entry.shape[-2:] if entry.shape and len(entry.shape) >= 2 else None) for _, entry in self.entries
-        )
-        return tuple(dict.fromkeys((size[0], size[1]) for size in told if size))
+        return tuple(dict.fromkeys(size for _, entry in self.entries if (size := entry.told_size)))
 
     @property
     def batch(self) -> int | None:
@@ -94,6 +134,112 @@ class Claim:
         return max(set(told), key=told.count) if told else None
 
 
-def _given(downs: tuple[Entry, ...], mid: Entry | None, table: Table) -> Given:
-    shapes = tuple(entry.at(table, index) for index, entry in enumerate(downs))
-    return Given(shapes, None if mid is None else mid.at(table, MID))
+def _given(downs: tuple[tuple[int, Entry], ...], mid: Entry | None, table: Table) -> Given:
+    return Given(tuple(entry.at(table, index) for index, entry in downs), None if mid is None else mid.at(table, MID))
+
+
+def side(name: str) -> Literal["down", "mid"] | None:
+    """The side of the table that a name stands for, in any case: down_shapes, DOWNS, mid_block_res_sample; None for others."""
+    words = re.split(r"[_\-. ]", name.lower())
+    rest = [word for word in words if not _SIDE_WORD.fullmatch(word)]
+    if rest in (["down"], ["downs"]):
+        return "down"
+    return "mid" if rest in (["mid"], ["middle"]) else None
+
+
+def slot_number(name: str, value: Any) -> int | None:
+    """The number of the slot whose residual this value is by its name, -1 for mid; None where it is something else.
+
+    A name of no known scheme, such as down_3, counts where the value can be a shape.
+    """
+    if sided := side(name):
+        return MID if sided == "mid" else None
+    index = residual_index(name) if residual_index(name) is not None else residual_index(name.lower())
+    known = any(scheme.index(name.lower()) is not None for scheme in SCHEMES)
+    return index if known or isinstance(value, (list, tuple, Mapping)) or written_axes(value) else None
+
+
+def is_free(axis: Any) -> bool:
+    """Whether this is how an axis is written whose size is left open: -1, None, ? or a name."""
+    return axis is None or (type(axis) is int and axis == -1) or (isinstance(axis, str) and _FREE.fullmatch(axis) is not None)
+
+
+def is_shape(value: Any) -> bool:
+    """Whether this is (channels, height, width) or (batch, channels, height, width), or one with a few axes more.
+
+    Any axis but the channels may be free.
+    """
+    if not isinstance(value, (list, tuple)) or not 3 <= len(value) <= 6:
+        return False
+    certain = {3: value[:1], 4: value[1:2]}.get(len(value), value)
+    return all(type(axis) is int for axis in certain) and all(type(axis) is int or is_free(axis) for axis in value)
+
+
+def written_axes(value: Any) -> list[int | str] | None:
+    """The axes of text such as 2x320x64x96; None where it is something else."""
+    if not isinstance(value, str) or _WRITTEN.fullmatch(value) is None:
+        return None
+    return [int(axis) if axis.lstrip("-").isdigit() else axis for axis in re.split("[xX×]", value)]
+
+
+def is_residual(value: Any) -> bool:
+    """Whether this can stand for a residual: channels, a shape, or a row that holds them."""
+    row = isinstance(value, Mapping) and not {"shape", "opt", "channels"}.isdisjoint(value)
+    return type(value) is int or is_shape(value) or written_axes(value) is not None or row
+
+
+def is_list_of_shapes(value: Any) -> bool:
+    """Whether this is a list of one shape or more, and nothing else."""
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_shape, value))
+
+
+def is_pair(value: Any) -> bool:
+    """Whether this is a list of shapes and one more: what a ControlNet returns."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and isinstance(value[0], (list, tuple))
+        and all(map(is_shape, value[0]))
+        and is_shape(value[1])
+    )
+
+
+def is_one_shape(value: Any) -> bool:
+    """Whether a plain list is the shape of one residual, and not the widths of several."""
+    if not is_shape(value) or len(value) > 4:
+        return False
+    first, *rest = value
+    if is_free(first) or any(map(is_free, rest)) or first < _FEWEST_CHANNELS:
+        return True
+    return len(value) == 3 and max(rest) <= _LARGEST_SIDE and max(rest) < first
+
+
+def entry_of(value: Any, where: str) -> Entry:
+    """A number of channels, a shape, or a mapping with `shape`, with `opt`, or with `channels` and `stride`.
+
+    Raises ShapecheckError, which begins with `where`, on anything else.
+    """
+    if isinstance(value, Mapping):
+        shape, stride = value.get("shape", value.get("opt")), value.get("stride", value.get("scale"))
+        if shape is None and type(value.get("channels")) is int:
+            return checked(Entry(value["channels"], stride=stride if type(stride) is int else None), where, value)
+        value = shape
+    if type(value) is int:
+        return checked(Entry(value), where, value)
+    axes: Any = written_axes(value) or value
+    if not is_shape(axes):
+        raise ShapecheckError(
+            f"{where}: expected (channels, height, width) or (batch, channels, height, width), got {str(value)[:60]!r}"
+        )
+    if len(axes) > 4:
+        return checked(Entry(axes[0], shape=tuple(axes)), where, value)
+    *batch, height, width = (None if is_free(axis) else axis for axis in (*axes[:-3], *axes[-2:]))
+    return checked(Entry(axes[-3], (height, width), batch=batch[0] if batch else None), where, value)
+
+
+def checked(entry: Entry, where: str, written: Any) -> Entry:
+    """Itself. Raises ShapecheckError, which begins with `where` and shows what was written, where a size cannot be."""
+    told = (entry.channels, *entry.size, entry.stride, entry.batch, *(entry.shape or ()))
+    if not all(size is None or 0 < size <= _LARGEST for size in told):
+        raise ShapecheckError(f"{where}: sizes go from 1 to {_LARGEST}, got {str(written)[:60]}")
+    return entry

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import ast
 import json
-import operator
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shapecheck.contract import Contract, Geometry, ShapecheckError
-from shapecheck.faults.claim import MID, Claim, Entry
-from shapecheck.faults.matching import residual_index
+from shapecheck.faults.claim import (
+    MID,
+    Claim,
+    Entry,
+    checked,
+    entry_of,
+    is_list_of_shapes,
+    is_one_shape,
+    is_pair,
+    side,
+    slot_number,
+    written_axes,
+)
+from shapecheck.faults.claim_python import read_python
 
 FORMS = (
-    "320,640,1280,1280@64 (sizes in cells; mid:1280@8 for the mid residual), a list of shapes such as [[320, 64, 64], …], or a "
-    ".json, .toml or .py file with names such as input_control_00, with down and mid, or a saved contract"
+    "320,640,1280,1280@64 (channels@HxW in cells: 320@64x96 is height 64, width 96; mid:1280@8 for the mid residual), shapes "
+    "such as 2x320x64x96 or [[2, 320, 64, 96], …], or a .json, .toml, .py or .txt file with these, with names such as "
+    "input_control_00, with down and mid, or a saved contract"
 )
 _LARGEST_FILE = 2**22
 _MOST_ENTRIES = 512
 _DEEPEST = 8
-_DOWNS = ("down", "downs", "down_block_res_samples", "down_block_additional_residuals")
-_MIDS = ("mid", "mid_block_res_sample", "mid_block_additional_residual")
-"""What the two sides are called: by us, by a ControlNet's output, by a UNet's forward."""
-_COMPACT = re.compile(r"(mid[:=]|\+)?(\d{1,9})(?:@(\d{1,9})(?:[x×](\d{1,9}))?)?")
-_LARGEST = 2**20
-"""Of any axis."""
+_CHANNELS = re.compile(r"(\d{1,9})(?:@(\d{1,9})(?:[xX×](\d{1,9}))?)?")
+_LONGEST_NAME = 4096
 
 
 def read_claim(text: str, geometry: Geometry) -> Claim:
@@ -43,62 +52,220 @@ def read_claim(text: str, geometry: Geometry) -> Claim:
         is_file = False
     if is_file:
         return _from_file(path, geometry)
-    text = re.sub(r"torch\.Size\((\[[^\[\]]{0,200}\])\)", r"\1", text.strip())
-    if sized := re.fullmatch(r"[\[(]([\d, ]{1,4000})[\])]@([\dx×]{1,20})", text):
-        return _compact(f"{sized[1]}@{sized[2]}")
-    if text[:1] in ("[", "(", "{"):
-        return _from_value(_literal(text), "--mapping", geometry)
-    if path.suffix in (".json", ".toml", ".py"):
+    if _is_file_name(text):
         raise ShapecheckError(f"--mapping: there is no file {text}")
-    return _compact(text)
+    return _from_text(text, "--mapping", geometry)
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether this is the name of a file, and no table."""
+    if len(text) > _LONGEST_NAME or "\n" in text or text[:1] in ("[", "(", "{") or re.search(r":\d", text):
+        return False
+    return "/" in text or "\\" in text or re.search(r"\.[A-Za-z][A-Za-z0-9]{0,14}$", text) is not None
 
 
 def _from_file(path: Path, geometry: Geometry) -> Claim:
+    """The claim in a file, by its suffix."""
+    suffix, origin = path.suffix.lower(), f"--mapping: {path}"
+    if suffix in (".yaml", ".yml"):
+        raise ShapecheckError(f"{origin}: YAML is not read; save the same as .json")
     try:
         with path.open("rb") as file:
-            text = file.read(_LARGEST_FILE + 1).decode("utf-8")
+            text = file.read(_LARGEST_FILE + 1).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ShapecheckError(f"--mapping: cannot read {path} as text: {error}") from None
     if len(text) > _LARGEST_FILE:
-        raise ShapecheckError(f"--mapping: {path} is larger than {_LARGEST_FILE // 2**20} MiB, which no table of residuals is")
-    if path.suffix == ".py":
-        return _from_python(text, path, geometry)
+        raise ShapecheckError(f"{origin} is larger than {_LARGEST_FILE // 2**20} MiB, which no table of residuals is")
+    if suffix == ".py":
+        value, note = read_python(text, origin, geometry)
+        claim = _from_value(value, origin, geometry)
+        return replace(claim, notes=(note,)) if note else claim
+    if suffix not in (".json", ".toml"):
+        return _from_text(text, origin, geometry)
     try:
-        value = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        value = tomllib.loads(text) if suffix == ".toml" else json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise ShapecheckError(f"--mapping: {path} is no {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}") from None
-    return _from_value(value, str(path), geometry)
+        raise ShapecheckError(f"{origin} is no {suffix[1:].upper()}: {error}") from None
+    return _from_value(value, origin, geometry)
 
 
-def _literal(text: str) -> Any:
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, where no key stands twice."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ShapecheckError(f"--mapping: {name!r:.60} stands twice in one table; keep the one that was given")
+        found[name] = value
+    return found
+
+
+def _from_text(text: str, origin: str, geometry: Geometry) -> Claim:
+    """A claim in the forms of the command line."""
+    text = re.sub(r"(?:torch\.)?Size\((\[[^\[\]]{0,200}\])\)", r"\1", text.strip())
+    if sized := re.fullmatch(r"[\[(]([\d, ]{1,4000})[\])]@([\dxX×]{1,20})", text):
+        return _from_words(f"{sized[1]}@{sized[2]}", origin)
+    if text[:1] in ("[", "(", "{"):
+        return _from_value(_literal(text, origin), origin, geometry)
+    return _from_words(text, origin)
+
+
+def _literal(text: str, origin: str) -> Any:
+    """A value as JSON or Python writes it; lists on lines of their own are a list of them."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         pass
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(re.sub(r"(?<=[\])])\s+(?=[\[(])", ",", text))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise ShapecheckError(f"--mapping: {text[:60]!r} is no list of shapes; expected {FORMS}") from None
+        raise ShapecheckError(f"{origin}: {text[:60]!r} is no list of shapes; expected {FORMS}") from None
 
 
-def _compact(text: str) -> Claim:
-    """`320,640,1280,1280@64`: a size stands for itself and the entries before it that have none."""
-    entries: list[tuple[int, Entry]] = []
-    waiting: list[int] = []
-    for part in filter(None, re.split(r"[,;\s]+", text.replace("+", ",+"))):
-        match = _COMPACT.fullmatch(part)
-        if match is None:
-            raise ShapecheckError(f"--mapping: {part[:40]!r} is no channels@size; expected {FORMS}")
-        is_mid, channels, height, width = match.groups()
-        index = MID if is_mid else sum(number != MID for number, _ in entries)
-        size = (int(height), int(width or height)) if height else None
-        entries.append((index, _checked(Entry(int(channels), size), part)))
-        waiting.append(len(entries) - 1)
-        if size:
-            for at in waiting:
-                entries[at] = (entries[at][0], Entry(entries[at][1].channels, size))
-            waiting.clear()
-    return _claim(entries, False, any(index == MID for index, _ in entries), "--mapping")
+# words: 320,640@64 mid:1280@8, 2x320x64x96, input_control_00:2x320x64x96
+
+
+def _from_words(text: str, origin: str) -> Claim:
+    """Channels with a size, or shapes; after a name and a colon as in trtexec's options, else in slot order."""
+    for line in text.splitlines():
+        if re.fullmatch(r"[\d,;\s]+", line):
+            _refuse_one_shape([int(each) for each in re.findall(r"\d{1,9}", line)], origin)
+    words = [_split(word, origin) for word in filter(None, re.split(r"[,;\s]+", _joined(text)))]
+    names = {name for name, _ in words}
+    if not names <= {"", "mid"}:
+        if "" in names:
+            bare = next(value for name, value in words if not name)
+            raise ShapecheckError(f"{origin}: {bare[:40]!r} has no name, and others have one; name every residual, or none")
+        known = [(name, value) for name, value in words if slot_number(name, ()) is not None]
+        return _named([(name, _word(value, f"{origin}: {name}")) for name, value in known], origin)
+    mids = [value for name, value in words if name]
+    if len(mids) > 1:
+        raise ShapecheckError(f"{origin}: two residuals for mid, {mids[0][:40]!r} and {mids[1][:40]!r}; give one")
+    downs = _spread([(value, _word(value, origin)) for name, value in words if not name])
+    entries = [*enumerate(downs), *((MID, _word(value, origin)) for value in mids)]
+    return _claim(entries, False, bool(mids), origin)
+
+
+def _joined(text: str) -> str:
+    """Each residual as one word: `name: [2, 320, 64, 64]` is name:2x320x64x64; of trtexec's options only the shapes."""
+    options = re.findall(r"--(opt|)[sS]hapes[=\s]+[\"']?([^\s\"']+)", text)
+    if options:
+        wanted = "opt" if any(kind == "opt" for kind, _ in options) else ""
+        text = ",".join(shapes for kind, shapes in options if kind == wanted)
+    text = re.sub(r"([:=])\s+", r"\1", text.replace("+", ",mid:"))
+    return re.sub(r"(?<=[:=])[\[(]([^\[\]()]{1,200})[\])]", lambda match: "x".join(re.findall(r"[^,\s]+", match[1])), text)
+
+
+def _split(word: str, origin: str) -> tuple[str, str]:
+    """A name, empty where there is none, and what stands for the shape."""
+    match = re.fullmatch(r"(?:[\"']?([^\"']{1,200}?)[\"']?[:=])?([^:=]+)", word)
+    if match is None:
+        raise ShapecheckError(f"{origin}: {word[:40]!r} is no channels@size; expected {FORMS}")
+    return match[1] or "", match[2]
+
+
+def _word(word: str, origin: str) -> Entry:
+    if axes := written_axes(word):
+        return entry_of(axes, origin)
+    match = _CHANNELS.fullmatch(word)
+    if match is None:
+        raise ShapecheckError(f"{origin}: {word[:40]!r} is no channels@size; expected {FORMS}")
+    channels, height, width = match.groups()
+    size = (int(height), int(width or height)) if height else (None, None)
+    return checked(Entry(int(channels), size), origin, word)
+
+
+def _spread(words: list[tuple[str, Entry]]) -> Iterator[Entry]:
+    """A size stands for itself and the channels before it that have none."""
+    found: list[Entry] = []
+    size: tuple[int | None, int | None] = (None, None)
+    for word, entry in reversed(words):
+        size = entry.size if "@" in word else size
+        found.append(replace(entry, size=size) if word.isdigit() else entry)
+    return reversed(found)
+
+
+# values: what JSON, TOML or Python hold
+
+
+def _from_value(value: Any, origin: str, geometry: Geometry) -> Claim:
+    """A table in a value read from JSON, TOML or Python."""
+    if isinstance(value, Mapping) and "shapecheck_contract" in value:
+        shapes = Contract.from_json(json.dumps(value)).shapes(geometry)
+        return _named([(name, entry_of(list(shape), origin)) for name, shape in shapes.items()], origin)
+    if is_pair(value):
+        return _from_sides({"down": value[0], "mid": value[1]}, origin)
+    if isinstance(value, (list, tuple)):
+        if value and all(isinstance(each, Mapping) and isinstance(each.get("name"), str) for each in value):
+            return _from_names([(each["name"], each) for each in value], origin)
+        return _claim(_listed(value, origin, "entry"), False, False, origin)
+    tables = {where: table for where, table in _tables(value) if _kind(table)}
+    if len(tables) > 1 and any(table != next(iter(tables.values())) for table in tables.values()):
+        raise ShapecheckError(f"{origin}: several tables in it, under {' and '.join(tables)}; keep the one that was given")
+    for table in tables.values():
+        return _from_sides(table, origin) if _kind(table) == "sides" else _from_names(list(table.items()), origin)
+    raise ShapecheckError(f"{origin}: no residuals in it; expected {FORMS}")
+
+
+def _tables(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping in a value with its place, but none inside one that is a table."""
+    if depth > _DEEPEST:
+        return
+    if isinstance(value, Mapping):
+        table = {str(key): each for key, each in value.items()}
+        yield where or "the top", table
+        if _kind(table):
+            return
+    children = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from _tables(child, f"{where}.{key}".lstrip(".")[:60], depth + 1)
+
+
+def _kind(table: Mapping[str, Any]) -> str:
+    """`sides`, `names`, or nothing."""
+    numbers = [number for name, each in table.items() if (number := slot_number(name, each)) is not None]
+    if any(side(name) == "down" for name in table) or (set(numbers) == {MID} and any(map(is_list_of_shapes, table.values()))):
+        return "sides"
+    return "names" if numbers else ""
+
+
+def _from_names(table: Sequence[tuple[str, Any]], origin: str) -> Claim:
+    known = [(name, each) for name, each in table if each is not None and slot_number(name, each) is not None]
+    return _named([(name, entry_of(each, f"{origin}: {name}")) for name, each in known], origin)
+
+
+def _named(entries: Sequence[tuple[str, Entry]], origin: str) -> Claim:
+    """A claim of residuals by name."""
+    owners: dict[int, str] = {}
+    found: list[tuple[int, Entry]] = []
+    for name, entry in entries:
+        index = slot_number(name, ())
+        assert index is not None
+        if index in owners:
+            slot = "mid" if index == MID else f"slot {index}"
+            raise ShapecheckError(f"{origin}: {owners[index]} and {name} both name the residual of {slot}; keep the one given")
+        owners[index] = name
+        found.append((index, entry))
+    return _claim(found, True, True, origin)
+
+
+def _from_sides(table: Mapping[str, Any], origin: str) -> Claim:
+    """Lists of shapes under a name for the down residuals, and a shape under one for mid."""
+    downs = [name for name in table if side(name) == "down"] or [name for name in table if is_list_of_shapes(table[name])]
+    mids = [name for name in table if side(name) == "mid"]
+    for names in (downs, mids):
+        if len(names) > 1:
+            raise ShapecheckError(f"{origin}: {names[0]} and {names[1]} both name one side; keep the one that was given")
+    if not isinstance(table[downs[0]], (list, tuple)):
+        raise ShapecheckError(f"{origin}: `{downs[0]}` must be a list of shapes; expected {FORMS}")
+    entries = _listed(table[downs[0]], origin, downs[0])
+    if mids and table[mids[0]] is not None:
+        entries.append((MID, entry_of(table[mids[0]], f"{origin}: {mids[0]}")))
+    return _claim(entries, False, True, origin) if entries else Claim((), False, True, origin)
+
+
+def _listed(values: Sequence[Any], origin: str, name: str) -> list[tuple[int, Entry]]:
+    _refuse_one_shape(values, origin)
+    return [(index, entry_of(each, f"{origin}: {name} {index}")) for index, each in enumerate(values)]
 
 
 def _claim(entries: list[tuple[int, Entry]], named: bool, tells_mid: bool, origin: str) -> Claim:
@@ -109,167 +276,9 @@ def _claim(entries: list[tuple[int, Entry]], named: bool, tells_mid: bool, origi
     return Claim(tuple(sorted(entries, key=lambda pair: (pair[0] == MID, pair[0]))), named, tells_mid, origin)
 
 
-def _from_value(value: Any, origin: str, geometry: Geometry) -> Claim:
-    """A table in a value read from JSON, TOML or Python."""
-    if isinstance(value, Mapping) and "shapecheck_contract" in value:
-        shapes = Contract.from_json(json.dumps(value)).shapes(geometry)
-        return _from_names({name: list(shape) for name, shape in shapes.items()}, origin)
-    if isinstance(value, (list, tuple)):
-        if len(value) == 2 and _are_shapes(value[0]) and not _is_shape(value[0]) and _is_shape(value[1]):
-            return _from_sides({"down": value[0], "mid": value[1]}, origin)
-        return _from_list(value, origin)
-    for table in _tables(value):
-        if any(name in table for name in _DOWNS):
-            return _from_sides(table, origin)
-        if any(residual_index(name) is not None for name in table):
-            return _from_names({name: each for name, each in table.items() if residual_index(name) is not None}, origin)
-    raise ShapecheckError(f"{origin}: no residuals in it; expected {FORMS}")
-
-
-def _tables(value: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
-    """Every mapping in a value, the outer first."""
-    if depth > _DEEPEST:
-        return
-    if isinstance(value, Mapping):
-        yield {str(key): each for key, each in value.items()}
-    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    for child in children:
-        yield from _tables(child, depth + 1)
-
-
-def _from_names(table: Mapping[str, Any], origin: str) -> Claim:
-    entries = {residual_index(name): _entry(each, f"{origin}: {name}") for name, each in table.items()}
-    return _claim([(index, entry) for index, entry in entries.items() if index is not None], True, True, origin)
-
-
-def _from_sides(table: Mapping[str, Any], origin: str) -> Claim:
-    downs, mid = (next((table[name] for name in names if name in table), None) for names in (_DOWNS, _MIDS))
-    if not isinstance(downs, (list, tuple)):
-        raise ShapecheckError(f"{origin}: `down` must be a list of shapes; expected {FORMS}")
-    entries = [(index, _entry(each, f"{origin}: down {index}")) for index, each in enumerate(downs)]
-    if mid is not None:
-        entries.append((MID, _entry(mid, f"{origin}: mid")))
-    return Claim(tuple(entries), False, True, origin) if not entries else _claim(entries, False, True, origin)
-
-
-def _from_list(values: list[Any] | tuple[Any, ...], origin: str) -> Claim:
-    entries = [(index, _entry(each, f"{origin}: entry {index}")) for index, each in enumerate(values)]
-    return _claim(entries, False, False, origin)
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and 3 <= len(value) <= 6 and all(type(each) is int for each in value)
-
-
-def _are_shapes(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_shape, value))
-
-
-def _entry(value: Any, where: str) -> Entry:
-    """A number of channels, a shape, or a mapping with `shape`, with `opt`, or with `channels` and `stride`."""
-    if isinstance(value, Mapping):
-        if (inner := value.get("shape", value.get("opt"))) is not None:
-            return _entry(inner, where)
-        if type(value.get("channels")) is int:
-            stride = value.get("stride", value.get("scale"))
-            return _checked(Entry(value["channels"], stride=stride if type(stride) is int else None), where)
-    if isinstance(value, str) and re.fullmatch(r"\d{1,9}(?:[x×]\d{1,9}){2,3}", value):
-        value = [int(part) for part in re.split("[x×]", value)]
-    if type(value) is int:
-        return _checked(Entry(value), where)
-    if not _is_shape(value):
+def _refuse_one_shape(values: Sequence[Any], origin: str) -> None:
+    if is_one_shape(values):
         raise ShapecheckError(
-            f"{where}: expected (channels, height, width) or (batch, channels, height, width), got {str(value)[:60]!r}"
+            f"{origin}: {list(values)} reads as the shape of one residual; a list of shapes is expected, such as "
+            f"[{list(values)}, …], or channels such as 320,640,1280,1280@64"
         )
-    shape = tuple(value)
-    if len(shape) in (3, 4):
-        batch = shape[0] if len(shape) == 4 else None
-        return _checked(Entry(shape[-3], (shape[-2], shape[-1]), batch=batch), where)
-    return _checked(Entry(shape[0], shape=shape), where)
-
-
-def _checked(entry: Entry, where: str) -> Entry:
-    told = (entry.channels, *(entry.size or ()), entry.stride or 1, entry.batch or 1, *(entry.shape or ()))
-    if not all(0 < size <= _LARGEST for size in told):
-        raise ShapecheckError(f"{where}: sizes go from 1 to {_LARGEST}, got {', '.join(str(size)[:20] for size in told)}")
-    return entry
-
-
-# Python files are read, never run
-
-
-def _from_python(text: str, path: Path, geometry: Geometry) -> Claim:
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ShapecheckError(f"--mapping: {path} is no Python: {error}") from None
-    names: dict[str, Any] = {}
-    lists: list[Any] = []
-    for node in ast.walk(tree):
-        names |= dict(_named_values(node, geometry))
-        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.List, ast.Tuple)):
-            value = _value(node.value, geometry)
-            if isinstance(value, list) and value and all(_is_shape(each) or type(each) is int for each in value):
-                lists.append(value)
-    if names:
-        return _from_names(names, str(path))
-    if lists:
-        return _from_list(max(lists, key=len), str(path))
-    raise ShapecheckError(f"--mapping: {path} names no residuals with shapes of numbers; expected {FORMS}")
-
-
-def _named_values(node: ast.AST, geometry: Geometry) -> Iterator[tuple[str, Any]]:
-    """`{"input_control_00": (2, 320, h, w)}` and `shapes["input_control_00"] = (2, 320, h, w)`."""
-    pairs: list[tuple[ast.AST | None, ast.AST]] = []
-    if isinstance(node, ast.Dict):
-        pairs = list(zip(node.keys, node.values, strict=True))
-    elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Subscript):
-        pairs = [(node.targets[0].slice, node.value)]
-    for key, value in pairs:
-        if isinstance(key, ast.Constant) and isinstance(key.value, str) and residual_index(key.value) is not None:
-            read = _value(value, geometry)
-            if read is None:
-                raise ShapecheckError(
-                    f"--mapping: line {getattr(value, 'lineno', 0)}: the shape of {key.value} is no list of numbers; batch, "
-                    "height and width may stand in it, with +, -, * and //"
-                )
-            yield key.value, read
-
-
-_OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
-_SYMBOLS = (
-    (re.compile(r"(latent_)?(height|h)", re.IGNORECASE), "height"),
-    (re.compile(r"(latent_)?(width|w)", re.IGNORECASE), "width"),
-    (re.compile(r"(b|bs|n|batch|batch_size|max_batch|min_batch)", re.IGNORECASE), "batch"),
-)
-
-
-def _value(node: ast.AST, geometry: Geometry) -> Any:
-    """A number or a list of numbers and lists; None where it is anything else."""
-    if isinstance(node, (ast.List, ast.Tuple)):
-        values = [_value(each, geometry) for each in node.elts]
-        return None if any(value is None for value in values) else values
-    return _number(node, geometry)
-
-
-def _number(node: ast.AST, geometry: Geometry, depth: int = 0) -> int | None:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.Name):
-        return next((getattr(geometry, symbol) for pattern, symbol in _SYMBOLS if pattern.fullmatch(node.id)), None)
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS and depth < _DEEPEST:
-        left, right = _number(node.left, geometry, depth + 1), _number(node.right, geometry, depth + 1)
-        if (
-            left is None
-            or right is None
-            or max(abs(left), abs(right)) > _LARGEST
-            or (right == 0 and isinstance(node.op, ast.FloorDiv))
-        ):
-            return None
-        return _OPERATORS[type(node.op)](left, right)
-    return None

@@ -1,29 +1,28 @@
-"""Right tables spoilt: residuals left out, given twice, exchanged, in another order, of another width or size."""
+"""Right tables spoilt: residuals left out, given twice, exchanged, or in another order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import combinations
 
-from shapecheck.contract import Shape, show
-from shapecheck.faults.fault import Fault
+from shapecheck.contract import Shape
+from shapecheck.faults.fault import Fault, FaultKind
 from shapecheck.faults.given import Given
-from shapecheck.faults.hints import Hints, completed
 from shapecheck.faults.table import Table
 
 _AS_EMITTED = "give the residuals in the order the ControlNet returns them, none left out and none twice"
 
 
-def edits(table: Table, hints: Hints) -> Iterator[Fault]:
-    """Every single fault of this sort; widths and sizes are those of the UNet and of the hints."""
+def edits(table: Table) -> Iterator[Fault]:
+    """Every single fault of this sort."""
     yield from _dropped(table)
     yield from _duplicated(table)
+    yield from _copied(table)
     yield from _swapped(table)
     yield from _reordered(table)
     yield from _shifted(table)
     yield from _mids(table)
-    yield from _widths(table, hints)
-    yield from _strides(table, hints)
+    yield from _split(table)
 
 
 def _dropped(table: Table) -> Iterator[Fault]:
@@ -49,6 +48,18 @@ def _duplicated(table: Table) -> Iterator[Fault]:
         yield Fault("duplicate", told, _AS_EMITTED, given, (name,))
 
 
+def _copied(table: Table) -> Iterator[Fault]:
+    """One residual in two places, the second of which loses its own; of residuals of one shape the first stands for all."""
+    flat = [*table.downs, table.mid]
+    firsts = {shape: at for at, shape in reversed(list(enumerate(flat)))}
+    for at, name in enumerate(table.names):
+        for shape, source in firsts.items():
+            if shape != flat[at]:
+                kind: FaultKind = "mid" if name == table.names[-1] else "duplicate"
+                told = f"the residual of {table.place(source)} is given for {table.place(at)} too"
+                yield Fault(kind, told, _AS_EMITTED, table.changed(at, shape), (name,))
+
+
 def _swapped(table: Table) -> Iterator[Fault]:
     flat = [*table.downs, table.mid]
     for one, other in combinations(range(len(flat)), 2):
@@ -57,8 +68,7 @@ def _swapped(table: Table) -> Iterator[Fault]:
         changed = list(flat)
         changed[one], changed[other] = flat[other], flat[one]
         names = table.names[one], table.names[other]
-        second = "mid" if other == len(flat) - 1 else str(other)
-        told = f"the residuals of slots {one} and {second} are exchanged"
+        told = f"the residuals of {table.place(one)} and {table.place(other)} are exchanged"
         yield Fault("swap", told, "exchange the two", Given(tuple(changed[:-1]), changed[-1]), names)
 
 
@@ -114,7 +124,6 @@ def _mids(table: Table) -> Iterator[Fault]:
     )  # fmt: skip
     yield Fault("mid", "the mid residual comes first among the down residuals too", change, Given((mid, *downs), mid), last)
     yield Fault("mid", "the mid residual is repeated at the end of the down residuals", change, Given((*downs, mid), mid), last)
-    yield Fault("mid", "the first down residual is given as mid", change, Given(downs, downs[0]), last)
     yield Fault(
         "surplus", "there is a residual more than slots, at the end of the list",
         "give one residual a slot: diffusers ignores others",
@@ -122,40 +131,24 @@ def _mids(table: Table) -> Iterator[Fault]:
     )  # fmt: skip
 
 
-def _widths(table: Table, hints: Hints) -> Iterator[Fault]:
-    """One residual of another width."""
-    flat = [*table.downs, table.mid]
-    widths = dict.fromkeys((*(level.channels for level in table.levels), *hints.widths))
-    for at, name in enumerate(table.names):
-        batch, channels, *own = flat[at]
-        for width in widths:
-            if width != channels:
-                told = f"the residual of {_slot(table, at)} has {width} channels, not {channels}"
-                change = "give each residual the channels of its own slot"
-                yield Fault("width", told, change, _with(flat, at, (batch, width, *own)), (name,))
-
-
-def _strides(table: Table, hints: Hints) -> Iterator[Fault]:
-    """One residual of another size: that of another level, or any other."""
-    flat = [*table.downs, table.mid]
-    for at, name in enumerate(table.names):
-        batch, channels, height, width = flat[at]
-        stride = table.contract.slots[at].stride
-        change = "give each residual the size of its own slot"
-        sizes = {level.size: f"stride {level.stride}" for level in table.levels}
-        for rows, columns in hints.sizes:
-            for size in completed(rows, columns, (height, width), table.latent):
-                sizes.setdefault(size, f"{show(size)} cells")
-        for size, called in sizes.items():
-            if size != (height, width):
-                told = f"the residual of {_slot(table, at)} has {called}, not stride {stride}"
-                yield Fault("stride", told, change, _with(flat, at, (batch, channels, *size)), (name,))
-
-
-def _slot(table: Table, at: int) -> str:
-    return "mid" if at == len(table.names) - 1 else f"slot {at}"
-
-
-def _with(flat: list[Shape], at: int, shape: Shape) -> Given:
-    changed = [*flat[:at], shape, *flat[at + 1 :]]
-    return Given(tuple(changed[:-1]), changed[-1])
+def _split(table: Table) -> Iterator[Fault]:
+    """One list of all residuals, taken apart into down and mid at the wrong place."""
+    downs, mid, names = table.downs, table.mid, table.names
+    change = "a ControlNet returns the down residuals as a list and mid beside it: take the last of a flat list as mid"
+    yield Fault(
+        "mid", "the last down residual is taken for mid, and mid is lost", change, Given(downs[:-1], downs[-1]), names[-2:]
+    )
+    yield Fault(
+        "mid", "mid is taken from the wrong end of a list of all: the first for mid, and mid after the others", change,
+        Given((*downs[1:], mid), downs[0]),
+    )  # fmt: skip
+    yield Fault(
+        "mid", "mid comes first in a list of all, and the last is taken for mid", change, Given((mid, *downs[:-1]), downs[-1])
+    )
+    yield Fault(
+        "mid",
+        "the first is left out, and mid fills the list of down residuals",
+        change,
+        Given((*downs[1:], mid), mid),
+        names[:1],
+    )

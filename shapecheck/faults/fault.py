@@ -9,8 +9,8 @@ from typing import Literal, get_args
 from shapecheck.faults.given import Given
 
 FaultKind = Literal[
-    "blocks", "layers", "family", "mid", "drop", "shift", "reverse", "constant", "floor", "transpose", "duplicate", "swap",
-    "size", "batch", "rank", "pooled", "surplus", "stride", "width", "empty",
+    "blocks", "layers", "family", "mid", "drop", "shift", "reverse", "constant", "floor", "transpose", "channels", "swap",
+    "size", "batch", "rank", "pooled", "surplus", "stride", "width", "duplicate", "empty",
 ]  # fmt: skip
 """In the order they are told: a wrong rule before a table that was spoilt, and that before one wrong residual."""
 

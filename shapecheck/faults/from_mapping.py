@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError
 from shapecheck.contract.compare import compare
 from shapecheck.faults.anatomy import anatomy
-from shapecheck.faults.claim import Claim
+from shapecheck.faults.claim import MID, Claim
 from shapecheck.faults.diagnosis import Diagnosis
 from shapecheck.faults.fault import Fault
 from shapecheck.faults.given import Given
@@ -51,6 +51,8 @@ class Judgement:
     matches: tuple[Match, ...]
     """Mistakes that lead to this very table, else the nearest."""
     tells_mid: bool = True
+    notes: tuple[str, ...] = ()
+    """How the table was read, where it could have been read otherwise."""
 
     @property
     def is_right(self) -> bool:
@@ -117,23 +119,33 @@ def best(claim: Claim, groups: Sequence[tuple[str, ...]], models: Mapping[str, C
 
 
 def _readings(claim: Claim, table: Table, models: tuple[str, ...], *, sized: bool) -> Iterator[Judgement]:
+    claim = claim.from_zero(len(table.downs))
     if claim.gaps:
-        given = next(iter(claim.tables(table)))
-        named = claim.named_shapes(table)
-        judged = _judged(given, named, table, models, sized=sized)
-        names = "their names" if len(claim.gaps) > 1 else "its name"
-        told = f"{_slots(claim.gaps)} left out under {names}, the others are in place"
-        slots = tuple(table.names[index] for index in claim.gaps if index < len(table.names))
-        fault = Fault("drop", told, "give every slot", given, slots)
-        yield replace(judged, matches=(Match((fault,), 0), *judged.matches))
+        yield replace(_with_gaps(claim, table, models, sized=sized), notes=claim.notes)
         return
     for number, given in enumerate(claim.tables(table)):
         tells_mid = claim.tells_mid or given.mid != table.mid or (number == 0 and len(claim.downs) > len(table.downs))
-        yield replace(_judged(given, given.named, table, models, sized=sized), tells_mid=tells_mid)
+        judged = _judged(given, given.named, table, models, sized=sized)
+        yield replace(judged, tells_mid=tells_mid, notes=claim.notes)
+
+
+def _with_gaps(claim: Claim, table: Table, models: tuple[str, ...], *, sized: bool) -> Judgement:
+    """Residuals by name, some of them left out: that first, then what is wrong with the others."""
+    given = next(iter(claim.tables(table)))
+    judged = _judged(given, claim.named_shapes(table), table, models, sized=sized)
+    others = _matches(claim.completed(table), table, sized)
+    names = "their names" if len(claim.gaps) > 1 else "its name"
+    told = f"{_slots(claim.gaps)} left out under {names}, the others are in place"
+    slots = tuple(table.names[index] for index in claim.gaps if index < len(table.names))
+    fault = Fault("drop", told, "give every slot", given, slots)
+    return replace(judged, matches=(Match((fault,), others[0].differs if others else 0), *others))
 
 
 def _slots(numbers: tuple[int, ...]) -> str:
-    return f"slot {numbers[0]} is" if len(numbers) == 1 else f"slots {', '.join(map(str, numbers))} are"
+    """`slot 3 is`, `slots 3, 4 and mid are`, `mid is`."""
+    downs = [str(number) for number in numbers if number != MID]
+    parts = [f"slot{'s' * (len(downs) > 1)} {', '.join(downs)}"] if downs else []
+    return f"{' and '.join([*parts, *['mid'] * (MID in numbers)])} {'is' if len(numbers) == 1 else 'are'}"
 
 
 def _judged(
@@ -142,7 +154,7 @@ def _judged(
     mismatches = compare(table.contract.slots, table.geometry, named)
     unet = anatomy(table.contract, table.geometry)
     failure = outcome(unet, given) if unet else None
-    matches = _matches(given, table, sized) if mismatches else ()
+    matches = _matches(given, table, sized)
     return Judgement(models, table.contract, table.geometry, given, mismatches, failure, matches)
 
 
@@ -151,6 +163,8 @@ def _matches(given: Given, table: Table, sized: bool) -> tuple[Match, ...]:
 
     `sized`: the size is known to be the UNet's, so that a whole table of another size is a mistake too.
     """
+    if given == table.right:
+        return ()
     known = mistakes(table, Hints.of_given(given))
     if not sized:
         known = [kept for each in known if (kept := tuple(fault for fault in each if fault.kind != "size"))]

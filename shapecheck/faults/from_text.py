@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from shapecheck.contract import Contract, Geometry, ShapecheckError
@@ -15,41 +15,57 @@ from shapecheck.faults.latents import geometries
 from shapecheck.faults.matching import gives, is_of_slot, slot_of
 from shapecheck.faults.mistakes import mistakes
 from shapecheck.faults.outcome import Failure, Stage, outcome
+from shapecheck.faults.possible import may_give
 from shapecheck.faults.reading import flattened, symptoms
 from shapecheck.faults.size import Size
 from shapecheck.faults.symptom import Symptom
 from shapecheck.faults.table import Table
 from shapecheck.faults.unrelated import unrelated
 
-_MOST, _MOST_PLAYED = 12, 4
-"""Symptoms of one text that are looked into, and those of them for which every fault is played through."""
+_MOST, _MOST_PLAYED, _MOST_SIZES = 12, 4, 8
+"""Symptoms of one text that are looked into, those of them for which every fault is played through, and at how many sizes
+those after the first."""
 _NOTHING_FITS = (
     "no slot of these UNets can give this text, with any fault there is a name for: these sizes come from somewhere else"
 )
 _PLAYED = (
-    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "upsample", "keyword", "unequal", "pair", "dimensions",
+    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "attention", "reshape", "upsample", "keyword",
+    "unequal", "pair", "dimensions",
 )  # fmt: skip
 """Symptoms that a fault can be played through to."""
+
+
+Sizes = Mapping[tuple[str, ...], tuple[Geometry, ...]]
+"""Where to look, by models that treat residuals alike."""
 
 
 def explain_text(text: str, models: Mapping[str, Contract], size: Size) -> Diagnosis:
     """What a text comes to on these UNets, by name. Raises ShapecheckError where one of them refuses the size asked for."""
     told = symptoms(text)
-    flat = flattened(text)
-    if reason := unrelated(flat, told):
+    if reason := unrelated(flattened(text), told):
         return Diagnosis((), tuple(models), reason)
-    played = [symptom for symptom in told[:_MOST] if symptom.kind in _PLAYED][:_MOST_PLAYED]
-    readings = tuple(_reading(symptom, models, size, play=symptom in played) for symptom in told[:_MOST])
-    diagnosis = Diagnosis(readings, tuple(models))
+    told = tuple(symptom for symptom in told if not symptom.elsewhere)
+    diagnosis = Diagnosis(tuple(_readings(told[:_MOST], models, size)), tuple(models))
     return diagnosis if diagnosis.found else replace(diagnosis, reason=_NOTHING_FITS)
 
 
-def _reading(symptom: Symptom, models: Mapping[str, Contract], size: Size, *, play: bool) -> Reading:
-    direct = tuple(causes.causes(symptom, models))
-    if not play:
-        return Reading(symptom, (), direct)
-    answers = (_answer(symptom, names, models[names[0]], size) for names in alike_models(models))
-    return Reading(symptom, tuple(answer for answer in answers if answer.candidates), direct)
+def _readings(told: Sequence[Symptom], models: Mapping[str, Contract], size: Size) -> Iterator[Reading]:
+    """Every size is looked at for the first symptom that is played; for those after it, the sizes at which that one arises."""
+    sizes: Sizes | None = None
+    left = _MOST_PLAYED
+    for symptom in told:
+        answers: tuple[Answer, ...] = ()
+        if symptom.kind in _PLAYED and left:
+            left -= 1
+            answers = tuple(_answer(symptom, names, models[names[0]], size, sizes) for names in alike_models(models))
+            sizes = sizes or {answer.models: _arises_at(answer) for answer in answers}
+        direct = tuple(causes.causes(symptom, models))
+        yield Reading(symptom, tuple(answer for answer in answers if answer.candidates), direct)
+
+
+def _arises_at(answer: Answer) -> tuple[Geometry, ...]:
+    geometries = (at for candidate in answer.candidates for at in candidate.geometries)
+    return tuple(dict.fromkeys((answer.geometry, *geometries)))[:_MOST_SIZES]
 
 
 def alike_models(models: Mapping[str, Contract]) -> list[tuple[str, ...]]:
@@ -65,9 +81,9 @@ def alike_models(models: Mapping[str, Contract]) -> list[tuple[str, ...]]:
     return [tuple(sorted(names, key=lambda name: (len(name), name))) for names in groups.values()]
 
 
-def _answer(symptom: Symptom, names: tuple[str, ...], contract: Contract, size: Size) -> Answer:
-    usual = size.usual(contract)
-    at = geometries(symptom, contract, usual, size_known=size.latent is not None, batch_known=size.batch is not None)
+def _answer(symptom: Symptom, names: tuple[str, ...], contract: Contract, size: Size, sizes: Sizes | None) -> Answer:
+    known = {"size_known": size.latent is not None, "batch_known": size.batch is not None}
+    at = sizes[names] if sizes else geometries(symptom, contract, size.usual(contract), **known)
     found: dict[tuple[str, str], Candidate] = {}
     for geometry in at:
         for candidate in _candidates(symptom, contract, geometry):
@@ -88,6 +104,8 @@ def _candidates(symptom: Symptom, contract: Contract, geometry: Geometry) -> Ite
     unet = anatomy(contract, geometry)
     if unet is None:
         raise ShapecheckError("this contract does not say how its UNet is built: give the model itself with --model")
+    if not may_give(unet, symptom):
+        return
     table = Table.of(contract, geometry)
     for faults in mistakes(table, _hints(symptom)):
         for failure in _failures(symptom, unet, table, faults[0]):
@@ -98,6 +116,10 @@ def _hints(symptom: Symptom) -> Hints:
     """What the text says that residuals had."""
     if symptom.kind == "unequal":
         return Hints(symptom.given_shape, tuple((None, each) for each in symptom.given_shape), symptom.given_shape)
+    if symptom.kind in ("concat", "attention"):
+        return _hints_of_concat(symptom)
+    if symptom.kind == "reshape":
+        return Hints(batches=symptom.wanted_shape[:1])
     if symptom.kind not in ("broadcast", "pair", "dimensions"):
         return Hints()
     if len(symptom.given_shape) == 3 and symptom.kind == "broadcast":  # attention, which folds images and cells
@@ -107,6 +129,12 @@ def _hints(symptom: Symptom) -> Hints:
     if symptom.axis is not None and symptom.axis < 4 and symptom.given is not None:
         return _hints_of_axis(symptom.axis, symptom.wanted, symptom.given)
     return Hints(tuple(width for width in symptom.given_shape[1:2] if width > 0))
+
+
+def _hints_of_concat(symptom: Symptom) -> Hints:
+    """A residual of a larger batch shows only beside a skip of one image."""
+    met = sorted(size for size in (symptom.wanted, symptom.given) if size)
+    return Hints(batches=tuple(met[1:])) if met[:1] == [1] and symptom.axis in (None, 0) else Hints()
 
 
 def _hints_of_axis(axis: int, wanted: int | None, given: int) -> Hints:

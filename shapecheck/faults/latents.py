@@ -30,8 +30,13 @@ def geometries(
 
 
 def _batch(symptom: Symptom) -> int | None:
-    if symptom.kind in ("broadcast", "concat") and symptom.axis == 0:
+    if symptom.kind == "broadcast" and symptom.axis == 0:
         return symptom.wanted
+    if symptom.kind in (
+        "concat",
+        "attention",
+    ):  # two batches meet on the way up where residuals made one image's tensors larger
+        return 1
     for shape in (symptom.wanted_shape, symptom.given_shape):
         if len(shape) == 4 and 0 < shape[0] <= _LARGEST:
             return shape[0]
@@ -56,10 +61,10 @@ def _sizes(symptom: Symptom, contract: Contract, usual: Geometry) -> Iterator[tu
 
 def _told(symptom: Symptom) -> tuple[int | None, int | None]:
     """Height and width of the UNet's own tensor, as far as a text tells."""
-    if len(symptom.wanted_shape) == 4:
-        return _side(symptom.wanted_shape[2]), _side(symptom.wanted_shape[3])
-    if symptom.kind in ("norm", "groups") and len(symptom.given_shape) == 4:
-        return _side(symptom.given_shape[2]), _side(symptom.given_shape[3])
+    if len(symptom.wanted_shape) in (4, 5):
+        return _side(symptom.wanted_shape[-2]), _side(symptom.wanted_shape[-1])
+    if symptom.kind in ("norm", "groups") and len(symptom.given_shape) in (4, 5):
+        return _side(symptom.given_shape[-2]), _side(symptom.given_shape[-1])
     side = None if symptom.wanted is None else _side(symptom.wanted)
     if symptom.kind == "broadcast":
         return (side, None) if symptom.axis == 2 else (None, side) if symptom.axis == 3 else (None, None)

@@ -32,6 +32,10 @@ def gives(symptom: Symptom, failure: Failure, table: Table) -> bool:
         )
     if symptom.kind == "rank":
         return (symptom.wanted, symptom.given) == (len(failure.wanted), len(failure.given))
+    if symptom.kind == "reshape":
+        return (symptom.wanted_shape, (symptom.given,)) == (failure.wanted, failure.given)
+    if symptom.kind == "attention":
+        return (symptom.wanted, symptom.given) == (failure.wanted[0], failure.given[0])
     if symptom.kind in ("broadcast", "concat"):
         return _sizes(symptom, failure, table) and _placed(symptom, failure)
     return True

@@ -18,10 +18,12 @@ from shapecheck.faults.given import Given
 Stage = Literal["down", "mid", "feature", "up"]
 """Where in the UNet: the adds to the skips, the add after mid, the adds of T2I-Adapter features, the way up."""
 
-Kind = Literal["broadcast", "output", "concat", "rank", "norm", "groups", "index", "keyword", "attention", "upsample"]
+Kind = Literal[
+    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "keyword", "attention", "reshape", "upsample"
+]
 """How PyTorch fails: sizes that do not broadcast, a sum larger than what it is written to, sizes or ranks that cannot be
 concatenated, channels a GroupNorm does not have or cannot divide, a list with too few skips, an argument a block does not
-take, a batch that is not the text's, a skip of another rank to take the size from."""
+take, a batch that is not the text's (attention, reshape), a skip of another rank to take the size from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,10 @@ def outcome(unet: Anatomy, given: Given) -> Failure | None:
         return _features(unet, given)
     sums: list[Shape] = []
     for index, (skip, residual) in enumerate(zip(unet.skips, given.downs, strict=False)):
-        slot = unet.slots[index]
-        if failure := _added("down", slot.name, slot.producer, skip, residual):
-            return failure
+        if skip != residual:  # most are right
+            slot = unet.slots[index]
+            if failure := _added("down", slot.name, slot.producer, skip, residual):
+                return failure
         sums.append(_broadcast(skip, residual))
     name, producer = unet.slots[-1].name, unet.slots[-1].producer
     if failure := _added("mid", name, producer, unet.mid, given.mid):
@@ -83,9 +86,8 @@ def _clash(one: Shape, other: Shape) -> int | None:
     return next((axis for axis in range(len(pairs))[::-1] if pairs[axis][0] != pairs[axis][1] and 1 not in pairs[axis]), None)
 
 
-@lru_cache(_REMEMBERED)
 def _broadcast(one: Shape, other: Shape) -> Shape:
-    return tuple(b if a == 1 else a for a, b in _aligned(one, other))
+    return one if one == other else tuple(b if a == 1 else a for a, b in _aligned(one, other))
 
 
 def _features(unet: Anatomy, given: Given) -> Failure | None:
@@ -136,6 +138,8 @@ def _alone(block: UpBlock, slot: str, hidden: Shape) -> Failure:
     batch, cells = hidden[0], math.prod(hidden[2:])
     if block.is_simple:
         return Failure("up", "attention", slot, block.name, (1,), (batch,))
+    if cells == 1:  # which fits every image, and makes as many of each as there are
+        return Failure("up", "reshape", slot, block.name, (batch, *hidden[2:], block.width), (batch * batch * block.width,))
     return Failure("up", "broadcast", slot, block.name, (1, batch * cells, block.width), (batch, cells, block.width), 1)
 
 

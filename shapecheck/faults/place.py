@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from shapecheck.faults.outcome import Stage
+from shapecheck.faults.traceback_text import Frame, around
+from shapecheck.faults.traceback_text import frames as frames_of
 
-_BEFORE, _AFTER = 6_000, 3_000
-"""Characters of a traceback that are looked at around its message."""
-_LINES: tuple[tuple[str, Stage], ...] = (
+_LINES: tuple[tuple[str, Stage | Literal["nets"]], ...] = (
     ("down_block_res_sample + down_block_additional_residual", "down"),
     ("sample + mid_block_additional_residual", "mid"),
     ("hidden_states + additional_residuals", "feature"),
@@ -17,32 +19,51 @@ _LINES: tuple[tuple[str, Stage], ...] = (
     ("torch.cat([hidden_states, res_hidden_states]", "up"),
     ("res_hidden_states_tuple[-1]", "up"),
     ("attn_output + hidden_states", "up"),
+    ("samples_prev + samples_curr", "nets"),
+    ("mid_block_res_sample += mid_sample", "nets"),
 )
-"""What diffusers' UNet says there, and older releases said."""
-_FRAME = re.compile(r'File "([^"]{1,400})", line \d+(?:, in (\S{1,100}))?')
-_OURS = re.compile(r"unet_2d|unet_blocks|/resnet\.py$|upsampling\.py$|normalization\.py$")
-_LIBRARIES = re.compile(r"/(diffusers|transformers|peft|safetensors|torchvision|accelerate|huggingface_hub)/")
-_PYTORCH = re.compile(r"/torch/|/torch\\|peft_utils\.py$")
+"""What diffusers says there, and older releases said."""
+_UNET = re.compile(r"unet_2d|unets?/unet_|unet_motion|openaimodel\.py$|cldm\.py$|sd-webui-controlnet")
+"""Files of UNets that residuals are added in: diffusers', and those of the original layout."""
+_PARTS = re.compile(r"diffusers/models/(\w+/)?(resnet|upsampling|downsampling|normalization|attention\w*|transformer_2d)\.py$")
+"""What diffusers' UNet is made of, and its VAE too."""
+_CONTROLNET = re.compile(r"controlnets?/\w+\.py$|/controlnet\.py$")
+_OTHERS = re.compile(r"autoencoder|/vae\.py$|/transformers/|/text_encoder|controlnet|/lora|/peft/|lycoris")
+_ABOUT_RESIDUALS = re.compile(r"control|residual|res_sample|\bskip|\bhs\.pop", re.IGNORECASE)
+_ANY_LAYER = ("dtype", "text width", "sample channels")
+"""Kinds that a ControlNet's layers say as well as a UNet's."""
+_UNSURE = re.compile(r"torch/(_dynamo|export|_export|onnx)/")
+"""PyTorch's tracers: what is below them is not shown."""
 
 
-def stage(text: str, start: int, end: int) -> Stage | None:
-    """Where in the UNet the message between `start` and `end` was raised, where source lines around it say so."""
-    before = text[max(0, start - _BEFORE) : start]
-    seen = [(before.rfind(line), stage) for line, stage in _LINES]
-    last, found = max(seen, key=lambda pair: pair[0])
+class Place(NamedTuple):
+    """Where a message was raised, as far as the text around it says."""
+
+    stage: Stage | Literal["nets"] | None = None
+    elsewhere: str = ""
+    """The file, where that is none that adds residuals or takes them."""
+
+
+def place(text: str, start: int, end: int, kind: str) -> Place:
+    """Where the message of that kind between `start` and `end` was raised."""
+    part = around(text, start, end)
+    last, stage = max((part.rfind(line), stage) for line, stage in _LINES)
     if last >= 0:
-        return found
-    after = text[end : end + _AFTER]
-    if "from user code" in after:  # torch.compile
-        return next((stage for line, stage in _LINES if line in after), None)
-    return None
+        return Place(stage)
+    frames = frames_of(part)
+    own = [number for number, frame in enumerate(frames) if not frame.is_of_torch]
+    if not own or any(_UNSURE.search(frame.file) for frame in frames[own[-1] + 1 :]):
+        return Place()
+    return Place(None, "" if _may_be_unet(frames, frames[own[-1]], kind) else frames[own[-1]].name)
 
 
-def elsewhere(text: str) -> str:
-    """The file of a library that a traceback ends in, where that is not the UNet; empty where none is known."""
-    frames = [match[1].replace("\\", "/") for match in _FRAME.finditer(text)]
-    frames = [frame for frame in frames if not _PYTORCH.search(frame)]
-    if not frames or _OURS.search(frames[-1]):
-        return ""
-    last = frames[-1]
-    return last.rsplit("/", 1)[-1] if _LIBRARIES.search(last) or "lora" in last.lower() else ""
+def _may_be_unet(frames: Sequence[Frame], last: Frame, kind: str) -> bool:
+    if kind == "from_unet":
+        return "diffusers" in last.file
+    if _UNET.search(last.file) or (kind in _ANY_LAYER and _CONTROLNET.search(last.file)):
+        return True
+    if _PARTS.search(last.file):
+        callers = [frame.file for frame in frames]
+        through = any(map(_UNET.search, callers)) or (kind in _ANY_LAYER and any(map(_CONTROLNET.search, callers)))
+        return through or not any(map(_OTHERS.search, callers))
+    return not _OTHERS.search(last.file) and bool(_ABOUT_RESIDUALS.search(last.source))

@@ -17,6 +17,8 @@ _LONGEST = 2**20
 """Characters that are looked at: so many from the start and as many from the end."""
 _MOST = 64
 """Symptoms of one sort that are looked at: a log may repeat one thousands of times."""
+_PLACES, _DIFFERENT = 4, 24
+"""Times that one symptom is placed, and different symptoms that are told."""
 _AROUND = 4_500
 """Characters around the words that give a symptom away."""
 _NOISE = re.compile(r"\x1b\[[0-9;]{0,20}[A-Za-z]|^[EWI][0-9]{4} [0-9:.]{5,20} +[0-9]+ [^\]\n]{1,200}\] ?", re.MULTILINE)
@@ -26,18 +28,23 @@ _SPACES = re.compile(r"\s+")
 def symptoms(text: str) -> tuple[Symptom, ...]:
     """Everything the text says that this tool knows the meaning of, in the order of the text, each once."""
     flat = flattened(text)
-    found: list[tuple[int, Symptom]] = []
-    for pattern in (*said_by_pytorch.PATTERNS, *said_by_runtimes.PATTERNS):
-        found += [(match.start(), _placed(pattern.build(match), match, flat)) for match in _matches(pattern, flat)]
-    found.sort(key=lambda pair: pair[0])
-    told: dict[Symptom, Symptom] = {}
-    for _, symptom in found:
-        told.setdefault(replace(symptom, line="", stage=None), symptom)  # one exception is often told twice
-    return tuple(told.values())
+    found = [
+        (match.start(), match.end(), pattern.build(match))
+        for pattern in (*said_by_pytorch.PATTERNS, *said_by_runtimes.PATTERNS)
+        for match in _matches(pattern, flat)
+    ]
+    told: dict[Symptom, list[tuple[int, int, Symptom]]] = {}
+    for start, end, symptom in sorted(found, key=lambda each: each[0]):
+        told.setdefault(replace(symptom, line=""), []).append((start, end, symptom))
+    return tuple(_placed(each[:_PLACES], flat) for each in list(told.values())[:_DIFFERENT])
 
 
-def _placed(symptom: Symptom, match: re.Match[str], text: str) -> Symptom:
-    return replace(symptom, stage=place.stage(text, match.start(), match.end()))
+def _placed(told: list[tuple[int, int, Symptom]], text: str) -> Symptom:
+    """One symptom, which a log may tell several times: at its place in the UNet, if one of them shows it."""
+    symptom = told[0][2]
+    places = [place.place(text, start, end, symptom.kind) for start, end, _ in told]
+    best = max(places, key=lambda each: (each.stage is not None, bool(each.elsewhere)))
+    return replace(symptom, stage=best.stage, elsewhere=best.elsewhere)
 
 
 def _matches(pattern: Pattern, text: str) -> Iterator[re.Match[str]]:

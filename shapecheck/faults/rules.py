@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import product
 
-from shapecheck import presets
-from shapecheck.contract import Contract, Dim, Shape, ShapecheckError
-from shapecheck.faults.fault import Fault
+from shapecheck.contract import Dim, Shape, Slot
+from shapecheck.faults.families import emitted_at, families
+from shapecheck.faults.fault import Fault, FaultKind
 from shapecheck.faults.given import Given, right
 from shapecheck.faults.hints import Hints, completed
 from shapecheck.faults.table import Level, Size, Table
@@ -26,7 +25,9 @@ def rules(table: Table, hints: Hints) -> Iterator[Fault]:
     yield from _constant(table)
     yield from _rounded(table)
     yield from _turned(table)
+    yield from _other_channels(table)
     yield from _other_sizes(table, hints)
+    yield from _scaled(table)
     yield from _other_batches(table, hints)
     yield from _broadcast(table)
 
@@ -82,61 +83,100 @@ def _layers(table: Table) -> Iterator[Fault]:
 def _families(table: Table) -> Iterator[Fault]:
     """The table of another model."""
     tables: dict[Given, list[str]] = {}
-    for names, contract in _distinct():
-        tables.setdefault(_their_table(contract, table), []).extend(names)
+    for names, contract in families():
+        tables.setdefault(emitted_at(contract, table.geometry), []).extend(names)
     for given, alike in tables.items():
         if given != table.right:
             told = f"this is the table of {', '.join(alike[:4])}{', …' * (len(alike) > 4)}"
             yield Fault("family", told, "take a ControlNet made for this UNet, or the UNet it was made for", given)
 
 
-@cache
-def _distinct() -> tuple[tuple[tuple[str, ...], Contract], ...]:
-    """Presets whose slots differ, each with the names of all that share them."""
-    groups: dict[object, list[str]] = {}
-    for name, contract in presets.contracts().items():
-        groups.setdefault(tuple(slot.shape for slot in contract.slots), []).append(name)
-    return tuple((tuple(sorted(names, key=len)), presets.contract(names[0])) for names in groups.values())
-
-
-def _their_table(contract: Contract, table: Table) -> Given:
-    try:
-        return right(contract, table.geometry)
-    except ShapecheckError:  # a size their UNet refuses: nothing stops a ControlNet from emitting it
-        return right(replace(contract, divisor=1), table.geometry)
-
-
 def _constant(table: Table) -> Iterator[Fault]:
-    """Every residual at one size."""
+    """Every residual of one size, of one width, or of one shape."""
     for level in table.levels:
-        downs = tuple((*shape[:2], *level.size) for shape in table.downs)
-        told = f"every residual has stride {level.stride}"
-        for mid, of_mid in ((table.mid, ", but mid is right"), ((*table.mid[:2], *level.size), "")):
-            if Given(downs, mid) != table.right:
-                yield Fault("constant", told + of_mid, _TABLE, Given(downs, mid))
+        at_size = [(*shape[:2], *level.size) for shape in (*table.downs, table.mid)]
+        at_width = [(shape[0], level.channels, *shape[2:]) for shape in (*table.downs, table.mid)]
+        at_both = [(shape[0], level.channels, *level.size) for shape in at_size]
+        yield from _for_all("constant", f"every residual has stride {level.stride}", _TABLE, at_size, table)
+        yield from _for_all("constant", f"every residual has {level.channels} channels", _TABLE, at_width, table)
+        told = f"every residual has {level.channels} channels and stride {level.stride}"
+        yield from _for_all("constant", told, _TABLE, at_both, table)
+
+
+def _for_all(kind: FaultKind, told: str, change: str, flat: Sequence[Shape], table: Table) -> Iterator[Fault]:
+    """The same mistake with mid made like the others, and with mid right."""
+    downs = tuple(flat[:-1])
+    if Given(downs, flat[-1]) != table.right:
+        yield Fault(kind, told, change, Given(downs, flat[-1]))
+    if flat[-1] != table.mid and downs != table.downs:
+        yield Fault(kind, f"{told}, but mid is right", change, Given(downs, table.mid))
 
 
 def _rounded(table: Table) -> Iterator[Fault]:
-    """Halved sizes rounded the other way."""
+    """Halved sizes rounded another way."""
     for own, other in (("ceil", "floor"), ("floor", "ceil")):
-        shapes = []
+        flat: list[Shape] = []
         for slot in table.contract.slots:
             axes = [Dim(dim.symbol, dim.scale, tuple(other for _ in dim.halvings)) for dim in slot.skip[2:]]  # type: ignore[misc]
-            shapes.append((table.geometry.batch, slot.channels, *(dim.at(table.geometry.sizes) for dim in axes)))
-        given = Given(tuple(shapes[:-1]), shapes[-1])
-        if given != table.right and all(min(shape) for shape in shapes):
-            down = other == "floor"
-            done = "down, as in height // stride" if down else "up, as in (height + 1) // 2"
-            change = f"halve step by step, rounding {'up' if down else 'down'} ({own}), as the UNet does"
-            yield Fault("floor", f"sizes are halved rounding {done}", change, given)
+            flat.append((table.geometry.batch, slot.channels, *(dim.at(table.geometry.sizes) for dim in axes)))
+        down = other == "floor"
+        done = "down, as in height // stride" if down else "up, as in (height + 1) // 2"
+        change = f"halve step by step, rounding {'up' if down else 'down'} ({own}), as the UNet does"
+        if all(min(shape) for shape in flat):
+            yield from _for_all("floor", f"sizes are halved rounding {done}", change, flat, table)
+    flat = [_nearest(slot, shape, table) for slot, shape in zip(table.contract.slots, (*table.downs, table.mid), strict=True)]
+    change = "halve step by step, rounding as the UNet does, in place of dividing by the stride"
+    yield from _for_all("floor", "sizes are divided by the stride and rounded to the nearest", change, flat, table)
+
+
+def _nearest(slot: Slot, shape: Shape, table: Table) -> Shape:
+    return (*shape[:2], *(max(1, round(side / slot.stride)) for side in table.latent))
 
 
 def _turned(table: Table) -> Iterator[Fault]:
-    height, width = table.latent
+    """Axes in another order."""
+    flat, (height, width) = (*table.downs, table.mid), table.latent
+    change = "give (batch, channels, height, width)"
     if height != width:
-        downs = tuple((*shape[:2], *shape[:1:-1]) for shape in table.downs)
-        change = "give (batch, channels, height, width)"
-        yield Fault("transpose", "height and width are exchanged", change, Given(downs, (*table.mid[:2], *table.mid[:1:-1])))
+        across = [(*shape[:2], *shape[:1:-1]) for shape in flat]
+        yield from _for_all("transpose", "height and width are exchanged", change, across, table)
+    last = [(shape[0], *shape[2:], shape[1]) for shape in flat]
+    yield from _for_all("transpose", "channels come last, as in images and in TensorFlow", change, last, table)
+
+
+def _other_channels(table: Table) -> Iterator[Fault]:
+    """Every residual twice as wide, or half."""
+    flat, batch = (*table.downs, table.mid), table.geometry.batch
+    joined = "every residual has twice the channels: two were joined along the channels (dim=1), not along the batch (dim=0)"
+    yield from _for_all("channels", joined, "torch.cat([…], dim=0)", [(batch, 2 * c, *size) for _, c, *size in flat], table)
+    if batch % 2 == 0:
+        told = f"{joined}, which leaves half the batch"
+        half = [(batch // 2, 2 * c, *size) for _, c, *size in flat]
+        yield from _for_all("channels", told, "torch.cat([…], dim=0)", half, table)
+    told = "every residual has half the channels: they were parted along the channels (dim=1), not along the batch (dim=0)"
+    thin = [(batch, max(1, c // 2), *size) for _, c, *size in flat]
+    yield from _for_all("channels", told, "chunk(2, dim=0)", thin, table)
+
+
+def _scaled(table: Table) -> Iterator[Fault]:
+    """The size of every residual off by the same factor, or by a cell."""
+    change = "take the size of each residual from the contract's table, in latent cells"
+    flat = (*table.downs, table.mid)
+    factor = table.contract.header.vae_factor
+    ways: tuple[tuple[str, Callable[[int], int]], ...] = (
+        (f"{factor} times the height and width: pixels were taken for latent cells", lambda side: factor * side),
+        ("twice the height and width", lambda side: 2 * side),
+        ("half the height and width", lambda side: max(1, side // 2)),
+        ("half the height and width, rounded up", lambda side: -(-side // 2)),
+    )
+    for told, of in ways:
+        every = [(*shape[:2], *map(of, shape[2:])) for shape in flat]
+        yield from _for_all("size", f"every residual has {told}", change, every, table)
+    for rows, columns in ((0, 1), (1, 0), (1, 1)):
+        lost = " and ".join([*["a row"] * rows, *["a column"] * columns])
+        for by, much in ((-1, "less"), (1, "more")):
+            every = [(*shape[:2], max(1, shape[2] + by * rows), max(1, shape[3] + by * columns)) for shape in flat]
+            yield from _for_all("size", f"every residual has {lost} {much}", change, every, table)
 
 
 def _other_sizes(table: Table, hints: Hints) -> Iterator[Fault]:

@@ -18,7 +18,7 @@ def _broadcast(match: re.Match[str]) -> Symptom:
 def _broadcast_meta(match: re.Match[str]) -> Symptom:
     length, axis, given, wanted = match.groups()
     given_shape, wanted_shape = shape_of(given or ""), shape_of(wanted or "")
-    rank = max(len(given_shape), len(wanted_shape), 4)
+    rank = max(len(given_shape), len(wanted_shape)) or 4
     return Symptom("broadcast", "PyTorch", match[0], rank + int(axis), None, size_of(length), wanted_shape, given_shape)
 
 
@@ -56,6 +56,12 @@ PATTERNS = (
         "Sizes of tensors must match except",
     ),
     pattern(
+        r"Sizes of tensors must match except in dimension 2\. "
+        r"Expected(?: size)? (1)(?: in dimension 0)? but got(?: size)? (\d+)",
+        sizes("attention", "PyTorch"),
+        "Sizes of tensors must match except",
+    ),
+    pattern(
         r"Tensors must have same number of dimensions: got (\d) and (\d)",
         sizes("rank", "PyTorch"),
         "same number of dimensions",
@@ -80,6 +86,11 @@ PATTERNS = (
         rf"got input with spatial dimensions of {SHAPE} and output size of torch\.Size\({SHAPE}\)",
         shapes("upsample", "PyTorch"),
         "with spatial dimensions of",
+    ),
+    pattern(
+        rf"shape '{SHAPE}' is invalid for input of size (\d{{1,12}})",
+        lambda match: Symptom("reshape", "PyTorch", match[0], given=size_of(match[2]), wanted_shape=shape_of(match[1])),
+        "is invalid for input of size",
     ),
     pattern(r"tuple index out of range", plain("index", "PyTorch"), "tuple index out of range"),
     # PyTorch, tensors without values

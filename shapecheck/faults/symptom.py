@@ -9,8 +9,9 @@ from shapecheck.contract import Shape
 from shapecheck.faults.outcome import Stage
 
 SymptomKind = Literal[
-    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "upsample", "keyword", "pair",  # as outcome.Kind
-    "pop", "deprecated", "dtype", "text width", "sample channels", "from_unet",
+    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "keyword", "attention", "reshape",
+    "upsample",  # as outcome.Kind
+    "pair", "pop", "deprecated", "dtype", "text width", "sample channels", "from_unet",
     "dimensions", "missing", "unknown", "range", "unequal",
 ]  # fmt: skip
 
@@ -36,8 +37,10 @@ class Symptom:
     names: tuple[str, ...] = ()
     """Inputs the text names."""
     bounds: tuple[str, str] = ("", "")
-    stage: Stage | None = None
-    """Where in the UNet, where a traceback shows it."""
+    stage: Stage | Literal["nets"] | None = None
+    """Where in the UNet, where a traceback shows it; `nets`: where several ControlNets' residuals are added to one another."""
+    elsewhere: str = ""
+    """The file it was raised in, where a traceback shows one that neither adds residuals nor takes them."""
 
     @property
     def numbers(self) -> tuple[int, ...]:

@@ -58,3 +58,13 @@ class Table:
     def latent(self) -> Size:
         """Height and width in latent cells."""
         return self.geometry.height, self.geometry.width
+
+    def place(self, at: int) -> str:
+        """The slot of that number in words; mid is the last."""
+        return "mid" if at == len(self.names) - 1 else f"slot {at}"
+
+    def changed(self, at: int, shape: Shape) -> Given:
+        """The right residuals with another shape at one slot; mid is the last."""
+        flat = [*self.downs, self.mid]
+        flat[at] = shape
+        return Given(tuple(flat[:-1]), flat[-1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from shapecheck.faults import place
 from shapecheck.faults.symptom import Symptom
 
 _LORA = r"\blora[_.\w]*|\bLoRA\b"
@@ -39,7 +38,7 @@ _ABOUT: tuple[tuple[str, str], ...] = (
     (r"PermissionError|Permission denied", "a file may not be read or written"),
 )
 """In the order they are looked for."""
-_SIZES = ("broadcast", "output", "concat", "rank", "norm", "groups", "index", "upsample", "text width")
+_SIZES = ("broadcast", "output", "concat", "rank", "norm", "groups", "index", "attention", "reshape", "upsample", "text width")
 """Symptoms that tell of two sizes and may come from any code."""
 _NOTHING = "this text says nothing of residuals, or in words that are not known here"
 
@@ -47,18 +46,17 @@ _NOTHING = "this text says nothing of residuals, or in words that are not known 
 def unrelated(text: str, told: Sequence[Symptom]) -> str:
     """What a text on one line is about, where that is nothing of residuals; empty where it may be.
 
-    A text that tells of two sizes is unrelated where it was raised in other code than that which adds residuals.
+    It is unrelated where all that it tells was raised in other code than that which adds residuals.
     """
     if not told:
         return _about(text) or _NOTHING
-    if any(symptom.stage or symptom.kind not in _SIZES for symptom in told):
+    if any(symptom.stage for symptom in told):
         return ""
-    if re.search(f"{_LORA}|{_IMAGE}", text):
+    if re.search(_IMAGE, text) or (re.search(_LORA, text) and all(symptom.kind in _SIZES for symptom in told)):
         return _about(text)
-    file = place.elsewhere(text)
-    if not file or all(symptom.kind == "text width" for symptom in told):
-        return ""
-    return f"it was raised in {file}, where no residual is added"
+    if all(symptom.elsewhere for symptom in told):
+        return f"it was raised in {told[0].elsewhere}, where no residual is added"
+    return ""
 
 
 def _about(text: str) -> str:

@@ -84,6 +84,8 @@ def _alike(failure: Failure) -> str:
                 f"but got input with spatial dimensions of {_listed(wanted)} and output size of torch.Size({_listed(given)}). "
                 "Please provide input tensor in (N, C, d1, d2, ...,dK) format and output size in (o1, o2, ...,oK) format."
             )
+        case "reshape":
+            return f"shape '{_listed(wanted)}' is invalid for input of size {given[0]}"
         case "keyword":
             return f"{failure.module}.forward() got an unexpected keyword argument 'additional_residuals'"
         case _:

@@ -60,14 +60,23 @@ def _reading(reading: Reading, form: Format, model: str | None) -> Iterator[str]
     yield _certainty(answers[0], form)
 
 
+_PLACES = {
+    "down": ", in the additions to the skips",
+    "mid": ", in the addition after mid",
+    "feature": ", inside the down blocks, where T2I-Adapter features are added",
+    "up": ", on the way up",
+}
+
+
 def meaning(symptom: Symptom) -> str:
     """What the words of a symptom mean, in terms of residuals; empty where they say it themselves."""
-    place = {"down": ", in the additions to the skips", "mid": ", in the addition after mid", "up": ", on the way up",
-             "feature": ", inside the down blocks, where T2I-Adapter features are added", None: ""}[symptom.stage]  # fmt: skip
+    place = _PLACES.get(symptom.stage or "", "")
     wanted = symptom.wanted if symptom.wanted is not None else "another size"
     given = symptom.given if symptom.given is not None else "another"
     if symptom.kind in ("broadcast", "pair") and symptom.wanted_shape:
         return f"The UNet's own tensor is {show(symptom.wanted_shape)}, what is added to it {show(symptom.given_shape)}{place}."
+    if symptom.stage == "nets":
+        return ""
     if symptom.kind == "broadcast":
         axis = dict(enumerate(("batch", "channels", "height", "width"))).get(symptom.axis or 0, "an axis")
         return (
@@ -76,6 +85,8 @@ def meaning(symptom: Symptom) -> str:
         )
     if symptom.kind == "concat":
         return f"On the way up, a tensor of size {wanted} meets a skip of {given}."
+    if symptom.kind in ("attention", "reshape"):
+        return "On the way up, attention meets a text of one image and tensors of more: some residual has a larger batch."
     if symptom.kind in ("norm", "groups"):
         return "On the way up, a layer gets other channels than it has weights for: skips are missing or in another's place."
     if symptom.kind == "index":

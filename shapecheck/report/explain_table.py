@@ -9,7 +9,7 @@ from shapecheck.contract.records import shape_or_words
 from shapecheck.faults.diagnosis import Diagnosis
 from shapecheck.faults.from_mapping import Judgement
 from shapecheck.faults.wording import eager
-from shapecheck.report.tables import Format, fact_list, heading, note_list, table
+from shapecheck.report.tables import Format, clean, fact_list, heading, note_list, table
 
 _SHOWN = 4
 """Names of models that are written out."""
@@ -31,8 +31,11 @@ def judged(judgement: Judgement, form: Format) -> Iterator[str]:
         yield table(list(changes), ("fault", "change"), form)
     yield heading("Slot by slot", form)
     yield table(_slot_rows(judgement), ("#", "slot", "given", "UNet takes", "verdict", "skip from", "likely cause"), form)
+    notes = [clean(note, form) for note in judgement.notes]
     if not judgement.tells_mid:
-        yield note_list(["this table says nothing of the mid residual: it is taken to be right"], form)
+        notes.append("this table says nothing of the mid residual: it is taken to be right")
+    if notes:
+        yield note_list(notes, form)
 
 
 def agreement(diagnosis: Diagnosis, judgement: Judgement, form: Format) -> str:
