@@ -64,8 +64,11 @@ def _readings(told: Sequence[Symptom], models: Mapping[str, Contract], size: Siz
 
 
 def _arises_at(answer: Answer) -> tuple[Geometry, ...]:
-    geometries = (at for candidate in answer.candidates for at in candidate.geometries)
-    return tuple(dict.fromkeys((answer.geometry, *geometries)))[:_MOST_SIZES]
+    """The usual size, and those at which a candidate gives the text, whole multiples of the deepest stride first."""
+    deepest = max(slot.stride for slot in answer.contract.slots)
+    found = dict.fromkeys(at for candidate in answer.candidates for at in candidate.geometries)
+    whole_first = sorted(found, key=lambda at: bool(at.height % deepest or at.width % deepest))
+    return tuple(dict.fromkeys((answer.geometry, *whole_first)))[:_MOST_SIZES]
 
 
 def alike_models(models: Mapping[str, Contract]) -> list[tuple[str, ...]]:
@@ -82,8 +85,8 @@ def alike_models(models: Mapping[str, Contract]) -> list[tuple[str, ...]]:
 
 
 def _answer(symptom: Symptom, names: tuple[str, ...], contract: Contract, size: Size, sizes: Sizes | None) -> Answer:
-    known = {"size_known": size.latent is not None, "batch_known": size.batch is not None}
-    at = sizes[names] if sizes else geometries(symptom, contract, size.usual(contract), **known)
+    told = size.latent is not None, size.batch is not None
+    at = sizes[names] if sizes else geometries(symptom, contract, size.usual(contract), size_known=told[0], batch_known=told[1])
     found: dict[tuple[str, str], Candidate] = {}
     for geometry in at:
         for candidate in _candidates(symptom, contract, geometry):
