@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,12 @@ from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
     from shapecheck.contract import Contract
+    from shapecheck.faults.diagnosis import Diagnosis
     from shapecheck.faults.from_mapping import Judgement
     from shapecheck.faults.size import Size
 
+_FILE_NAME = re.compile(r"""[^\s"'()]{0,1000}(?:[\\/][^\s"'()]{0,1000}|\.(?:txt|log|out|err|md|json))""")
+"""Words that can only be meant as the name of a file."""
 _KEPT = 2**20
 """Bytes of a log that are read from its start and from its end."""
 
@@ -41,8 +45,8 @@ _KEPT = 2**20
 @click.option(
     "--mapping",
     metavar="TABLE|FILE",
-    help="The shapes that were given: 320,640,1280,1280@64 (cells; mid:1280@8 for mid), a list of shapes, a .json, .toml or "
-    ".py file with names such as input_control_00, or a saved contract.",
+    help="The shapes that were given: channels@HxW in latent cells (320,640,1280,1280@64; mid:1280@8 for mid), whole shapes "
+    "(input_control_00:2x320x64x96,…), a list of shapes, a .json, .toml, .py or .txt file of these, or a saved contract.",
 )
 @offline_option
 @format_option
@@ -66,7 +70,7 @@ def explain(
     that give exactly this text are told, with the slot where each shows. --mapping holds a table of shapes against the UNet
     instead, or beside it: every slot at once, and the mistake that makes such a table.
 
-    Exit status: 0 a diagnosis, 1 none, 2 it could not run.
+    Exit status: 0 a diagnosis, of the text or of a table alone, right or wrong; 1 none; 2 it could not run.
 
     \b
     Examples:
@@ -77,8 +81,6 @@ def explain(
     """
     from shapecheck.faults.diagnosis import Diagnosis
     from shapecheck.faults.from_text import explain_text
-    from shapecheck.report import explain as report
-    from shapecheck.report import explain_record as record
 
     if output is not None:
         refuse_unwritable(output)
@@ -91,11 +93,17 @@ def explain(
         models[model].require(asked.usual(models[model]))
     judgements = _judgements(mapping, controlnets, model, models, asked, offline)
     diagnosis = explain_text(said, models, asked) if said is not None else Diagnosis((), tuple(models))
+    return _write(diagnosis, judgements, form, output)
+
+
+def _write(diagnosis: Diagnosis, judgements: list[Judgement], form: Form, output: Path | None) -> int:
+    """Write the report, and give the exit status."""
+    from shapecheck.report import explain as report
+    from shapecheck.report import explain_record as record
+
     first, others = (judgements[0], judgements[1:]) if judgements else (None, [])
-    if form == "json":
-        write(record.as_json(diagnosis, first, others), output)
-    else:
-        write(report.told(diagnosis, first, others, form=form), output)
+    as_asked = record.as_json(diagnosis, first, others) if form == "json" else report.told(diagnosis, first, others, form=form)
+    write(as_asked, output)
     return 0 if record.verdict(diagnosis, first) == "diagnosis" else ContractError.exit_status
 
 
@@ -107,13 +115,15 @@ def _text(text: str | None, *, others: bool) -> str | None:
         raise click.UsageError("give an error TEXT, a FILE or - for standard input; or --mapping, or --controlnet")
     if text == "-":
         return _bounded(sys.stdin.buffer)
-    if os.path.isfile(text):  # noqa: PTH113  # Path.is_file raises on names too long
-        try:
-            with open(text, "rb") as file:  # noqa: PTH123
-                return _bounded(file)
-        except OSError as error:
-            raise ShapecheckError(f"cannot read {text}: {error.strerror or error}") from None
-    return text
+    if not (os.path.exists(text) or _FILE_NAME.fullmatch(text)):  # noqa: PTH110  # Path.exists raises on names too long
+        return text
+    try:
+        with open(text, "rb") as file:  # noqa: PTH123
+            return _bounded(file)
+    except OSError as error:
+        raise ShapecheckError(
+            f"cannot read {text}: {error.strerror or error}; give an error text in quotation marks, a file, or -"
+        ) from None
 
 
 def _bounded(stream: IO[bytes]) -> str:

@@ -144,7 +144,9 @@ def _text_width(symptom: Symptom, models: Models) -> Iterator[Cause]:
     widths = {name: contract.config.get("cross_attention_dim") for name, contract in models.items()}
     taking, giving = ([name for name, width in widths.items() if width == size] for size in (symptom.wanted, symptom.given))
     every = {contract.config.get("cross_attention_dim") for contract in presets.contracts().values()}
-    if (taking or giving) and {symptom.wanted, symptom.given} <= every:
+    layers = {width for contract in presets.contracts().values() for width in _widths(contract)}
+    is_of_layer = not symptom.wanted_shape or symptom.wanted_shape[1] in layers
+    if (taking or giving) and {symptom.wanted, symptom.given} <= every and is_of_layer:
         told = (
             f"text {symptom.given} wide met layers that take {symptom.wanted}: {_made_for(symptom.given)} was given to "
             f"a UNet or ControlNet of {_made_for(symptom.wanted)}"
@@ -157,6 +159,11 @@ def _made_for(width: int | None) -> str:
     names = [name for name, contract in presets.contracts().items() if contract.config.get("cross_attention_dim") == width]
     families = dict.fromkeys(presets.load(name).family for name in sorted(names, key=len))
     return " or ".join(list(families)[:3])
+
+
+def _widths(contract: Contract) -> tuple[int, ...]:
+    """Channels that a layer may make of a text: those of the blocks, and the text's own."""
+    return (*(contract.config.get("block_out_channels") or ()), contract.config.get("cross_attention_dim") or 0)
 
 
 def _sample_channels(symptom: Symptom, models: Models) -> Iterator[Cause]:

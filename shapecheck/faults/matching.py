@@ -25,11 +25,8 @@ def gives(symptom: Symptom, failure: Failure, table: Table) -> bool:
     if symptom.kind != failure.kind:
         return False
     if symptom.kind in ("norm", "groups", "output", "upsample"):
-        return _same(symptom.given_shape, failure.given) and (
-            symptom.wanted in (None, *failure.wanted)
-            if symptom.kind == "groups"
-            else _same(symptom.wanted_shape, failure.wanted)
-        )
+        wanted = symptom.wanted in failure.wanted if symptom.kind == "groups" else symptom.wanted_shape == failure.wanted
+        return wanted and symptom.given_shape == failure.given
     if symptom.kind == "rank":
         return (symptom.wanted, symptom.given) == (len(failure.wanted), len(failure.given))
     if symptom.kind == "reshape":
@@ -70,10 +67,12 @@ def is_of_slot(symptom: Symptom, table: Table, given: Given, slot: str) -> bool:
         return len(shape) == symptom.given
     if symptom.axis is not None and symptom.given is not None:
         return len(shape) == 4 and shape[symptom.axis] == symptom.given and right[symptom.axis] == symptom.wanted
-    wanted = all(want in (-1, own) for want, own in zip(symptom.wanted_shape, right, strict=False))
-    return (
-        wanted and all(size in (-1, own) for size, own in zip(symptom.given_shape, shape, strict=False)) and _differs(symptom)
-    )
+    return _fills(symptom.wanted_shape, right) and _fills(symptom.given_shape, shape) and _differs(symptom)
+
+
+def _fills(told: Shape, own: Shape) -> bool:
+    """Whether a shape may be told so: -1 stands for any size, and axes at the end may be left out."""
+    return len(told) <= len(own) and all(size in (-1, mine) for size, mine in zip(told, own, strict=False))
 
 
 def _channels_fit(table: Table, given: Given, *, before: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from shapecheck.faults.outcome import Stage
@@ -25,8 +25,19 @@ _LINES: tuple[tuple[str, Stage | Literal["nets"]], ...] = (
 """What diffusers says there, and older releases said."""
 _UNET = re.compile(r"unet_2d|unets?/unet_|unet_motion|openaimodel\.py$|cldm\.py$|sd-webui-controlnet")
 """Files of UNets that residuals are added in: diffusers', and those of the original layout."""
-_PARTS = re.compile(r"diffusers/models/(\w+/)?(resnet|upsampling|downsampling|normalization|attention\w*|transformer_2d)\.py$")
-"""What diffusers' UNet is made of, and its VAE too."""
+_PART = re.compile(r"diffusers/models/(?:\w+/)?(\w+)\.py$")
+_PARTS: Mapping[str, str] = {
+    "broadcast": "attention attention_processor transformer_2d",
+    "attention": "attention attention_processor transformer_2d",
+    "reshape": "attention attention_processor transformer_2d",
+    "norm": "resnet normalization attention transformer_2d",
+    "groups": "resnet normalization attention transformer_2d",
+    "upsample": "upsampling",
+    "dtype": "resnet normalization upsampling downsampling attention attention_processor transformer_2d embeddings lora",
+    "text width": "attention attention_processor transformer_2d lora",
+    "sample channels": "",
+}
+"""What diffusers' UNet is made of, and its VAE too: the files that say a kind of text where residuals do not fit."""
 _CONTROLNET = re.compile(r"controlnets?/\w+\.py$|/controlnet\.py$")
 _OTHERS = re.compile(r"autoencoder|/vae\.py$|/transformers/|/text_encoder|controlnet|/lora|/peft/|lycoris")
 _ABOUT_RESIDUALS = re.compile(r"control|residual|res_sample|\bskip|\bhs\.pop", re.IGNORECASE)
@@ -62,7 +73,7 @@ def _may_be_unet(frames: Sequence[Frame], last: Frame, kind: str) -> bool:
         return "diffusers" in last.file
     if _UNET.search(last.file) or (kind in _ANY_LAYER and _CONTROLNET.search(last.file)):
         return True
-    if _PARTS.search(last.file):
+    if (part := _PART.search(last.file)) and part[1] in _PARTS.get(kind, "").split():
         callers = [frame.file for frame in frames]
         through = any(map(_UNET.search, callers)) or (kind in _ANY_LAYER and any(map(_CONTROLNET.search, callers)))
         return through or not any(map(_OTHERS.search, callers))

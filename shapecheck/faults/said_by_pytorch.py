@@ -31,6 +31,14 @@ def _groups(match: re.Match[str]) -> Symptom:
     return Symptom("groups", "PyTorch", match[0], wanted=size_of(match[2]), given_shape=shape_of(match[1]))
 
 
+def _multiplied(match: re.Match[str]) -> Symptom:
+    """Text by a layer's weights: tokens × width, width × channels."""
+    tokens, given, wanted, channels = map(size_of, match.groups())
+    return Symptom(
+        "text width", "PyTorch", match[0], None, wanted, given, (wanted or 0, channels or 0), (tokens or 0, given or 0)
+    )
+
+
 def _from_unet(what: str) -> Build:
     return lambda match: Symptom("from_unet", "diffusers", match[0], names=(what,))
 
@@ -130,8 +138,8 @@ PATTERNS = (
         "to have the same type as",
     ),
     pattern(
-        r"(?:mat1 and mat2|input and weight\.T) shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)",
-        lambda match: Symptom("text width", "PyTorch", match[0], None, size_of(match[2]), size_of(match[1])),
+        r"(?:mat1 and mat2|input and weight\.T) shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x(\d+)\)",
+        _multiplied,
         "shapes cannot be multiplied",
     ),
     pattern(r"to have (\d+) channels, but got (\d+) channels instead", sizes("sample channels", "PyTorch"), "channels instead"),

@@ -144,7 +144,7 @@ PATTERNS = (
         plain("range", "TensorRT"),
         "Runtime dimension does not satisfy",
     ),
-    pattern(r"No valid profile found", plain("range", "TensorRT"), "No valid profile found"),
+    pattern(r"No valid profile found\. Please go to the TensorRT tab", plain("range", "TensorRT"), "No valid profile found"),
     pattern(
         rf"Address is not set for input tensor {NAME}", named("missing", "TensorRT"), "Address is not set for input tensor"
     ),

@@ -13,9 +13,13 @@ _NO_FILE = (
     r"No such file or directory|FileNotFoundError|does not appear to have a file named|Error no file named|"
     r"File doesn't exist"
 )
+_NO_MEMORY = (
+    r"out of memory|OutOfMemory|Failed to allocate memory|\bOOM\b|bad_alloc|"
+    r"DefaultCPUAllocator: (?:can't allocate|not enough memory)"
+)
 _ABOUT: tuple[tuple[str, str], ...] = (
     (
-        r"out of memory|OutOfMemory|Failed to allocate memory|\bOOM\b|bad_alloc|DefaultCPUAllocator: can't allocate",
+        _NO_MEMORY,
         "memory ran out",
     ),
     (_NO_FILE, "a file is missing"),

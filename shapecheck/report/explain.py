@@ -28,10 +28,10 @@ def told(
     parts: list[str] = []
     for reading in diagnosis.found:
         parts += _reading(reading, form, diagnosis.tried[0] if len(diagnosis.tried) == 1 else None)
-    if judgement is not None:
-        parts += [*judged(judgement, form), agreement(diagnosis, judgement, form), *elsewhere(others, form)]
     if not diagnosis.found and diagnosis.reason:
         parts += [wrapped(f"NO DIAGNOSIS: {diagnosis.reason}", ""), _tried(diagnosis, form)]
+    if judgement is not None:
+        parts += [*judged(judgement, form), agreement(diagnosis, judgement, form), *elsewhere(others, form)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

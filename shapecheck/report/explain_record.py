@@ -36,8 +36,8 @@ def as_json(diagnosis: Diagnosis, judgement: Judgement | None = None, others: Se
 
 
 def verdict(diagnosis: Diagnosis, judgement: Judgement | None) -> str:
-    """`diagnosis`, or `none`."""
-    return "diagnosis" if diagnosis.found or judgement is not None else "none"
+    """`diagnosis`, or `none`: of the text where there is one, else of the table."""
+    return "diagnosis" if diagnosis.found or (judgement is not None and not diagnosis.reason) else "none"
 
 
 def _reading_record(reading: Reading) -> dict[str, Any]:
@@ -92,6 +92,7 @@ def _judgement_record(judgement: Judgement) -> dict[str, Any]:
         "slot": judgement.failure.slot if judgement.failure else None,
         "mismatches": [asdict(each) for each in judgement.mismatches],
         "faults": [_fault_record(fault) | {"differs": match.differs} for match in judgement.matches for fault in match.faults],
+        "notes": list(judgement.notes),
         "given": _given_record(judgement.given),
         "right": Table.of(judgement.contract, judgement.geometry).right.named,
     }

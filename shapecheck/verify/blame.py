@@ -29,9 +29,10 @@ one that is missing, `name` an input that the text itself names."""
 _SHAPES: frozenset[MismatchKind] = frozenset(
     ("channels", "size", "rounding", "batch", "rank", "broadcast", "missing", "surplus")
 )
-_OF_SHAPES: frozenset[SymptomKind] = frozenset(
-    ("broadcast", "output", "concat", "rank", "norm", "groups", "index", "upsample", "keyword", "unequal", "dimensions")
-)
+_OF_SHAPES: tuple[SymptomKind, ...] = (
+    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "attention", "reshape", "upsample", "keyword",
+    "unequal", "dimensions",
+)  # fmt: skip
 _OF_DTYPES = re.compile(r"\bd(?:ata)?types?\b|\bscalar types?\b")
 _OF_DEVICES = re.compile(r"\bsame device\b|not on the expected device")
 _OF_MEMORY = re.compile(r"out of memory|can't allocate memory|bad_alloc")
