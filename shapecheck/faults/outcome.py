@@ -50,17 +50,14 @@ def outcome(unet: Anatomy, given: Given) -> Failure | None:
     """How a call with these residuals fails; None where it runs, rightly or not."""
     if given.mid is None:
         return _features(unet, given)
-    sums: list[Shape] = []
-    for index, (skip, residual) in enumerate(zip(unet.skips, given.downs, strict=False)):
-        if skip != residual:  # most are right
-            slot = unet.slots[index]
-            if failure := _added("down", slot.name, slot.producer, skip, residual):
-                return failure
-        sums.append(_broadcast(skip, residual))
+    added = list(zip(unet.skips, given.downs, strict=False))
+    for slot, (skip, residual) in zip(unet.slots, added, strict=False):
+        if skip != residual and (failure := _added("down", slot.name, slot.producer, skip, residual)):
+            return failure
     name, producer = unet.slots[-1].name, unet.slots[-1].producer
     if failure := _added("mid", name, producer, unet.mid, given.mid):
         return failure
-    return _way_up(unet, sums, _broadcast(unet.mid, given.mid))
+    return _way_up(unet, [_broadcast(*pair) for pair in added], _broadcast(unet.mid, given.mid))
 
 
 _REMEMBERED = 2**14
