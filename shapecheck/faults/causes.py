@@ -186,7 +186,7 @@ def _odd_size(symptom: Symptom, models: Models) -> Iterator[Cause]:
     for hidden, skip in pairs:
         if hidden % 2 == 0 and skip == hidden - 1:
             told = (
-                f"no residual is wrong: the way up doubled to {hidden}, where the skip was halved from an odd size and is "
+                f"no residual need be wrong: the way up doubled to {hidden}, where the skip was halved from an odd size and is "
                 f"{skip}. The original LDM code does so, and a graph traced at a size that is a multiple of 8 latent cells"
             )
             change = "draw at multiples of 64 pixels, or export a graph that is right at every size with shapecheck export"

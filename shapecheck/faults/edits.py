@@ -56,7 +56,7 @@ def _copied(table: Table) -> Iterator[Fault]:
         for shape, source in firsts.items():
             if shape != flat[at]:
                 kind: FaultKind = "mid" if name == table.names[-1] else "duplicate"
-                told = f"the residual of {table.place(source)} is given for {table.place(at)} too"
+                told = f"{table.residual(source)} is given for {table.place(at)} too"
                 yield Fault(kind, told, _AS_EMITTED, table.changed(at, shape), (name,))
 
 

@@ -13,7 +13,7 @@ from shapecheck.faults.table import Table
 def singles(table: Table, hints: Hints) -> Iterator[Fault]:
     """Every single fault of this sort; widths, sizes and batches are those of the UNet and of the hints."""
     for at, (name, shape) in enumerate(zip(table.names, (*table.downs, table.mid), strict=True)):
-        place = f"the residual of {table.place(at)}"
+        place = table.residual(at)
         for fault in (_width, _stride, _batch, _rank):
             yield from fault(table, hints, at, name, shape, place)
 

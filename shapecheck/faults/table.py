@@ -63,6 +63,10 @@ class Table:
         """The slot of that number in words; mid is the last."""
         return "mid" if at == len(self.names) - 1 else f"slot {at}"
 
+    def residual(self, at: int) -> str:
+        """The residual of that slot in words."""
+        return "the mid residual" if at == len(self.names) - 1 else f"the residual of slot {at}"
+
     def changed(self, at: int, shape: Shape) -> Given:
         """The right residuals with another shape at one slot; mid is the last."""
         flat = [*self.downs, self.mid]
