@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import small
 import torch
 from click.testing import CliRunner
 from diffusers import UNet2DConditionModel
+from hostile import FAMOUS, HOSTILE
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from spoilt import KINDS, spoilt, text_of
@@ -33,7 +33,6 @@ from shapecheck.faults.table import Table
 from shapecheck.faults.wording import eager, meta
 
 ROOT = Path(__file__).parent.parent
-FAMOUS = "The size of tensor a (320) must match the size of tensor b (640) at non-singleton dimension 1"
 XL = {
     "block_out_channels": (8, 16, 24),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -232,28 +231,10 @@ def test_other_texts_are_answered_so(text, about):
     assert "down_block" not in result.stdout
 
 
-HOSTILE = {
-    "megabytes": FAMOUS * 60_000,
-    "no newline": "The size of tensor a (" * 300_000,
-    "one name": "Required inputs (['" * 300_000 + " are missing from",
-    "nested": "[" * 3_000_000 + "(" * 2_000_000,
-    "colours": "\x1b[" * 2_000_000,
-    "digits": f"The size of tensor a ({10**30}) must match the size of tensor b ({10**300}) at non-singleton dimension 1",
-    "minus": "Expected size -1 but got size 99999999999999999999 for tensor number 1 in the list",
-    "shapes": "control could not be applied torch.Size([" + "9, " * 100_000 + "]) torch.Size([])",
-    "large": "The size of tensor a (999999999) must match the size of tensor b (999999998) at non-singleton dimension 3",
-    "zero": "The size of tensor a (0) must match the size of tensor b (0) at non-singleton dimension 2",
-    "prefixes": "E1126 13:31:09.187000 5375 torch/fake_tensor.py:3090] " * 50_000,
-    "surrogates": "\ud800 The size of tensor a (\udfff)",
-}
-
-
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_text_is_answered_at_once(name):
-    models = {"sd15": presets.contract("sd15")}
-    start = time.perf_counter()
-    diagnosis = explain_text(HOSTILE[name], models, Size())
-    assert time.perf_counter() - start < 5  # a second is the goal; this machine may be busy
+def test_hostile_text_has_an_answer(name):
+    """How soon is measured by bench/explain.py."""
+    diagnosis = explain_text(HOSTILE[name], {"sd15": presets.contract("sd15")}, Size())
     assert diagnosis.found or diagnosis.reason
 
 

@@ -16,13 +16,13 @@ from shapecheck.faults.matching import gives, is_of_slot, slot_of
 from shapecheck.faults.mistakes import mistakes
 from shapecheck.faults.outcome import Failure, Stage, outcome
 from shapecheck.faults.possible import may_give
-from shapecheck.faults.reading import flattened, symptoms
+from shapecheck.faults.reading import flattened, symptoms_in
 from shapecheck.faults.size import Size
 from shapecheck.faults.symptom import Symptom
 from shapecheck.faults.table import Table
 from shapecheck.faults.unrelated import unrelated
 
-_MOST, _MOST_PLAYED, _MOST_SIZES = 12, 4, 8
+_MOST, _MOST_PLAYED, _MOST_SIZES = 12, 4, 4
 """Symptoms of one text that are looked into, those of them for which every fault is played through, and at how many sizes
 those after the first."""
 _NOTHING_FITS = (
@@ -41,8 +41,9 @@ Sizes = Mapping[tuple[str, ...], tuple[Geometry, ...]]
 
 def explain_text(text: str, models: Mapping[str, Contract], size: Size) -> Diagnosis:
     """What a text comes to on these UNets, by name. Raises ShapecheckError where one of them refuses the size asked for."""
-    told = symptoms(text)
-    if reason := unrelated(flattened(text), told):
+    flat = flattened(text)
+    told = symptoms_in(flat)
+    if reason := unrelated(flat, told):
         return Diagnosis((), tuple(models), reason)
     told = tuple(symptom for symptom in told if not symptom.elsewhere)
     diagnosis = Diagnosis(tuple(_readings(told[:_MOST], models, size)), tuple(models))

@@ -54,9 +54,9 @@ def _sizes(symptom: Symptom, contract: Contract, usual: Geometry) -> Iterator[tu
         elif columns is not None:
             yield from ((max(1, round(each * usual.height / usual.width)), each) for each in wide)
         elif rows is not None:
-            for each in tall:
-                yield each, max(1, round(each * usual.width / usual.height))
-                yield each, usual.width
+            yield from ((each, max(1, round(each * usual.width / usual.height))) for each in tall)
+            if symptom.axis is not None:  # without, either side may be meant, and one in proportion stands for both
+                yield from ((each, usual.width) for each in tall)
 
 
 def _told(symptom: Symptom) -> tuple[int | None, int | None]:

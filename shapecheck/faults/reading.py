@@ -13,7 +13,7 @@ from shapecheck.faults import place, said_by_pytorch, said_by_runtimes
 from shapecheck.faults.pattern import Pattern
 from shapecheck.faults.symptom import Symptom
 
-_LONGEST = 2**20
+_LONGEST = 2**19
 """Characters that are looked at: so many from the start and as many from the end."""
 _MOST = 64
 """Symptoms of one sort that are looked at: a log may repeat one thousands of times."""
@@ -27,7 +27,11 @@ _SPACES = re.compile(r"\s+")
 
 def symptoms(text: str) -> tuple[Symptom, ...]:
     """Everything the text says that this tool knows the meaning of, in the order of the text, each once."""
-    flat = flattened(text)
+    return symptoms_in(flattened(text))
+
+
+def symptoms_in(flat: str) -> tuple[Symptom, ...]:
+    """The same of a text that is flattened already."""
     found = [
         (match.start(), match.end(), pattern.build(match))
         for pattern in (*said_by_pytorch.PATTERNS, *said_by_runtimes.PATTERNS)
