@@ -144,7 +144,7 @@ def _text_width(symptom: Symptom, models: Models) -> Iterator[Cause]:
     widths = {name: contract.config.get("cross_attention_dim") for name, contract in models.items()}
     taking, giving = ([name for name, width in widths.items() if width == size] for size in (symptom.wanted, symptom.given))
     every = {contract.config.get("cross_attention_dim") for contract in presets.contracts().values()}
-    layers = {width for contract in presets.contracts().values() for width in _widths(contract)}
+    layers = {width for contract in (*presets.contracts().values(), *models.values()) for width in _widths(contract)}
     is_of_layer = not symptom.wanted_shape or symptom.wanted_shape[1] in layers
     if (taking or giving) and {symptom.wanted, symptom.given} <= every and is_of_layer:
         told = (
