@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice, product
@@ -12,6 +13,8 @@ from shapecheck.faults.symptom import Symptom
 _MOST = 96
 _LARGEST = 2**14
 """Latent cells along a side."""
+_SLIMMEST = 4
+"""How many times longer one side of an image may be than the other."""
 
 
 def geometries(
@@ -29,14 +32,17 @@ def geometries(
     return tuple(dict.fromkeys((usual, *islice(others, _MOST))))
 
 
+_OF_ONE_IMAGE = ("concat", "attention", "reshape")
+"""Kinds that batches give on the way up only where residuals made the tensors of one image larger."""
+
+
 def _batch(symptom: Symptom) -> int | None:
-    if symptom.kind == "broadcast" and symptom.axis == 0:
-        return symptom.wanted
-    if symptom.kind in (
-        "concat",
-        "attention",
-    ):  # two batches meet on the way up where residuals made one image's tensors larger
+    if symptom.kind in _OF_ONE_IMAGE or len(symptom.given_shape) == 3:
         return 1
+    if symptom.kind == "broadcast" and symptom.axis == 0 and symptom.wanted:
+        return symptom.wanted
+    if symptom.kind in ("norm", "groups") and len(symptom.given_shape) == 5:  # two batches joined where channels are meant
+        return max(1, symptom.given_shape[1] // 2)
     for shape in (symptom.wanted_shape, symptom.given_shape):
         if len(shape) == 4 and 0 < shape[0] <= _LARGEST:
             return shape[0]
@@ -46,6 +52,8 @@ def _batch(symptom: Symptom) -> int | None:
 def _sizes(symptom: Symptom, contract: Contract, usual: Geometry) -> Iterator[tuple[int, int]]:
     """Heights and widths of latents, in cells."""
     rows, columns = _told(symptom)
+    yield from _exchanged(symptom)
+    yield from _folded(symptom, contract)
     for stride, height, width in _levels(contract):
         tall = [] if rows is None else list(_before(rows, height))
         wide = [] if columns is None else list(_before(columns, width))
@@ -59,11 +67,22 @@ def _sizes(symptom: Symptom, contract: Contract, usual: Geometry) -> Iterator[tu
                 yield from ((each, usual.width) for each in tall)
 
 
+def _exchanged(symptom: Symptom) -> Iterator[tuple[int, int]]:
+    """The size at which height and width, exchanged, give the text: it is about the first slot, whose stride is 1."""
+    one, other = (None if size is None else _side(size) for size in (symptom.wanted, symptom.given))
+    if symptom.kind == "broadcast" and symptom.axis == 3 and one and other:
+        yield other, one
+
+
 def _told(symptom: Symptom) -> tuple[int | None, int | None]:
     """Height and width of the UNet's own tensor, as far as a text tells."""
+    if symptom.kind == "reshape" and len(symptom.wanted_shape) == 4:
+        return _side(symptom.wanted_shape[1]), _side(symptom.wanted_shape[2])
     if len(symptom.wanted_shape) in (4, 5):
         return _side(symptom.wanted_shape[-2]), _side(symptom.wanted_shape[-1])
-    if symptom.kind in ("norm", "groups") and len(symptom.given_shape) in (4, 5):
+    if (symptom.kind in ("norm", "groups") and len(symptom.given_shape) in (4, 5)) or (
+        symptom.kind == "upsample" and len(symptom.given_shape) > 1
+    ):
         return _side(symptom.given_shape[-2]), _side(symptom.given_shape[-1])
     side = None if symptom.wanted is None else _side(symptom.wanted)
     if symptom.kind == "broadcast":
@@ -71,6 +90,26 @@ def _told(symptom: Symptom) -> tuple[int | None, int | None]:
     if symptom.kind == "concat":
         return (None, side) if symptom.axis == 3 else (None, None) if symptom.axis == 0 else (side, None)
     return None, None
+
+
+def _folded(symptom: Symptom, contract: Contract) -> Iterator[tuple[int, int]]:
+    """The sizes that have as many cells at some level as the tensor that attention met, the squarest first."""
+    cells = _cells(symptom)
+    rows = [side for side in range(1, math.isqrt(cells) + 1) if cells % side == 0 and cells <= _SLIMMEST * side * side]
+    for side in reversed(rows):
+        for height, width in ((side, cells // side), (cells // side, side)):
+            yield from ((height * stride, width * stride) for stride, _, _ in _levels(contract))
+
+
+def _cells(symptom: Symptom) -> int:
+    """Cells of the tensor that attention met, which folds the images of a larger batch into one; 0 where it met none."""
+    if symptom.kind != "broadcast":
+        return 0
+    if len(symptom.given_shape) == 3:
+        return _side(symptom.given_shape[1]) or 0
+    wanted, given = symptom.wanted, symptom.given
+    is_folded = symptom.axis == 1 and wanted and given and wanted > given and wanted % given == 0
+    return _side(given) or 0 if given and is_folded else 0
 
 
 def _side(size: int) -> int | None:
