@@ -147,15 +147,17 @@ def test_the_true_fault_is_among_the_candidates_at_its_slot(lab, data):
     assert any(each.table == Given(fault.downs, fault.mid) or fault.kind in ("stride", "width") for each in true)
 
 
-@pytest.mark.parametrize("height,width", [(24, 20), (17, 25), (9, 33)])
-def test_without_a_size_every_size_is_looked_at(lab, height, width):
-    it, at = lab("thin"), Geometry(1, height, width, 7)
-    for faults in mistakes(Table.of(it.contract, at)):
-        text = it.says(faults[0].given, at) if faults[0].kind in ("drop", "floor", "reverse") else None
-        if text is not None:
-            told = explain_text(text, {"it": it.contract}, Size())
-            kinds = {fault.kind for each in candidates(told) for fault in each.faults}
-            assert faults[0].kind in kinds, (text, faults[0].told)
+@pytest.mark.parametrize("on", ["real", "meta"])
+@given(data=st.data())
+@settings(max_examples=30, deadline=None, phases=PHASES)
+def test_without_a_size_every_size_is_looked_at(lab, on, data):
+    it = lab("thin")
+    at = Geometry(data.draw(st.integers(1, 3)), *data.draw(st.sampled_from([(24, 20), (17, 25), (9, 33), (16, 16)])), 7)
+    fault = data.draw(spoilt(it.config, at.batch, at.height, at.width, KINDS))
+    text = it.says(Given(fault.downs, fault.mid), at, on=on)
+    assume(text is not None)
+    told = candidates(explain_text(text, {"it": it.contract}, Size()))
+    assert fault.kind in {one.kind for each in told for one in each.faults}
 
 
 def test_a_traceback_narrows_to_its_place(lab):
