@@ -135,7 +135,8 @@ def _with_gaps(claim: Claim, table: Table, models: tuple[str, ...], *, sized: bo
     judged = _judged(given, claim.named_shapes(table), table, models, sized=sized)
     others = _matches(claim.completed(table), table, sized)
     names = "their names" if len(claim.gaps) > 1 else "its name"
-    told = f"{_slots(claim.gaps)} left out under {names}, the others are in place"
+    rest = "" if others else ", the others are in place"
+    told = f"{_slots(claim.gaps)} left out under {names}{rest}"
     slots = tuple(table.names[index] for index in claim.gaps if index < len(table.names))
     fault = Fault("drop", told, "give every slot", given, slots)
     return replace(judged, matches=(Match((fault,), others[0].differs if others else 0), *others))
