@@ -651,3 +651,12 @@ def test_pytest_appends_it_to_failures(pytester, monkeypatch):
     assert "mid_block_residual (UNet mid_block): missing" in second
     assert "shapecheck" not in third
     assert "down_block_residual_03: the file has no input of that name" in fourth
+
+
+def test_a_residual_given_in_two_places_is_told_by_the_very_tensors(unet, net):
+    """Its shape alone would say that slot 3 is too narrow."""
+    with pytest.raises(ExplainedError, match="the residual of slot 2 is given for slot 3 too") as caught, explained(unet, net):
+        downs, mid = emitted(net)
+        downs[3] = downs[2]
+        call(unet, downs, mid)
+    assert {each.kind for each in caught.value.judgement.matches[0].faults} == {"duplicate"}

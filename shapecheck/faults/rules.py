@@ -14,6 +14,7 @@ from shapecheck.faults.hints import Hints, completed
 from shapecheck.faults.table import Level, Size, Table
 
 _TABLE = "take channels and size of each residual from the contract's table, one row a slot"
+_JOIN = "join them along the batch: torch.cat([…], dim=0)"
 _REPEATS = (1, 2, 3, 4)
 
 
@@ -148,14 +149,14 @@ def _other_channels(table: Table) -> Iterator[Fault]:
     """Every residual twice as wide, or half."""
     flat, batch = (*table.downs, table.mid), table.geometry.batch
     joined = "every residual has twice the channels: two were joined along the channels (dim=1), not along the batch (dim=0)"
-    yield from _for_all("channels", joined, "torch.cat([…], dim=0)", [(batch, 2 * c, *size) for _, c, *size in flat], table)
+    yield from _for_all("channels", joined, _JOIN, [(batch, 2 * c, *size) for _, c, *size in flat], table)
     if batch % 2 == 0:
         told = f"{joined}, which leaves half the batch"
         half = [(batch // 2, 2 * c, *size) for _, c, *size in flat]
-        yield from _for_all("channels", told, "torch.cat([…], dim=0)", half, table)
+        yield from _for_all("channels", told, _JOIN, half, table)
     told = "every residual has half the channels: they were parted along the channels (dim=1), not along the batch (dim=0)"
     thin = [(batch, max(1, c // 2), *size) for _, c, *size in flat]
-    yield from _for_all("channels", told, "chunk(2, dim=0)", thin, table)
+    yield from _for_all("channels", told, "part them along the batch: chunk(2, dim=0)", thin, table)
 
 
 def _scaled(table: Table) -> Iterator[Fault]:

@@ -22,6 +22,10 @@ _CHANGES: Mapping[FaultKind, str] = {
 }
 
 
+_OF_ONE: tuple[FaultKind, ...] = ("width", "stride", "batch", "rank")
+"""Faults of a tensor in itself."""
+
+
 def judged(call: Call, contract: Contract, geometry: Geometry, emitted: Sequence[Emission]) -> Judgement | None:
     """The judgement on these residuals; None where not all of them are tensors."""
     downs = call.downs if isinstance(call.downs, (list, tuple)) else (None,)
@@ -36,7 +40,8 @@ def judged(call: Call, contract: Contract, geometry: Geometry, emitted: Sequence
     if not touched or not judgement.matches:
         return judgement
     first, *others = judgement.matches
-    told = next((fault for fault in first.faults if set(fault.slots) == touched), None)
+    moved_first = sorted(first.faults, key=lambda fault: fault.kind in _OF_ONE)  # the tensors themselves are right
+    told = next((fault for fault in moved_first if set(fault.slots) == touched), None)
     return replace(judgement, matches=(replace(first, faults=(told,) if told else first.faults), *others))
 
 
