@@ -130,6 +130,13 @@ def test_a_dtype_of_the_unet_or_its_controlnet_is_told():
         assert [cause.kind for cause in reading.causes] == ["dtype"]
 
 
+def test_a_runtime_s_own_call_is_no_other_code():
+    run = frame("run.py", "session.run(None, feed)") + frame("onnxruntime/capi/onnxruntime_inference_collection.py", "return x")
+    text = "Got invalid dimensions for input: input_control_03 for the following indices index: 1 Got: 640 Expected: 320"
+    (reading,) = explain_text(HEAD + run + text, MODELS, Size()).found
+    assert {slot for cause in reading.causes for slot in cause.slots} == {"down_block_residual_03"}
+
+
 def nets(axis: int, one: int, other: int):
     text = f"The size of tensor a ({one}) must match the size of tensor b ({other}) at non-singleton dimension {axis}"
     (reading,) = explain_text(HEAD + NETS + text, MODELS, Size()).found

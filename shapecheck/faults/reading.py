@@ -19,6 +19,8 @@ _MOST = 64
 """Symptoms of one sort that are looked at: a log may repeat one thousands of times."""
 _PLACES, _DIFFERENT = 4, 24
 """Times that one symptom is placed, and different symptoms that are told."""
+_OF_PYTHON = ("PyTorch", "diffusers")
+"""Whose texts are raised where residuals are added: a runtime's come from its own call, whatever the graph is."""
 _AROUND = 4_500
 """Characters around the words that give a symptom away."""
 _NOISE = re.compile(r"\x1b\[[0-9;]{0,20}[A-Za-z]|^[EWI][0-9]{4} [0-9:.]{5,20} +[0-9]+ [^\]\n]{1,200}\] ?", re.MULTILINE)
@@ -46,6 +48,8 @@ def symptoms_in(flat: str) -> tuple[Symptom, ...]:
 def _placed(told: list[tuple[int, int, Symptom]], text: str) -> Symptom:
     """One symptom, which a log may tell several times: at its place in the UNet, if one of them shows it."""
     symptom = told[0][2]
+    if symptom.source not in _OF_PYTHON:
+        return symptom
     places = [place.place(text, start, end, symptom.kind) for start, end, _ in told]
     best = max(places, key=lambda each: (each.stage is not None, bool(each.elsewhere)))
     return replace(symptom, stage=best.stage, elsewhere=best.elsewhere)
