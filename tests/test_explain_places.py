@@ -165,10 +165,44 @@ def test_two_controlnets_that_cannot_be_added_are_told():
         "No valid profile found for yolo",
         "but got weight of shape [,] and input of shape [,]",
         "shape '[2, 77, 8]' is invalid for input of size 100",
+        "KeyError: 'mid_block_type'",
+        "KeyError: 'down_block_types'",
+        "TypeError: unsupported operand type(s) for +: 'Tensor' and 'NoneType'",
+        "TypeError: forward() got an unexpected keyword argument 'attention_mask'",
+        "Input type (torch.cuda.FloatTensor) and weight type (torch.FloatTensor) should be the same",
+        "Input type (torch.FloatTensor) and weight type (torch.cuda.HalfTensor) should be the same",
+        "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Invalid rank for input: input_ids Got: 1 Expected: 2",
     ],
 )
 def test_words_alike_are_no_diagnosis(text):
     assert explain_text(text, presets.contracts(), Size()).found == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        (
+            "TypeError: UNet2DModel.forward() got an unexpected keyword argument 'down_block_additional_residuals'",
+            "unknown",
+            "UNet2DModel takes no down_block_additional_residuals",
+        ),
+        (
+            f"{HEAD}{UNET}    {ADDED}\nTypeError: unsupported operand type(s) for +: 'Tensor' and 'NoneType'",
+            "value",
+            "one of the residuals is a NoneType",
+        ),
+        (
+            "Input type (torch.cuda.HalfTensor) and weight type (torch.cuda.FloatTensor) should be the same",
+            "dtype",
+            "HalfTensor met FloatTensor",
+        ),
+    ],
+)
+def test_a_call_that_cannot_be_is_told(text, kind, said):
+    (reading,) = explain_text(text, MODELS, Size()).found
+    (cause,) = reading.causes
+    assert cause.kind == kind
+    assert cause.told.startswith(said)
 
 
 def explain(*arguments: str):

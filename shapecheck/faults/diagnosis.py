@@ -12,7 +12,7 @@ from shapecheck.faults.outcome import Stage
 from shapecheck.faults.symptom import Symptom
 
 CauseKind = Literal[
-    "dtype", "container", "mid", "missing", "unknown", "range", "input", "odd size", "from_unet", "dimensions", "nets",
+    "dtype", "container", "mid", "missing", "unknown", "range", "input", "odd size", "from_unet", "dimensions", "nets", "value",
 ]  # fmt: skip
 
 

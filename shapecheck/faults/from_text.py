@@ -25,9 +25,7 @@ from shapecheck.faults.unrelated import unrelated
 _MOST, _MOST_PLAYED, _MOST_SIZES = 12, 4, 4
 """Symptoms of one text that are looked into, those of them for which every fault is played through, and at how many sizes
 those after the first."""
-_NOTHING_FITS = (
-    "no slot of these UNets can give this text, with any fault there is a name for: these sizes come from somewhere else"
-)
+_NOTHING_FITS = "no slot of these UNets can give this text, with any fault there is a name for: it comes from somewhere else"
 _PLAYED = (
     "broadcast", "output", "concat", "rank", "norm", "groups", "index", "attention", "reshape", "upsample", "keyword",
     "unequal", "pair", "dimensions",

@@ -43,6 +43,7 @@ def _from_unet(what: str) -> Build:
     return lambda match: Symptom("from_unet", "diffusers", match[0], names=(what,))
 
 
+_ON_DEVICE = r"torch\.cuda\.|torch\.(?!cuda)|MPS"
 PATTERNS = (
     # PyTorch, real tensors; under torch.export with formulas for sizes
     pattern(
@@ -116,8 +117,13 @@ PATTERNS = (
     ),
     # dtypes, text and latents
     pattern(
-        rf"Input type \({DTYPE}\) and (?:bias|weight) type \({DTYPE}\) should be the same",
+        rf"Input type \((?!{_ON_DEVICE}){DTYPE}\) and (?:bias|weight) type \((?!{_ON_DEVICE}){DTYPE}\) should be the same",
         dtype("PyTorch", 1, 2),
+        "should be the same",
+    ),
+    pattern(  # of older releases, which name the device too
+        rf"Input type \(({_ON_DEVICE}){DTYPE}\) and (?:bias|weight) type \(\1{DTYPE}\) should be the same",
+        dtype("PyTorch", 2, 3),
         "should be the same",
     ),
     pattern(rf"expected scalar type {DTYPE} but found {DTYPE}", dtype("PyTorch", 2, 1), "expected scalar type"),
@@ -154,6 +160,17 @@ PATTERNS = (
         r"unexpected keyword argument 'additional_residuals'",
         plain("keyword", "diffusers"),
         "keyword argument 'additional_residuals'",
+    ),
+    pattern(
+        r"(\w{1,80})(?:\.forward|\.__call__)?\(\) got an unexpected keyword argument "
+        r"'((?:down|mid)_(?:intra)?block_additional_residuals?)'",
+        lambda match: Symptom("argument", "diffusers", match[0], names=(match[1], match[2])),
+        "got an unexpected keyword argument",
+    ),
+    pattern(
+        r"unsupported operand type\(s\) for \+=?: '(?:Tensor|FakeTensor)' and '(\w{1,60})'",
+        lambda match: Symptom("value", "PyTorch", match[0], names=(match[1],)),
+        "unsupported operand type(s) for +",
     ),
     pattern(r"unknown mid_block_type : \w{1,60}", _from_unet("mid"), "unknown mid_block_type"),
     pattern(r"can't multiply sequence by non-int of type 'list'", _from_unet("layers"), "can't multiply sequence by"),

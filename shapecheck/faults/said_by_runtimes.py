@@ -196,7 +196,8 @@ PATTERNS = (
     # StreamDiffusion's engines
     pattern(r"create tensor with negative dimension -1: \[([-\d, ]{1,100})\]", _negative, "with negative dimension -1"),
     pattern(
-        r"KeyError: '((?:input_control|output_control|down_block|middle_control|mid_block)\w{1,60})'",
+        r"KeyError: '((?:input|output|middle)_control\w{0,60}|"
+        r"(?:down|mid)_block\w{0,60}?(?:residuals?|samples?|_\d{1,3})(?:_\d{1,3})?)'",
         named("unknown", "StreamDiffusion"),
         "KeyError: '",
     ),

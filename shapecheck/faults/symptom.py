@@ -11,7 +11,7 @@ from shapecheck.faults.outcome import Stage
 SymptomKind = Literal[
     "broadcast", "output", "concat", "rank", "norm", "groups", "index", "keyword", "attention", "reshape",
     "upsample",  # as outcome.Kind
-    "pair", "pop", "deprecated", "dtype", "text width", "sample channels", "from_unet",
+    "pair", "pop", "deprecated", "dtype", "text width", "sample channels", "from_unet", "argument", "value",
     "dimensions", "missing", "unknown", "range", "unequal",
 ]  # fmt: skip
 

@@ -17,6 +17,11 @@ _NO_MEMORY = (
     r"out of memory|OutOfMemory|Failed to allocate memory|\bOOM\b|bad_alloc|"
     r"DefaultCPUAllocator: (?:can't allocate|not enough memory)"
 )
+_DEVICES = (
+    r"Expected all tensors to be on the same device|"
+    r"Input type \((?:torch\.cuda\.|MPS)\w+\) and weight type \(torch\.(?!cuda)|"
+    r"Input type \(torch\.(?!cuda)\w+\) and weight type \((?:torch\.cuda|MPS)"
+)
 _ABOUT: tuple[tuple[str, str], ...] = (
     (
         _NO_MEMORY,
@@ -35,7 +40,7 @@ _ABOUT: tuple[tuple[str, str], ...] = (
     ),
     (_IMAGE, "the ControlNet's image is not of the latents' size: give it one of the size that is drawn"),
     (
-        r"Expected all tensors to be on the same device",
+        _DEVICES,
         "models or inputs lie on different devices: move them to one",
     ),
     (r"CUDA error|CUDA driver|cuDNN|CUBLAS", "the GPU or its driver failed"),
