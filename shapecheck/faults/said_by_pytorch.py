@@ -122,7 +122,7 @@ PATTERNS = (
         "should be the same",
     ),
     pattern(  # of older releases, which name the device too
-        rf"Input type \(({_ON_DEVICE}){DTYPE}\) and (?:bias|weight) type \(\1{DTYPE}\) should be the same",
+        rf"Input type \(({_ON_DEVICE}){DTYPE}\) and (?:bias|weight) type \(\1(?!cuda){DTYPE}\) should be the same",
         dtype("PyTorch", 2, 3),
         "should be the same",
     ),
