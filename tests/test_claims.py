@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from shapecheck import Geometry, ShapecheckError, presets
 from shapecheck.cli import main
 from shapecheck.contract.naming import SCHEMES
-from shapecheck.faults.claim import side
 from shapecheck.faults.claim_forms import FORMS, read_claim
+from shapecheck.faults.claim_values import side
 from shapecheck.faults.from_mapping import judge_claim
 from shapecheck.faults.size import Size
 from shapecheck.report.explain_table import judged

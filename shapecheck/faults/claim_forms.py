@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from shapecheck.contract import Contract, Geometry, ShapecheckError
-from shapecheck.faults.claim import (
-    MID,
-    Claim,
-    Entry,
+from shapecheck.faults.claim import MID, Claim, Entry
+from shapecheck.faults.claim_python import read_python
+from shapecheck.faults.claim_values import (
     checked,
     entry_of,
     is_list_of_shapes,
@@ -25,7 +24,6 @@ from shapecheck.faults.claim import (
     slot_number,
     written_axes,
 )
-from shapecheck.faults.claim_python import read_python
 
 FORMS = (
     "320,640,1280,1280@64 (channels@HxW in cells: 320@64x96 is height 64, width 96; mid:1280@8 for the mid residual), shapes "

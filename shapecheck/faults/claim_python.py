@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from shapecheck.contract import Geometry, ShapecheckError
-from shapecheck.faults.claim import is_list_of_shapes, is_one_shape, is_pair, is_residual, side, slot_number
+from shapecheck.faults.claim_values import is_list_of_shapes, is_one_shape, is_pair, is_residual, side, slot_number
 from shapecheck.faults.python_values import WRITE, File, Named, Refused
 
 Part = Literal["down", "mid", "slot", "shapes", "widths"]
