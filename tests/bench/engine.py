@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-TESTS = Path(__file__).parent.parent
+SUPPORT = Path(__file__).parents[1] / "support"
 BASELINE = """
 import os, sys
 os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
@@ -52,7 +52,7 @@ def main(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         onnx, plan = str(folder / "unet.onnx"), str(folder / "unet.plan")
-        subprocess.run([sys.executable, str(TESTS / "full_size.py"), "sd15", place, "100GB"], check=True, capture_output=True)
+        subprocess.run([sys.executable, str(SUPPORT / "full_size.py"), "sd15", place, "100GB"], check=True, capture_output=True)
         subprocess.run([sys.executable, "-m", "shapecheck", "export", place, "-o", onnx], check=True, capture_output=True)
         ours = [sys.executable, "-m", "shapecheck", "build", onnx, "-o", plan, *ASKED]
         cases = {

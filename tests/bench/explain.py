@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from hostile import FAMOUS, HOSTILE
 
 ROUNDS = 5

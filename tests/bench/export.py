@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-TESTS = Path(__file__).parent.parent
+SUPPORT = Path(__file__).parents[1] / "support"
 BASELINE = """
 import warnings
 import torch
@@ -87,7 +87,7 @@ def main(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as place:
         folders = {name: Path(place) / name for name in ("sd15", "sdxl")}
         for name, folder in folders.items():
-            command = [sys.executable, str(TESTS / "full_size.py"), name, str(folder), "100GB"]
+            command = [sys.executable, str(SUPPORT / "full_size.py"), name, str(folder), "100GB"]
             subprocess.run(command, check=True, capture_output=True)
         found = [[measured(code, folders[name]) for _, name, code in CASES] for _ in range(rounds)]
     rows = []

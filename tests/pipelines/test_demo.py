@@ -6,7 +6,6 @@ import base64
 import json
 import math
 import os
-import pipes
 import re
 import shutil
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import engines
 import numpy as np
 import onnx_files
 import pytest
+import real_pipelines as pipes
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image

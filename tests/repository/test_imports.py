@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "shapecheck"
+PACKAGE = Path(__file__).parents[2] / "shapecheck"
 ALLOWED = {
     "contract": set(),
     "presets": {"contract"},

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from test_export_presets import narrowed
+from narrowed_presets import narrowed
 
 from shapecheck import export, presets
 from shapecheck.build.engine import build_engine

@@ -24,7 +24,7 @@ from spoilt import Shape
 from shapecheck import Contract, Geometry, presets, probe
 from shapecheck.contract.profiles import dtypes_of
 
-FOLDER = Path(__file__).parent.parent / "probes" / "incidents"
+FOLDER = Path(__file__).parents[2] / "probes" / "incidents"
 SCALE = 10
 """How many times narrower than its preset the UNet is that acts an incident out."""
 

@@ -21,7 +21,7 @@ from strategies import LARGE, SMALL, Config, Fault, Limits
 import shapecheck
 from shapecheck import Contract, ContractError, Geometry, ShapecheckError, presets
 
-FACTS = json.loads((Path(__file__).parent / "data" / "slot_tables.json").read_text(encoding="utf-8"))
+FACTS = json.loads((Path(__file__).parents[1] / "support" / "data" / "slot_tables.json").read_text(encoding="utf-8"))
 PRESET_OF = {"sdxl_base": "sdxl", "sd21_768v": "sd21"}
 """Recorded names that differ from the preset's by more than their dashes."""
 

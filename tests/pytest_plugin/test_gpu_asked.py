@@ -10,7 +10,7 @@ import pytest
 
 from shapecheck import doctor
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def trt():
     ],
 )
 def test_a_run_that_asks_for_what_cannot_run_fails_whatever_it_would_run(trt, asked, status, told):
-    command = ["-m", "pytest", "-n0", "-p", "no:cacheprovider", "tests/test_naming.py", "--shapecheck-backends", asked]
+    command = ["-m", "pytest", "-n0", "-p", "no:cacheprovider", "tests/contract/test_naming.py", "--shapecheck-backends", asked]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout
     assert told + ("" if status == 4 else trt.reason) in done.stdout + done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 
 import engines
@@ -13,6 +12,7 @@ import pytest
 import small
 import torch
 from onnx_files import bake, exchange, planted, unconsume
+from parity_runs import NAMES, SLOTS, failed, kinds
 
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.contract.parity import KINDS
@@ -27,8 +27,6 @@ from shapecheck.verify.runners import OnnxRunner
 
 SIZE = Geometry(2, 9, 14, 7)
 ONE_SIZE = Options(ranges=(Range(SIZE, SIZE, SIZE),))
-NAMES = [f"down_block_residual_{index:02}" for index in range(8)] + ["mid_block_residual"]
-SLOTS = [f"slot[{name}]" for name in NAMES]
 SHAPES = [(8, 1), (8, 1), (8, 2), (8, 2), (8, 4), (8, 4), (8, 8), (16, 8), (16, 8)]
 """Channels and stride: the first six are three pairs of equal shape."""
 
@@ -75,14 +73,6 @@ def _computed(model, contract, calls, draws, wanted, look, progress):
 def side(model, path, options=ONE_SIZE, **given):
     (found,) = Study(model, ["ort"], onnx=path, options=options, **given).report().sides
     return found
-
-
-def failed(found):
-    return {str(each.check).removeprefix("ort/"): each.reason for each in found.failed}
-
-
-def kinds(found):
-    return Counter(each.check.kind for each in found.failed)
 
 
 def test_a_healthy_file_passes_in_all(model, healthy):

@@ -18,7 +18,7 @@ import pytest
 from small import SHALLOW, unet
 
 pytestmark = pytest.mark.full
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = ("--shapecheck-sizes=72x104", "--shapecheck-batch=2")
 
 

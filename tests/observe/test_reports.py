@@ -15,7 +15,7 @@ from shapecheck.observe import request as requests
 from shapecheck.observe.probe import probe
 from shapecheck.report.contract import as_json, told, verdict
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROBES = sorted((ROOT / "probes").glob("*.toml"))
 QUICK = ("sd15", "sd21", "sd15-inpaint", "bk-sdm-tiny")
 """What is observed anew in every run of the tests; the others are marked `full`."""

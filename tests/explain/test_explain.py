@@ -32,7 +32,7 @@ from shapecheck.faults.size import Size
 from shapecheck.faults.table import Table
 from shapecheck.faults.wording import eager, meta
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 XL = {
     "block_out_channels": (8, 16, 24),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pipes
 import re
 import shutil
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import engines
 import numpy as np
 import pytest
+import real_pipelines as pipes
 import torch
 from diffusers import MultiControlNetModel
 from diffusers.models.attention_processor import AttnProcessor

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = (
     "shapecheck/build/engine_worker.py",
     "shapecheck/contract/engine_seen.py",
@@ -18,7 +18,9 @@ SOURCES = (
     "shapecheck/doctor/probes.py",
 )
 APIS = {
-    release: json.loads((ROOT / "tests" / "data" / f"tensorrt_api_{release}.json").read_text(encoding="utf-8"))["api"]
+    release: json.loads((ROOT / "tests" / "support" / "data" / f"tensorrt_api_{release}.json").read_text(encoding="utf-8"))[
+        "api"
+    ]
     for release in ("10.16", "11.4")
 }
 KINDS = {

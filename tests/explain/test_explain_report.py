@@ -18,7 +18,7 @@ from shapecheck.faults.size import Size
 from shapecheck.faults.table import Table
 from shapecheck.faults.wording import eager
 
-REPORT = Path(__file__).parent.parent / "reports" / "explain.md"
+REPORT = Path(__file__).parents[2] / "reports" / "explain.md"
 AT = Geometry(2, 72, 56)
 LINES = {
     "down": "down_block_res_sample = down_block_res_sample + down_block_additional_residual",

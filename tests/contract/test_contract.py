@@ -261,7 +261,7 @@ def test_what_json_does_not_know_is_kept_as_text():
 # families
 
 
-FACTS = json.loads((Path(__file__).parent / "data" / "slot_tables.json").read_text(encoding="utf-8"))
+FACTS = json.loads((Path(__file__).parents[1] / "support" / "data" / "slot_tables.json").read_text(encoding="utf-8"))
 WRITTEN_OUT = {
     "sdxl": {"attention_head_dim": [5, 10, 20], "layers_per_block": [2, 2, 2], "only_cross_attention": [False] * 3},
     "sd15": {"attention_head_dim": [8] * 4, "cross_attention_dim": [768] * 4, "layers_per_block": [2] * 4},

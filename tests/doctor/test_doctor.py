@@ -160,7 +160,7 @@ def test_the_tiny_model_is_what_it_says():
 
 
 def test_the_oldest_versions_are_those_of_the_project():
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
     asked = {re.split("[>=,]", line)[0]: re.search(r">=([\d.]+)", line) for line in lines}
     for module, wanted in packages.WANTED.items():

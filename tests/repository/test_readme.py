@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import pipes
 import re
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ import engines
 import headers
 import onnx_files
 import pytest
+import real_pipelines as pipes
 import small
 from click.testing import CliRunner
 from PIL import Image
@@ -26,7 +26,7 @@ from shapecheck.contract import profile_forms
 from shapecheck.contract.profiles import Profile
 from shapecheck.pipelines import small as parts_of
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 OUTPUTS = re.findall(r"<!-- output: shapecheck ([^|>]*?)(?: \| ((?:from|to) \w+))? -->\n```text\n(.*?)```", TEXT, re.DOTALL)
 EVERY_SNIPPET = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

@@ -29,7 +29,7 @@ from shapecheck.report.parity import as_json, told
 from shapecheck.report.unet_drawing import draw
 from shapecheck.report.unet_shapes import Told
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 UNETS = [name for name in presets.names() if presets.load(name).kind == "unet"]
 each_sample = pytest.mark.parametrize("name", SAMPLES)
 

@@ -637,7 +637,7 @@ def test_onnxruntime():
 def test_pytest_appends_it_to_failures(pytester, monkeypatch):
     from pathlib import Path
 
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(small.__file__).parent))
     pytester.makepyfile(FAILING)
     result = pytester.runpytest_inprocess("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore")
     text = result.stdout.str()

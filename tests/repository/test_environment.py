@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 PINS = dict(re.findall(r"(?m)^([\w.-]+)==([\w.]+)$", CONSTRAINTS.read_text(encoding="utf-8")))
 
 

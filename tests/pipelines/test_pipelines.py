@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pipes
-
 import engines
 import numpy as np
 import onnx_files
 import pytest
+import real_pipelines as pipes
 import torch
 from diffusers import MultiControlNetModel
 

@@ -15,8 +15,8 @@ import pytest
 import small
 import torch
 from onnx_files import exchange, planted, unconsume
+from parity_runs import NAMES, SLOTS, failed, kinds
 from peak import peak_of
-from test_parity import NAMES, SLOTS, failed, kinds
 
 from shapecheck import Geometry, export
 from shapecheck.build.engine import build_engine
