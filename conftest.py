@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
+from artefacts import FOLDER
+
+for _variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT"):
+    os.environ.pop(_variable, None)  # a test that means one of them sets it
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The folder of what is made once a run; it goes when the process that began the run ends."""
+    if FOLDER not in os.environ:
+        os.environ[FOLDER] = folder = tempfile.mkdtemp(prefix="shapecheck-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop(FOLDER, None))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,7 +6,7 @@ import gc
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, Sha
 from shapecheck.contract.ranges import parse_pair
 from shapecheck.observe import configs, hub
 from shapecheck.observe.configfile import one_line
-from shapecheck.observe.progress import Progress
+from shapecheck.observe.progress import Progress, silent
 
 _MOST_IN_BATCH = 65_536
 _KEYS = {"story", "model", "controlnet", "adapter", "size", "latent", "batch", "mapping", "expect"}
@@ -54,11 +54,38 @@ class Finding:
     geometry: Geometry
 
 
-def carry_out(request: Request, *, offline: bool = False, progress: Progress) -> Finding:
+class Observations:
+    """What models were observed to do, kept for further requests: those that differ in their claim alone observe it once.
+
+    Keep it no longer than the models stay as they are: a folder is known by its name.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], Finding] = {}
+
+    def observe(self, request: Request, *, offline: bool = False, progress: Progress = silent) -> Finding:
+        """Return what the model and the ControlNets of a request come to, whatever it claims. Raises as `carry_out` does."""
+        key = request.model, request.controlnets, request.adapter, request.size_px, request.latent, request.batch, offline
+        if key not in self._known:
+            self._known[key] = _observe(request, offline, progress)
+        return self._known[key]
+
+
+def carry_out(
+    request: Request, *, offline: bool = False, progress: Progress, observations: Observations | None = None
+) -> Finding:
     """Probe what is asked for. Raises ShapecheckError where it cannot be done; mismatches are part of the finding.
 
     Everything that can be refused by reading configurations is refused before torch is imported.
+    `observations` are those of earlier requests, which are not made again.
     """
+    finding = (observations or Observations()).observe(request, offline=offline, progress=progress)
+    if request.claim is None:
+        return finding
+    return replace(finding, mismatches=finding.contract.mismatches(_residuals(request.claim, request.batch), finding.geometry))
+
+
+def _observe(request: Request, offline: bool, progress: Progress) -> Finding:
     source = configs.find(request.model, "unet", offline=offline)
     for name in request.controlnets:
         configs.find(name, "controlnet", offline=offline)
@@ -78,10 +105,7 @@ def carry_out(request: Request, *, offline: bool = False, progress: Progress) ->
         contract, found = error.contract, error.mismatches
     if asked is not None:
         contract.require(asked)
-    geometry = asked or Geometry(request.batch, *contract.header.usual)
-    if request.claim is not None:
-        found = contract.mismatches(_residuals(request.claim, request.batch), geometry)
-    return Finding(contract, found, geometry)
+    return Finding(contract, found, asked or Geometry(request.batch, *contract.header.usual))
 
 
 def read(path: Path) -> Request:

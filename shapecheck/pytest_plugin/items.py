@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _STUCK = pytest.StashKey[dict[str, str]]()
 """Why nothing of a backend can be computed, told once."""
+_OBSERVATIONS = pytest.StashKey[Any]()
+"""What the probes of this session have observed: those that share a model observe it once."""
 
 
 class CheckError(Exception):
@@ -97,10 +99,12 @@ class ProbeItem(Told):
 
     def runtest(self) -> None:
         """Carry it out; fail where it comes to something else than it expects, or than was said of it before."""
+        from shapecheck.observe.request import Observations
         from shapecheck.report.contract import told, verdict
         from shapecheck.verify.probes import carried_out, surprises
 
-        request, finding = carried_out(self.path)
+        stash = self.config.stash
+        request, finding = carried_out(self.path, stash.setdefault(_OBSERVATIONS, Observations()))
         claim = request.claim is not None
         wrong = surprises(request, finding, verdict(finding.contract, finding.mismatches, claim))
         if wrong:

@@ -6,13 +6,16 @@ from pathlib import Path
 
 from shapecheck.observe import request as requests
 from shapecheck.observe.progress import silent
-from shapecheck.observe.request import Finding, Request
+from shapecheck.observe.request import Finding, Observations, Request
 
 
-def carried_out(path: Path) -> tuple[Request, Finding]:
-    """The request in a `probes/*.toml` file, and what it came to. Raises ShapecheckError where it cannot be carried out."""
+def carried_out(path: Path, observations: Observations | None = None) -> tuple[Request, Finding]:
+    """The request in a `probes/*.toml` file, and what it came to. Raises ShapecheckError where it cannot be carried out.
+
+    A model that is among `observations` is not observed again.
+    """
     request = requests.read(path)
-    return request, requests.carry_out(request, progress=silent)
+    return request, requests.carry_out(request, progress=silent, observations=observations)
 
 
 def surprises(request: Request, finding: Finding, verdict: str) -> tuple[str, ...]:

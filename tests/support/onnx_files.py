@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
+from artefacts import identify, make_once
 from onnx import TensorProto, helper
 from small import unet
 from torch import nn
@@ -67,8 +69,19 @@ def exported(path: Path, config: dict, *, latent: tuple[int, int], baked: tuple[
 
 
 def written(path: Path, model: nn.Module, *, latent: tuple[int, int], baked: tuple[str, ...] = ()) -> tuple[Path, Contract]:
-    """The same for a live UNet."""
-    contract = probe(model)
+    """The same for a live UNet. Exported once a run for all who ask for the same model; each has a copy."""
+
+    def export(folder: Path) -> None:
+        contract = probe(model)
+        (folder / "contract.json").write_text(contract.to_json(), encoding="utf-8")
+        _trace(folder / "unet.onnx", model, contract, latent, baked)
+
+    made = make_once({"exporter": "TorchScript", "latent": latent, "baked": baked, **identify(model)}, export)
+    shutil.copyfile(made / "unet.onnx", path)
+    return path, Contract.from_json((made / "contract.json").read_text(encoding="utf-8"))
+
+
+def _trace(path: Path, model: nn.Module, contract: Contract, latent: tuple[int, int], baked: tuple[str, ...]) -> None:
     rules = {each.name: each.shape for each in (*contract.inputs, *contract.slots)}
     dtypes = dtypes_of(contract)
     shapes = contract.input_shapes(Geometry(2, *latent, 7))
@@ -87,7 +100,6 @@ def written(path: Path, model: nn.Module, *, latent: tuple[int, int], baked: tup
             opset_version=17,
             dynamo=False,
         )
-    return path, contract
 
 
 class FlatControlNet(nn.Module):
@@ -108,6 +120,13 @@ class FlatControlNet(nn.Module):
 
 def controlnet_written(path: Path, model: nn.Module, *, latent: tuple[int, int]) -> Path:
     """A live ControlNet in the same way, with its contract inside."""
+    recipe = {"exporter": "TorchScript", "latent": latent, **identify(model)}
+    made = make_once(recipe, lambda folder: _trace_controlnet(folder / "controlnet.onnx", model, latent))
+    shutil.copyfile(made / "controlnet.onnx", path)
+    return path
+
+
+def _trace_controlnet(path: Path, model: nn.Module, latent: tuple[int, int]) -> None:
     contract = probe_controlnet(model)
     rules = {each.name: each.shape for each in (*contract.inputs, *contract.slots)}
     shapes = contract.input_shapes(Geometry(2, *latent, 7))
@@ -128,7 +147,6 @@ def controlnet_written(path: Path, model: nn.Module, *, latent: tuple[int, int])
     file = onnx.load(path)
     file.metadata_props.add(key=CONTRACT, value=contract.to_json())
     onnx.save(file, path)
-    return path
 
 
 def planted(source: Path, target: Path, *edits) -> Path:
