@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from artefacts import FOLDER
 
 for _variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT"):
     os.environ.pop(_variable, None)  # a test that means one of them sets it
+
+_DEFAULT, _FULL = 3, 60
+"""Seconds after which a test is in the wrong layer on most machines."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +33,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.suffix == ".toml" and not item.path.stem.startswith(("sd15", "mapping-")):
             item.add_marker("full")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the tests that take longer than their layer allows. Nothing fails: the machine may be busy."""
+    seconds: Counter[str] = Counter()
+    allowed = {}
+    for report in (each for reports in terminalreporter.stats.values() for each in reports if hasattr(each, "duration")):
+        seconds[report.nodeid] += report.duration
+        allowed[report.nodeid] = 0 if "nightly" in report.keywords else _FULL if "full" in report.keywords else _DEFAULT
+    late = [(node, spent) for node, spent in seconds.most_common() if allowed[node] and spent > allowed[node]]
+    if late:
+        terminalreporter.section(f"longer than {_DEFAULT} s, or {_FULL} s if full: see tests/README.md", sep="-")
+        for node, spent in late[:10]:
+            terminalreporter.write_line(f"{spent:6.1f} s  {node}")
 
 
 @pytest.fixture

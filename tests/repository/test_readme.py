@@ -36,8 +36,13 @@ COMMANDS = [block for block in BLOCKS if block.startswith("shapecheck ")]
 
 
 PYTEST = [block for block in BLOCKS if block.startswith("python -m pytest ")]
-SLOW = ("export sd15", "check unet.plan", "shapecheck export", "shapecheck probe sdxl", "shapecheck profile", "shapecheck demo")
-"""Outputs and blocks of commands that take more than a few seconds, by how they begin."""
+SLOW = (
+    *("export sd15", "check unet.plan", "parity", "probe sd15 --controlnet"),
+    *("shapecheck export", "shapecheck probe sdxl", "shapecheck profile", "shapecheck parity", "shapecheck demo"),
+)
+"""Outputs and blocks of commands that take more than a second, by how they begin."""
+SLOW_CALLS = ("export(", "probe(", "accelerate(", "build_engine(")
+"""What a snippet calls that takes seconds."""
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +164,7 @@ def test_commands_run_one_after_the_other(block):
 @pytest.mark.parametrize(
     ("snippet", "values"),
     [
-        pytest.param(snippet, values, id=str(at), marks=[pytest.mark.full] * ("export(" in snippet))
+        pytest.param(snippet, values, id=str(at), marks=[pytest.mark.full] * any(call in snippet for call in SLOW_CALLS))
         for at, (snippet, values) in enumerate(zip(SNIPPETS, (0, 2, 1, 1, 1, 0, 1, 3, 0), strict=True))
     ],
 )
