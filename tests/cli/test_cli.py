@@ -9,15 +9,42 @@ import subprocess
 import sys
 
 import click
+import oracle
 import pytest
+import small
 from click.testing import CliRunner
 
 from shapecheck import Contract, Geometry, presets
 from shapecheck.cli import main, models
+from shapecheck.observe import configs
+from shapecheck.report import contract as report
+
+TINY = small.SMALL | small.TINY
+SHALLOW = small.SMALL | small.SHALLOW
+FAMOUS = "The size of tensor a (320) must match the size of tensor b (640) at non-singleton dimension 1"
 
 
 def shapecheck(*arguments: str):
     return CliRunner().invoke(main, arguments)
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    """Writes the config.json of a UNet, or of a ControlNet, and gives its path."""
+
+    def write(config=TINY, kind="UNet2DConditionModel", folder="model", **changes) -> str:
+        path = tmp_path / folder / "config.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"_class_name": kind} | config | changes), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+CONTROLNET = {
+    name: value for name, value in TINY.items() if name not in ("sample_size", "up_block_types")
+} | {"conditioning_embedding_out_channels": (8, 8, 8, 8)}  # fmt: skip
+"""The config of the ControlNet for the tiny UNet."""
 
 
 def test_help_says_what_it_does_and_how_it_exits():
@@ -30,52 +57,85 @@ def test_help_says_what_it_does_and_how_it_exits():
     assert "`expect` is for tests" in " ".join(shapecheck("probe", "-h").stdout.split())
 
 
-def test_json_is_a_contract_that_loads(tmp_path):
-    result = shapecheck("probe", "sd21-base", "--latent", "13x21", "--batch", "2", "--format", "json")
+def test_json_is_a_contract_that_loads():
+    result = shapecheck("probe", "bk-sdm-tiny", "--latent", "13x21", "--batch", "2", "--format", "json")
     assert result.exit_code == 0
+    assert Contract.from_json(result.stdout) == presets.contract("bk-sdm-tiny")
+    record = json.loads(result.stdout)["report"]
+    assert record["verdict"] == "unet alone"
+    assert record["families"] == ["bk-sdm-tiny"]
+    assert record["shapes"]["down_block_residual_04"] == [2, 640, 4, 6]
+
+
+@pytest.mark.full
+def test_families_with_the_same_contract_are_all_told():
+    result = shapecheck("probe", "sd21-base", "--latent", "13x21", "--batch", "2", "--format", "json")
     assert Contract.from_json(result.stdout) == presets.contract("sd21-base")
-    report = json.loads(result.stdout)["report"]
-    assert report["verdict"] == "agree"
-    assert report["families"] == ["sd-turbo", "sd21", "sd21-base"]
-    assert report["shapes"]["down_block_residual_06"] == [2, 640, 4, 6]
+    record = json.loads(result.stdout)["report"]
+    assert record["verdict"] == "agree"
+    assert record["families"] == ["sd-turbo", "sd21", "sd21-base"]
+    assert record["shapes"]["down_block_residual_06"] == [2, 640, 4, 6]
 
 
-def test_a_mismatch_is_exit_status_1_in_every_format(tmp_path):
-    file = tmp_path / "report.json"
-    result = shapecheck("probe", "sd15", "--controlnet", "sd-turbo", "--format", "json", "-o", str(file))
+def test_a_mismatch_is_exit_status_1_in_every_format(tmp_path, write_config):
+    unet = write_config()
+    net = write_config(CONTROLNET, "ControlNetModel", "net", cross_attention_dim=16)
+    file = tmp_path / "reports" / "report.json"
+    file.parent.mkdir()
+    result = shapecheck("probe", unet, "--controlnet", net, "--format", "json", "-o", str(file))
     assert (result.exit_code, result.stdout) == (1, "")
     record = json.loads(file.read_text(encoding="utf-8"))
     assert record["report"]["verdict"] == "mismatch"
     (found,) = record["report"]["mismatches"]
     assert (found["where"], found["kind"]) == ("encoder_hidden_states", "input")
+    assert list(file.parent.iterdir()) == [file]
+    assert shapecheck("probe", unet, "--controlnet", net, "--format", "markdown").exit_code == 1
+
+
+@pytest.mark.full
+def test_a_controlnet_of_another_family_is_told_with_its_family():
+    result = shapecheck("probe", "sd15", "--controlnet", "sd-turbo", "--format", "json")
+    (found,) = json.loads(result.stdout)["report"]["mismatches"]
     assert "this ControlNet was made for SD2.1" in found["cause"]
-    assert list(tmp_path.iterdir()) == [file]
-    assert shapecheck("probe", "sd15", "--controlnet", "sd-turbo", "--format", "markdown").exit_code == 1
 
 
-def test_the_size_is_shown_and_observed():
-    result = shapecheck("probe", "sdxl", "--size", "904x512", "--batch", "3")
+def test_the_size_is_shown_and_observed(write_config):
+    result = shapecheck("probe", write_config(SHALLOW), "--size", "904X512", "--batch", "3")  # the X in either case
     assert result.exit_code == 0
+    assert "AGREE: 5 slots, both sides observed" in result.stdout
     assert "batch 3, latent 64×113 (904×512 pixels)" in result.stdout
-    assert "3×1280×16×29" in result.stdout
+    assert "3×16×32×57" in result.stdout
 
 
 def test_the_upscaler_has_its_own_pixels():
+    """Refused before anything is observed, and shown of what was observed once."""
+    refused = shapecheck("probe", "sd-x4-upscaler", "--size", "514x512")
+    assert "514x512 pixels: the width 514 is no multiple of 4" in refused.stderr
+    text = report.told(presets.contract("sd-x4-upscaler"), (), Geometry(1, 128, 129), form="human")
+    assert "latent 128×129 (516×512 pixels)" in text
+    assert "class_labels" in text
+
+
+@pytest.mark.full
+def test_the_upscaler_is_observed_at_its_own_pixels():
     result = shapecheck("probe", "sd-x4-upscaler", "--size", "516x512")
     assert result.exit_code == 0
     assert "latent 128×129 (516×512 pixels)" in result.stdout
     assert "class_labels" in result.stdout
 
 
-def test_two_controlnets_are_told_as_summed():
-    result = shapecheck("probe", "sd15", "--controlnet", "sd15", "--controlnet", "controlnet-sd15")
+def test_two_controlnets_are_told_as_summed(write_config):
+    net = write_config(CONTROLNET, "ControlNetModel", "net")
+    result = shapecheck("probe", write_config(), "--controlnet", net, "--controlnet", net)
     assert result.exit_code == 0
     assert "hand-over      the residuals of 2 ControlNets are summed" in result.stdout
 
 
 def test_an_unverified_preset_says_so():
-    text = shapecheck("probe", "koala-700m").stdout
-    assert "preset koala-700m is unverified: `shapecheck presets` says where" in text
+    (note,) = configs.find("koala-700m", "unet").notes
+    assert note.startswith("preset koala-700m is unverified: `shapecheck presets` says where")
+    text = report.told(presets.contract("koala-700m"), (), Geometry(1, 64, 64), form="human")
+    assert note in " ".join(text.split())
     assert "UNET ALONE: 7 slots" in text
     assert max(map(len, text[text.index("note:") :].splitlines())) <= 100
 
@@ -91,7 +151,6 @@ def test_an_unverified_preset_says_so():
         (["sd15", "--size", "1000000x8"], "is no size"),
         (["sd15", "--latent", "0x64"], "'0x64' is no size; expected HxW in latent cells"),
         (["sd15", "--size", "512x512", "--latent", "64x64"], "give one of them"),
-        (["kandinsky-2.2", "--latent", "60x64"], "refuses latents of 60×64: both must be multiples of 8"),
         (["sd15", "--controlnet", "sd16"], "did you mean sd21 or sd15"),
         (["sd15", "-o", "no/such/folder/report.txt"], "cannot write no/such/folder/report.txt: No such file or directory"),
     ],
@@ -104,8 +163,16 @@ def test_what_cannot_be_done_is_exit_status_2_and_one_message(arguments, message
     assert message in result.stderr
 
 
-def test_sizes_are_written_in_either_case():
-    assert "(520×512 pixels)" in shapecheck("probe", "sd15", "--size", "520X512").stdout
+def test_a_latent_that_the_unet_refuses_is_exit_status_2(write_config):
+    kandinsky = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    }
+    result = shapecheck("probe", write_config(TINY | kandinsky), "--latent", "60x63")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "refuses latents of 60×63: both must be multiples of 2" in result.stderr
 
 
 @pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt, 130), (click.Abort, 130), (RuntimeError, 2), (OSError, 2)])
@@ -168,43 +235,44 @@ def test_presets_are_listed_for_people_and_machines():
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_a_probe_file_is_carried_out(tmp_path):
-    probe = tmp_path / "mine.toml"
-    probe.write_text(
-        'model = "sd15"\nlatent = "13x21"\n[mapping]\ndown = [[320, 13, 21]]\nmid = [1280, 2, 3]\n', encoding="utf-8"
-    )
+def test_a_probe_file_is_carried_out(tmp_path, write_config):
+    probe, unet = tmp_path / "mine.toml", write_config(SHALLOW)
+    head = f'model = "{unet}"\nlatent = "13x21"\n[mapping]\n'
+    probe.write_text(f"{head}down = [[8, 13, 21]]\nmid = [24, 2, 3]\n", encoding="utf-8")
     result = shapecheck("probe", str(probe))
     assert result.exit_code == 1
-    assert "preset sd15 with claimed shapes" in result.stdout
-    assert "MISMATCH: 11 places" in result.stdout
-    record = json.loads(shapecheck("probe", str(probe), "--format", "json").stdout)["report"]
-    assert (record["claim"], record["verdict"]) == (True, "mismatch")
+    assert f"{unet} with claimed shapes" in result.stdout
+    assert "MISMATCH: 4 places" in result.stdout
     for option in (["--batch", "1"], ["--size", "64x64"], ["--size="], ["--latent", "8x8"], ["--controlnet", "sd15"]):
         refused = shapecheck("probe", str(probe), *option)
         assert refused.exit_code == 2
         assert "drop --controlnet, --adapter, --size, --latent, --batch" in refused.stderr
+    *downs, mid = [list(shape[1:]) for shape in oracle.shapes(SHALLOW, 1, 13, 21).values()]
+    probe.write_text(f"{head}down = {downs}\nmid = {mid}\n", encoding="utf-8")
+    result = shapecheck("probe", str(probe), "--format", "json")
+    record = json.loads(result.stdout)["report"]
+    assert (result.exit_code, record["claim"], record["verdict"]) == (0, True, "agree")
     probe.write_text('model = "sd15"\ncontrolnets = "sd15"\n', encoding="utf-8")
     assert "unknown controlnets; known: adapter, batch, controlnet" in shapecheck("probe", str(probe)).stderr
     probe.write_text("model = [", encoding="utf-8")
     assert "cannot read" in shapecheck("probe", str(probe)).stderr
 
 
+def test_a_claim_is_told_as_one_right_or_wrong():
+    contract, at = presets.contract("koala-700m"), Geometry(1, 16, 16)
+    assert "AGREE: the claimed shapes are those of the 7 slots" in report.told(contract, (), at, form="human", claim=True)
+    wrong = contract.mismatches(([], None), at)
+    record = json.loads(report.as_json(contract, wrong, at, claim=True))["report"]
+    assert (record["claim"], record["verdict"], len(record["mismatches"])) == (True, "mismatch", len(wrong))
+
+
+@pytest.mark.full
 def test_the_installed_command_says_the_same_with_nothing_on_stderr():
     command = [sys.executable, "-m", "shapecheck", "probe", "sd15", "--latent", "13x21"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "1×1280×4×6" in result.stdout
     assert result.stderr == ""
     assert str(Geometry(1, 13, 21)) in result.stdout
-
-
-def test_a_claim_that_holds_agrees_in_every_format(tmp_path):
-    probe = tmp_path / "koala.toml"
-    shapes = list(presets.contract("koala-700m").shapes(Geometry(1, 16, 16)).values())
-    downs, mid = [list(each[1:]) for each in shapes[:-1]], list(shapes[-1][1:])
-    probe.write_text(f'model = "koala-700m"\nlatent = "16x16"\nmapping = {{ down = {downs}, mid = {mid} }}\n', encoding="utf-8")
-    record = json.loads(shapecheck("probe", str(probe), "--format", "json").stdout)["report"]
-    assert (record["claim"], record["verdict"]) == (True, "agree")
-    assert "AGREE: the claimed shapes are those of the 7 slots" in shapecheck("probe", str(probe)).stdout
 
 
 def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch):
@@ -218,12 +286,16 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypat
     assert "no permission to write to" in shapecheck("probe", "sd15", "-o", str(tmp_path / "report.txt")).stderr
 
 
+EXPLAIN = ("explain", FAMOUS, "--model", "sd15", "-o")
+"""A command that writes a report and observes nothing: all commands write through one function."""
+
+
 def test_a_file_that_is_written_over_keeps_its_mode(tmp_path):
     file = tmp_path / "report.txt"
     file.touch()
     file.chmod(0o640)
-    assert shapecheck("probe", "sd15", "-o", str(file)).exit_code == 0
-    assert "AGREE" in file.read_text(encoding="utf-8")
+    assert shapecheck(*EXPLAIN, str(file)).exit_code == 0
+    assert "34 faults" in file.read_text(encoding="utf-8")
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
 
 
@@ -231,8 +303,8 @@ def test_an_output_that_is_no_file_is_written_to_and_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
-    assert shapecheck("probe", "sd15", "-o", str(pipe)).exit_code == 0
-    assert "AGREE: 13 slots" in reader.communicate(timeout=30)[0]
+    assert shapecheck(*EXPLAIN, str(pipe)).exit_code == 0
+    assert "34 faults" in reader.communicate(timeout=30)[0]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
@@ -240,9 +312,9 @@ def test_an_output_through_a_symlink_reaches_its_target(tmp_path):
     target, link = tmp_path / "target.txt", tmp_path / "link.txt"
     target.write_text("old", encoding="utf-8")
     link.symlink_to(target)
-    assert shapecheck("probe", "sd15", "-o", str(link)).exit_code == 0
+    assert shapecheck(*EXPLAIN, str(link)).exit_code == 0
     assert link.is_symlink()
-    assert "AGREE: 13 slots" in target.read_text(encoding="utf-8")
+    assert "34 faults" in target.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -302,10 +374,8 @@ def test_an_absurd_config_is_one_short_line(tmp_path, change):
     assert (result.stderr.count("\n"), len(result.stderr) < 700) == (1, True)
 
 
-def test_keys_that_diffusers_ignores_are_told_on_one_line(tmp_path):
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(dict(presets.load("sd15").config) | {"\x1b[2Jforged\nline": 1}), encoding="utf-8")
-    result = shapecheck("probe", str(config))
+def test_keys_that_diffusers_ignores_are_told_on_one_line(write_config):
+    result = shapecheck("probe", write_config(**{"\x1b[2Jforged\nline": 1}))
     assert result.exit_code == 0
     note = " ".join(result.stdout[result.stdout.index("note: ") :].split("\n\n")[0].split())
     assert "diffusers ignores" in note
