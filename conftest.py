@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -33,6 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.suffix == ".toml" and not item.path.stem.startswith(("sd15", "mapping-")):
             item.add_marker("full")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of the garbage collector's walks: a parity run collects three times, half of its seconds."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
