@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self
 
 import onnx
 import onnx_files
-from torch import nn
+from artefacts import make_once
+from small import unet
+from torch import device, nn
 
-from shapecheck import Contract, Geometry
-from shapecheck.contract.engine import BuildOptions
+from shapecheck import Contract, Geometry, probe
+from shapecheck.build.engine import build_engine
+from shapecheck.build.engine_process import EngineError
+from shapecheck.contract.engine import BuildOptions, Engine, Request
+from shapecheck.contract.engine_files import record_of
 from shapecheck.contract.metadata import CONTRACT
 from shapecheck.contract.profiles import Range
+from shapecheck.observe.progress import Progress
 
 RTX = BuildOptions("rtx", compute_capabilities=("8.9",))
 SIZES = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(3, 33, 41))
@@ -37,3 +50,105 @@ def sealed(path: Path, contract: Contract) -> Path:
     model.metadata_props.add(key=CONTRACT, value=contract.to_json())
     onnx.save(model, path)
     return path
+
+
+def built(folder: Path, config: Mapping[str, Any], sizes: Sequence[Range] = (SIZES,)) -> tuple[Path, Contract]:
+    """Copy to a folder `unet.onnx`, `unet.plan` and its record, of a small UNet: TensorRT for RTX builds it once a run.
+
+    Return the engine and its contract.
+    """
+
+    def build(made: Path) -> None:
+        file, contract = exported(made / "unet.onnx", dict(config))
+        (made / "contract.json").write_text(contract.to_json(), encoding="utf-8")
+        build_engine(file, made / "unet.plan", profiles=list(sizes), options=RTX)
+
+    ranges = [[repr(geometry) for geometry in each.geometries] for each in sizes]
+    made = make_once({"builder": "TensorRT for RTX", "config": config, "sizes": ranges}, build)
+    for name in ("unet.onnx", "unet.plan", record_of(Path("unet.plan")).name):
+        shutil.copyfile(made / name, folder / name)
+    return folder / "unet.plan", Contract.from_json((made / "contract.json").read_text(encoding="utf-8"))
+
+
+def drawn(path: Path, config: Mapping[str, Any]) -> tuple[Path, Contract]:
+    """Draw the plan of a UNet with weights of zeros and its contract inside: followed in no time, and never to be computed."""
+    with device("meta"):
+        contract = probe(unet(**config))
+    model = onnx.load(onnx_files.plan(path, contract, inside=True), load_external_data=False)
+    for tensor in model.graph.initializer:
+        if tensor.external_data:
+            tensor.ClearField("external_data")
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            tensor.raw_data = bytes(4 * math.prod(tensor.dims))
+    onnx.save(model, path)
+    return path, contract
+
+
+def recorded(path: Path, request: Request, content: bytes = b"an engine") -> Path:
+    """Write a file that no TensorRT made and a sound record of it, as of an engine that this request came to."""
+    path.write_bytes(content)
+    engine = Engine(request, f"sha256:{hashlib.sha256(content).hexdigest()}", len(content))
+    record_of(path).write_text(engine.to_json(), encoding="utf-8")
+    return path
+
+
+@dataclass(slots=True)
+class ScriptedTensorRT:
+    """Stands in for `shapecheck.build.engine.EngineProcess`: reads the inputs that a file declares, builds its digest.
+
+    What TensorRT itself does is not tested with it, but all that is done before, between and after.
+    """
+
+    alter: Callable[[dict[str, Any]], object] = lambda parsed: None
+    """Changes what the parser tells: `inputs` and `outputs`."""
+    failure: EngineError | None = None
+    """What the builder raises."""
+    jobs: list[dict[str, Any]] = field(default_factory=list)
+    """What was asked of it, in order; what was found in a cache is not."""
+
+    def __call__(self, target: str, progress: Progress) -> _ScriptedProcess:
+        return _ScriptedProcess(self, progress)
+
+
+@dataclass(slots=True)
+class _ScriptedProcess:
+    script: ScriptedTensorRT
+    progress: Progress
+    messages: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, job: dict[str, Any]) -> None:
+        self.script.jobs += [job] if job else []
+
+    def hear(self, event: str) -> dict[str, Any]:
+        if event == "ready":
+            return {"tensorrt": "1.7.1", "gpu": ""}
+        job = self.script.jobs[-1]
+        if event == "parsed":
+            graph = onnx.load(job["onnx"], load_external_data=False).graph
+            parsed = {"inputs": list(map(_parse, graph.input)), "outputs": list(map(_parse, graph.output))}
+            self.script.alter(parsed)
+            return parsed
+        assert event == "built"
+        if self.script.failure is not None:
+            raise self.script.failure
+        asked = json.dumps([job["profiles"], job["options"]]).encode()
+        digest = hashlib.sha256(Path(job["onnx"]).read_bytes() + asked).hexdigest()
+        Path(job["output"]).write_text(f"{job['name']} {digest}", encoding="utf-8")
+        return {"seconds": 0.5}
+
+    def finish(self) -> None:
+        pass
+
+
+def _parse(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    """An input or output as TensorRT's parser tells of it."""
+    tensor = value.type.tensor_type
+    words = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.INT64: "INT64"}
+    dims = [axis.dim_param or axis.dim_value for axis in tensor.shape.dim]
+    return {"name": value.name, "dtype": words[tensor.elem_type], "dims": dims}
