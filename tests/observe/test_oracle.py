@@ -16,7 +16,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from strategies import LARGE, SMALL, Config, Fault, Limits
+from strategies import LARGE, MIDDLING, SMALL, Config, Fault, Limits
 
 import shapecheck
 from shapecheck import Contract, ContractError, Geometry, ShapecheckError, presets
@@ -37,34 +37,38 @@ PROPERTY = settings(
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """How many examples a property is tried on, and how large."""
+    """How many examples a property is tried on, how large, and whether they are the same in every run."""
 
     examples: int
     most: Limits
+    derandomize: bool = True
 
 
-def at_length(quick: int, full: int = 80) -> pytest.MarkDecorator:
-    """A few small examples always, many of any size with `-m full`."""
+def at_length(quick: int, full: int, nightly: int) -> pytest.MarkDecorator:
+    """A few small examples always (none where other tests show it), more and larger ones with the marks of that name."""
     lengths = [
-        pytest.param(Length(quick, SMALL), id="quick"),
-        pytest.param(Length(full, LARGE), id="full", marks=pytest.mark.full),
+        pytest.param(Length(full, MIDDLING), id="full", marks=pytest.mark.full),
+        pytest.param(Length(nightly, LARGE, derandomize=False), id="nightly", marks=pytest.mark.nightly),
     ]
+    if quick:
+        lengths.insert(0, pytest.param(Length(quick, SMALL), id="quick"))
     return pytest.mark.parametrize("length", lengths)
 
 
-def for_all(examples: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
+def for_all(length: Length, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
     """Run the decorated check on that many examples."""
-    return lambda check: settings(PROPERTY, max_examples=examples)(given(**drawn)(check))()
+    chosen = settings(PROPERTY, max_examples=length.examples, derandomize=length.derandomize, print_blob=not length.derandomize)
+    return lambda check: chosen(given(**drawn)(check))()
 
 
 # the oracle itself
 
 
-@at_length(8)
+@at_length(6, 25, 100)
 def test_oracle_is_what_diffusers_does(length):
     """Slots and refusals against the real modules, with shapecheck out of the way."""
 
-    @for_all(length.examples, config=strategies.unet_configs(length.most), height=SIDES, width=SIDES)
+    @for_all(length, config=strategies.unet_configs(length.most), height=SIDES, width=SIDES)
     def check(config, height, width):
         with skips_of(build_unet(config)) as (unet, seen):
             ran = runs(unet, height, width)
@@ -72,8 +76,9 @@ def test_oracle_is_what_diffusers_does(length):
         assert ran is not oracle.refuses(config, height, width)
 
 
-def test_oracle_divisor_is_the_smallest_that_is_never_refused():
-    @for_all(300, config=strategies.unet_configs())
+@pytest.mark.parametrize("examples", [50, pytest.param(1000, marks=pytest.mark.nightly)])
+def test_oracle_divisor_is_the_smallest_that_is_never_refused(examples):
+    @for_all(Length(examples, LARGE), config=strategies.unet_configs())
     def check(config):
         divisor = oracle.divisor(config)
         assert not any(oracle.refuses(config, height, 64) for height in range(0, 256, divisor))
@@ -131,10 +136,11 @@ FEATURES: dict[str, Callable[[Config], object]] = {
 }  # fmt: skip
 
 
+@pytest.mark.full
 def test_drawn_configs_have_every_feature():
     missing = set(FEATURES)
 
-    @for_all(500, config=strategies.unet_configs())
+    @for_all(Length(500, LARGE), config=strategies.unet_configs())
     def check(config):
         missing.difference_update([feature for feature, has in FEATURES.items() if has(config)])
 
@@ -144,43 +150,61 @@ def test_drawn_configs_have_every_feature():
 # shapecheck against the oracle
 
 
-@at_length(6)
+@at_length(5, 20, 80)
 def test_observed_contract_agrees_with_the_oracle(length):
-    @for_all(length.examples, config=strategies.unet_configs(length.most), height=SIDES, width=SIDES)
+    @for_all(length, config=strategies.unet_configs(length.most), height=SIDES, width=SIDES)
     def check(config, height, width):
         contract = shapecheck.probe(build_unet(config))
         agree(contract, config, 3, height * contract.divisor, width * contract.divisor)
         assert len(contract.header.controlnets) == oracle.implies_controlnet(config)
 
 
-@pytest.mark.parametrize(("ups", "divisor"), [("UpBlock2D", 1), ("AttnUpBlock2D", 16)])
+@pytest.mark.parametrize(
+    ("ups", "divisor"),
+    [
+        (["UpBlock2D"] * 5, 1),
+        (["ResnetUpsampleBlock2D"] + ["UpBlock2D"] * 4, 16),
+        pytest.param(["AttnUpBlock2D"] * 5, 16, marks=pytest.mark.full),
+    ],
+    ids=["any size", "refused at the deepest", "refused at each"],
+)
 def test_five_levels_agree_with_the_oracle(ups, divisor):
     config = plain_config(["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "DownBlock2D", "DownBlock2D"])
-    config |= {"up_block_types": [ups] * 5, "mid_block_type": None, "layers_per_block": [1, 2, 1, 1, 2]}
+    config |= {"up_block_types": ups, "mid_block_type": None, "layers_per_block": [1, 2, 1, 1, 2]}
     contract = shapecheck.probe(build_unet(config))
     assert contract.divisor == divisor
     agree(contract, config, 2, 336, 464)
 
 
-@at_length(3, 25)
+def test_divisor_is_where_a_written_out_unet_stops_refusing():
+    config = plain_config(["DownBlock2D", "DownBlock2D"]) | {"up_block_types": ["ResnetUpsampleBlock2D", "UpBlock2D"]}
+    stops_refusing(config, (31, 45), 2)
+
+
+@at_length(0, 8, 40)
 def test_divisor_is_where_the_real_unet_stops_refusing(length):
     refusing = strategies.unet_configs(length.most).filter(lambda config: oracle.divisor(config) > 1)
 
-    @for_all(length.examples, config=refusing, sides=st.tuples(SIDES, SIDES))
+    @for_all(length, config=refusing, sides=st.tuples(SIDES, SIDES))
     def check(config, sides):
-        unet = build_unet(config)
-        contract = shapecheck.probe(unet)
-        half = contract.divisor // 2
-        height, width = (half * (2 * (side // 2) + 1) for side in sides)  # odd multiples of half the divisor
-        assert runs(unet, 2 * height, 2 * width)
-        assert not runs(unet, height, width)
-        with pytest.raises(ShapecheckError, match=f"both must be multiples of {contract.divisor}$"):
-            contract.shapes(Geometry(2, height, width))
+        stops_refusing(config, sides, oracle.divisor(config))
 
 
-@at_length(3, 40)
+def stops_refusing(config: Config, sides: tuple[int, int], divisor: int) -> None:
+    unet = build_unet(config)
+    contract = shapecheck.probe(unet)
+    assert contract.divisor == divisor
+    half = divisor // 2
+    height, width = (half * (2 * (side // 2) + 1) for side in sides)  # odd multiples of half the divisor
+    assert runs(unet, 2 * height, 2 * width)
+    assert not runs(unet, height, width)
+    with pytest.raises(ShapecheckError, match=f"both must be multiples of {divisor}$"):
+        contract.shapes(Geometry(2, height, width))
+
+
+@at_length(2, 12, 60)
 def test_a_unet_agrees_with_its_own_controlnet(length):
-    @for_all(length.examples, config=strategies.unet_configs_with_controlnet(length.most), height=SIDES, width=SIDES)
+    @for_all(length, config=strategies.unet_configs_with_controlnet(length.most), height=SIDES, width=SIDES)
     def check(config, height, width):
         unet = build_unet(config)
         contract = shapecheck.probe(unet, build_controlnet(unet))
@@ -188,19 +212,37 @@ def test_a_unet_agrees_with_its_own_controlnet(length):
         assert [net.class_name for net in contract.header.controlnets] == ["ControlNetModel"]
 
 
-@at_length(3, 15)
+WRITTEN_OUT = {
+    "layer fewer": ({"layers_per_block": 2}, {"layers_per_block": 1}),
+    "layer more": ({}, {"layers_per_block": 2}),
+    "width changed": ({}, {"block_out_channels": [8, 16]}),
+    "padding changed": ({}, {"downsample_padding": 0}),
+    "level dropped": ({}, {"down_block_types": ["DownBlock2D"], "block_out_channels": [8]}),
+}
+"""Of a plain UNet of two levels: what is otherwise in the UNet, and what in its ControlNet."""
+
+
+@pytest.mark.parametrize("fault", strategies.FAULTS)
+def test_written_out_fault_is_told_slot_by_slot(fault):
+    of_unet, changes = WRITTEN_OUT[fault]
+    told_slot_by_slot(Fault(plain_config(["DownBlock2D"] * 2) | of_unet, changes))
+
+
+@at_length(0, 5, 30)
 @pytest.mark.parametrize("fault", strategies.FAULTS)
 def test_planted_fault_is_told_slot_by_slot(fault, length):
-    @for_all(length.examples, planted=strategies.FAULTS[fault](length.most))
-    def check(planted: Fault):
-        expected = oracle.wrong_slots(planted.unet, planted.unet | planted.changes)
-        assert expected, "the fault changes no slot"
-        unet = build_unet(planted.unet)
-        controlnet = build_controlnet(unet, planted.changes)
-        with pytest.raises(ContractError, match="mismatch") as caught:
-            shapecheck.probe(unet, controlnet)
-        assert {each.where for each in caught.value.mismatches if each.kind != "input"} == expected
-        agree(caught.value.contract, planted.unet, 1, 64, 96)
+    for_all(length, planted=strategies.FAULTS[fault](length.most))(told_slot_by_slot)
+
+
+def told_slot_by_slot(planted: Fault) -> None:
+    expected = oracle.wrong_slots(planted.unet, planted.unet | planted.changes)
+    assert expected, "the fault changes no slot"
+    unet = build_unet(planted.unet)
+    controlnet = build_controlnet(unet, planted.changes)
+    with pytest.raises(ContractError, match="mismatch") as caught:
+        shapecheck.probe(unet, controlnet)
+    assert {each.where for each in caught.value.mismatches if each.kind != "input"} == expected
+    agree(caught.value.contract, planted.unet, 1, 64, 96)
 
 
 def test_a_mixed_chain_is_neither_ceil_nor_floor_of_the_whole():

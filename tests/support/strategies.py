@@ -33,7 +33,8 @@ class Limits:
     layers: int
 
 
-SMALL = Limits(levels=3, layers=2)
+SMALL = Limits(levels=2, layers=2)
+MIDDLING = Limits(levels=4, layers=2)
 LARGE = Limits(levels=5, layers=3)
 
 
