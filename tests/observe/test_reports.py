@@ -8,23 +8,21 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import artefacts
 import pytest
 
 from shapecheck import Contract, Geometry, Mismatch, presets
 from shapecheck.observe import request as requests
-from shapecheck.observe.probe import probe
 from shapecheck.report.contract import as_json, told, verdict
 
 ROOT = Path(__file__).parents[2]
 PROBES = sorted((ROOT / "probes").glob("*.toml"))
-QUICK = ("sd15", "sd21", "sd15-inpaint", "bk-sdm-tiny")
-"""What is observed anew in every run of the tests; the others are marked `full`."""
 UNETS = [name for name in presets.names() if presets.load(name).kind == "unet"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (name not in QUICK)) for name in UNETS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * (name != "sd15")) for name in UNETS])
 def test_the_contract_saved_for_a_preset_is_what_is_observed_today(name, update_reports):
-    observed = probe(name)
+    observed = artefacts.observed(name)
     if update_reports:
         (ROOT / "shapecheck/presets/contracts" / f"{name}.json").write_text(observed.to_json(), encoding="utf-8")
     saved = Contract.from_json((ROOT / "shapecheck/presets/contracts" / f"{name}.json").read_text(encoding="utf-8"))
