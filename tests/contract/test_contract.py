@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from hypothesis import given
 from hypothesis import strategies as st
@@ -284,13 +286,30 @@ def test_a_number_written_out_per_level_is_that_number(name):
     assert families(other) == ()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] * name.startswith("sdxl")) for name in FACTS])
-def test_a_recorded_config_is_of_the_family_it_is_named_after(name, tmp_path):
+PRESET_OF = {name: {"sdxl_base": "sdxl", "sd21_768v": "sd21"}.get(name, name.replace("_", "-")) for name in FACTS}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_recorded_config_is_of_the_family_it_is_named_after(name):
+    """A recorded config lacks what is diffusers' default."""
+    arguments = inspect.signature(UNet2DConditionModel.__init__).parameters.values()
+    defaults = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+    contract = presets.contract(PRESET_OF[name])
+    recorded = replace(contract, config=Config(defaults | FACTS[name]["config"]))
+    assert PRESET_OF[name] in families(recorded)
+    wider = FACTS[name]["config"] | {
+        "block_out_channels": [64 + width for width in FACTS[name]["config"]["block_out_channels"]]
+    }
+    assert families(replace(contract, config=Config(defaults | wider))) == ()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["sd15_inpaint", "sd_turbo", "ssd_1b", "koala_700m", "sdxl_turbo"])
+def test_what_is_observed_of_a_recorded_config_is_of_its_family_too(name, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(FACTS[name]["config"] | {"_class_name": "UNet2DConditionModel"}), encoding="utf-8")
     finding = requests.carry_out(requests.Request(str(config)), progress=lambda _: None)
-    preset = {"sdxl_base": "sdxl", "sd21_768v": "sd21"}.get(name, name.replace("_", "-"))
-    assert preset in families(finding.contract)
+    assert PRESET_OF[name] in families(finding.contract)
 
 
 # given shapes
