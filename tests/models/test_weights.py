@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from small import unet
 
 from shapecheck import ShapecheckError
-from shapecheck.build import weights
 from shapecheck.build.weights import Stored, checkpoint_files, copy, differing, digest, linkable, location, match, read_table
 from shapecheck.observe.safetensors_header import DTYPES
 
@@ -71,8 +70,7 @@ def quiet(done: int, total: int) -> None:
 # finding the files
 
 
-@pytest.mark.parametrize("variant", [None, "fp16", "non_ema", "a.b"])
-@pytest.mark.parametrize("size", ["10GB", "100KB"])
+@pytest.mark.parametrize(("variant", "size"), [(None, "10GB"), (None, "100KB"), ("non_ema", "10GB"), ("a.b", "100KB")])
 def test_what_diffusers_saved_is_found(tmp_path, variant, size):
     model = unet()
     model.save_pretrained(tmp_path, variant=variant, max_shard_size=size)
@@ -360,7 +358,7 @@ paths = st.sampled_from(
 damage = st.tuples(st.integers(0, 250), st.integers(0, 255))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(paths, values), max_size=3), st.lists(damage, max_size=2))
 def test_what_is_accepted_is_what_the_library_accepts(folder, edits, damages):
     header = json.loads(json.dumps(VALID))
@@ -578,15 +576,13 @@ def test_location_says_where_it_is_not(tmp_path):
 
 
 @few
-@given(checkpoints, st.sampled_from([None, "float32", "float16", "bfloat16"]), st.booleans(), st.sampled_from([16, 64, 2**23]))
-def test_a_copy_is_what_pytorch_converts(folder, expected, dtype, live, chunk):
+@given(checkpoints, st.sampled_from([None, "float32", "float16", "bfloat16"]), st.booleans())
+def test_a_copy_is_what_pytorch_converts(folder, expected, dtype, live):
     file, target = folder / "source.safetensors", folder / "copied.data"
     save_file(expected, file)
     before = file.read_bytes()
     seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "_CHUNK", chunk)
-        placed = copy(expected if live else read_table([file]), dtype, target, lambda *each: seen.append(each))
+    placed = copy(expected if live else read_table([file]), dtype, target, lambda *each: seen.append(each))
     assert file.read_bytes() == before
     assert placed.keys() == expected.keys()
     end = 0
@@ -603,6 +599,25 @@ def test_a_copy_is_what_pytorch_converts(folder, expected, dtype, live, chunk):
     assert seen[0] == (0, total)
     assert seen[-1] == (total, total)
     assert seen == sorted(seen)
+
+
+def larger_than_a_chunk() -> torch.Tensor:
+    """Eight MiB are held at a time; this one ends in the middle of the third."""
+    return torch.randn(5, 2**20 + 11)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("live", [True, False])
+def test_a_tensor_larger_than_a_chunk_is_copied_whole(tmp_path, dtype, live):
+    expected = {"large": larger_than_a_chunk(), "small": torch.randn(3)}
+    save_file(expected, tmp_path / "m.safetensors")
+    seen = []
+    source = expected if live else read_table([tmp_path / "m.safetensors"])
+    placed = copy(source, dtype, tmp_path / "w.data", lambda *each: seen.append(each))
+    assert {name: held(each) for name, each in placed.items()} == {
+        name: raw(each.to(torch.bfloat16) if dtype else each) for name, each in expected.items()
+    }
+    assert len(seen) == len({done for done, _ in seen}) == 5
 
 
 def test_live_tensors_in_any_layout_are_copied(tmp_path):
@@ -627,26 +642,18 @@ def source(tmp_path):
     return read_table([tmp_path / "model/m.safetensors"])
 
 
-def full_disk(patch):
-    written = []
-
-    def write(chunk):
-        written.append(chunk)
-        if len(written) > 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return chunk.view(torch.uint8).numpy().data
-
-    patch.setattr(weights, "_raw", write)
-
-
 @pytest.mark.parametrize("before", [None, b"an older file"])
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, source, before):
+def test_a_full_disk_leaves_nothing(tmp_path, source, before):
     target = tmp_path / "out/w.data"
     if before:
         target.write_bytes(before)
-    full_disk(monkeypatch)
+
+    def fill_the_disk(done, total):
+        if done > 40_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
     with pytest.raises(ShapecheckError, match=r"cannot write .*w.data: No space left on device; it takes 0.00 GB"):
-        copy(source, "float16", target, quiet)
+        copy(source, "float16", target, fill_the_disk)
     assert [each.read_bytes() for each in (tmp_path / "out").iterdir()] == [before] * bool(before)
 
 
@@ -767,9 +774,8 @@ def test_what_differs_from_the_file_is_named(tmp_path, change, names):
     assert differing(table, {name: each for name, each in live.items() if name != "b"})[-1] == "b"
 
 
-def test_one_bit_in_the_last_chunk_is_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "_CHUNK", 64)
-    tensor = torch.randn(33, 31)
+def test_one_bit_in_the_last_chunk_is_seen(tmp_path):
+    tensor = larger_than_a_chunk()
     save_file({"a": tensor}, tmp_path / "m.safetensors")
     table = read_table([tmp_path / "m.safetensors"])
     assert differing(table, {"a": tensor}) == ()
