@@ -554,6 +554,7 @@ def test_a_closed_port_fails_at_once_and_quietly(find: Callable[..., Any]) -> No
     assert "the hub could not be asked: " in find("http://127.0.0.1:9")
 
 
+@pytest.mark.full
 def test_a_hub_that_never_answers_is_asked_once(find: Callable[..., Any]) -> None:
     import socket
 
