@@ -53,7 +53,7 @@ def sealed(path: Path, contract: Contract) -> Path:
 
 
 def built(folder: Path, config: Mapping[str, Any], sizes: Sequence[Range] = (SIZES,)) -> tuple[Path, Contract]:
-    """Copy to a folder `unet.onnx`, `unet.plan` and its record, of a small UNet: TensorRT for RTX builds it once a run.
+    """Copy to a folder `unet.onnx`, `unet.plan`, its record and `timings`, of a small UNet: built once a run.
 
     Return the engine and its contract.
     """
@@ -61,11 +61,11 @@ def built(folder: Path, config: Mapping[str, Any], sizes: Sequence[Range] = (SIZ
     def build(made: Path) -> None:
         file, contract = exported(made / "unet.onnx", dict(config))
         (made / "contract.json").write_text(contract.to_json(), encoding="utf-8")
-        build_engine(file, made / "unet.plan", profiles=list(sizes), options=RTX)
+        build_engine(file, made / "unet.plan", profiles=list(sizes), options=RTX, timing_cache=made / "timings")
 
     ranges = [[repr(geometry) for geometry in each.geometries] for each in sizes]
     made = make_once({"builder": "TensorRT for RTX", "config": config, "sizes": ranges}, build)
-    for name in ("unet.onnx", "unet.plan", record_of(Path("unet.plan")).name):
+    for name in ("unet.onnx", "unet.plan", record_of(Path("unet.plan")).name, "timings"):
         shutil.copyfile(made / name, folder / name)
     return folder / "unet.plan", Contract.from_json((made / "contract.json").read_text(encoding="utf-8"))
 
@@ -102,7 +102,9 @@ class ScriptedTensorRT:
     alter: Callable[[dict[str, Any]], object] = lambda parsed: None
     """Changes what the parser tells: `inputs` and `outputs`."""
     failure: EngineError | None = None
-    """What the builder raises."""
+    """What the parser raises where its stage is `parse`, else the builder."""
+    words: tuple[str, ...] = ()
+    """What is said while it builds."""
     jobs: list[dict[str, Any]] = field(default_factory=list)
     """What was asked of it, in order; what was found in a cache is not."""
 
@@ -128,15 +130,16 @@ class _ScriptedProcess:
     def hear(self, event: str) -> dict[str, Any]:
         if event == "ready":
             return {"tensorrt": "1.7.1", "gpu": ""}
-        job = self.script.jobs[-1]
+        job, failure = self.script.jobs[-1], self.script.failure
+        if failure is not None and (failure.stage == "parse") == (event == "parsed"):
+            raise failure
         if event == "parsed":
             graph = onnx.load(job["onnx"], load_external_data=False).graph
             parsed = {"inputs": list(map(_parse, graph.input)), "outputs": list(map(_parse, graph.output))}
             self.script.alter(parsed)
             return parsed
         assert event == "built"
-        if self.script.failure is not None:
-            raise self.script.failure
+        self.messages += self.script.words
         asked = json.dumps([job["profiles"], job["options"]]).encode()
         digest = hashlib.sha256(Path(job["onnx"]).read_bytes() + asked).hexdigest()
         Path(job["output"]).write_text(f"{job['name']} {digest}", encoding="utf-8")

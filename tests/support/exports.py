@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from artefacts import identify, make_once
-from small import TINY
+from diffusers import ControlNetModel, UNet2DConditionModel
+from narrowed_presets import narrowed
+from small import TINY, fill_zero_convolutions
 from torch import nn
 
-from shapecheck import export, read_contract
+from shapecheck import export, presets, read_contract
 from shapecheck.contract.exported import Exported
 
 LEAST = TINY | {"up_block_types": ("UpBlock2D",)}
@@ -43,3 +46,14 @@ def exported_once(model: nn.Module, **options: Any) -> Exported:
     home = folder / "model"
     files = tuple(home / file for file in record.pop("files"))
     return Exported(files[0], read_contract(files[0]), files=files, **record)
+
+
+def reduced(preset: str) -> nn.Module:
+    """Return a model of a preset's topology at a fortieth of its width, with random weights; nothing that it emits is zero."""
+    torch.manual_seed(0)
+    known = presets.load(preset)
+    model_class = UNet2DConditionModel if known.kind == "unet" else ControlNetModel
+    model = model_class.from_config(narrowed(json.loads(json.dumps(known.config)))).eval()
+    if known.kind == "controlnet":
+        fill_zero_convolutions(model)
+    return model

@@ -1,4 +1,7 @@
-"""Engines really built by TensorRT for RTX, on a machine without a GPU: nothing here is a result of standard TensorRT."""
+"""Engines: what is refused before TensorRT is loaded, what is asked of it, and what is kept of what it gives.
+
+What TensorRT for RTX itself makes of it is in `test_engine_builds.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +17,10 @@ import engines
 import onnx
 import onnx_files
 import onnx_ir as ir
-import psutil
 import pytest
-import small
 from click.testing import CliRunner
 
-from shapecheck import ContractError, Geometry, ShapecheckError, export, presets, probe, read_contract
+from shapecheck import ContractError, Geometry, ShapecheckError, presets, read_contract
 from shapecheck.build import engine, engine_process
 from shapecheck.build.engine import build_engine
 from shapecheck.build.engine_cache import place
@@ -37,17 +35,24 @@ TINY = Range(Geometry(2, 17, 25), Geometry(2, 17, 25), Geometry(2, 17, 25))
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    """SD1.5's four levels without attention: nine slots, three halvings. Its ONNX file and contract."""
-    return engines.exported(tmp_path_factory.mktemp("deep") / "deep.onnx", onnx_files.DEEP)
+    """SD1.5's four levels without attention: nine slots, three halvings. The plan of it, and its contract."""
+    return engines.drawn(tmp_path_factory.mktemp("deep") / "deep.onnx", onnx_files.DEEP)
 
 
-@pytest.fixture(scope="module")
-def built(deep, tmp_path_factory):
-    """An engine of it, built once through the command line."""
-    path = tmp_path_factory.mktemp("built") / "unet.plan"
-    result = shapecheck("build", deep[0], "-o", path, *ASKED, "--timing-cache", path.with_name("timings"))
-    assert result.exit_code == 0, result.output
-    return path, result.stdout
+@pytest.fixture
+def scripted(monkeypatch):
+    """A stand-in for TensorRT, which tells what it was asked."""
+    script = engines.ScriptedTensorRT()
+    monkeypatch.setattr(engine, "EngineProcess", script)
+    return script
+
+
+@pytest.fixture
+def no_tensorrt(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("TensorRT was asked although something was wrong")
+
+    monkeypatch.setattr(engine, "EngineProcess", refuse)
 
 
 ASKED = ("--sizes", "72x64:200x136:328x264", "--batch", "1:2:3", "--target", "rtx", "--compute-capability", "8.9")
@@ -59,56 +64,38 @@ def shapecheck(*arguments):
     return result
 
 
-def test_what_is_built_is_told(built, deep):
-    path, told = built
+@pytest.mark.usefixtures("scripted")
+def test_what_is_built_is_told_and_what_is_found_too(deep, tmp_path):
+    path = tmp_path / "unet.plan"
+    told = shapecheck("build", deep[0], "-o", path, *ASKED).stdout
     assert told.startswith(f"{path}\n")
     for text in (
         "inputs     3 base inputs, 9 slots",
         "profile 0  72×64 … 200×136 … 328×264 pixels, batch 1 … 2 … 3",
         "precision  float32",
-        "built by   TensorRT for RTX ",
+        "built by   TensorRT for RTX 1.7.1",
         "for GPU    8.9",
         f"contract   {deep[1].digest}",
     ):
         assert text in told
-    assert "\nBUILT: in " in told
+    assert told.endswith("\nBUILT: in 0 s\n")
+    assert shapecheck("build", deep[0], "-o", path, *ASKED).stdout.endswith("\nFOUND: unchanged since it was built\n")
+    assert "is an engine already" in shapecheck("build", path, "-o", tmp_path / "x.plan", *ASKED).stderr
 
 
-def test_the_contract_travels_with_the_engine(built, deep):
-    record = read_engine(built[0])
-    assert read_contract(built[0]) == record.request.contract == deep[1]
-    assert record.request.profiles == (profile_of(deep[1], engines.SIZES),)
-    assert record.size == built[0].stat().st_size
-    assert deep[1].digest.encode() in built[0].read_bytes()  # TensorRT's own name of the network
+def test_the_contract_travels_with_an_engine_that_tensorrt_built(tmp_path):
+    path, contract = engines.built(tmp_path, onnx_files.DEEP)
+    record = read_engine(path)
+    assert read_contract(path) == record.request.contract == contract
+    assert record.request.profiles == (profile_of(contract, engines.SIZES),)
+    assert record.size == path.stat().st_size
+    assert contract.digest.encode() in path.read_bytes()  # TensorRT's own name of the network
     assert Engine.from_json(record.to_json()) == record
 
 
-@pytest.mark.full
-def test_a_reduced_sd15_is_built_whole(tmp_path):
-    file, contract = engines.exported(tmp_path / "unet.onnx", {})
-    assert len(contract.slots) == 13
-    told: list[str] = []
-    done = build_engine(
-        file, tmp_path / "unet.plan", profiles=[engines.SIZES], options=engines.RTX, progress=lambda step, *_: told.append(step)
-    )
-    assert not done.found and not done.notes
-    assert done.engine.digest == read_engine(done.path).digest
-    assert sum(step.startswith("building: ") for step in told) > 3
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["unet.onnx", "unet.plan", "unet.plan.shapecheck.json"]
-
-
-@pytest.mark.full
-def test_an_sdxl_on_two_levels_is_built_with_two_profiles_and_options(tmp_path):
-    file, contract = engines.exported(tmp_path / "xl.onnx", onnx_files.XL)
-    options = replace(engines.RTX, optimization_level=1, workspace=2**28, tf32=False)
-    done = build_engine(file, tmp_path / "xl.engine", profiles=[engines.SIZES, TINY], options=options)
-    assert done.engine.request.options == options
-    assert [len(each.inputs) for each in done.engine.request.profiles] == [len(contract.inputs) + len(contract.slots)] * 2
-
-
-@pytest.mark.full
+@pytest.mark.usefixtures("scripted")
 def test_a_file_of_no_known_model_is_built_by_its_own_table_and_that_is_said(tmp_path):
-    file, _ = engines.exported(tmp_path / "xl.onnx", onnx_files.XL)
+    file, _ = engines.drawn(tmp_path / "xl.onnx", onnx_files.XL)
     result = shapecheck("build", without_contract(file), "-o", tmp_path / "xl.plan", *ASKED)
     assert result.exit_code == 0
     told = " ".join(result.stdout.split())
@@ -116,22 +103,17 @@ def test_a_file_of_no_known_model_is_built_by_its_own_table_and_that_is_said(tmp
     assert "note: no model was named and no preset fits: the contract is the file's own table" in told
 
 
-@pytest.mark.full
-def test_other_projects_names_stay_in_the_engine(tmp_path, deep):
-    model = onnx.load(deep[0])
+def test_other_projects_names_stay_in_the_engine(tmp_path, deep, scripted):
     ours = [slot.name for slot in deep[1].slots]
     theirs = dict(zip(ours, [*(f"input_control_{at:02}" for at in range(len(ours) - 1)), "input_control_middle"], strict=True))
-    for each in model.graph.input:
-        each.name = theirs.get(each.name, each.name)
-    for node in model.graph.node:
-        node.input[:] = [theirs.get(name, name) for name in node.input]
-    onnx.save(model, tmp_path / "theirs.onnx")
+    onnx_files.planted(deep[0], tmp_path / "theirs.onnx", onnx_files.rename(**theirs))
     result = shapecheck("profile", tmp_path / "theirs.onnx", "--sizes", "200x136", "--format", "json")
     (profile,), _ = profile_forms.loads(result.stdout)
     assert profile.bounds("input_control_middle").max == (1, 16, 3, 4)
     (tmp_path / "profile.json").write_text(result.stdout, encoding="utf-8")
     named = ("--profile", tmp_path / "profile.json", "--target", "rtx", "--compute-capability", "8.9")
     assert shapecheck("build", tmp_path / "theirs.onnx", "-o", tmp_path / "theirs.plan", *named).exit_code == 0
+    assert [bounds["name"] for bounds in scripted.jobs[0]["profiles"][0]][3:] == list(theirs.values())
     record = read_engine(tmp_path / "theirs.plan")
     assert record.request.engine_names["mid_block_residual"] == "input_control_middle"
     assert record.request.profiles[0].bounds("mid_block_residual").max == (1, 16, 3, 4)
@@ -168,14 +150,6 @@ def planted(contract) -> dict[str, tuple[Profile, str, str]]:
 FAULTS = ("a slot missing", "mid's max disagrees", "min above opt", "wrong channels", "wrong stride", "half precision")
 
 
-@pytest.fixture
-def no_tensorrt(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("TensorRT was asked although something was wrong")
-
-    monkeypatch.setattr(engine, "EngineProcess", refuse)
-
-
 @pytest.mark.usefixtures("no_tensorrt")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_refused_before_tensorrt_is_loaded(fault, deep, tmp_path):
@@ -192,20 +166,23 @@ def test_a_planted_fault_is_refused_before_tensorrt_is_loaded(fault, deep, tmp_p
     assert not (tmp_path / "unet.plan").exists()
 
 
+@pytest.fixture(scope="module")
+def even(tmp_path_factory):
+    """A real file of two levels that was traced at an even size, and is right at even ones only."""
+    return engines.exported(tmp_path_factory.mktemp("even") / "even.onnx", onnx_files.XL, latent=(16, 24))[0]
+
+
 @pytest.mark.usefixtures("no_tensorrt")
-def test_a_range_the_graph_cannot_serve_is_refused_with_the_size(tmp_path):
-    file, _ = engines.exported(tmp_path / "eight.onnx", onnx_files.DEEP, latent=(16, 24))
-    result = shapecheck("build", file, "-o", tmp_path / "unet.plan", "--sizes", "64x64:128x192:256x320", "--target", "rtx")
+def test_a_range_the_graph_cannot_serve_is_refused_with_the_size(even, tmp_path):
+    result = shapecheck("build", even, "-o", tmp_path / "unet.plan", "--sizes", "64x64:128x192:256x320", "--target", "rtx")
     assert result.exit_code == 1
     assert "cannot work at 88×72 pixels" in result.stdout and "Told at batch 1, latent 9×11." in result.stdout
     assert "REFUSED" in result.stdout
 
 
-@pytest.mark.full
-def test_multiples_of_eight_serve_a_size_that_never_changes(tmp_path):
-    file, _ = engines.exported(tmp_path / "eight.onnx", onnx_files.DEEP, latent=(16, 24))
-    assert shapecheck("profile", file, "--sizes", "128x192").exit_code == 0
-    assert shapecheck("profile", file, "--sizes", "128x200").exit_code == 1
+def test_a_file_traced_at_an_even_size_serves_one_that_never_changes(even):
+    assert shapecheck("profile", even, "--sizes", "128x192").exit_code == 0
+    assert shapecheck("profile", even, "--sizes", "128x200").exit_code == 1
 
 
 @pytest.mark.usefixtures("no_tensorrt")
@@ -281,37 +258,6 @@ def test_nothing_waits_for_a_pipe_and_no_file_is_written_over(deep, tmp_path):
     assert (tmp_path / "deep.onnx").read_bytes() == before
 
 
-@pytest.mark.full
-def test_a_timing_cache_that_cannot_be_written_costs_no_engine(deep, tmp_path, monkeypatch):
-    (tmp_path / "timings.lock").mkdir()  # where the lock should be
-    done = build_engine(
-        deep[0], tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX, timing_cache=tmp_path / "timings"
-    )
-    assert any("the timing cache" in note and "was not written" in note for note in done.notes)
-    assert read_engine(done.path).request.contract == deep[1]
-
-
-@pytest.mark.full
-def test_a_fixed_batch_and_an_axis_that_never_varies_are_built_as_they_are(deep, tmp_path):
-    onnx_files.planted(deep[0], tmp_path / "two.onnx", *fixed_batch(deep[1]))
-    wrong = shapecheck("build", tmp_path / "two.onnx", "-o", tmp_path / "unet.plan", *ASKED)
-    assert wrong.exit_code == 1
-    assert "the graph fixes this axis" in " ".join(wrong.stdout.split())
-    right = ("--sizes", "72x64:200x136:328x264", "--batch", "2", "--target", "rtx", "--compute-capability", "8.9")
-    assert shapecheck("build", tmp_path / "two.onnx", "-o", tmp_path / "unet.plan", *right).exit_code == 0
-    words = shapecheck("profile", tmp_path / "two.onnx", *right[:4], "--for", "trtexec").stdout
-    assert "sample:2x4x8x9" in words and "timestep" not in words
-
-
-def fixed_batch(contract):
-    """Every input at batch 2."""
-    rules = rules_of(contract)
-    return [
-        onnx_files.declare(name, 2, *(str(dim) if dim.symbol else dim.scale for dim in rule[1:]))
-        for name, rule in rules.items()
-    ]
-
-
 @pytest.mark.usefixtures("no_tensorrt")
 def test_half_precision_of_others_is_held_to_a_contract_in_its_own_precision(deep, tmp_path):
     edits = [onnx_files.retype(name, ir.DataType.FLOAT16) for name in rules_of(deep[1])]
@@ -331,60 +277,18 @@ def without_contract(path: Path) -> Path:
     return path
 
 
-@pytest.mark.full
-def test_a_file_without_slots_is_built_as_one_without_control(deep, tmp_path):
+def test_a_file_without_slots_is_built_as_one_without_control(deep, tmp_path, scripted):
     names = [slot.name for slot in deep[1].slots]
     edits = [*map(onnx_files.unconsume, names), *map(onnx_files.drop, names)]
     without_contract(onnx_files.planted(deep[0], tmp_path / "off.onnx", *edits))
     (tmp_path / "deep.json").write_text(deep[1].to_json(), encoding="utf-8")
     command = ("build", tmp_path / "off.onnx", "--cache", tmp_path / "cache", *ASKED, "--model", tmp_path / "deep.json")
     assert shapecheck(*command).exit_code == 1
+    assert not scripted.jobs
     result = shapecheck(*command, "--no-control")
     assert result.exit_code == 0, result.output
     assert "3 base inputs, 0 slots" in result.stdout
     assert "goes with --model" in shapecheck(*command[:-2], "--no-control").stderr
-
-
-@pytest.mark.full
-def test_a_controlnet_is_told_from_a_unet(tmp_path):
-    unet = small.unet(**small.TINY)
-    net = small.controlnet(unet)
-    export(net, tmp_path / "net.onnx")
-    asked = ("--sizes", "200x136", "--target", "rtx", "--compute-capability", "8.9")
-    assert shapecheck("build", tmp_path / "net.onnx", "-o", tmp_path / "net.plan", *asked).exit_code == 0
-    record = read_engine(tmp_path / "net.plan").request
-    assert [each.name for each in record.profiles[0].inputs][-1] == "controlnet_cond"  # conditioning_scale never varies
-    assert len(record.outputs) == len(record.contract.slots)
-    (tmp_path / "unet.json").write_text(probe(unet).to_json(), encoding="utf-8")
-    result = shapecheck("build", tmp_path / "net.onnx", "-o", tmp_path / "x.plan", *asked, "--model", tmp_path / "unet.json")
-    assert result.exit_code == 2
-    assert "is a ControlNet, and --model says which UNet its outputs are for" in result.stderr
-
-
-@pytest.mark.full
-def test_an_unknown_gpu_is_refused_in_tensorrt_s_words(deep, tmp_path):
-    asked = ("--sizes", "200x136", "--target", "rtx", "--compute-capability")
-    result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *asked, "12.7")
-    assert result.exit_code == 2
-    assert "SM127" in result.stderr and "could not build" in result.stderr
-    result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *asked, "9.0")
-    assert "--compute-capability 9.0: TensorRT for RTX builds for 7.5, 8.0, 8.6, 8.9, 12.x" in result.stderr
-    result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *asked, "ada")
-    assert "'ada' is no compute capability such as 8.9" in result.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.full
-def test_options_that_cannot_be_kept_are_told(deep, tmp_path):
-    for option, message in (
-        ("--version-compatible", "--version-compatible is for --target trt"),
-        ("--refittable", "elsewhere TensorRT for RTX builds none"),
-    ):
-        result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *ASKED, option)
-        assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
-        assert message in result.stderr
-    result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", "--sizes", "200x136", "--compute-capability", "8.9")
-    assert "--compute-capability is for --target rtx" in result.stderr
 
 
 def test_a_missing_tensorrt_is_told_with_its_fix(deep, tmp_path):
@@ -394,43 +298,54 @@ def test_a_missing_tensorrt_is_told_with_its_fix(deep, tmp_path):
     assert "or --target rtx: TensorRT for RTX builds without a GPU" in result.stderr
 
 
-def test_a_node_that_tensorrt_refuses_is_told_with_its_slot(deep, tmp_path):
-    model = onnx.load(deep[0])
-    at, node = next((at, node) for at, node in enumerate(model.graph.node) if "down_blocks.1/resnets.0/conv1" in node.name)
-    planted_node = onnx.helper.make_node("Bernoulli", [node.output[0]], ["planted_out"], name="planted")
-    for each in model.graph.node:
-        each.input[:] = ["planted_out" if name == node.output[0] else name for name in each.input]
-    model.graph.node.insert(at + 1, planted_node)
-    model.opset_import[0].version = max(15, model.opset_import[0].version)
-    onnx.save(model, tmp_path / "unet.onnx")
+def test_nodes_that_tensorrt_refuses_are_told_with_their_slots(deep, tmp_path, scripted):
+    conv = node_of(deep[0], "down_blocks/1/resnets/0")
+    refused = engine_process.ParserError(conv.name, "Conv", "UNSUPPORTED_NODE: no such operator")
+    scripted.failure = engine_process.EngineError("parse", "", ("a word of before",), (refused,))
     with pytest.raises(engine_process.EngineError) as caught:
-        build_engine(tmp_path / "unet.onnx", tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX)
-    told = str(caught.value)
-    assert "Bernoulli planted (computes down_blocks.1.resnets.0" in told
-    assert "Error" in told or "error" in told  # TensorRT's own words are kept
-    assert [each.name for each in tmp_path.iterdir()] == ["unet.onnx"]
+        build_engine(deep[0], tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX)
+    assert str(caught.value).splitlines() == [
+        f"TensorRT's parser refuses 1 of the nodes of {deep[0]}:",
+        f"  Conv {conv.name} (computes down_blocks.1.resnets.0, whose output is the skip of down_block_residual_03):",
+        "    UNSUPPORTED_NODE: no such operator",
+    ]
+    assert caught.value.errors == (refused,)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_builder_s_error_is_told_with_the_slots_it_names(deep):
-    source = engine.source_of(deep[0])
-    conv = next(node for node in onnx.load(deep[0]).graph.node if "down_blocks.1/resnets.0/conv1" in node.name)
+def node_of(file, part):
+    """The first node of an ONNX file in whose name this occurs."""
+    return next(node for node in onnx.load(file).graph.node if part in node.name)
+
+
+def test_a_builder_s_error_is_told_with_the_slots_it_names(deep, tmp_path, scripted):
+    conv = node_of(deep[0], "down_blocks/1/resnets/0")
     words = f"Error Code 4: down_block_residual_07: dimension 2 of profile 0 [min=1] does not fit. In node {conv.name} (conv)."
-    told = str(engine._told(engine_process.EngineError("build", words, ("Could not build.",)), source, BuildOptions()))
-    assert told.splitlines() == [
+    scripted.failure = engine_process.EngineError("build", words, ("Could not build.",))
+    with pytest.raises(engine_process.EngineError) as caught:
+        build_engine(deep[0], tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX)
+    assert str(caught.value).splitlines() == [
         f"TensorRT could not build {deep[0]}:",
         "  Could not build.",
         f"  {words}",
         "  down_block_residual_07: down_block_residual_07, which is added to the output of down_blocks.3.resnets.0",
-        f"  {conv.name}: computes down_blocks.1.resnets.0.conv1",
+        f"  {conv.name}: computes down_blocks.1.resnets.0, whose output is the skip of down_block_residual_03",
     ]
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unchanged_request_finds_its_engine_and_no_other_does(built, deep, tmp_path):
-    path, _ = built
-    assert "is an engine already" in shapecheck("build", path, "-o", tmp_path / "x.plan", *ASKED).stderr
-    again = shapecheck("build", deep[0], "-o", path, *ASKED)
-    assert "\nFOUND: unchanged since it was built" in again.stdout
-    request = read_engine(path).request
+def test_what_tensorrt_says_while_it_builds_is_kept_and_sizes_it_cannot_run_at_are_refused(deep, tmp_path, scripted):
+    asked = {"profiles": [TINY], "options": engines.RTX}
+    scripted.words = ("a weight was rounded",)
+    assert build_engine(deep[0], tmp_path / "unet.plan", **asked).notes == scripted.words
+    scripted.words = ("profile 0 is not self-consistent",)
+    with pytest.raises(engine_process.EngineError, match="TensorRT built for sizes that it cannot run at"):
+        build_engine(deep[0], tmp_path / "other.plan", **asked)
+    assert not (tmp_path / "other.plan").exists()
+
+
+def test_requests_that_differ_in_anything_have_keys_and_places_of_their_own(deep, tmp_path, scripted):
+    request = build_engine(deep[0], tmp_path / "unet.plan", profiles=[engines.SIZES], options=engines.RTX).engine.request
     others = [
         replace(request, weights="sha256:other"),
         replace(request, onnx="sha256:other"),
@@ -448,7 +363,7 @@ def test_an_unchanged_request_finds_its_engine_and_no_other_does(built, deep, tm
     assert len({place(tmp_path, deep[0], each) for each in (request, *others)}) == len(keys)
 
 
-def test_the_cache_tells_weights_and_sizes_apart_and_mends_what_was_changed(deep, tmp_path):
+def test_the_cache_tells_weights_and_sizes_apart_and_mends_what_was_changed(deep, tmp_path, scripted):
     cache = tmp_path / "cache"
 
     def build(file, sizes=TINY):
@@ -458,60 +373,20 @@ def test_the_cache_tells_weights_and_sizes_apart_and_mends_what_was_changed(deep
     assert build(deep[0]).found
     model = onnx.load(deep[0])
     weight = next(each for each in model.graph.initializer if each.name.endswith("conv_in.weight"))
-    weight.raw_data = bytes(len(weight.raw_data))
+    weight.raw_data = bytes([1]) * len(weight.raw_data)
     onnx.save(model, tmp_path / "deep.onnx")
     other = build(tmp_path / "deep.onnx")
     assert not other.found and other.path != first.path
+    assert not build(deep[0], engines.SIZES).found
     first.path.write_bytes(first.path.read_bytes()[:-1] + b"?")
     assert not build(deep[0]).found
-    assert len([each for each in cache.iterdir() if each.suffix == ".plan"]) == 2
+    assert len([each for each in cache.iterdir() if each.suffix == ".plan"]) == 3
+    assert len(scripted.jobs) == 4
     long = shutil.copy(deep[0], tmp_path / f"{'x' * 230}.onnx")
     assert build(Path(long)).path.stem.startswith("x" * 100 + "-")
 
 
-BUILD = """
-import sys
-from shapecheck import Geometry
-from shapecheck.build.engine import build_engine
-from shapecheck.contract.engine import BuildOptions
-from shapecheck.contract.profiles import Range
-def tell(step, *_):
-    print(step, flush=True)
-sizes = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(3, 33, 41))
-options = BuildOptions("rtx", compute_capabilities=("8.9",))
-build_engine(sys.argv[1], sys.argv[2], profiles=[sizes], options=options, timing_cache=sys.argv[3], progress=tell)
-"""
-
-
-def building(deep, folder: Path, moment: str) -> tuple[subprocess.Popen, psutil.Process | None]:
-    """A build in a process of its own that has come to this moment, and the process in which TensorRT is."""
-    command = [sys.executable, "-c", BUILD, str(deep[0]), str(folder / "unet.plan"), str(folder / "timings")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    with process.stdout as lines:
-        if any(line.startswith(moment) for line in lines):
-            children = psutil.Process(process.pid).children()
-            return process, children[0] if children else None
-    raise AssertionError(f"the build never came to {moment!r}")
-
-
-@pytest.mark.parametrize("moment", ["loading TensorRT", "building", "building: "])
-def test_a_build_that_is_killed_leaves_nothing_half_written(moment, deep, built, tmp_path):
-    timings = built[0].with_name("timings").read_bytes()
-    assert timings
-    (tmp_path / "timings").write_bytes(timings)
-    process, worker = building(deep, tmp_path, moment)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if worker is not None:
-        worker.wait(timeout=20)
-    kept = {each.name for each in tmp_path.iterdir() if not each.name.startswith(".shapecheck.")}
-    assert kept <= {"timings", "timings.lock"}
-    assert (tmp_path / "timings").read_bytes() == timings
-    partials = [each for each in tmp_path.iterdir() if each.name.startswith(".shapecheck.")]
-    assert not [each for each in partials if each.stat().st_size]
-
-
-@pytest.mark.full
+@pytest.mark.usefixtures("scripted")
 def test_what_a_killed_process_left_long_ago_is_swept(deep, tmp_path):
     for name, age in (("old", 4 * 24 * 3600), ("new", 3600)):
         (tmp_path / f".shapecheck.{name}.partial").write_bytes(b"half")
@@ -520,7 +395,7 @@ def test_what_a_killed_process_left_long_ago_is_swept(deep, tmp_path):
     assert [each.name for each in tmp_path.glob(".shapecheck.*")] == [".shapecheck.new.partial"]
 
 
-@pytest.mark.full
+@pytest.mark.usefixtures("scripted")
 def test_no_other_build_comes_between_an_engine_and_its_record(deep, tmp_path, monkeypatch):
     replaced: list[str] = []
     real = Path.replace
@@ -541,17 +416,7 @@ def test_no_other_build_comes_between_an_engine_and_its_record(deep, tmp_path, m
     os.close(handle)
 
 
-@pytest.mark.full
-def test_a_full_disk_is_told_with_the_engine_s_name(deep, tmp_path):
-    command = [sys.executable, "-m", "shapecheck", "build", str(deep[0]), "-o", str(tmp_path / "unet.plan"), *ASKED]
-    limited = ["bash", "-c", 'ulimit -f 4000; exec "$@"', "bash", *command]
-    done = subprocess.run(limited, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert f"error: cannot write {tmp_path / 'unet.plan'}: File too large; it takes 0.0" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.full
+@pytest.mark.usefixtures("scripted")
 def test_a_link_is_written_through_and_the_record_lies_beside_the_file(deep, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link.plan").symlink_to(tmp_path / "real" / "unet.plan")
@@ -567,63 +432,38 @@ def test_what_is_no_profile_is_told(deep, tmp_path):
         build_engine(deep[0], tmp_path / "unet.plan", profiles=[TINY] * 65, options=engines.RTX)
 
 
-@pytest.mark.full
+@pytest.mark.usefixtures("scripted")
 def test_a_record_is_readable_whatever_a_path_is_called(deep, tmp_path):
     odd = replace(deep[1], header=replace(deep[1].header, source="モデル\u3000一/\nx"))
     done = build_engine(deep[0], tmp_path / "unet.plan", profiles=TINY, contract=odd, options=engines.RTX)
     assert read_engine(done.path).request.contract == deep[1]
 
 
-def test_a_worker_that_is_killed_is_told_and_an_engine_of_before_stays(deep, tmp_path):
-    (tmp_path / "unet.plan").write_bytes(b"of before")
-    killed: list[int] = []
-    before = psutil.Process().children()
+def test_what_tensorrt_reads_otherwise_is_refused(deep, tmp_path, scripted):
+    def build(alter):
+        scripted.alter = alter
+        return build_engine(deep[0], tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX, force=True)
 
-    def kill(step, *_):
-        if step.startswith("building: ") and not killed:
-            (child,) = [each for each in psutil.Process().children() if each not in before]
-            killed.append(child.pid)
-            child.kill()
+    def rename_output(parsed):
+        parsed["outputs"] = [{"name": "other"}]
 
-    with pytest.raises(ShapecheckError, match=r"was killed by signal 9; was there too little memory\?"):
-        build_engine(deep[0], tmp_path / "unet.plan", profiles=[engines.SIZES], options=engines.RTX, progress=kill)
-    assert killed
-    assert (tmp_path / "unet.plan").read_bytes() == b"of before"
-    assert [each.name for each in tmp_path.iterdir()] == ["unet.plan"]
+    def widen_a_slot(parsed):
+        parsed["inputs"][5] |= {"dims": ["batch", 8, "h", "w"]}
 
-
-def test_no_process_is_left_behind(deep, tmp_path):
-    before = psutil.Process().children()
-
-    def stop(step, *_):
-        if step.startswith("building: "):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(deep[0], tmp_path / "unet.plan", profiles=[engines.SIZES], options=engines.RTX, progress=stop)
-    assert not [each for each in psutil.Process().children() if each not in before]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_tensorrt_reads_otherwise_is_refused(deep):
-    source = engine.source_of(deep[0])
-    inputs = [{"name": name, "dtype": "FLOAT", "dims": [str(dim) if dim.symbol else dim.scale for dim in rule]}
-              for name, rule in rules_of(deep[1]).items()]  # fmt: skip
-    request = Request(deep[1], (), (), ("out_sample",), "", "", "", BuildOptions(), "", "")
-    outputs = [{"name": "out_sample"}]
-    engine._check_network(source, request, {"inputs": inputs, "outputs": outputs})
+    assert not build(lambda parsed: None).found
     with pytest.raises(ContractError, match=r"the outputs: name: got other, expected out_sample"):
-        engine._check_network(source, request, {"inputs": inputs, "outputs": [{"name": "other"}]})
+        build(rename_output)
     with pytest.raises(ContractError, match=r"(?s)TensorRT's parser reads .* otherwise.*mid_block_residual.*missing"):
-        engine._check_network(source, request, {"inputs": inputs[:-1], "outputs": outputs})
-    inputs[5] |= {"dims": ["batch", 8, "h", "w"]}
+        build(lambda parsed: parsed["inputs"].pop())
     told = r"down_block_residual_02: symbol: got an axis named h, expected ceil\(h/2\); h is h elsewhere"
     with pytest.raises(ContractError, match=told):
-        engine._check_network(source, request, {"inputs": inputs, "outputs": outputs})
+        build(widen_a_slot)
 
 
-def test_a_request_is_told_apart_from_an_edited_one(built):
-    text = (built[0].with_name("unet.plan.shapecheck.json")).read_text(encoding="utf-8")
+@pytest.mark.usefixtures("scripted")
+def test_a_request_is_told_apart_from_an_edited_one(deep, tmp_path):
+    build_engine(deep[0], tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX)
+    text = (tmp_path / "unet.plan.shapecheck.json").read_text(encoding="utf-8")
     for old, new in (('"refittable": false', '"refittable": true'), ('"gpu": "8.9"', '"gpu": "8.6"')):
         assert old in text
         with pytest.raises(ShapecheckError, match="an edited engine's record: its checksum is not that of its contents"):

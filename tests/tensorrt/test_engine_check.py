@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import engines
 import onnx
+import onnx_files
 import pytest
 import small
 from click.testing import CliRunner
 
 from shapecheck import Geometry, ShapecheckError
-from shapecheck.build.engine import build_engine
 from shapecheck.build.external import external_tensors
 from shapecheck.build.weights import checkpoint_files, digest, read_table
 from shapecheck.cli import main
@@ -22,18 +22,17 @@ from shapecheck.contract.engine_files import read_engine
 from shapecheck.contract.engine_seen import SeenEngine, SeenTensor, differences, seen_from
 from shapecheck.contract.profiles import Range, dtypes_of, profile_of, rules_of
 from shapecheck.contract.ranges import written
-from shapecheck.verify import engine_check
+from shapecheck.verify.engine_check import check_engine
 from shapecheck.verify.models import misfits
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder of an engine of five slots, its ONNX file, and a ControlNet that fits it."""
+    """The folder of an engine of nine slots, its ONNX file, and a ControlNet that fits it."""
     folder = tmp_path_factory.mktemp("engine")
-    file, contract = engines.exported(folder / "unet.onnx", small.SHALLOW)
-    build_engine(file, folder / "unet.plan", profiles=[engines.SIZES], options=engines.RTX)
-    small.controlnet(small.unet(**small.SHALLOW)).save_pretrained(folder / "controlnet")
-    assert len(contract.slots) == 5
+    _, contract = engines.built(folder, onnx_files.DEEP)
+    small.controlnet(small.unet(**onnx_files.DEEP)).save_pretrained(folder / "controlnet")
+    assert len(contract.slots) == 9
     return folder
 
 
@@ -129,7 +128,7 @@ def test_weights_are_told_apart(made, tmp_path):
 
 
 def test_a_checkpoint_is_believed_by_its_bytes(made, tmp_path):
-    small.unet(**small.SHALLOW).save_pretrained(tmp_path / "unet")
+    small.unet(**onnx_files.DEEP).save_pretrained(tmp_path / "unet")
     stored = read_table(checkpoint_files(tmp_path / "unet"))
     engine = read_engine(made / "unet.plan")
     for weights, checkpoint, same, told in (
@@ -137,35 +136,43 @@ def test_a_checkpoint_is_believed_by_its_bytes(made, tmp_path):
         ("sha256:x", digest(stored), False, "its weights were changed before it was built"),
         ("sha256:x", "sha256:y", False, "other weights: sha256:"),
     ):
-        one = replace(engine, request=replace(engine.request, weights=weights, checkpoint=checkpoint))
-        found = engine_check._weights(one, str(tmp_path), True, lambda *_: None)
+        one = engines.recorded(tmp_path / "one.plan", replace(engine.request, weights=weights, checkpoint=checkpoint))
+        found = check_engine(one, weights=str(tmp_path), offline=True).weights
         assert (found.same, told in found.told) == (same, True)
     half = replace(engine.request.contract, inputs=tuple(replace(e, dtype="float16") for e in engine.request.contract.inputs))
-    one = replace(engine, request=replace(engine.request, contract=half, weights="sha256:x", checkpoint=digest(stored)))
-    found = engine_check._weights(one, str(tmp_path), True, lambda *_: None)
+    changed = replace(engine.request, contract=half, weights="sha256:x", checkpoint=digest(stored))
+    found = check_engine(engines.recorded(tmp_path / "half.plan", changed), weights=str(tmp_path), offline=True).weights
     assert (found.same, "by the word of the ONNX file" in found.told) == (True, True)
 
 
-def test_an_engine_without_slots_takes_no_controlnet(made):
-    contract = read_engine(made / "unet.plan").request.contract
-    (found,) = misfits(replace(contract, slots=()), [str(made / "controlnet")], progress=print)
+def test_an_engine_without_slots_takes_no_controlnet_and_is_not_the_model_with_them(made, tmp_path):
+    request = read_engine(made / "unet.plan").request
+    contract = request.contract
+    off = replace(contract, slots=())
+    (found,) = misfits(off, [str(made / "controlnet")], progress=print)
     assert (found.kind, "exported with --no-control" in found.cause) == ("missing", True)
-    assert {each.kind for each in engine_check._unlike(replace(contract, slots=()), contract)} == {"missing"}
+    inputs = tuple(pair for pair in request.names if pair[0] in rules_of(off))
+    without = replace(request, contract=off, names=inputs, profiles=(profile_of(off, engines.SIZES),))
+    plan = engines.recorded(tmp_path / "off.plan", without)
+    assert check_engine(plan).mismatches == check_engine(plan, off).mismatches == ()
+    found = check_engine(plan, contract).mismatches
+    assert [(each.where, each.kind) for each in found] == [(slot.name, "missing") for slot in contract.slots]
     with pytest.raises(ShapecheckError, match="this file is itself a ControlNet"):
         misfits(replace(contract, role="controlnet"), ["sd15"], progress=print)
 
 
-def test_the_profile_told_is_the_one_a_session_takes_and_tokens_count(made):
-    engine = read_engine(made / "unet.plan")
-    contract = engine.request.contract
+def test_the_profile_told_is_the_one_a_session_takes_and_tokens_count(made, tmp_path):
+    request = read_engine(made / "unet.plan").request
+    contract = request.contract
     wide = Range(Geometry(1, 8, 8), Geometry(2, 16, 40), Geometry(3, 40, 48))
     square = Range(Geometry(1, 8, 8), Geometry(2, 16, 16), Geometry(3, 40, 48))
-    two = replace(engine, request=replace(engine.request, profiles=(profile_of(contract, wide), profile_of(contract, square))))
-    assert engine_check._fit(two, Geometry(2, 16, 16), False, False).profile == 1
+    both = replace(request, profiles=(profile_of(contract, wide), profile_of(contract, square)))
+    asked = Geometry(2, 16, 16)
+    assert check_engine(engines.recorded(tmp_path / "two.plan", both), asked=asked).fit.profile == 1
     long = Range(*(replace(each, tokens=154) for each in square.geometries))
-    one = replace(engine, request=replace(engine.request, profiles=(profile_of(contract, long),)))
-    assert engine_check._fit(one, Geometry(2, 16, 16), False, True).profile == 0
-    refused = engine_check._fit(one, Geometry(2, 16, 16), False, False)
+    one = engines.recorded(tmp_path / "one.plan", replace(request, profiles=(profile_of(contract, long),)))
+    assert check_engine(one, asked=asked, any_tokens=True).fit.profile == 0
+    refused = check_engine(one, asked=asked).fit
     assert (refused.profile, refused.reasons) == (None, ("profile 0: tokens 77, where it takes 154 only",))
     assert "--tokens 77:154:154" in written(refused.rebuilt)
 
@@ -268,7 +275,7 @@ def test_an_engine_that_is_not_what_its_record_says_is_told(made):
     request = read_engine(made / "unet.plan").request
     seen = shown(request)
     assert differences(request, seen) == ()
-    bounds = ((1, 16, 4, 5), (2, 16, 9, 13), (3, 16, 17, 22))
+    bounds = ((1, 16, 1, 2), (2, 16, 3, 4), (3, 16, 5, 7))
     cases = {
         ("engine", "the engine"): replace(seen, name="sha256:other"),
         ("engine", "the profiles"): replace(seen, profiles=2),
@@ -353,8 +360,9 @@ def test_weights_without_a_length_reach_to_the_end(tmp_path):
     assert (stored.offset, stored.nbytes, stored.dtype, stored.shape) == (8, 16, "float32", (4,))
 
 
-def test_a_contract_that_refuses_a_size_says_so(made):
-    engine = read_engine(made / "unet.plan")
-    eight = replace(engine, request=replace(engine.request, contract=replace(engine.request.contract, divisor=8)))
-    fit = engine_check._fit(eight, Geometry(2, 17, 24), False, False)
-    assert fit.profile is None and "refuses latents of 17×24" in fit.reasons[0]
+def test_a_contract_that_refuses_a_size_says_so(made, tmp_path):
+    request = read_engine(made / "unet.plan").request
+    eight = replace(request, contract=replace(request.contract, divisor=8))
+    checked = check_engine(engines.recorded(tmp_path / "eight.plan", eight), asked=Geometry(2, 17, 24))
+    assert (checked.fit.profile, checked.is_fine) == (None, False)
+    assert "refuses latents of 17×24" in checked.fit.reasons[0]
