@@ -1,0 +1,355 @@
+"""What a run's images prove: the backend is a few sums in place of a UNet, so that a fault is numbers and takes no time."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from shapecheck import Geometry, Mismatch, presets
+from shapecheck.contract.dims import constant
+from shapecheck.contract.parity import Check, Ran
+from shapecheck.verify.calls import Call, Draws
+from shapecheck.verify.files import judged
+from shapecheck.verify.judge import Judge
+from shapecheck.verify.plan import FILE_KINDS, calls_of, planned
+from shapecheck.verify.reference import Sides
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZE = Geometry(2, 9, 14, 7)
+SQUARE = replace(SIZE, width=9)
+WHOLE = presets.contract("sd15")
+CONTRACT = replace(
+    WHOLE,
+    inputs=tuple(
+        replace(each, shape=(*each.shape[:2], constant(4))) if each.name == "encoder_hidden_states" else each
+        for each in WHOLE.inputs
+    ),
+    slots=tuple(
+        replace(slot, skip=(slot.skip[0], constant(4), *slot.skip[2:])) for slot in (*WHOLE.slots[:5], WHOLE.slots[-1])
+    ),
+)
+"""SD1.5's, four channels wide, with the slots of two levels and the mid slot."""
+NAMES = [slot.name for slot in CONTRACT.slots]
+DRAWS = Draws(CONTRACT, 0)
+PLANS = [plan for plan in planned(CONTRACT, "ort", [SIZE]) if plan.check.kind not in FILE_KINDS]
+SWITCH = next(plan for plan in PLANS if plan.check.kind == "switch")
+ON, OFF = f"case[{SIZE}, control on]", f"case[{SIZE}, control off]"
+
+
+class Sums:
+    """Stands in for a UNet: every slot and every input changes the image in a way of its own."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(NAMES), 4, 4, generator=generator, dtype=torch.float64)
+        self._mixes = torch.eye(4, dtype=torch.float64) + 0.5 * noise  # alike, so that no slot's effect is at right angles
+
+    def __call__(self, given, dtype=torch.float32):
+        given = {name: value.to(dtype) for name, value in given.items()}
+        image = given["sample"].tanh()
+        image = image + 0.3 * (given["timestep"] / 150).sin().reshape(-1, 1, 1, 1) * given["sample"].roll(1, -1)
+        image = image + given["encoder_hidden_states"].mean(1)[..., None, None]
+        for name, mix in zip(NAMES, self._mixes.to(dtype), strict=True):
+            grown = torch.nn.functional.interpolate(given[name], size=image.shape[-2:])
+            image = image + 0.3 * torch.einsum("oc,bchw->bohw", mix, grown).tanh()
+        return image.double()
+
+
+SUMS = Sums()
+
+
+@functools.cache
+def known_sides() -> Sides:
+    """Return PyTorch's side of every call, in float64 and in float32."""
+    calls = [*calls_of(PLANS), Call(SQUARE, 0)]
+    reference = {call: SUMS(DRAWS(call), torch.float64) for call in calls}
+    images = {call: SUMS(DRAWS(call)) for call in calls}
+    shares = {call: float((images[call] - reference[call]).abs().max() / reference[call].abs().max()) for call in calls}
+    return Sides("float64", reference, images, shares, 6e-8)
+
+
+def judge(fault=lambda given: given, *, spoil=lambda call, image: image, switched=None, sides=None, has=()):
+    """Return every result by its check, for a backend with a fault in what it makes of its inputs, or in its images."""
+    sides = sides or known_sides()
+    found = {call: spoil(call, SUMS(fault(DRAWS(call)))) for call in sides.reference}
+    steps = [found[call] for call in SWITCH.calls] if switched is None else switched
+    judging = Judge(CONTRACT, DRAWS, sides, 4.0, SUMS, found, steps)
+    names = set(has) or {each.name for each in (*CONTRACT.inputs, *CONTRACT.slots)}
+    results = [judging.result(plan, names) for plan in PLANS]
+    return {str(result.check).removeprefix("ort/"): result for result in results}
+
+
+def failed(results) -> dict[str, str]:
+    return {name: result.reason for name, result in results.items() if result.status == "failed"}
+
+
+def kinds(results) -> Counter:
+    return Counter(result.check.kind for result in results.values() if result.status == "failed")
+
+
+def of_slots(results, status: str) -> set[str]:
+    return {each.check.where for each in results.values() if (each.check.kind, each.status) == ("slot", status)}
+
+
+def exchanged(one: str, other: str):
+    return lambda given: given | {one: given[other], other: given[one]}
+
+
+def scaled(factor: float, *names: str):
+    return lambda given: given | {name: factor * given[name] for name in names}
+
+
+def turned(given):
+    """Height and width of every residual exchanged, and its shape kept."""
+    return given | {name: torch.einsum("bchw->bcwh", given[name]).contiguous().view(given[name].shape) for name in NAMES}
+
+
+def halves_exchanged(*names: str):
+    return lambda given: given | {name: torch.cat([given[name][1:], given[name][:1]]) for name in names}
+
+
+def test_a_healthy_backend_passes_in_all():
+    results = judge()
+    assert {result.status for result in results.values()} == {"passed"}, failed(results)
+    assert {result.check.kind for result in results.values()} == {"input", "slot", "cfg", "switch", "case"}
+    acting = [result.effect for result in results.values() if result.effect]
+    assert len(acting) == 3 + 6
+    assert all(abs(effect.strength - 1) < 1e-4 and effect.cosine > 0.9999 for effect in acting)
+    verdicts = [result.verdict for result in results.values()]
+    assert all(verdict.own > 0 and verdict.absolute.difference <= verdict.allowed for verdict in verdicts)
+
+
+def test_two_slots_of_one_shape_exchanged():
+    results = judge(exchanged(NAMES[1], NAMES[2]))
+    wrong = failed(results)
+    assert f"{NAMES[1]} acts where {NAMES[2]} belongs ({CONTRACT.slots[2].producer})" in wrong[f"slot[{NAMES[1]}]"]
+    assert f"{NAMES[2]} acts where {NAMES[1]} belongs ({CONTRACT.slots[1].producer})" in wrong[f"slot[{NAMES[2]}]"]
+    assert kinds(results) == {"slot": 2, "case": 2}
+
+
+@pytest.mark.parametrize("name", [NAMES[4], "mid_block_residual"])
+def test_a_slot_without_effect(name):
+    results = judge(scaled(0, name))
+    assert failed(results)[f"slot[{name}]"] == f"{name} changes nothing: what the ControlNet gives there is lost"
+    assert kinds(results) == {"slot": 1, "case": 2}
+    assert results[f"slot[{name}]"].effect.strength == 0
+
+
+def test_a_slot_of_part_of_its_strength():
+    results = judge(scaled(0.9, NAMES[4]))
+    assert failed(results)[f"slot[{NAMES[4]}]"] == f"{NAMES[4]} acts as if 0.900 of it were given"
+    assert kinds(results) == {"slot": 1, "case": 2}
+
+
+def test_a_slot_that_acts_as_no_share_of_it_would():
+    results = judge(lambda given: given | {NAMES[4]: given[NAMES[4]] + 0.2 * given[NAMES[4]].roll(1, -1)})
+    told = failed(results)[f"slot[{NAMES[4]}]"]
+    assert told.startswith(f"{NAMES[4]} acts otherwise than in PyTorch: strength 0.9")
+    assert judge(scaled(-1, NAMES[4]))[f"slot[{NAMES[4]}]"].reason.startswith(
+        f"{NAMES[4]} acts otherwise than in PyTorch: strength -1.000, cosine -"
+    )
+
+
+def test_no_residual_has_any_effect():
+    results = judge(scaled(0, *NAMES))
+    assert of_slots(results, "failed") == set(NAMES)
+    assert failed(results)[ON].startswith("the residuals have no effect; largest difference ")
+    assert failed(results)["cfg"] == "residuals given in the first half of the batch change nothing there"
+    assert results[OFF].status == "passed"
+
+
+def test_height_and_width_exchanged_in_a_buffer():
+    results = judge(turned)
+    assert of_slots(results, "failed") == set(NAMES)
+    acting = [name for name in NAMES if abs(results[f"slot[{name}]"].effect.strength) > 0.02]  # the others' are at right angles
+    assert len(acting) > 3
+    for name in acting:
+        assert f"{name} acts with height and width exchanged (cosine 1.000)" in failed(results)[f"slot[{name}]"]
+    assert failed(results)[ON].startswith("height and width of the residuals are exchanged; largest difference ")
+    assert kinds(results)["input"] == 0
+
+
+@pytest.mark.parametrize("fault", [turned, lambda given: given], ids=["exchanged", "healthy"])
+def test_height_and_width_exchanged_so_that_only_squares_run(fault):
+    def spoil(call, image):
+        return image if call.geometry == SQUARE or call.frame is None else "cannot run this call"
+
+    results = judge(fault, spoil=spoil)
+    told = "height and width of the residuals are exchanged, as a square size shows; " if fault is turned else ""
+    assert failed(results)[ON] == f"{told}cannot run this call"
+    assert results["switch"].status == results["cfg"].status == "not run"
+    assert results["switch"].reason == results["cfg"].reason == "not judged: calls of this size cannot be run"
+    assert results[OFF].status == "passed"
+
+
+def test_the_halves_of_the_batch_exchanged():
+    results = judge(halves_exchanged(*NAMES))
+    told = failed(results)["cfg"]
+    assert told == "residuals given in the first half of the batch act in the second: the halves are exchanged"
+    assert failed(results)[ON].startswith("the halves of the residuals are exchanged; ")
+    assert kinds(results)["slot"] == kinds(results)["input"] == 0
+    assert failed(judge(halves_exchanged("sample")))[OFF].startswith("the halves of sample are exchanged; ")
+
+
+def test_residuals_that_act_in_both_halves():
+    results = judge(lambda given: given | {name: given[name] + given[name].roll(1, 0) for name in NAMES})
+    assert failed(results)["cfg"].startswith("residuals given in the first half of the batch change the second: largest ")
+
+
+def test_an_input_that_is_baked():
+    results = judge(lambda given: given | {"timestep": torch.full((2,), 500.0)})
+    assert failed(results)["input[timestep]"] == "timestep changes nothing: it is baked into the file"
+    assert kinds(results)["input"] == 1
+    assert kinds(results)["slot"] == 0
+    results = judge(scaled(0, "encoder_hidden_states"))
+    told = "encoder_hidden_states changes nothing: it is baked into the file as zeros"
+    assert failed(results)["input[encoder_hidden_states]"] == told
+    assert failed(results)[OFF].startswith("encoder_hidden_states is taken as zeros; ")
+
+
+def test_an_input_that_the_file_does_not_have():
+    given = {"sample", "encoder_hidden_states", *NAMES[1:]}
+    wrong = failed(judge(has=given))
+    assert wrong == {
+        "input[timestep]": "the file has no input for timestep: it is baked into it, or left out",
+        f"slot[{NAMES[0]}]": f"the file has no input for {NAMES[0]}: it is baked into it, or left out",
+    }
+
+
+@pytest.mark.parametrize(("number", "told"), [(math.nan, "{} NaN and 0 Inf"), (-math.inf, "0 NaN and {} Inf")])
+def test_a_channel_of_no_numbers(number, told):
+    def spoil(call, image):
+        return image.index_fill(1, torch.tensor([2]), number)
+
+    results = judge(spoil=spoil)
+    cells = SIZE.batch * SIZE.height * SIZE.width
+    for where in (OFF, ON):
+        assert failed(results)[where] == f"{told.format(cells)} among {4 * cells} values, in channel 2"
+    assert set(kinds(results)) == {"case"}
+    assert results["switch"].reason == results["cfg"].reason == "not judged: the image is not finite"
+    told = "not judged: the image is not finite before timestep is perturbed"
+    assert (results["input[timestep]"].status, results["input[timestep]"].reason) == ("not run", told)
+
+
+def test_what_is_no_number_only_when_perturbed_and_an_image_of_another_shape():
+    def spoil(call, image):
+        if call.perturbed == NAMES[0]:
+            return image.index_fill(1, torch.tensor([0, 3]), math.nan)
+        return image[..., 1:] if call.perturbed == NAMES[1] else "cannot run" if call.perturbed == NAMES[2] else image
+
+    wrong = failed(judge(spoil=spoil))
+    assert wrong == {
+        f"slot[{NAMES[0]}]": "504 NaN and 0 Inf among 1008 values, in 2 of 4 channels",
+        f"slot[{NAMES[1]}]": "its shape is 2×4×9×13, PyTorch's 2×4×9×14",
+        f"slot[{NAMES[2]}]": "cannot run",
+    }
+
+
+def test_an_image_that_is_wrong_anyway_is_no_fault_of_any_slot_and_one_that_is_exchanged_is_still_told():
+    def heavier(call, image):
+        return image * 1.001
+
+    results = judge(spoil=heavier)
+    assert of_slots(results, "not run") == set(NAMES)
+    told = "not judged: the image is wrong even without it; its effect has strength 1.00 and cosine 1.000"
+    assert {results[f"slot[{name}]"].reason for name in NAMES} == {told}
+    assert failed(results)[OFF].startswith("largest difference ")
+    results = judge(exchanged(NAMES[1], NAMES[2]), spoil=heavier)
+    assert of_slots(results, "failed") == {NAMES[1], NAMES[2]}
+    assert f"{NAMES[1]} acts where {NAMES[2]} belongs" in failed(results)[f"slot[{NAMES[1]}]"]
+
+
+def kept(*, always: bool):
+    """The images of a session that keeps residuals: those of the call before, or of the last call that had any."""
+    images, held = [], None
+    for call in SWITCH.calls:
+        own = {name: DRAWS(call)[name] for name in NAMES}
+        on = call.frame is not None
+        given = own if held is None or (on and not always) else held
+        held = own if on or always else held
+        images.append(SUMS(DRAWS(call) | given))
+    return images
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_residuals_of_an_earlier_call_kept(always):
+    told = "step 2, control off: the image is that of step 1, control on with frame 0: residuals of an earlier call are kept"
+    assert failed(judge(switched=kept(always=always))) == {"switch": told}
+
+
+def test_a_call_in_between_that_is_kept():
+    *images, last = [SUMS(DRAWS(call)) for call in SWITCH.calls]
+    told = "the image is not that of step 1, which was given the same: a call in between is kept"
+    assert failed(judge(switched=[*images, last + 0.01])) == {"switch": f"step 5, control on with frame 0: {told}"}
+
+
+def test_what_drowns_in_what_is_allowed_is_not_judged():
+    loud = replace(known_sides(), shares=dict.fromkeys(known_sides().shares, 0.5))
+    results = judge(scaled(0, NAMES[0]), sides=loud)
+    assert {result.status for result in results.values()} == {"passed", "not run"}
+    assert results["cfg"].reason == results["switch"].reason == "not judged: what the residuals do drowns in what is allowed"
+    told = results[f"slot[{NAMES[0]}]"].reason
+    assert told.startswith(f"not judged: the effect of {NAMES[0]} in PyTorch (") and told.endswith("drowns in what is allowed")
+
+
+def test_without_two_halves_there_is_no_guidance_to_judge():
+    plans = planned(CONTRACT, "ort", [replace(SIZE, batch=1)])
+    (plan,) = [plan for plan in plans if plan.check.kind == "cfg"]
+    result = Judge(CONTRACT, DRAWS, known_sides(), 4.0, SUMS, {}).result(plan, ())
+    assert (result.status, result.reason) == ("not run", "no size of this run has a batch of two halves")
+
+
+def test_what_is_allowed_in_a_call_is_not_set_by_a_louder_one():
+    """A perturbation in half precision is loud, and so is its rounding: the images without it are held to their own."""
+    quiet, louder, loud = Call(SIZE), Call(SIZE, 0), Call(SIZE, 0, perturbed="sample")
+    reference = {call: torch.full((2,), 2.0, dtype=torch.float64) for call in (quiet, louder, loud)}
+    sides = Sides("float64", reference, reference, {quiet: 0.01, louder: 0.02, loud: 0.5}, 0.001)
+    assert [sides.own(call) for call in (quiet, louder, loud)] == [0.04, 0.04, 1.0]
+    assert replace(sides, shares={}).own(loud) == 0.002
+    assert math.isnan(replace(sides, shares=sides.shares | {loud: math.nan}).own(loud))
+
+
+# What is told by reading a file, and by what really ran it
+
+RAN = Ran("ort", "CPUExecutionProvider", "cpu", "float32", "")
+HEALTHY = {"mismatches": (), "narrower": tuple}
+
+
+def read(kind: str, weights: str | None = "", ran: Ran = RAN, **file) -> tuple[str, str]:
+    """Return status and reason of a check of a file."""
+    result = judged(Check(ran.backend, kind, ""), SimpleNamespace(**HEALTHY | file), ran, weights)
+    return result.status, result.reason
+
+
+@pytest.mark.parametrize("kind", FILE_KINDS)
+def test_a_healthy_file_passes_before_it_is_run(kind):
+    assert read(kind) == ("passed", "")
+
+
+def test_another_provider_than_was_asked_for():
+    told = "CPUExecutionProvider runs, where ort-cuda is CUDAExecutionProvider"
+    assert read("provider", ran=replace(RAN, backend="ort-cuda")) == ("failed", told)
+    assert read("provider", ran=replace(RAN, backend="ort-cuda", provider="CUDAExecutionProvider")) == ("passed", "")
+    assert read("provider", ran=replace(RAN, backend="torch", provider="eager")) == ("passed", "")
+
+
+def test_a_file_of_another_contract_other_weights_or_a_lower_precision():
+    wrong = (Mismatch("missing", NAMES[0], "nothing", "a residual"), Mismatch("name", "sample", "x", "sample"))
+    assert read("contract", mismatches=wrong) == ("failed", "; ".join(map(str, wrong)))
+    assert read("weights", "2 of 9 tensors are not the model's: a, b") == ("failed", "2 of 9 tensors are not the model's: a, b")
+    casts = tuple(f"cast to float16 at {number}" for number in range(5))
+    told = "5 in less than float32: cast to float16 at 0, cast to float16 at 1, cast to float16 at 2 and 2 more"
+    assert read("precision", narrower=lambda: casts) == ("failed", told)
+
+
+def test_what_a_file_does_not_tell_is_not_run():
+    told = "no tensor of the file has a name that tells which of the model's it is"
+    assert read("weights", None) == ("not run", told)
+    told = "an engine does not tell in what it computes; its numbers do"
+    assert read("precision", narrower=lambda: None) == ("not run", told)
