@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shlex
@@ -14,15 +13,17 @@ import engines
 import onnx_files
 import parity_faults
 import pytest
-import torch
 from click.testing import CliRunner
 from diffusers import ControlNetModel
+from parity_samples import SAMPLES
+from recorded_runs import RecordedStudy
 from small import TINY, controlnet, unet
 
 from shapecheck import doctor
 from shapecheck.cli import main
 from shapecheck.contract.environment import Backend, Gap
 from shapecheck.verify import request as requests
+from shapecheck.verify.request import ParityRequest
 
 THREE = {
     "block_out_channels": (8, 8, 8),
@@ -59,17 +60,21 @@ def made(tmp_path_factory) -> Made:
     return Made(folder, str(folder / "model"), str(healthy), str(faulty))
 
 
-@pytest.fixture(autouse=True)
-def computed_once(monkeypatch):
-    """The same run in another form is the same run."""
-    monkeypatch.setattr(requests, "study_of", _computed)
+@pytest.fixture
+def recorded(monkeypatch):
+    """Let the command find a run that is over, and return the requests that it was asked to carry out."""
 
+    def record(sample: str) -> list[ParityRequest]:
+        asked = []
 
-_study_of = functools.cache(requests.study_of)
+        def study_of(request, progress=None):
+            asked.append(request)
+            return RecordedStudy(SAMPLES[sample]())
 
+        monkeypatch.setattr(requests, "study_of", study_of)
+        return asked
 
-def _computed(request, progress=None):
-    return _study_of(request)
+    return record
 
 
 def parity(*arguments: str):
@@ -97,66 +102,109 @@ def test_a_healthy_file_is_parity_and_status_0(made):
     assert result.stderr == ""
 
 
-def test_a_slot_of_part_of_its_strength_is_broken_and_status_1_in_every_form(made, tmp_path):
-    asked = (made.model, "--onnx", made.faulty, *SIZE)
-    result = parity(*asked, "--format", "json", "--report", str(tmp_path / "a" / "report"))
+def test_a_slot_of_part_of_its_strength_is_broken_and_status_1(made, tmp_path):
+    report = tmp_path / "a" / "report"
+    result = parity(made.model, "--onnx", made.faulty, *SIZE, "--format", "json", "--report", str(report))
     assert result.exit_code == 1
     record = json.loads(result.stdout)
     assert (record["shapecheck_parity"], record["verdict"], record["model"]) == (1, "broken", "model/unet")
     (side,) = record["sides"]
-    assert [each["where"] for each in side["results"] if (each["kind"], each["status"]) == ("slot", "failed")] == [
-        "down_block_residual_01"
-    ]
-    (reason,) = {each["reason"] for each in side["results"] if each["where"] == "down_block_residual_01"}
-    assert reason == "down_block_residual_01 acts as if 0.900 of it were given"
-    report = tmp_path / "a" / "report"
+    (slot,) = [each for each in side["results"] if (each["kind"], each["status"]) == ("slot", "failed")]
+    assert slot["where"] == "down_block_residual_01"
+    assert slot["reason"] == "down_block_residual_01 acts as if 0.900 of it were given"
     assert {"parity.json", "parity.md", "parity.html"} <= {each.name for each in report.iterdir()}
-    assert without_seconds(json.loads((report / "parity.json").read_text(encoding="utf-8"))) == without_seconds(record)
-    assert (report / "parity.md").read_text(encoding="utf-8").startswith("# Parity of ")
     assert "polygraphy" in side["divergence"]["command"]
-
-
-def without_seconds(record):
-    if isinstance(record, dict):
-        return {key: without_seconds(value) for key, value in record.items() if key != "seconds"}
-    return [without_seconds(each) for each in record] if isinstance(record, list) else record
 
 
 @pytest.mark.parametrize(
     ("form", "begins", "holds"),
     [
         ("human", "Parity of ", "\nBROKEN: ort: "),
+        ("json", "{", '"verdict": "broken"'),
         ("markdown", "# Parity of ", "\n**BROKEN: ort: "),
-        ("html", "<!doctype html>", "down_block_residual_01 acts as if 0.900 of it were given"),
+        ("html", "<!doctype html>", "acts at 0.5 of its strength: it is added after the scale, not before"),
     ],
 )
-def test_each_form_says_the_same_and_goes_into_a_file(made, tmp_path, form, begins, holds):
-    file = tmp_path / f"told.{form}"
-    result = parity(made.model, "--onnx", made.faulty, *SIZE, "--format", form, "-o", str(file))
+def test_each_form_says_the_same_and_goes_into_a_file(recorded, tmp_path, form, begins, holds):
+    recorded("broken")
+    file, report = tmp_path / f"told.{form}", tmp_path / "a" / "report"
+    result = parity("sd15", "--onnx", "unet.onnx", "--format", form, "-o", str(file), "--report", str(report))
     assert (result.exit_code, result.stdout) == (1, "")
     text = file.read_text(encoding="utf-8")
     assert text.lower().startswith(begins.lower())
     assert holds in text
-    assert list(tmp_path.iterdir()) == [file]
+    assert set(tmp_path.iterdir()) == {file, tmp_path / "a"}
+    written = {"json": "parity.json", "markdown": "parity.md", "html": "parity.html"}
+    assert {each.name for each in report.iterdir()} == set(written.values())
+    if form in written:
+        assert (report / written[form]).read_text(encoding="utf-8") == text
 
 
-def test_sizes_in_pixels_are_told_as_latents_with_an_odd_one_between(made):
-    asked = ("--sizes", "48x40:56x64:88x72", "--batch", "1:1:2", "--tokens", "5:7:9", "--backends", "torch", "--seed", "7")
-    result = parity(made.model, *asked, "--format", "json")
-    assert result.exit_code == 0, result.output
-    record = json.loads(result.stdout)
-    told = [(each["batch"], each["height"], each["width"], each["tokens"]) for each in record["geometries"]]
-    assert told[:3] == [(1, 5, 6, 5), (1, 8, 7, 7), (2, 9, 11, 9)]
-    (between,) = told[3:]
-    assert 5 < between[1] < 9 and between[1] % 2 and 6 < between[2] < 11 and between[2] % 2
-    assert (record["seed"], record["sides"][0]["backend"]) == (7, "torch")
+@pytest.mark.parametrize(
+    ("sample", "status", "holds"),
+    [("two-backends", 0, "\nPARITY: 50 checks on ort, trt\n"), ("could-not-run", 1, "\nBROKEN: trt: could not run ")],
+)
+def test_how_it_ends_is_the_verdict(recorded, sample, status, holds):
+    recorded(sample)
+    result = parity("sd15", "--onnx", "unet.onnx")
+    assert result.exit_code == status
+    assert holds in result.stdout
 
 
+def test_what_is_asked_for_reaches_the_run(recorded, tmp_path):
+    asked = recorded("healthy")
+    told = ("--backends", "ort, trt", "--controlnet", "c", "--seed", "7", "--times-own", "2.5", "--reference", "float32")
+    files = ("--onnx", "a.onnx", "--engine", "b.plan", "--report", str(tmp_path / "rep"))
+    sizes = ("--sizes", "48x40", "--sizes", "72x104", "--batch", "1:1:2", "--tokens", "5:7:9")
+    assert parity("sd15", *told, *files, *sizes, "--variant", "fp16", "--offline").exit_code == 0
+    assert asked == [
+        ParityRequest(
+            "sd15",
+            onnx="a.onnx",
+            engine="b.plan",
+            backends=("ort", "trt"),
+            controlnet="c",
+            sizes=("48x40", "72x104"),
+            batch=("1:1:2",),
+            tokens="5:7:9",
+            seed=7,
+            times_own=2.5,
+            reference="float32",
+            variant="fp16",
+            offline=True,
+            folder=tmp_path / "rep",
+        )
+    ]
+
+
+def test_sizes_in_pixels_become_latents_with_an_odd_one_between(made):
+    request = ParityRequest(
+        made.model, backends=("torch",), sizes=("48x40:56x64:88x72",), batch=("1:1:2",), tokens="5:7:9", seed=7
+    )
+    study = requests.study_of(request)
+    calls = [plan.calls[0] for plan in study.plans["torch"] if plan.check.kind == "case"]
+    sizes = [call.geometry for call in calls if call.frame is None]
+    assert [(each.batch, each.height, each.width, each.tokens) for each in sizes[:3]] == [
+        (1, 5, 6, 5),
+        (1, 8, 7, 7),
+        (2, 9, 11, 9),
+    ]
+    (between,) = sizes[3:]
+    assert 5 < between.height < 9 and between.height % 2 and 6 < between.width < 11 and between.width % 2
+    assert study.options.seed == 7
+
+
+@pytest.mark.full
 def test_a_real_controlnet_gives_the_residuals(made):
     asked = ("--onnx", made.healthy, *SIZE, "--controlnet", str(made.folder / "controlnet"))
     result = parity(made.model, *asked)
     assert result.exit_code == 0, result.output
     assert "PARITY: " in result.stdout
+
+
+def test_a_controlnet_with_weights_is_tried_before_anything_is_computed(made):
+    request = ParityRequest(made.model, onnx=made.healthy, sizes=("72x104",), controlnet=str(made.folder / "controlnet"))
+    assert requests.study_of(request).checks
 
 
 @pytest.mark.parametrize(
@@ -208,7 +256,6 @@ def test_a_model_that_cannot_be_run_is_refused(made, model, message, monkeypatch
     assert message in told
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="ort-cuda may run here")
 def test_a_backend_that_cannot_run_here_is_broken_and_not_status_2(made, monkeypatch):
     monkeypatch.setattr(doctor, "backend", lambda name: Backend(name, False, "", (Gap("planted reason", "planted cure"),)))
     result = parity(made.model, "--onnx", made.healthy, *SIZE, "--backends", "ort-cuda")
@@ -229,6 +276,7 @@ def examples() -> list[list[str]]:
     return [shlex.split(line)[2:] for line in told.splitlines() if line.strip().startswith("shapecheck parity ")]
 
 
+@pytest.mark.full
 def test_the_help_s_examples_can_be_run(examples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     unet(**THREE).save_pretrained(tmp_path / "sd15" / "unet")
