@@ -3,46 +3,64 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 from types import SimpleNamespace
 
 import engines
 import numpy as np
 import pytest
-import real_pipelines as pipes
+import real_pipelines
+import small
 import torch
 from diffusers import MultiControlNetModel
 from diffusers.models.attention_processor import AttnProcessor
 
 import shapecheck
-from shapecheck import ContractError, ShapecheckError
+from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.contract.environment import Backend, Gap
 from shapecheck.pipelines import accelerate as road
 from shapecheck.pipelines import made as files
-from shapecheck.pipelines import small as parts_of
 from shapecheck.run.dropin_unet import DropInUNet
 
 ALLOWED = 1 / 255
 SHORT = {"num_inference_steps": 2}
+NO_GPU = (Gap("no NVIDIA GPU and no driver", "nothing to install"), Gap("no cuDNN", "pip install cudnn"))
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def parts():
-    return parts_of.parts("sd15")
-
-
-@pytest.fixture(scope="module")
-def contract(parts):
-    return shapecheck.probe(parts.unet)
+@pytest.fixture
+def unet():
+    return small.unet(**small.TINY)
 
 
 @pytest.fixture
-def pipe(parts):
-    return pipes.PIPELINES["controlnet"](parts)
+def pipe(unet):
+    """What is looked at of a pipeline. Whole ones are in test_pipelines.py and in the demo."""
+    return SimpleNamespace(unet=unet, controlnet=small.controlnet(unet))
+
+
+class OnGpu(torch.nn.Module):
+    """A wrapper like torch.compile's, whose parameters say that they are on a GPU; it notes where it is sent."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self._orig_mod = unet
+        self.sent = []
+
+    def parameters(self, recurse=True):
+        yield SimpleNamespace(device=torch.device("cuda"))
+
+    def to(self, device):
+        self.sent.append(str(device))
+        return self
+
+
+@pytest.fixture
+def gpu_pipe(pipe):
+    """A GPU is pretended: what is tried runs to where one would be touched."""
+    return SimpleNamespace(unet=OnGpu(pipe.unet), controlnet=pipe.controlnet)
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +69,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def exports(monkeypatch, tmp_path_factory):
+def exports(monkeypatch):
     """What was exported. It stands in for our exporter, which takes a minute; the README's `shapecheck demo` uses that."""
     done = []
 
-    def quick(unet, path, *, weights, progress):
-        place = tmp_path_factory.getbasetemp() / path.name
-        if not place.exists():
-            engines.exported_quickly(unet, place, weights=weights, progress=progress)
-        for name in (path.name, f"{path.name}.data"):
-            shutil.copy(place.with_name(name), path.with_name(name))
+    def export(unet, path, **options):
+        engines.exported_quickly(unet, path, **options)
         done.append(path)
 
-    monkeypatch.setattr(files, "export", quick)
+    monkeypatch.setattr(files, "export", export)
     return done
 
 
@@ -73,64 +87,80 @@ def no_gpu(caplog):
     return caplog
 
 
-def test_a_pipeline_gives_the_same_images_and_gets_its_unet_back(pipe, parts, folder, no_gpu):
-    torch_images = pipes.images(pipe, **SHORT)
+def say_what_runs(monkeypatch, *names):
+    """Doctor says that these backends run, and no other."""
+    monkeypatch.setattr(doctor, "backend", lambda name: Backend(name, name in names, "", () if name in names else NO_GPU))
+
+
+def test_a_pipeline_gives_the_same_images_and_gets_its_unet_back(folder, no_gpu):
+    parts = real_pipelines.take_parts("shallow")
+    pipe = real_pipelines.PIPELINES["controlnet"](parts)
+    torch_images = real_pipelines.images(pipe, **SHORT)
     done = shapecheck.accelerate(pipe, folder, "ort")
     assert (done.backend, done.unet, done.refusals) == ("ort", pipe.unet, ())
     assert isinstance(pipe.unet, DropInUNet)
     assert no_gpu.messages[-1] == f"ort runs the UNet: {done.artefact}"
-    images = pipes.images(pipe, **SHORT)
+    images = real_pipelines.images(pipe, **SHORT)
     assert np.abs(images - torch_images).max() <= ALLOWED
-    assert not np.array_equal(images, pipes.images(pipe, **SHORT, controlnet_conditioning_scale=0.5))
+    assert not np.array_equal(images, real_pipelines.images(pipe, **SHORT, controlnet_conditioning_scale=0.5))
     session = pipe.unet
     done()
     done()
     assert pipe.unet is parts.unet is done.unet
     assert (done.backend, done.artefact) == ("torch", None)
-    assert np.array_equal(pipes.images(pipe, **SHORT), torch_images)
+    assert np.array_equal(real_pipelines.images(pipe, **SHORT), torch_images)
     with pytest.raises(ShapecheckError, match="closed"):
         session(torch.zeros(1, 4, 9, 13), 1, torch.zeros(1, 77, 32))
 
 
-def test_a_block_puts_it_back_even_when_it_fails(pipe, parts, folder):
+def test_a_block_puts_it_back_even_when_it_fails(pipe, unet, folder):
     with pytest.raises(ZeroDivisionError), shapecheck.accelerate(pipe, folder, "ort"):
         assert isinstance(pipe.unet, DropInUNet)
         1 / 0  # noqa: B018
-    assert pipe.unet is parts.unet
+    assert pipe.unet is unet
 
 
-def test_a_file_is_made_once_and_again_where_it_is_damaged(parts, tmp_path, exports):
-    path = files.Made(parts.unet, tmp_path, lambda *_: None).onnx()
-    assert files.Made(parts.unet, tmp_path, lambda *_: None).onnx() == path
+def test_a_file_is_made_once_and_again_where_it_is_damaged(unet, tmp_path, exports):
+    path = files.Made(unet, tmp_path, lambda *_: None).onnx()
+    assert files.Made(unet, tmp_path, lambda *_: None).onnx() == path
     assert exports == [path]
     path.write_bytes(path.read_bytes()[:1000])
-    assert files.Made(parts.unet, tmp_path, lambda *_: None).onnx() == path
+    assert files.Made(unet, tmp_path, lambda *_: None).onnx() == path
     assert exports == [path, path]
 
 
-def test_another_file_is_made_where_weights_or_settings_change(tmp_path):
-    unet = parts_of.parts("sd15", seed=3).unet
+def test_another_file_is_made_where_weights_or_settings_change(unet, tmp_path, monkeypatch):
+    """Which one is of no matter here: the first is given out again and again."""
+    first, asked = engines.export_sealed(unet), []
 
-    def place():
-        return files.Made(unet, tmp_path, lambda *_: None)._place
+    def export(_unet, path, **_):
+        shutil.copyfile(first, path)
+        path.with_name(f"{path.name}.data").touch()
+        asked.append(path)
 
-    first = place()
-    assert place() == first
-    unet.mid_block.resnets[0].norm1.weight[5] += 0.5
-    second = place()
+    def take_file():
+        return files.Made(unet, tmp_path, lambda *_: None).onnx()
+
+    monkeypatch.setattr(files, "export", export)
+    found = [take_file(), take_file()]
+    with torch.no_grad():
+        unet.mid_block.resnets[0].norm1.weight[5] += 0.5
+    found.append(take_file())
     unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)  # no part of weights or config
-    third = place()
+    found.append(take_file())
     unet.set_attn_processor(AttnProcessor())
-    assert len({first, second, third, place()}) == 4
+    found.append(take_file())
+    assert found == [asked[0], *asked]
+    assert len(set(asked)) == len(asked) == 4
 
 
-def test_every_step_down_is_logged_with_its_reason(pipe, parts, folder, no_gpu, exports):
+def test_every_step_down_is_logged_with_its_reason(pipe, unet, folder, no_gpu, exports):
     done = shapecheck.accelerate(pipe, folder)
-    assert (done.backend, done.artefact, done.unet) == ("torch", None, parts.unet)
-    assert pipe.unet is parts.unet
+    assert (done.backend, done.artefact, done.unet) == ("torch", None, unet)
+    assert pipe.unet is unet
     reason = "it runs on a GPU and the UNet is on cpu: move the pipeline first, with pipe.to(…)"
     assert done.refusals == (("trt", reason), ("ort-cuda", reason))
-    warned = [each.message for each in no_gpu.records if each.levelno == logging.WARNING]
+    warned = [record.message for record in no_gpu.records if record.levelno == logging.WARNING]
     assert warned == [
         f"trt does not run this UNet: {reason}",
         f"ort-cuda does not run this UNet: {reason}",
@@ -143,86 +173,118 @@ def test_every_step_down_is_logged_with_its_reason(pipe, parts, folder, no_gpu, 
     assert caught.value.refusals == done.refusals
 
 
-def test_the_next_one_is_taken_where_one_refuses(pipe, folder, no_gpu, monkeypatch):
-    monkeypatch.setattr(road, "_LADDER", ("trt", "ort"))
-    with shapecheck.accelerate(pipe, folder) as done:
-        assert done.backend == "ort"
+def test_the_next_one_is_taken_where_one_refuses(gpu_pipe, tmp_path, no_gpu, monkeypatch):
+    """ONNX Runtime on the CPU stands in for ONNX Runtime on a GPU."""
+    unet, loaded = gpu_pipe.unet, []
+
+    def load(artefact, backend, *, device, **_):
+        loaded.append((artefact, backend, device))
+        return shapecheck.load(artefact, "ort")
+
+    monkeypatch.setattr(road, "load", load)
+    say_what_runs(monkeypatch, "ort-cuda")
+    with shapecheck.accelerate(gpu_pipe, tmp_path) as done:
+        assert done.backend == "ort-cuda"
         assert [name for name, _ in done.refusals] == ["trt"]
-    assert [each.levelname for each in no_gpu.records] == ["WARNING", "INFO"]
+        assert loaded == [(done.artefact, "ort-cuda", torch.device("cuda"))]
+        assert unet.sent == ["cpu"], "the GPU's memory is for what takes its place"
+    assert [record.levelname for record in no_gpu.records] == ["WARNING", "INFO"]
+    assert gpu_pipe.unet is unet
 
 
-def test_what_cannot_run_is_known_before_the_export(parts, tmp_path, exports, monkeypatch):
-    """A GPU is pretended, and that nothing runs on it."""
-    gaps = (Gap("no NVIDIA GPU and no driver", "nothing to install"), Gap("no cuDNN", "pip install cudnn"))
-    monkeypatch.setattr(road.doctor, "backend", lambda name: Backend(name, False, "", gaps))
-    made = files.Made(parts.unet, tmp_path, lambda *_: None)
-    on_gpu = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
-    told = re.escape("no NVIDIA GPU and no driver (nothing to install); no cuDNN (pip install cudnn)")
-    with pytest.raises(ShapecheckError, match=told):
-        road._started(on_gpu, made, "ort-cuda", (), None)
+def test_what_cannot_run_is_known_before_the_export(gpu_pipe, tmp_path, exports, monkeypatch):
+    say_what_runs(monkeypatch)
+    done = shapecheck.accelerate(gpu_pipe, tmp_path, "ort-cuda")
+    reason = "no NVIDIA GPU and no driver (nothing to install); no cuDNN (pip install cudnn)"
+    assert done.refusals == (("ort-cuda", reason),)
     assert not exports
 
 
-def test_a_stream_and_its_pipeline_change_together(pipe, parts, folder):
+def test_a_stream_and_its_pipeline_change_together(pipe, unet, folder):
     """StreamDiffusion's own attributes; a wrapper around it, too. It is pretended: the package is not in the registries."""
-    stream = SimpleNamespace(pipe=pipe, unet=pipe.unet, width=104, height=72, trt_unet_batch_size=4, _is_unet_tensorrt=False)
+    stream = SimpleNamespace(pipe=pipe, unet=unet, width=104, height=72, trt_unet_batch_size=4, _is_unet_tensorrt=False)
     wrapper = SimpleNamespace(stream=stream)
     with shapecheck.accelerate(wrapper, folder, "ort") as done:
         assert stream.unet is pipe.unet is done.unet
         assert stream._is_unet_tensorrt is None
         stream._is_unet_tensorrt = True
-        seen = stream.unet(torch.zeros(4, 4, 9, 13), torch.tensor([1, 3, 5, 7]), torch.zeros(4, 77, 32))[0]
+        seen = stream.unet(torch.zeros(4, 4, 9, 13), torch.tensor([1, 3, 5, 7]), torch.zeros(4, 77, 12))[0]
         assert seen.shape == (4, 4, 9, 13)
-    assert stream.unet is pipe.unet is parts.unet
+    assert stream.unet is pipe.unet is unet
     assert stream._is_unet_tensorrt is None
 
 
+@pytest.fixture
+def build_for(tmp_path, monkeypatch):
+    """What `accelerate` has built; in place of TensorRT something that notes for what it is asked, and refuses."""
+    asked = []
+
+    def build_engine(path, *, profiles, **_):
+        asked.append(profiles)
+        raise ShapecheckError("no TensorRT")
+
+    monkeypatch.setattr(files, "export", lambda *_, **__: None)
+    monkeypatch.setattr(files, "build_engine", build_engine)
+    say_what_runs(monkeypatch, "trt")
+
+    def build(owner, **options):
+        done = shapecheck.accelerate(owner, tmp_path, "trt", **options)
+        assert done.refusals == (("trt", "no TensorRT"),)
+        ((profile,),) = asked
+        return profile
+
+    return build
+
+
+@pytest.fixture
+def rounding_pipe():
+    """Two levels: an odd size is rounded at the second."""
+    return SimpleNamespace(unet=OnGpu(small.unet(**small.SHALLOW)))
+
+
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("options", "expected"),
     [
-        ({}, "batch 1, latent 16×16 … batch 2, latent 16×16"),
-        ({"sizes": ["72x104:104x72:136x136"], "batch": ["2:3:4"]}, None),
+        ({}, ((1, 4, 16, 16), (2, 4, 16, 16), (2, 4, 16, 16))),
+        ({"sizes": ["72x72:104x72:136x136"], "batch": ["2:3:4"]}, ((2, 4, 9, 9), (3, 4, 9, 13), (4, 4, 17, 17))),
     ],
 )
-def test_engines_are_for_what_is_asked_for_else_for_what_is_usual(pipe, contract, given, expected):
-    owners = road.Owners(pipe)
-    if expected is None:
-        with pytest.raises(ShapecheckError, match="is no range"):
-            road._profiles(owners, contract, given["sizes"], given["batch"])
-        given["sizes"] = ["72x72:104x72:136x136"]
-    (profile,) = road._profiles(owners, contract, given.get("sizes", ()), given.get("batch", ()))
-    shapes = profile.bounds("sample").shapes
-    assert shapes == (
-        ((1, 4, 16, 16), (2, 4, 16, 16), (2, 4, 16, 16)) if expected else ((2, 4, 9, 9), (3, 4, 9, 13), (4, 4, 17, 17))
-    )
+def test_engines_are_for_what_is_asked_for_else_for_what_is_usual(rounding_pipe, build_for, options, expected):
+    assert build_for(rounding_pipe, **options).bounds("sample").shapes == expected
+    assert rounding_pipe.unet.sent == ["cpu", "cuda"], "it is back where it was"
 
 
-def test_a_streams_engines_are_for_its_frames(pipe, contract):
-    stream = SimpleNamespace(pipe=pipe, unet=pipe.unet, width=104, height=72, trt_unet_batch_size=4)
-    (profile,) = road._profiles(road.Owners(stream), contract, (), ())
+def test_sizes_that_are_no_range_are_told_before_the_export(pipe, tmp_path, exports):
+    with pytest.raises(ShapecheckError, match="is no range"):
+        shapecheck.accelerate(pipe, tmp_path, "ort", sizes=["72x104:104x72:136x136"], batch=["2:3:4"])
+    assert not exports
+
+
+def test_a_streams_engines_are_for_its_frames(rounding_pipe, build_for):
+    stream = SimpleNamespace(pipe=rounding_pipe, unet=rounding_pipe.unet, width=104, height=72, trt_unet_batch_size=4)
+    profile = build_for(stream)
     assert set(profile.bounds("sample").shapes) == {(4, 4, 9, 13)}
-    assert set(profile.bounds("down_block_residual_11").shapes) == {(4, 96, 2, 2)}
+    assert set(profile.bounds("down_block_residual_02").shapes) == {(4, 8, 5, 7)}
 
 
-def test_two_that_do_not_fit_are_told_before_anything_is_written(parts, tmp_path):
-    other = parts_of.parts("sdxl").controlnet
-    pipe = pipes.PIPELINES["controlnet"](parts, controlnet=MultiControlNetModel([parts.controlnet, other]))
+def test_two_that_do_not_fit_are_told_before_anything_is_written(pipe, unet, tmp_path):
+    other = small.controlnet(small.unet(**small.TINY | {"block_out_channels": (16,)}))
+    pipe.controlnet = MultiControlNetModel([pipe.controlnet, other])
     with pytest.raises(ContractError, match="mid_block_residual"):
         shapecheck.accelerate(pipe, tmp_path, "ort")
-    assert pipe.unet is parts.unet
+    assert pipe.unet is unet
     assert not any(tmp_path.iterdir())
 
 
-def test_what_replaced_the_session_meanwhile_stays(pipe, parts, folder, no_gpu):
+def test_what_replaced_the_session_meanwhile_stays(pipe, folder, no_gpu):
     done = shapecheck.accelerate(pipe, folder, "ort")
-    other = parts_of.parts("sd15", seed=5).unet
-    pipe.unet = other
+    other = pipe.unet = small.unet(**small.TINY)
     done()
     assert pipe.unet is other
     assert no_gpu.messages[-1] == "the UNet that accelerate put in was exchanged meanwhile: what is there now stays"
 
 
-def test_what_cannot_be_exchanged_says_why(pipe, parts, folder, tmp_path, monkeypatch):
+def test_what_cannot_be_exchanged_says_why(pipe, unet, folder, tmp_path, monkeypatch):
     with pytest.raises(ShapecheckError, match="dict holds no UNet: give a diffusers pipeline or a StreamDiffusion"):
         shapecheck.accelerate({}, folder)
     with pytest.raises(ShapecheckError, match="backend is one of auto, trt, "):
@@ -233,36 +295,44 @@ def test_what_cannot_be_exchanged_says_why(pipe, parts, folder, tmp_path, monkey
     with pytest.raises(ShapecheckError, match=r"cannot write into .*file"):
         shapecheck.accelerate(pipe, tmp_path / "file")
     with pytest.raises(ShapecheckError, match="hold two UNets"):
-        shapecheck.accelerate(SimpleNamespace(pipe=pipe, unet=parts_of.parts("sd15", seed=5).unet), folder)
+        shapecheck.accelerate(SimpleNamespace(pipe=pipe, unet=small.unet(**small.TINY)), folder)
     with pytest.raises(ShapecheckError, match="class Identity is not exported yet"):
         shapecheck.accelerate(SimpleNamespace(unet=torch.nn.Identity()), folder)
     with shapecheck.accelerate(pipe, folder, "ort"), pytest.raises(ShapecheckError, match="exchanged already"):
         shapecheck.accelerate(pipe, folder, "ort")
     for name, advice in {"_hf_hook": "remove_all_hooks", "peft_config": "fuse_lora"}.items():
         with monkeypatch.context() as patched, pytest.raises(ShapecheckError, match=advice):
-            patched.setattr(parts.unet, name, {"default": 1}, raising=False)
+            patched.setattr(unet, name, {"default": 1}, raising=False)
             shapecheck.accelerate(pipe, folder)
 
 
-def test_a_backend_that_fails_leaves_the_pipeline_as_it_was(pipe, parts, folder, monkeypatch):
+def test_a_backend_that_fails_leaves_the_pipeline_as_it_was(pipe, unet, folder, monkeypatch):
     def fails(*_, **__):
         raise ShapecheckError("out of file handles")
 
     monkeypatch.setattr(road, "load", fails)
     done = shapecheck.accelerate(pipe, folder, "ort")
     assert done.refusals == (("ort", "out of file handles"),)
-    assert pipe.unet is parts.unet
+    assert pipe.unet is unet
 
 
 @pytest.mark.full
-def test_an_engine_is_built_beside_the_file_and_found_again(pipe, parts, contract, tmp_path):
+def test_an_engine_is_built_beside_the_file_and_found_again(gpu_pipe, tmp_path, monkeypatch):
     """TensorRT for RTX builds without a GPU, and runs on one only."""
-    made = files.Made(parts.unet, tmp_path, lambda *_: None)
-    profiles = road._profiles(road.Owners(pipe), contract, ["104x72"], ["1:2:2"])
-    engine = made.engine("rtx", profiles)
-    assert engine.parent == tmp_path
-    assert shapecheck.read_contract(engine) == shapecheck.read_contract(made.onnx()) == contract
-    written = engine.stat().st_mtime_ns
-    assert made.engine("rtx", profiles) == engine
-    assert engine.stat().st_mtime_ns == written
-    assert made.engine("rtx", road._profiles(road.Owners(pipe), contract, ["72x72"], ["1"])) != engine
+    opened = []
+
+    def load(artefact, backend, **_):
+        opened.append((artefact, backend, artefact.stat().st_mtime_ns))
+        raise ShapecheckError("it runs on a GPU only")
+
+    monkeypatch.setattr(road, "load", load)
+    say_what_runs(monkeypatch, "rtx")
+    for size in ("104x72", "104x72", "72x72"):
+        done = shapecheck.accelerate(gpu_pipe, tmp_path, "rtx", sizes=[size], batch=["1:2:2"])
+        assert done.refusals == (("rtx", "it runs on a GPU only"),)
+    first, again, other = opened
+    assert first == again
+    assert first[0] != other[0]
+    assert first[0].parent == tmp_path
+    (file,) = tmp_path.glob("*.onnx")
+    assert shapecheck.read_contract(first[0]) == shapecheck.read_contract(file) == shapecheck.probe(gpu_pipe.unet)

@@ -1,12 +1,14 @@
-"""Real pipelines with a session in the UNet's place: the same images as with PyTorch, and what acts on them."""
+"""Real pipelines with a session in the UNet's place: the same images as with PyTorch, and what acts on them.
+
+By default once with all of SD1.5's slots, and once with SDXL's inputs on two levels; other pipelines and schedulers are `full`.
+"""
 
 from __future__ import annotations
 
-import engines
 import numpy as np
 import onnx_files
 import pytest
-import real_pipelines as pipes
+import real_pipelines
 import torch
 from diffusers import MultiControlNetModel
 
@@ -17,38 +19,21 @@ from shapecheck.run.dropin import UnsupportedError
 
 ALLOWED = 1 / 255
 SEEN = 2 / 255
-QUICK = ("controlnet", "xl-text")
-"""What runs in every run of the tests; the others are marked `full`."""
-CONTROLLED = [name for name in pipes.PIPELINES if "controlnet" in name]
+MANY = {"num_inference_steps": 6}
+"""Steps enough for every formula of a scheduler that looks back."""
+SCHEDULERS = ("euler", "euler-ancestral", "lcm", "unipc", "pndm")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Parts, and the UNet of these parts as a file, each kind once."""
-    folder = tmp_path_factory.mktemp("pipelines")
-    kept = {}
-
-    def make(kind):
-        if kind not in kept:
-            parts = parts_of.parts(kind)
-            path, contract = onnx_files.written(folder / f"{kind}.onnx", parts.unet, latent=(9, 13))
-            kept[kind] = parts, engines.sealed(path, contract)
-        return kept[kind]
-
-    return make
-
-
-def both(made, name, *, scheduler="ddim", controlnet=None, **options):
+def draw_both(name, *, parts=None, scheduler="ddim", **options):
     """The images with PyTorch's UNet, and with the file in its place."""
-    parts, path = made(pipes.kind(name))
-    found = []
-    for unet in (None, shapecheck.load(path, "ort")):
-        pipe = pipes.PIPELINES[name](parts, unet=unet, controlnet=controlnet, scheduler=pipes.new_scheduler(scheduler))
-        found.append(pipes.images(pipe, **options))
-    return found
+    parts = parts or real_pipelines.kind(name)
+    unet, new = real_pipelines.open_session(parts), real_pipelines.new_scheduler(scheduler)
+    pipe = real_pipelines.PIPELINES[name](real_pipelines.take_parts(parts), unet=unet, scheduler=new)
+    expected = real_pipelines.draw_in_torch(name, parts, scheduler=scheduler, **options)
+    return expected, real_pipelines.images(pipe, **options)
 
 
 def worst(one, other):
@@ -58,36 +43,64 @@ def worst(one, other):
     return float(np.abs(one - other).max())
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.full] * (name not in QUICK)) for name in pipes.PIPELINES]
-)
-def test_a_file_gives_the_images_that_pytorch_gives(made, name):
-    assert worst(*both(made, name)) <= ALLOWED
+def test_a_file_gives_the_images_that_pytorch_gives():
+    assert worst(*draw_both("controlnet")) <= ALLOWED
+
+
+def test_a_file_is_given_what_sdxl_adds():
+    assert worst(*draw_both("xl-text", parts="shallow-xl")) <= ALLOWED
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", pipes.PIPELINES)
-@pytest.mark.parametrize("scheduler", ["euler", "euler-ancestral", "lcm", "unipc", "pndm"])
-def test_it_does_so_with_every_scheduler(made, name, scheduler):
-    assert worst(*both(made, name, scheduler=scheduler)) <= ALLOWED
+@pytest.mark.parametrize("name", [name for name in real_pipelines.PIPELINES if name != "controlnet"])
+def test_a_file_gives_every_pipeline_its_images(name):
+    assert worst(*draw_both(name)) <= ALLOWED
+
+
+PAIRED = [
+    ("controlnet", "pndm"),
+    ("controlnet", "unipc"),
+    ("controlnet-img2img", "euler"),
+    ("controlnet-img2img", "lcm"),
+    ("controlnet-inpaint", "euler-ancestral"),
+    ("controlnet-inpaint", "pndm"),
+    ("text", "unipc"),
+    ("xl-controlnet", "euler"),
+    ("xl-controlnet", "euler-ancestral"),
+    ("xl-controlnet-img2img", "pndm"),
+    ("xl-controlnet-img2img", "unipc"),
+    ("xl-text", "lcm"),
+]
+"""Every scheduler with a UNet of SD1.5 and one of SDXL, and every pipeline with one that is not DDIM."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "scheduler"), PAIRED)
+def test_it_does_so_with_other_schedulers(name, scheduler):
+    assert worst(*draw_both(name, scheduler=scheduler, **MANY)) <= ALLOWED
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", real_pipelines.PIPELINES)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_pipeline_does_so_with_every_scheduler(name, scheduler):
+    assert worst(*draw_both(name, scheduler=scheduler, num_inference_steps=10)) <= ALLOWED
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("scheduler", ["lcm", "pndm", "euler-ancestral"])
-def test_schedulers_without_guidance_keep_what_they_were_given(made, scheduler):
+def test_schedulers_without_guidance_keep_what_they_were_given(scheduler):
     """PNDM keeps the images of several steps: none may be written over."""
-    assert worst(*both(made, "controlnet", scheduler=scheduler, guidance_scale=1.0)) <= ALLOWED
+    assert worst(*draw_both("controlnet", scheduler=scheduler, guidance_scale=1.0, **MANY)) <= ALLOWED
 
 
 @pytest.mark.full
-def test_an_output_that_is_written_over_is_seen_so_that_the_test_above_can_fail(made):
-    parts, path = made("sd15")
-    images = []
-    for own in (True, False):
-        unet = shapecheck.load(path, "ort", own_outputs=own)
-        pipe = pipes.PIPELINES["controlnet"](parts, unet=unet, scheduler=pipes.new_scheduler("pndm"))
-        images.append(pipes.images(pipe, guidance_scale=1.0))
-    assert worst(*images) > SEEN
+def test_an_output_that_is_written_over_is_seen_so_that_the_test_above_can_fail():
+    parts = real_pipelines.take_parts("sd15")
+    unet = shapecheck.load(real_pipelines.export_unet("sd15"), "ort", own_outputs=False)
+    pipe = real_pipelines.PIPELINES["controlnet"](parts, unet=unet, scheduler=real_pipelines.new_scheduler("pndm"))
+    expected = real_pipelines.draw_in_torch("controlnet", "sd15", scheduler="pndm", guidance_scale=1.0, **MANY)
+    assert worst(expected, real_pipelines.images(pipe, guidance_scale=1.0, **MANY)) > SEEN
 
 
 CASES = {
@@ -102,114 +115,113 @@ CASES = {
 @pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ["controlnet", "xl-controlnet"])
-def test_what_a_pipeline_does_to_residuals_reaches_the_file(made, name, case):
-    plain, options = {"num_inference_steps": 4}, {"num_inference_steps": 4} | CASES[case]
-    found = both(made, name, **options)
-    assert worst(*found) <= ALLOWED
+def test_what_a_pipeline_does_to_residuals_reaches_the_file(name, case):
+    expected, found = draw_both(name, **CASES[case])
+    assert worst(expected, found) <= ALLOWED
     if case != "two images":
-        parts, path = made(pipes.kind(name))
-        usual = pipes.images(pipes.PIPELINES[name](parts, unet=shapecheck.load(path, "ort")), **plain | {
-            key: value for key, value in options.items() if key == "guidance_scale"
-        })  # fmt: skip
-        assert worst(found[1], usual) > SEEN
+        plain = {key: value for key, value in CASES[case].items() if key == "guidance_scale"}
+        assert worst(found, real_pipelines.draw_in_torch(name, real_pipelines.kind(name), **plain)) > SEEN
 
 
 @pytest.mark.full
-def test_several_controlnets_and_their_exchange(made):
-    parts, _ = made("sd15")
+def test_several_controlnets_and_their_exchange():
+    parts, unet = real_pipelines.take_parts("sd15"), real_pipelines.open_session("sd15")
     other = parts_of.another_controlnet(parts.unet, 7)
-    images = []
+    image = [picture(real_pipelines.HEIGHT, real_pipelines.WIDTH) for picture in (real_pipelines.rings, real_pipelines.waves)]
+    options = {"image": image, "controlnet_conditioning_scale": [0.7, 0.4]}
+
+    def draw(unet, nets):
+        return real_pipelines.images(
+            real_pipelines.PIPELINES["controlnet"](parts, unet=unet, controlnet=MultiControlNetModel(nets)), **options
+        )
+
+    found = []
     for nets in ([parts.controlnet, other], [other, parts.controlnet]):
-        image = [pipes.rings(pipes.HEIGHT, pipes.WIDTH), pipes.waves(pipes.HEIGHT, pipes.WIDTH)]
-        options = {"image": image, "controlnet_conditioning_scale": [0.7, 0.4], "num_inference_steps": 4}
-        found = both(made, "controlnet", controlnet=MultiControlNetModel(nets), **options)
-        assert worst(*found) <= ALLOWED
-        images.append(found[1])
-    assert worst(*images) > SEEN
+        found.append(draw(unet, nets))
+        assert worst(draw(parts.unet, nets), found[-1]) <= ALLOWED
+    assert worst(*found) > SEEN
 
 
-def test_a_controlnet_acts_and_another_acts_otherwise(made):
-    parts, path = made("sd15")
-    unet = shapecheck.load(path, "ort")
-    options = {"num_inference_steps": 4}
-    on = pipes.images(pipes.PIPELINES["controlnet"](parts, unet=unet), **options)
-    off = pipes.images(pipes.PIPELINES["text"](parts, unet=unet), **options)
-    other = pipes.images(
-        pipes.PIPELINES["controlnet"](parts, unet=unet, controlnet=parts_of.another_controlnet(parts.unet, 7)), **options
-    )
-    zero = pipes.images(pipes.PIPELINES["controlnet"](parts, unet=unet), controlnet_conditioning_scale=0.0, **options)
+def test_a_controlnet_acts_and_another_acts_otherwise():
+    parts, unet = real_pipelines.take_parts("sd15"), real_pipelines.open_session("sd15")
+    other = parts_of.another_controlnet(parts.unet, 7)
+    controlled = real_pipelines.PIPELINES["controlnet"](parts, unet=unet)
+    on = real_pipelines.images(controlled)
+    off = real_pipelines.images(real_pipelines.PIPELINES["text"](parts, unet=unet))
+    exchanged = real_pipelines.images(real_pipelines.PIPELINES["controlnet"](parts, unet=unet, controlnet=other))
+    zero = real_pipelines.images(controlled, controlnet_conditioning_scale=0.0)
     assert worst(on, off) > SEEN
-    assert worst(on, other) > SEEN
+    assert worst(on, exchanged) > SEEN
     assert worst(off, zero) <= ALLOWED
 
 
-def test_on_off_on_and_sizes_and_controlnets_between_leave_nothing_behind(made):
+def test_on_off_on_and_sizes_and_controlnets_between_leave_nothing_behind():
     """Bitwise what fresh sessions give, whatever was computed before."""
-    parts, path = made("sd15")
-    other = parts_of.another_controlnet(parts.unet, 7)
+    parts, path = real_pipelines.take_parts("shallow"), real_pipelines.export_unet("shallow")
+    nets = {"": None, "own": parts.controlnet, "other": parts_of.another_controlnet(parts.unet, 7)}
     runs = [
-        ("text", None, {}),
-        ("controlnet", parts.controlnet, {}),
-        ("controlnet", other, {}),
-        ("controlnet", parts.controlnet, {"height": 64, "width": 120}),
-        ("text", None, {"height": 64, "width": 120}),
-        ("controlnet", parts.controlnet, {}),
-        ("text", None, {}),
+        ("text", "", (72, 104)),
+        ("controlnet", "own", (72, 104)),
+        ("controlnet", "other", (72, 104)),
+        ("controlnet", "own", (64, 120)),
+        ("text", "", (64, 120)),
+        ("controlnet", "own", (72, 104)),
+        ("text", "", (72, 104)),
     ]
 
-    def image(unet, name, net, options):
-        pipe = pipes.PIPELINES[name](parts, unet=unet, controlnet=net)
-        return pipes.images(pipe, num_inference_steps=2, **options)
+    def draw(unet, name, net, size):
+        pipe = real_pipelines.PIPELINES[name](parts, unet=unet, controlnet=nets[net])
+        return real_pipelines.images(pipe, num_inference_steps=2, height=size[0], width=size[1])
 
+    expected = {run: draw(shapecheck.load(path, "ort"), *run) for run in dict.fromkeys(runs)}
     kept = shapecheck.load(path, "ort", own_outputs=False)
-    for name, net, options in runs:
-        assert np.array_equal(image(kept, name, net, options), image(shapecheck.load(path, "ort"), name, net, options))
+    for run in runs:
+        assert np.array_equal(draw(kept, *run), expected[run])
+    assert len({image.tobytes() for image in expected.values()}) == len(expected) == 5
 
 
 @pytest.mark.full
-def test_strength_is_turned_while_it_runs(made):
+def test_strength_is_turned_while_it_runs():
     """`callback_on_step_end` with the prompt of the callback, and the strength taken anew in every frame."""
-    parts, path = made("sd15")
+    parts = real_pipelines.take_parts("sd15")
     found = []
-    for unet in (None, shapecheck.load(path, "ort")):
-        pipe = pipes.PIPELINES["controlnet"](parts, unet=unet)
+    for unet in (parts.unet, real_pipelines.open_session("sd15")):
+        pipe = real_pipelines.PIPELINES["controlnet"](parts, unet=unet)
         seen = []
 
         def turn(pipe, step, timestep, values, seen=seen):
             seen.append(step)
             return {"latents": values["latents"] * (0.9 if step == 1 else 1)}
 
-        found.append(pipes.images(pipe, num_inference_steps=4, callback_on_step_end=turn))
+        found.append(real_pipelines.images(pipe, callback_on_step_end=turn))
         assert seen == [0, 1, 2, 3]
     assert worst(*found) <= ALLOWED
-    assert worst(found[1], pipes.images(pipe, num_inference_steps=4)) > SEEN
+    assert worst(found[1], real_pipelines.draw_in_torch("controlnet", "sd15")) > SEEN
 
 
 @pytest.mark.full
-def test_an_exported_controlnet_takes_a_controlnets_place(made, tmp_path):
+def test_an_exported_controlnet_takes_a_controlnets_place(tmp_path):
     """Alone, with guess mode and a strength, and among several; the same file twice."""
-    parts, path = made("sd15")
-    file = onnx_files.controlnet_written(tmp_path / "controlnet.onnx", parts.controlnet, latent=(9, 13))
-    drop = shapecheck.load(file)
-    unet = shapecheck.load(path, "ort")
+    parts, unet = real_pipelines.take_parts("sd15"), real_pipelines.open_session("sd15")
+    drop = shapecheck.load(onnx_files.controlnet_written(tmp_path / "controlnet.onnx", parts.controlnet, latent=(9, 13)))
     for options in ({}, {"guess_mode": True}, {"controlnet_conditioning_scale": 0.4}):
         ours, theirs = (
-            pipes.images(pipes.PIPELINES["controlnet"](parts, unet=unet, controlnet=net), num_inference_steps=3, **options)
+            real_pipelines.images(real_pipelines.PIPELINES["controlnet"](parts, unet=unet, controlnet=net), **options)
             for net in (drop, parts.controlnet)
         )
         assert worst(ours, theirs) <= ALLOWED
-    image = [pipes.rings(pipes.HEIGHT, pipes.WIDTH), pipes.waves(pipes.HEIGHT, pipes.WIDTH)]
-    options = {"image": image, "controlnet_conditioning_scale": [0.7, 0.4], "num_inference_steps": 3}
+    image = [picture(real_pipelines.HEIGHT, real_pipelines.WIDTH) for picture in (real_pipelines.rings, real_pipelines.waves)]
+    options = {"image": image, "controlnet_conditioning_scale": [0.7, 0.4]}
     ours, theirs = (
-        pipes.images(pipes.PIPELINES["controlnet"](parts, controlnet=MultiControlNetModel(nets)), **options)
+        real_pipelines.images(real_pipelines.PIPELINES["controlnet"](parts, controlnet=MultiControlNetModel(nets)), **options)
         for nets in ([drop, drop], [parts.controlnet, parts.controlnet])
     )
     assert worst(ours, theirs) <= ALLOWED
 
 
-def test_what_a_session_cannot_do_is_said_by_pipelines_too(made, monkeypatch):
-    parts, path = made("sd15")
-    pipe = pipes.PIPELINES["controlnet"](parts, unet=shapecheck.load(path, "ort"))
+def test_what_a_session_cannot_do_is_said_by_pipelines_too(monkeypatch):
+    unet = real_pipelines.open_session("shallow")
+    pipe = real_pipelines.PIPELINES["controlnet"](parts_of.parts("sd15"), unet=unet)  # its own: some are cast
     with pytest.raises(UnsupportedError, match=r"enable_freeu: .* then export that"):
         pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     monkeypatch.setattr("diffusers.utils.USE_PEFT_BACKEND", True)
