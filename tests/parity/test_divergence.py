@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import engines
+import exports
 import numpy as np
 import onnx
 import onnx_files
@@ -17,7 +19,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx_files import planted
-from small import SHALLOW, TINY, unet
+from small import SHALLOW, unet
 
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.build import marked as marking
@@ -233,7 +235,11 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+KINDS = {"scaled", "half skip", "output", "dropped mid", "exchanged", "twice"}
+"""One of each kind; the others are of the same kind at another place."""
+
+
+@pytest.mark.parametrize("fault", [pytest.param(name, marks=[pytest.mark.full] * (name not in KINDS)) for name in FAULTS])
 def test_a_planted_fault_is_found_where_it_is(case, tmp_path, fault):
     edit, place, slot = FAULTS[fault]
     path = planted(case.path, tmp_path / "planted.onnx", edit)
@@ -251,6 +257,7 @@ def test_a_planted_fault_is_found_where_it_is(case, tmp_path, fault):
 
 def test_nan_is_counted_where_it_begins(case, tmp_path):
     found = case.find(planted(case.path, tmp_path / "nan.onnx", FAULTS["nan"][0]))
+    assert (found.module, found.slot) == ("down_blocks.0.downsamplers.0", "down_block_residual_02")
     assert (found.verdict.nan, found.verdict.shape) == (2 * 9 * 13, (2, 8, 9, 13))
 
 
@@ -353,7 +360,7 @@ def test_a_sum_is_rounded_as_the_model_rounds(case):
     assert not torch.equal(total, skip + case.inputs["down_block_residual_00"].double())
 
 
-@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize("files", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_weights_in_other_files_stay_there(case, tmp_path, files):
     path = tmp_path / "outside.onnx"
     onnx.save(
@@ -412,6 +419,7 @@ def run(command: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.full
 def test_polygraphy_agrees_with_the_verdict(case, tmp_path):
     folder = tmp_path / "to show; it's"
     folder.mkdir()
@@ -439,23 +447,34 @@ def test_no_command_is_better_than_one_that_does_not_run(case, tmp_path, monkeyp
     assert reproduce(case.path, case.inputs, expected, tmp_path, allowed=float("nan")) == ""
     command = reproduce(case.path, case.inputs, expected, tmp_path, allowed=1e-5, backend="ort-cuda")
     assert "--providers cuda" in command
-    assert "--onnx-outputs" not in command  # which would load the weights
     (tmp_path / "inputs.json").unlink()
     monkeypatch.setitem(sys.modules, "polygraphy.json", None)
     assert reproduce(case.path, case.inputs, expected, tmp_path, allowed=1e-5) == ""
     assert not (tmp_path / "inputs.json").exists()
 
 
-def test_a_model_too_large_for_polygraphy_to_mark_gets_no_command(case, tmp_path, monkeypatch):
-    monkeypatch.setattr("shapecheck.build.reproduce._LARGEST", case.path.stat().st_size)
-    expected = {"/model/conv_in/Conv_output_0": torch.zeros(2, 8, 17, 25)}
-    assert reproduce(case.path, case.inputs, expected, tmp_path, allowed=1e-5) == ""
-    assert reproduce(case.path, case.inputs, {"out_sample": torch.zeros(2, 4, 17, 25)}, tmp_path, allowed=1e-5)
-    outside = tmp_path / "outside.onnx"
-    onnx.save(onnx.load(case.path), outside, save_as_external_data=True, location="weights.bin", size_threshold=0)
-    weights = (tmp_path / "weights.bin").stat().st_size
-    monkeypatch.setattr("shapecheck.build.reproduce._LARGEST", outside.stat().st_size + weights // 2)
-    assert reproduce(outside, case.inputs, expected, tmp_path, allowed=1e-5) == ""
+def weighing(path: Path, size: int) -> Path:
+    """A model with this many bytes of weights in another file, which has holes and takes no room."""
+    weights = onnx.TensorProto(name="weights", dims=[size], data_type=onnx.TensorProto.INT8)
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "weights.bin"), ("offset", "0"), ("length", str(size))):
+        weights.external_data.add(key=key, value=value)
+    path.with_name("weights.bin").touch()
+    os.truncate(path.with_name("weights.bin"), size)
+    sizes = {name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("sample", "out_sample")}
+    nodes = [onnx.helper.make_node("Neg", ["sample"], ["inner"]), onnx.helper.make_node("Neg", ["inner"], ["out_sample"])]
+    graph = onnx.helper.make_graph(nodes, "large", [sizes["sample"]], [sizes["out_sample"]], [weights])
+    onnx.save(onnx.helper.make_model(graph), path)
+    return path
+
+
+def test_a_model_too_large_for_polygraphy_to_mark_gets_no_command(tmp_path):
+    inputs, inside, image = ({name: torch.zeros(1)} for name in ("sample", "inner", "out_sample"))
+    path = weighing(tmp_path / "large.onnx", 2**31 - 4)
+    assert reproduce(path, inputs, inside, tmp_path, allowed=1e-5) == ""  # with the graph it is over 2 GiB
+    assert "--onnx-outputs" not in reproduce(path, inputs, image, tmp_path, allowed=1e-5)  # which would load the weights
+    path = weighing(tmp_path / "large.onnx", 2**31 - 4096)
+    assert "--onnx-outputs inner" in reproduce(path, inputs, inside, tmp_path, allowed=1e-5)
 
 
 def test_bfloat16_is_written_as_float32(case, tmp_path):
@@ -468,11 +487,9 @@ def test_bfloat16_is_written_as_float32(case, tmp_path):
 
 @pytest.mark.full
 def test_our_own_files_name_every_value(tmp_path):
-    from shapecheck import export
-
-    module = unet(**TINY)
-    exported = export(module, tmp_path / "unet.onnx")
-    contract, path = exported.contract, exported.path
+    made = exports.exported_once(unet(**exports.LEAST))
+    folder = shutil.copytree(made.path.parent, tmp_path / "model")  # with the weights
+    contract, path = made.contract, folder / made.path.name
     inputs = inputs_of(contract)
     names = {name: name for name in inputs}
     values = inner_values(path, contract, names)
@@ -494,13 +511,13 @@ def test_our_own_files_name_every_value(tmp_path):
             contract,
             names,
             inputs,
-            lambda wanted: inner_of(unet(**TINY).double(), contract, inputs, wanted),
-            lambda wanted: inner_of(unet(**TINY), contract, inputs, wanted),
+            lambda wanted: inner_of(unet(**exports.LEAST).double(), contract, inputs, wanted),
+            lambda wanted: inner_of(unet(**exports.LEAST), contract, inputs, wanted),
             times_own=TIMES_OWN,
             dtype=torch.float32,
         )
 
     assert find(path) is None
     swap = onnx_files.exchange("down_block_residual_00", "down_block_residual_01")
-    found = find(planted(path, tmp_path / "swapped.onnx", swap))
+    found = find(planted(path, folder / "swapped.onnx", swap))
     assert (found.value, found.slot) == ("conv_in.out+down_block_residual_00", "down_block_residual_00")
