@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_files
 import onnxruntime as ort
+import small
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from small import fill_zero_convolutions
@@ -27,6 +28,8 @@ from shapecheck.contract.profiles import dtypes_of
 FOLDER = Path(__file__).parents[2] / "probes" / "incidents"
 SCALE = 10
 """How many times narrower than its preset the UNet is that acts an incident out."""
+DEEP = "deep"
+"""In place of a preset: the UNet of nine slots whose graph other tests read too, for runtimes that know nothing of families."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ def act(incident: Incident, folder: Path) -> Acted:
 
 def narrow(model: str, **changes: Any) -> UNet2DConditionModel:
     """The preset's UNet, a tenth as wide."""
+    if model == DEEP:
+        return small.unet(**onnx_files.DEEP | changes)
     config = dict(presets.load(model).config)
     widths = [width // SCALE for width in config["block_out_channels"]]
     heads = 4 if isinstance(config["attention_head_dim"], int) else [4] * len(widths)
@@ -77,9 +82,9 @@ def narrow(model: str, **changes: Any) -> UNet2DConditionModel:
 
 
 @cache
-def contract_of(model: str) -> Contract:
+def contract_of(model: str, **changes: Any) -> Contract:
     """What the narrow UNet of a preset takes."""
-    return probe(narrow(model).to("meta"))
+    return probe(narrow(model, **changes).to("meta"))
 
 
 @cache
@@ -203,13 +208,15 @@ def _feed(setup: dict[str, Any], contract: Contract, at: Geometry) -> dict[str, 
     return feed | {new: feed[old] for old, new in renamed.items()}
 
 
+@cache
+def _written(model: str, traced: tuple[int, int], folder: Path) -> tuple[Path, Contract]:
+    return onnx_files.written(folder / f"{model}-{traced[0]}x{traced[1]}.onnx", narrow(model), latent=traced)
+
+
 def _graph(setup: dict[str, Any], model: str, folder: Path) -> tuple[Path, Contract, Geometry]:
     at = Geometry(2, *_pair(setup["latent"]), 7)
-    traced = _pair(setup["traced"]) if "traced" in setup else (17, 25)
-    path = folder / f"{model}-{traced[0]}x{traced[1]}.onnx"
-    if not path.exists():
-        onnx_files.written(path, narrow(model), latent=traced)
-    return path, contract_of(model), at
+    usual = (16, 24) if model == DEEP else (17, 25)
+    return *_written(model, _pair(setup["traced"]) if "traced" in setup else usual, folder), at
 
 
 def _onnxruntime(setup: dict[str, Any], model: str, folder: Path) -> Acted:
@@ -269,13 +276,13 @@ def _controlnet(setup: dict[str, Any], model: str, folder: Path) -> Acted:
     width, height = map(int, setup.get("image", "192x128").split("x"))
     sample, text = torch.zeros(2, 4, 16, 24), torch.zeros(2, 77, setup.get("given_text", own))
     call = lambda: net(sample, 1, text, torch.zeros(2, 3, height, width), return_dict=False)  # noqa: E731
-    return Acted(*_caught(call), probe(unet.to("meta")), Geometry(2, 16, 24, 77))
+    return Acted(*_caught(call), contract_of(model, cross_attention_dim=own), Geometry(2, 16, 24, 77))
 
 
 def _from_unet(setup: dict[str, Any], model: str, folder: Path) -> Acted:
     changes = {key: None if value == "none" else value for key, value in setup["config"].items()}
     unet = narrow(model, **changes)
-    return Acted(*_caught(lambda: ControlNetModel.from_unet(unet)), probe(unet.to("meta")), Geometry(1, 16, 16))
+    return Acted(*_caught(lambda: ControlNetModel.from_unet(unet)), contract_of(model), Geometry(1, 16, 16))
 
 
 def _lora(setup: dict[str, Any], model: str, folder: Path) -> Acted:
