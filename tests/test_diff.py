@@ -128,7 +128,7 @@ CHANGED = st.one_of(
 )
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(CHANGED, st.booleans())
 def test_one_thing_that_is_changed_is_told_and_nothing_else(changed, exchanged):
     other, where = changed

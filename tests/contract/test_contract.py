@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.controlnets.controlnet import ControlNetOutput
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shapecheck import Contract, ContractError, Geometry, ShapecheckError, presets
@@ -66,11 +66,13 @@ def test_a_dimension_reads_as_people_write_it(dim, text):
     assert Dim.parse(text) == dim
 
 
+@settings(deadline=None)
 @given(dims)
 def test_every_dimension_survives_its_text(dim):
     assert Dim.parse(str(dim)) == dim
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["ceil", "floor"]), max_size=5), st.integers(1, 10_000))
 def test_a_chain_of_halvings_is_worked_out_step_by_step(roundings, size):
     expected = size
@@ -426,6 +428,7 @@ def test_no_residuals_at_all_is_thirteen_missing():
         SD15.mismatches(([], None))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_change_of_any_shape_is_found(data):
     where = data.draw(st.sampled_from(sorted(RIGHT)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shapecheck import ShapecheckError, presets
@@ -29,6 +29,7 @@ def test_the_names_are_those_found_in_the_field(key, first, twelfth, mid):
     assert (names[0], names[11], names[12]) == (first, twelfth, mid)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(SCHEMES), st.integers(1, 200))
 def test_a_scheme_reads_its_own_names_and_is_detected_by_them(naming, downs):
     names = naming.names(downs)

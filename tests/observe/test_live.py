@@ -301,9 +301,19 @@ def test_a_unet_that_cannot_run_is_named_rather_than_its_controlnet():
         probe(weightless(**SHALLOW | kinds, attention_head_dim=3))
 
 
-def test_class_labels_follow_the_time_embedding():
-    unet = weightless(**SHALLOW | {"mid_block_type": None}, class_embed_type="identity", time_embedding_type="fourier")
-    assert probe(unet).input_shapes(Geometry(3, 8, 8))["class_labels"] == (3, 16)
+@pytest.mark.parametrize(
+    ("labelled", "shape"),
+    [
+        ({"class_embed_type": "identity"}, (3, 32)),
+        ({"class_embed_type": "identity", "time_embedding_type": "fourier"}, (3, 16)),
+        ({"class_embed_type": "projection", "projection_class_embeddings_input_dim": 17}, (3, 17)),
+        ({"class_embed_type": "timestep"}, (3,)),
+        ({"num_class_embeds": 5}, (3,)),
+    ],
+)
+def test_class_labels_are_as_wide_as_what_embeds_them(labelled, shape):
+    one_level = small.TINY | {"up_block_types": ("UpBlock2D",), "mid_block_type": None}
+    assert probe(weightless(**one_level | labelled)).input_shapes(Geometry(3, 8, 8))["class_labels"] == shape
 
 
 # ways to add
