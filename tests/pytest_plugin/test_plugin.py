@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import engines
 import onnx_files
 import parity_faults
+import parity_samples as samples
 import pytest
+from recorded_runs import RecordedStudy
 from small import SHALLOW, unet
 
-from shapecheck import doctor
+from shapecheck import Geometry, ShapecheckError, doctor, presets
+from shapecheck.contract.environment import Backend, Gap
+from shapecheck.verify.request import ParityRequest
 
 SMALL = ("--shapecheck-sizes", "72x104", "--shapecheck-batch", "2")
 """One size: 13 latent cells by 9, none of which another number is."""
@@ -71,13 +75,41 @@ def made(tmp_path_factory) -> Made:
     return Made(str(folder / "model"), str(healthy), str(faulty))
 
 
+MISSING = Gap("a planted reason", "a planted cure")
+
+
 @pytest.fixture(autouse=True)
-def examined_once(monkeypatch):
-    """Each backend is tried in processes of its own: once is enough here."""
-    monkeypatch.setattr(doctor, "backend", _examined)
+def lacking(monkeypatch) -> set[str]:
+    """Backends that cannot run; all others can. Nothing is tried, which would take a process for each."""
+    names: set[str] = set()
+
+    def backend(name: str) -> Backend:
+        runs = name not in names
+        return Backend(name, runs, f"planted for {name}" if runs else "", () if runs else (MISSING,))
+
+    monkeypatch.setattr(doctor, "backend", backend)
+    return names
 
 
-_examined = functools.cache(doctor.backend)
+@pytest.fixture
+def recorded(monkeypatch):
+    """Let the plugin find a run that is over, and return the requests that it was asked to carry out."""
+
+    def record(parity, study=RecordedStudy) -> list[ParityRequest]:
+        asked = []
+
+        def study_of(request):
+            asked.append(request)
+            return study(parity)
+
+        monkeypatch.setattr("shapecheck.verify.request.study_of", study_of)
+        return asked
+
+    return record
+
+
+FILE = ("--shapecheck-model=sd15", "--shapecheck-onnx=unet.onnx")
+"""What a run that is over was asked for."""
 
 
 @pytest.fixture
@@ -160,23 +192,19 @@ def test_mine(pytestconfig):
     )
     done = run("-v", "--backends", "cpu,gpu", *(("--shapecheck-backends", ours) if ours else ()))
     assert (done.status, done.items) == (0, {"test_mine.py::test_mine": "PASSED"}), done.text
-    assert ("backend ort: onnxruntime" in done.text) is bool(ours)
+    assert ("backend ort: planted for ort" in done.text) is bool(ours)
 
 
 # A gate without a test written
 
 
-def test_in_an_empty_folder_one_command_proves_a_healthy_file(made, tmp_path):
-    command = [sys.executable, "-m", "pytest", "-v", *made.beside(made.healthy)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    done = Run(result.returncode, result.stdout + result.stderr)
+def test_in_an_empty_folder_one_command_proves_a_healthy_file(made, run):
+    done = run("-v", *made.beside(made.healthy), *SMALL)
     assert done.status == 0, done.text
-    assert {f"shapecheck::ort/{each}" for each in ITEMS} <= set(done.items)
-    assert set(done.items.values()) == {"PASSED"}
-    assert len(done.items) == len(ITEMS) + 7  # three sizes with control off and on, and pooled residuals
+    cases = {f"case[batch 2, latent 13×9, control {control}]" for control in ("off", "on", "on, pooled residuals")}
+    assert done.items == dict.fromkeys((f"shapecheck::ort/{each}" for each in (*ITEMS, *cases)), "PASSED")
     assert re.search(r"^shapecheck: \S+, torch \d\S+, diffusers \d", done.text, re.MULTILINE)
-    assert re.search(r"^backend ort: onnxruntime \d", done.text, re.MULTILINE)
+    assert re.search(r"^backend ort: planted for ort$", done.text, re.MULTILINE)
     assert re.search(r"^ort: CPUExecutionProvider on cpu, float32, .*; reference PyTorch float64 on", done.text, re.MULTILINE)
 
 
@@ -205,19 +233,68 @@ def test_a_faulty_file_fails_and_names_its_slots(made, run, tmp_path):
     assert "report: rep/parity.html" in done.text
 
 
+def test_each_item_tells_what_its_check_came_to(recorded, run, tmp_path):
+    parity = samples.broken()
+    recorded(parity)
+    done = run("-v", "-rs", *FILE, "--shapecheck-report", "rep")
+    assert done.status == 1, done.text
+    words = {"passed": "PASSED", "failed": "FAILED", "not run": "SKIPPED"}
+    (side,) = parity.sides
+    assert done.items == {f"shapecheck::{result.check}": words[result.status] for result in side.results}
+    assert all(result.reason.splitlines()[0] in done.text for result in side.failed)
+    assert "not tried: a case with control on has failed" in done.text
+    told = done.text.split(f"{samples.NAN_CASE}: 96 NaN among 792 values\n")[1].split("\n\n")[0]
+    assert (
+        "the first value that is not PyTorch's: skip_4_sum, of down_blocks.1.attentions.0 (slot down_block_residual_04): "
+        in told
+    )
+    assert "found on the graph without ONNX Runtime's optimizations" in told
+    assert "to see it without shapecheck: polygraphy run unet.onnx" in told
+    assert done.text.count("the first value that is not PyTorch's") == 1
+    failures = done.text.split(" FAILURES ")[1].split(" short test summary ")[0]
+    assert "Traceback" not in failures and "pytest_plugin" not in failures
+    ran = "CPUExecutionProvider on x86-64 CPU, 8 threads, float32, onnxruntime 1.22.0; no TF32 on a CPU"
+    assert f"\nort: {ran}; reference PyTorch float64 on cpu\n" in done.text
+    assert written(tmp_path / "rep") == ("broken", len(side.results))
+    assert "report: rep/parity.html" in done.text
+
+
+def test_of_two_backends_the_one_that_cannot_run_fails_alone(recorded, run):
+    recorded(samples.could_not_run())
+    done = run("-v", *FILE)
+    assert done.status == 1
+    assert [name for name, said in done.items.items() if said != "PASSED"] == ["shapecheck::trt/provider"]
+    assert "TensorRT cannot run here: no NVIDIA driver; install one, or leave trt out" in done.text
+    assert "\ntrt: did not run; reference PyTorch float64 on cpu\n" in done.text
+
+
+def test_a_report_is_written_when_all_backends_have_been_run(recorded, run, tmp_path):
+    recorded(samples.two_backends())
+    report = tmp_path / "rep"
+    assert run(*FILE, "--shapecheck-report", "rep", "-k", "trt").status == 0
+    assert list(report.iterdir()) == []
+    done = run(*FILE, "--shapecheck-report", "rep", "-k", "provider")
+    assert (done.status, written(report)) == (0, ("parity", 50))
+    assert "report: rep/parity.html" in done.text
+
+
+ALL = {str(check) for check in RecordedStudy(samples.healthy()).checks}
+
+
 @pytest.mark.parametrize(
     ("chosen", "items"),
     [
-        (("-k", "mid_block"), {"slot[mid_block_residual]"}),
-        (("-k", "slot and not mid"), {each for each in ITEMS if "slot[down" in each}),
-        (("-m", "shapecheck", "-k", "not case"), set(ITEMS)),
+        (("-k", "mid_block"), {"ort/slot[mid_block_residual]"}),
+        (("-k", "slot and not mid"), {each for each in ALL if "slot[down" in each}),
+        (("-m", "shapecheck", "-k", "not case"), {each for each in ALL if "case[" not in each}),
         (("-m", "not shapecheck"), set()),
     ],
 )
-def test_k_and_m_choose_among_the_items(made, run, tmp_path, chosen, items):
+def test_k_and_m_choose_among_the_items(recorded, run, tmp_path, chosen, items):
+    recorded(samples.healthy())
     (tmp_path / "test_mine.py").write_text("def test_mine(): pass\n", encoding="utf-8")
-    done = run("--collect-only", "-q", *made.beside(made.healthy), *SMALL, *chosen)
-    found = re.findall(r"^(?:shapecheck::ort/|test_mine.py::)(.*)$", done.text, re.MULTILINE)
+    done = run("--collect-only", "-q", *FILE, *chosen)
+    found = re.findall(r"^(?:shapecheck::|test_mine.py::)(.*)$", done.text, re.MULTILINE)
     assert set(found) == items | (set() if items else {"test_mine"}), done.text
 
 
@@ -255,80 +332,101 @@ def test_what_cannot_be_meant_is_status_4_and_one_message(made, run, tmp_path, c
     assert message in refused(run("-q", *files(made, **changes), "--shapecheck-offline"))
 
 
-@pytest.mark.parametrize("backend", ["ort-cuda"])
-def test_a_backend_that_cannot_run_here_is_one_failure_with_the_doctors_reason(made, run, backend):
-    known = _examined(backend)
-    if known.runs:
-        pytest.skip(f"{backend} runs here: {known.detail}")
-    done = run("-v", "-rs", *made.beside(made.healthy), *SMALL, "--shapecheck-backends", backend)
+def test_a_backend_that_cannot_run_here_is_one_failure_with_the_doctors_reason(made, run, lacking):
+    lacking.add("ort-cuda")
+    done = run("-v", "-rs", *made.beside(made.healthy), *SMALL, "--shapecheck-backends", "ort-cuda")
     assert done.status == 1, done.text
-    assert f"backend {backend}: cannot run here: {known.reason}" in done.text
-    theirs = {name: said for name, said in done.items.items() if name.startswith(f"shapecheck::{backend}/")}
-    assert theirs.pop(f"shapecheck::{backend}/provider") == "FAILED"
+    assert "backend ort-cuda: cannot run here: a planted reason" in done.text
+    theirs = {name: said for name, said in done.items.items() if name.startswith("shapecheck::ort-cuda/")}
+    assert theirs.pop("shapecheck::ort-cuda/provider") == "FAILED"
     assert len(theirs) == len(ITEMS) + 2 and set(theirs.values()) == {"SKIPPED"}
-    assert f"{backend} cannot run here: {known.reason}" in done.text.split("FAILURES")[1]
+    assert "ort-cuda cannot run here: a planted reason" in done.text.split("FAILURES")[1]
 
 
-def test_what_pytorch_itself_cannot_compute_fails_once(made, run, monkeypatch):
-    from shapecheck import ShapecheckError
-    from shapecheck.verify import parity
-
+def test_what_pytorch_itself_cannot_compute_fails_once(recorded, run):
     asked = []
 
-    def not_finite(*_):
-        asked.append(1)
-        raise ShapecheckError("PyTorch's own image is not finite")
+    class NotFinite(RecordedStudy):
+        def side(self, backend):
+            asked.append(backend)
+            raise ShapecheckError("PyTorch's own image is not finite")
 
-    monkeypatch.setattr(parity, "computed", not_finite)
-    done = run("-v", "-rs", *made.beside(made.healthy), *SMALL)
-    assert (done.status, len(asked)) == (1, 1), done.text
-    assert sorted(done.items.values()) == ["FAILED"] + ["SKIPPED"] * (len(ITEMS) + 2)
+    recorded(samples.healthy(), NotFinite)
+    done = run("-v", "-rs", *FILE)
+    assert (done.status, asked) == (1, ["ort"]), done.text
+    assert sorted(done.items.values()) == ["FAILED"] + ["SKIPPED"] * 25
     assert "nothing of ort can be computed: PyTorch's own image is not finite" in done.text
     assert "Traceback" not in done.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "told"),
+    [
+        ("ort,trt", 1, "trt cannot run here: a planted reason"),
+        ("trtt", 4, "--shapecheck-backends: no backend is called 'trtt'; known: "),
+        ("ort", 0, "backend ort: planted for ort"),
+    ],
+)
+def test_a_run_that_asks_for_what_cannot_run_fails_whatever_it_would_run(run, tmp_path, lacking, asked, status, told):
+    lacking.add("trt")
+    (tmp_path / "test_mine.py").write_text("def test_mine(): pass\n", encoding="utf-8")
+    done = run("--shapecheck-backends", asked)
+    assert done.status == status, done.text
+    assert told in done.text
+    assert ("1 passed" in done.text) is (status == 0)
+
+
+def test_what_nobody_asked_for_is_skipped(shapecheck_require, lacking):
+    lacking.add("trt")
+    with pytest.raises(pytest.skip.Exception, match="trt cannot run here: a planted reason"):
+        shapecheck_require("trt")
+    shapecheck_require("ort")
 
 
 # Fixtures
 
 OWN = """
 def test_contract(shapecheck_contract):
-    assert len(shapecheck_contract.slots) == 5
+    assert len(shapecheck_contract.slots) == 13
 
 
-def test_healthy(shapecheck_parity):
+def test_usual(shapecheck_parity):
     parity = shapecheck_parity()
     assert parity.passes, str(parity)
 
 
-def test_faulty(shapecheck_parity):
-    parity = shapecheck_parity({model!r}, onnx={faulty!r}, sizes=["72x104"], batch=["1"])
+def test_other(shapecheck_parity):
+    parity = shapecheck_parity("other", onnx="other.onnx", sizes=["72x104"], batch=["1"])
     assert parity.passes, str(parity)
 """
 
 
-def test_fixtures_serve_tests_of_ones_own(made, run, tmp_path):
-    (tmp_path / "test_mine.py").write_text(OWN.format(**vars(made)), encoding="utf-8")
-    done = run("-v", "-rs", "-k", "not healthy")
-    assert done.items == {
-        "test_mine.py::test_contract": "SKIPPED",
-        "test_mine.py::test_faulty": "FAILED",
-    }, done.text
+def test_fixtures_serve_tests_of_ones_own(recorded, run, tmp_path):
+    asked = recorded(samples.broken())
+    (tmp_path / "test_mine.py").write_text(OWN, encoding="utf-8")
+    done = run("-v", "-rs", "-k", "not usual", "--shapecheck-seed", "7")
+    assert done.items == {"test_mine.py::test_contract": "SKIPPED", "test_mine.py::test_other": "FAILED"}, done.text
     assert "no --shapecheck-model" in done.text
-    assert "BROKEN: " in done.text
-    for slot in WRONG:
-        assert f"ort/slot[{slot}]: {slot} acts " in done.text
-    assert "ort/slot[down_block_residual_02]" not in done.text and "ort/slot[mid" not in done.text
+    assert "BROKEN: preset sd15" in done.text
+    assert all(f"{result.check}: {result.reason}" in done.text for result in samples.broken().sides[0].failed)
+    assert asked == [ParityRequest("other", onnx="other.onnx", sizes=("72x104",), batch=("1",), seed=7)]
 
 
-def test_fixtures_know_the_model_of_the_command_line(made, run, tmp_path):
-    (tmp_path / "test_mine.py").write_text(OWN.format(**vars(made)), encoding="utf-8")
-    done = run("-v", *made.beside(made.healthy), *SMALL, "-k", "test_contract or test_healthy")
-    expected = {"test_mine.py::test_contract": "PASSED", "test_mine.py::test_healthy": "PASSED"}
+def test_fixtures_know_the_model_of_the_command_line(recorded, run, tmp_path):
+    asked = recorded(samples.healthy())
+    (tmp_path / "test_mine.py").write_text(OWN, encoding="utf-8")
+    done = run("-v", *FILE, *SMALL, "--shapecheck-times-own=2", "--shapecheck-report=rep", "-k", "test_mine")
+    expected = {f"test_mine.py::test_{name}": "PASSED" for name in ("contract", "usual", "other")}
     assert (done.status, done.items) == (0, expected), done.text
+    told = ParityRequest(
+        "sd15", onnx="unet.onnx", sizes=("72x104",), batch=("2",), times_own=2.0, offline=False, folder=Path("rep")
+    )
+    assert asked == [told, told, replace(told, model="other", onnx="other.onnx", batch=("1",))]
 
 
-def test_without_any_model_the_fixture_says_what_to_give(made, run, tmp_path):
+def test_without_any_model_the_fixture_says_what_to_give(run, tmp_path):
     (tmp_path / "test_mine.py").write_text(
-        f"def test_mine(shapecheck_parity): shapecheck_parity(onnx={made.healthy!r})\n", encoding="utf-8"
+        "def test_mine(shapecheck_parity): shapecheck_parity(onnx='unet.onnx')\n", encoding="utf-8"
     )
     done = run("-v")
     assert done.status == 1
@@ -347,7 +445,20 @@ verdict = "{verdict}"
 
 
 @pytest.fixture
-def probes(tmp_path):
+def observed(monkeypatch) -> list[tuple[str, Geometry | None]]:
+    """Which models are observed, and at which size; what they come to is recorded."""
+    seen = []
+
+    def probe(model, nets=None, *, geometry=None, **rest):
+        seen.append((model, geometry))
+        return presets.contract(model)
+
+    monkeypatch.setattr("shapecheck.observe.probe.probe", probe)
+    return seen
+
+
+@pytest.fixture
+def probes(tmp_path, observed):
     folder = tmp_path / "held"
     folder.mkdir()
     (tmp_path / "said").mkdir()
@@ -391,16 +502,51 @@ def test_what_is_said_of_a_probe_is_held_to_its_report(run, probes, tmp_path):
     assert run(*asked).status == 1
 
 
-def test_paths_that_mislead_pytest_are_told_of(made, run, tmp_path):
+def mapping(size: str, downs, mid, *wrong: str) -> str:
+    """A probe that claims these residuals of a small model, and expects these mismatches."""
+    expect = f'verdict = "{"mismatch" if wrong else "agree"}"\nwrong = {list(wrong)}'
+    claim = f"down = {[list(shape) for shape in downs]}\nmid = {list(mid)}"
+    return f'story = "A."\nmodel = "bk-sdm-tiny"\nlatent = "{size}"\n[mapping]\n{claim}\n[expect]\n{expect}\n'
+
+
+def test_probes_that_share_a_model_observe_it_once_and_no_claim_is_another_s(run, observed, tmp_path):
+    contract, folder = presets.contract("bk-sdm-tiny"), tmp_path / "held"
+    folder.mkdir()
+
+    def right(height: int, width: int) -> list[tuple[int, ...]]:
+        return [shape[1:] for shape in contract.shapes(Geometry(1, height, width)).values()]
+
+    *downs, mid = right(24, 40)
+    probes = {
+        "a": mapping("24x40", [(1, 1, 1), *downs[1:]], mid, "down_block_residual_00 channels"),
+        "b": mapping("24x40", downs, mid),
+        "c": mapping("24x40", downs, (mid[0] + 1, *mid[1:]), "mid_block_residual channels"),
+        "d": 'story = "A."\nmodel = "bk-sdm-tiny"\nlatent = "24x40"\n[expect]\nverdict = "unet alone"\n',
+        "e": mapping("9x16", right(9, 16)[:-1], right(9, 16)[-1]),
+    }
+    for name, text in probes.items():
+        (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+    done = run("-v", "--shapecheck-probes", "held")
+    assert (done.status, done.items) == (0, {f"held/{name}.toml::probe": "PASSED" for name in probes}), done.text
+    assert observed == [("bk-sdm-tiny", Geometry(1, 24, 40)), ("bk-sdm-tiny", Geometry(1, 9, 16))]
+    run("--shapecheck-probes", "held", "-k", "a.toml")
+    assert len(observed) == 3  # another session looks again
+
+
+def test_paths_that_mislead_pytest_are_told_of(run, tmp_path):
     """pytest takes the values of options it does not know yet for tests, and looks for its settings there."""
+    (tmp_path / "made").mkdir()
+    onnx, model = tmp_path / "made" / "unet.onnx", tmp_path / "made" / "model"
+    onnx.touch()
+    model.mkdir()
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "pytest.ini").write_text("[pytest]\nmarkers = mine: of the user", encoding="utf-8")
     os.chdir(tmp_path / "here")
     told = "write --shapecheck-model=PATH, with =, or --rootdir=."
     nothing = "--shapecheck-times-own=0"  # told after the header
-    asked = (nothing, "--shapecheck-onnx", made.healthy, "--shapecheck-model", made.model)
+    asked = (nothing, "--shapecheck-onnx", str(onnx), "--shapecheck-model", str(model))
     assert told in run(*asked).text
     for right in (("--rootdir=.",), ("-c", "pytest.ini")):
         assert told not in run(*asked, *right).text
-    done = run(nothing, *made.beside(made.healthy))
+    done = run(nothing, f"--shapecheck-onnx={onnx}", f"--shapecheck-model={model}")
     assert "configfile: pytest.ini" in done.text and told not in done.text

@@ -17,6 +17,8 @@ import parity_faults
 import pytest
 from small import SHALLOW, unet
 
+from shapecheck import doctor
+
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[2]
 SMALL = ("--shapecheck-sizes=72x104", "--shapecheck-batch=2")
@@ -140,4 +142,15 @@ def test_several_processes_refuse_what_no_process_can_read(installed, made, tmp_
     (message,) = re.findall(r"^ERROR: (.*)$", done.stdout + done.stderr, re.MULTILINE)
     assert message == f"cannot read {made / 'nowhere.onnx'}: No such file or directory"
     assert "INTERNALERROR" not in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert "passed" not in done.stdout
+
+
+def test_this_repository_is_not_tested_where_a_backend_that_was_asked_for_cannot_run():
+    known = doctor.backend("trt")
+    if known.runs:
+        pytest.skip("TensorRT runs here: the tests of test_gpu.py are run, not refused")
+    asked = ("-n0", "-p", "no:cacheprovider", "tests/contract/test_naming.py", "--shapecheck-backends", "ort,trt")
+    done = Installed(Path(sys.executable)).run(ROOT, "-m", "pytest", *asked)
+    assert done.returncode == 1, done.stdout
+    assert f"trt cannot run here: {known.reason}" in done.stdout + done.stderr
     assert "passed" not in done.stdout
