@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ import pytest
 import small
 import torch
 from click.testing import CliRunner
+from diffusers import UNet2DConditionModel
 
 import shapecheck
 from shapecheck import Geometry, ShapecheckError
@@ -23,7 +25,6 @@ from shapecheck.pipelines import bench as benches
 from shapecheck.pipelines import clock
 from shapecheck.pipelines.bench import Request, bench
 from shapecheck.pipelines.load import load
-from shapecheck.pipelines.stage import Stage
 from shapecheck.report import bench as report
 
 SIZE = "136x72"
@@ -31,8 +32,9 @@ SIZE = "136x72"
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    path, contract = engines.exported(tmp_path_factory.mktemp("bench") / "unet.onnx", small.TINY)
-    return engines.sealed(path, contract)
+    path = tmp_path_factory.mktemp("bench") / "unet.onnx"
+    shutil.copyfile(engines.export_sealed(small.unet(**small.TINY)), path)
+    return path
 
 
 @pytest.fixture
@@ -100,43 +102,38 @@ def test_json_holds_every_frame():
 @pytest.mark.parametrize("name", ["torch", "ort"])
 def test_parts_lie_between_the_marks(file, ticking, name):
     """Five marks a frame: four parts, one tick each, of which two are the hand-over; as many in PyTorch as in a session."""
-    contract = shapecheck.read_contract(file)
-    stage = Stage(contract, Geometry(1, 9, 17), torch.device("cpu"), 1)
-    run = benches._Run(name, Request(str(file)), contract, torch.device("cpu"))
-    with torch.no_grad():
-        run.warm_up(stage, lambda *_: None)
-        run.time()
-    assert run.timing(asked=True).frames == (Frame(1000.0, 2000.0, 1000.0),)
+    found = bench(Request(str(file), backends=(name,), size_px=(136, 72), frames=2, warm_up=1))
+    assert found.timings[0].frames == (Frame(1000.0, 2000.0, 1000.0),) * 2
 
 
 def test_backends_take_turns_and_compute_the_same_call(file, monkeypatch):
     """Each frame that counts follows one of its own backend; residuals of as many ControlNets as were asked for."""
     calls = []
-    real = load
+    forward = UNet2DConditionModel.forward
 
-    def watched(*given, **options):
-        unet = real(*given, **options)
-        unet.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(("ort", *seen(kwargs))), with_kwargs=True)
+    def note(name, sample, residuals=()):
+        calls.append((name, tuple(sample.shape), len(residuals)))
+
+    def watch_torch(self, sample, *given, **options):
+        note("torch", sample, options.get("down_block_additional_residuals", ()))
+        return forward(self, sample, *given, **options)
+
+    def watch_session(_module, _given, options):
+        note("ort", options["sample"], options.get("down_block_additional_residuals", ()))
+
+    def load_watched(*given, **options):
+        unet = load(*given, **options)
+        unet.register_forward_pre_hook(watch_session, with_kwargs=True)
         return unet
 
-    def seen(kwargs):
-        return tuple(kwargs["sample"].shape), len(kwargs.get("down_block_additional_residuals", ()))
-
-    monkeypatch.setattr(benches, "load", watched)
-    made = Stage._unet.func
-
-    def unet(self):
-        module = made(self)
-        module.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(("torch", *seen(kwargs))), with_kwargs=True)
-        return module
-
-    monkeypatch.setattr(Stage, "_unet", property(unet))
+    monkeypatch.setattr(benches, "load", load_watched)
+    monkeypatch.setattr(UNet2DConditionModel, "forward", watch_torch)
     found = bench(Request(str(file), backends=("torch", "ort"), size_px=(136, 72), batch=3, controlnets=2, frames=4, warm_up=2))
     slots = len(shapecheck.read_contract(file).slots)
     assert [name for name, *_ in calls] == ["torch"] * 2 + ["ort"] * 2 + ["torch", "torch", "ort", "ort"] * 4
     assert {tuple(rest) for _, *rest in calls} == {((3, 4, 9, 17), slots - 1)}
-    assert [len(each.frames) for each in found.timings] == [4, 4]
-    assert all(part > 0 for each in found.timings for frame in each.frames for part in (frame.controlnet, frame.unet))
+    assert [len(timing.frames) for timing in found.timings] == [4, 4]
+    assert all(part > 0 for timing in found.timings for frame in timing.frames for part in (frame.controlnet, frame.unet))
     calls.clear()
     bench(Request(str(file), backends=("ort",), size_px=(136, 72), controlnets=0, frames=1, warm_up=1))
     assert calls == [("ort", (1, 4, 9, 17), 0)] * 3
@@ -153,7 +150,7 @@ def test_the_command_prints_and_writes(file, tmp_path):
     done = run(file, "--backends", "torch, ort", "--size", SIZE, "--frames", 2, "--warm-up", 1, "--format", "json")
     assert done.exit_code == 0, done.output
     values = json.loads(done.stdout)
-    assert [each["backend"] for each in values["timings"]] == ["torch", "ort"]
+    assert [timing["backend"] for timing in values["timings"]] == ["torch", "ort"]
     assert values["geometry"] == {"batch": 1, "height": 9, "width": 17, "tokens": 77}
     out = tmp_path / "bench.md"
     done = run(file, "--backends", "ort", "--size", SIZE, "--frames", 1, "--controlnets", 0, "--format", "markdown", "-o", out)
@@ -178,7 +175,7 @@ def test_what_a_compiler_raises_is_told_and_no_failure_where_nobody_asked(file, 
 
     monkeypatch.setattr(torch, "compile", raises)
     found = bench(Request(str(file), size_px=(136, 72), frames=1, warm_up=1))
-    assert [each.backend for each in found.timings if each.frames] == ["torch", "ort"]
+    assert [timing.backend for timing in found.timings if timing.frames] == ["torch", "ort"]
     assert r"no compiler\nis here" in found.timings[1].reason
     assert found.ran
 
@@ -225,5 +222,6 @@ def test_a_controlnet_or_a_unet_without_slots_says_what_to_give(tmp_path):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # said by torch, of its own compiler
 def test_torch_compile_is_timed_beside_the_file(file):
     found = bench(Request(str(file), size_px=(136, 72), frames=2, warm_up=1))
-    assert [each.reason for each in found.timings] == ["", "", ""]
-    assert [(each.backend, len(each.frames)) for each in found.timings] == [("torch", 2), ("torch-compile", 2), ("ort", 2)]
+    assert [timing.reason for timing in found.timings] == ["", "", ""]
+    ran = [(timing.backend, len(timing.frames)) for timing in found.timings]
+    assert ran == [("torch", 2), ("torch-compile", 2), ("ort", 2)]

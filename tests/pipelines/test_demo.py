@@ -10,7 +10,6 @@ import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,22 +19,21 @@ import engines
 import numpy as np
 import onnx_files
 import pytest
-import real_pipelines as pipes
+import real_pipelines
 import torch
 from click.testing import CliRunner, Result
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.cli.demo import demo as command
 from shapecheck.cli.group import Commands
-from shapecheck.contract.demo import Change, Demo, DemoRequest, Picture
-from shapecheck.observe.progress import silent
+from shapecheck.contract.demo import Change, Demo, Picture
 from shapecheck.pipelines import accelerate, depth, made, pictures
 from shapecheck.pipelines import demo as road
 from shapecheck.pipelines import small as parts_of
 from shapecheck.report.demo import as_json, page, told
-from shapecheck.run.dropin import DropIn
 
 PICTURES = ["pytorch.png", "ort.png", "difference.png", "depth.png", "without.png", "effect.png"]
 SIZE = (104, 72)
@@ -45,10 +43,9 @@ SHORT = ("--size", "104x72", "--steps", "2")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@cache
-def contract():
-    """Observing takes seconds."""
-    return shapecheck.probe(parts_of.parts("sd15").unet)
+def observe(*_):
+    """Return the contract that is observed once a run, when the file is made."""
+    return shapecheck.read_contract(real_pipelines.export_unet("sd15"))
 
 
 def runs(_backend):
@@ -57,7 +54,7 @@ def runs(_backend):
 
 
 EXPORT = (made, "export", engines.exported_quickly)
-QUICK = (EXPORT, (doctor, "backend", runs), *((place, "probe", lambda *_: contract()) for place in (accelerate, onnx_files)))
+QUICK = (EXPORT, (doctor, "backend", runs), (accelerate, "probe", observe))
 """Stand-ins for what other tests are of."""
 
 
@@ -92,8 +89,8 @@ def shown(tmp_path_factory) -> Shown:
 @pytest.fixture
 def again(shown, tmp_path):
     """A folder in which the exported file is found."""
-    for each in shown.folder.glob("*.onnx*"):
-        shutil.copy(each, tmp_path)
+    for path in shown.folder.glob("*.onnx*"):
+        shutil.copy(path, tmp_path)
     return tmp_path
 
 
@@ -101,7 +98,7 @@ def again(shown, tmp_path):
 
 
 def test_all_files_are_there_and_the_pictures_are_of_that_size(shown):
-    names = {each.name for each in shown.folder.iterdir()}
+    names = {path.name for path in shown.folder.iterdir()}
     (artefact,) = shown.folder.glob("*.onnx")
     assert names == {*PICTURES, "index.html", "demo.json", "demo.md", artefact.name, f"{artefact.name}.data"}
     seen = {}
@@ -123,7 +120,7 @@ def test_the_json_says_what_the_pictures_say(shown):
     assert read["control"]["largest"] > read["control"]["mean"] > 10
     assert (read["size_px"], read["steps"], read["slots"], read["allowed"]) == ([104, 72], 2, 13, 1.0)
     assert (shown.folder / read["artefact"]).is_file()
-    assert [each["file"] for each in read["pictures"]] == PICTURES
+    assert [picture["file"] for picture in read["pictures"]] == PICTURES
     assert read["times_faster"] == read["torch_seconds"] / read["backend_seconds"]
     assert {"torch", "diffusers", "transformers"} <= read["versions"].keys()
 
@@ -143,13 +140,10 @@ def test_the_text_begins_with_the_verdict(shown):
 
 
 def test_a_backend_without_its_slots_ends_in_status_1(again):
-    """Planted: residuals that never reach the session."""
-    plain = DropIn._run
-
-    def deaf(self, inputs):
-        return plain(self, {name: value * 0 if "residual" in name else value for name, value in inputs.items()})
-
-    with patched(*QUICK, (DropIn, "_run", deaf)):
+    """Planted: a file whose slots are taken and never added."""
+    (path,) = again.glob("*.onnx")
+    onnx_files.planted(path, path, *(onnx_files.unconsume(slot.name) for slot in observe().slots))
+    with patched(*QUICK):
         result = demo("--out", str(again), *SHORT, "--format", "json")
     assert result.exit_code == ContractError.exit_status
     read = json.loads(result.stdout)
@@ -162,9 +156,9 @@ def test_a_backend_without_its_slots_ends_in_status_1(again):
 def test_a_controlnet_that_does_nothing_ends_in_status_1(again):
     """Planted: its zero convolutions are zero, as in one that was never trained."""
     parts = parts_of.parts("sd15")
-    for each in (*parts.controlnet.controlnet_down_blocks, parts.controlnet.controlnet_mid_block):
-        each.weight.zero_()
-        each.bias.zero_()
+    for convolution in (*parts.controlnet.controlnet_down_blocks, parts.controlnet.controlnet_mid_block):
+        convolution.weight.zero_()
+        convolution.bias.zero_()
     with patched(*QUICK, (parts_of, "parts", lambda _: parts)):
         result = demo("--out", str(again), *SHORT)
     assert result.exit_code == ContractError.exit_status
@@ -174,41 +168,60 @@ def test_a_controlnet_that_does_nothing_ends_in_status_1(again):
 # real checkpoints
 
 
-@pytest.fixture(scope="module", params=[pytest.param("sd15", marks=pytest.mark.full), "sdxl"])
+@pytest.fixture(scope="module", params=[pytest.param("shallow", marks=pytest.mark.full), "shallow-xl"])
 def saved(request, tmp_path_factory) -> tuple[str, Path]:
     """A pipeline and a ControlNet in folders."""
-    folder, parts = tmp_path_factory.mktemp(request.param), parts_of.parts(request.param)
-    pipe = pipes.PIPELINES["text" if request.param == "sd15" else "xl-text"](parts)
-    pipe.save_pretrained(folder / "model")
+    folder, parts = tmp_path_factory.mktemp(request.param), real_pipelines.take_parts(request.param)
+    real_pipelines.PIPELINES["xl-text" if parts.kind == "sdxl" else "text"](parts).save_pretrained(folder / "model")
     parts.controlnet.save_pretrained(folder / "controlnet")
-    return request.param, folder
+    return parts.kind, folder
 
 
-def test_checkpoints_are_loaded_as_the_pipeline_they_are_of(saved):
+def show(folder: Path, out: Path, *more: str, controlnet: Path | None = None) -> Result:
+    """What the command makes of a saved pipeline and its ControlNet, or another."""
+    named = ("--model", str(folder / "model"), "--controlnet", str(controlnet or folder / "controlnet"))
+    return demo("--out", str(out), *named, "--offline", *more)
+
+
+def test_checkpoints_are_loaded_as_the_pipeline_they_are_of(saved, tmp_path):
+    """A GPU is pretended up to where the pipeline has been moved there."""
     kind, folder = saved
-    request = DemoRequest(str(folder / "model"), str(folder / "controlnet"), offline=True)
-    pipe, size = road._named(request, torch.float16, silent)
+    seen = []
+
+    def take_pipeline(pipe, _folder, backend, *, sizes, **_):
+        assert seen == ["cuda", torch.float16]
+        seen.extend([backend, *sizes, pipe])
+        raise ShapecheckError("it went this far")
+
+    with patched(
+        (torch.cuda, "is_available", lambda: True),
+        (DiffusionPipeline, "to", lambda _pipe, *where: seen.extend(where)),
+        (road, "accelerate", take_pipeline),
+    ):
+        result = show(folder, tmp_path, "--backend", "ort-cuda")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "error: it went this far")
+    *told, pipe = seen
+    assert told == ["cuda", torch.float16, "ort-cuda", "128x128"]
     assert type(pipe).__name__ == f"StableDiffusion{'XL' if kind == 'sdxl' else ''}ControlNetPipeline"
     assert {pipe.unet.dtype, pipe.controlnet.dtype, pipe.vae.dtype} == {torch.float16}
-    assert size == (128, 128)
 
 
 def test_what_diffusers_cannot_load_is_told_in_one_line(saved, tmp_path):
     _, folder = saved
     shutil.copytree(folder / "controlnet", tmp_path / "empty")
     next((tmp_path / "empty").glob("*.safetensors")).unlink()
-    request = DemoRequest(str(folder / "model"), str(tmp_path / "empty"), offline=True)
-    with pytest.raises(ShapecheckError, match=r"diffusers cannot load .*empty: [^\n]+$"):
-        road._loaded(request, torch.float32, xl=False)
+    result = show(folder, tmp_path / "out", controlnet=tmp_path / "empty")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(r"error: diffusers cannot load .*empty: [^\n]+", result.stderr.strip())
 
 
-@pytest.mark.full
 def test_two_that_do_not_fit_are_told_before_weights_are_read(saved, tmp_path):
     kind, folder = saved
-    other = parts_of.parts("sdxl" if kind == "sd15" else "sd15").controlnet
-    other.save_config(tmp_path)  # no weights
-    with pytest.raises(ContractError, match="mid_block_residual"):
-        road._named(DemoRequest(str(folder / "model"), str(tmp_path), offline=True), torch.float32, silent)
+    other = real_pipelines.take_parts("sd15" if kind == "sdxl" else "sdxl").controlnet
+    other.save_config(tmp_path / "other")  # no weights
+    result = show(folder, tmp_path / "out", controlnet=tmp_path / "other")
+    assert result.exit_code == ContractError.exit_status
+    assert "mid_block_residual" in result.stderr
 
 
 # what is refused
@@ -459,12 +472,9 @@ def test_in_a_browser_no_text_makes_the_page_wider(browser, tmp_path, changes):
 @pytest.mark.full
 def test_the_whole_road_with_checkpoints_and_an_image(saved, tmp_path):
     _, folder = saved
-    pictures.save(pipes.rings(90, 200)[0], tmp_path / "rings.png")
+    pictures.save(real_pipelines.rings(90, 200)[0], tmp_path / "rings.png")
     with patched(EXPORT):
-        result = demo(
-            "--out", str(tmp_path / "out"), "--model", str(folder / "model"), "--controlnet", str(folder / "controlnet"),
-            "--image", str(tmp_path / "rings.png"), "--offline", "--steps", "3",
-        )  # fmt: skip
+        result = show(folder, tmp_path / "out", "--image", str(tmp_path / "rings.png"), "--steps", "2")
     assert result.exit_code == 0, result.output
     read = json.loads((tmp_path / "out" / "demo.json").read_text(encoding="utf-8"))
     assert (read["random"], read["size_px"], read["pictures"][3]["file"]) == (False, [128, 128], "control.png")
