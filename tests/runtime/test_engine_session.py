@@ -26,7 +26,7 @@ from shapecheck import ContractError, Geometry, ShapecheckError, presets
 from shapecheck.contract.engine import BuildOptions, Engine, Request
 from shapecheck.contract.engine_seen import DTYPES
 from shapecheck.contract.profiles import Range, dtypes_of, profile_of, rules_of
-from shapecheck.run import engine_session, gate
+from shapecheck.run import engine_session
 from shapecheck.run.binding import CallError
 from shapecheck.run.engine_session import EngineSession
 
@@ -75,10 +75,17 @@ def written(folder, request=None, plan=None, name="unet.plan"):
     return path
 
 
+def place_aligned(tensor):
+    """The same in memory that begins where a GPU's does, at a multiple of 256 bytes."""
+    room = torch.empty(tensor.nbytes + 256, dtype=torch.uint8)
+    start = -room.data_ptr() % 256
+    return room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
 def inputs_at(geometry, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shapes = CONTRACT.input_shapes(geometry)
-    return {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: place_aligned(torch.rand(shape, generator=generator)) for name, shape in shapes.items()}
 
 
 def computed(inputs):
@@ -202,7 +209,7 @@ class Cpu:
         return lambda: [each() for each in work]
 
     def empty(self, shape, dtype):
-        return torch.full(shape, math.nan, dtype=dtype)
+        return place_aligned(torch.full(shape, math.nan, dtype=dtype))
 
     def settle(self):
         self.settled += 1
@@ -235,12 +242,15 @@ class StandIn(ModuleType):
     def __init__(self):
         super().__init__("tensorrt")
         self.calls, self.refuse, self.capturing = [], {}, None
-        self.contexts, self.loggers, self.busy = [], [], None
+        self.runtimes, self.engines, self.contexts = [], [], []
+        self.gpus, self.loggers, self.busy = [], [], None
         self.output = lambda shape: shape
 
     def Runtime(self, logger):  # noqa: N802
         self.loggers.append(logger)
-        return Runtime(self, logger)
+        runtime = Runtime(self, logger)
+        self.runtimes.append(weakref.ref(runtime))
+        return runtime
 
     def note(self, logger, method, *arguments):
         """Whether the call is carried out; the logger is told where it is not."""
@@ -268,7 +278,9 @@ class Runtime:
         if bytes(data[:1]) != b"{":
             self.logger.log(StandIn.ILogger.ERROR, "Serialization assertion failed")
             return None
-        return StandInEngine(self.trt, self.logger, json.loads(bytes(data)))
+        engine = StandInEngine(self.trt, self.logger, json.loads(bytes(data)))
+        self.trt.engines.append(weakref.ref(engine))
+        return engine
 
 
 class StandInEngine:
@@ -376,9 +388,13 @@ def memory(address, shape):
 @pytest.fixture
 def trt(monkeypatch):
     module = StandIn()
+
+    def open_gpu(wanted=None):
+        module.gpus.append(Cpu(wanted))
+        return module.gpus[-1]
+
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(engine_session, "Gpu", Cpu)
-    monkeypatch.setattr(engine_session, "_ALIGNMENT", 64)  # of torch's memory on the CPU
+    monkeypatch.setattr(engine_session, "Gpu", open_gpu)
     return module
 
 
@@ -436,7 +452,7 @@ def test_only_what_lies_elsewhere_is_bound_again(trt, session):
     inputs = inputs_at(AT)
     session(inputs)
     trt.taken()
-    moved = inputs["down_block_residual_07"] = inputs["down_block_residual_07"] * 2
+    moved = inputs["down_block_residual_07"] = place_aligned(inputs["down_block_residual_07"] * 2)
     torch.testing.assert_close(session(inputs)["out_sample"], computed(inputs))
     assert trt.taken() == [
         ("set_tensor_address", NAMES["down_block_residual_07"], moved.data_ptr()),
@@ -528,9 +544,9 @@ def test_a_call_that_does_not_fit_never_reaches_tensorrt_and_changes_nothing(trt
     assert trt.taken() == [("execute_async_v3", 7)]
 
 
-def test_what_is_no_tensor_is_named():
+def test_what_is_no_tensor_is_named(session):
     with pytest.raises(ShapecheckError, match="timestep is float, mid_block_residual is NoneType: tensors are expected; with"):
-        gate._given(inputs_at(AT) | {"timestep": 1.0, "mid_block_residual": None})
+        session(inputs_at(AT) | {"timestep": 1.0, "mid_block_residual": None})
 
 
 def test_none_for_a_slot_is_refused_and_nothing_is_filled_in(session):
@@ -606,16 +622,15 @@ def test_two_calls_at_once_are_an_error_and_no_crash(trt, session):
 
 def test_a_closed_session_refuses_and_has_given_everything_back(trt, tmp_path):
     session = EngineSession.open(written(tmp_path), graphs=True)
-    inputs, gpu = inputs_at(AT), session._gpu
+    inputs, (gpu,) = inputs_at(AT), trt.gpus
     session(inputs)
     output = session(inputs)
     assert [each() is not None for each in trt.contexts] == [True, True]
     session.close()
     session.close()
     assert gpu.settled == 1
-    assert all(each() is None for each in trt.contexts)
-    assert session._engine is None
-    assert session._runtime is None
+    assert all(each() is None for each in (*trt.contexts, *trt.engines, *trt.runtimes))
+    assert len(trt.engines) == len(trt.runtimes) == 1
     with pytest.raises(ShapecheckError, match=r"unet\.plan: this session is closed; open it again"):
         session(inputs)
     torch.testing.assert_close(output["out_sample"], computed(inputs))
@@ -659,7 +674,7 @@ def test_a_graph_is_dropped_when_an_address_or_a_size_changes_and_captured_again
     inputs = inputs_at(AT)
     for _ in range(3):
         graphs(inputs)
-    moved = inputs | {"timestep": inputs["timestep"] + 3}
+    moved = inputs | {"timestep": place_aligned(inputs["timestep"] + 3)}
     for given, expected in (
         (moved, ["set_tensor_address", "execute_async_v3"]),
         (moved, ["set_tensor_address", "execute_async_v3"]),
@@ -698,7 +713,8 @@ def test_a_refused_call_leaves_the_graph(trt, graphs):
 def test_a_capture_that_fails_is_an_error_and_the_session_goes_on(trt, graphs):
     inputs = inputs_at(AT)
     graphs(inputs)
-    graphs._gpu.uncapturable = "cannot capture a CUDA graph: operation not permitted\nopen the engine without graphs"
+    (gpu,) = trt.gpus
+    gpu.uncapturable = "cannot capture a CUDA graph: operation not permitted\nopen the engine without graphs"
     with pytest.raises(ShapecheckError, match=r"cannot capture a CUDA graph: .*\nopen the engine without graphs"):
         graphs(inputs)
     torch.testing.assert_close(graphs(inputs)["out_sample"], computed(inputs))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from functools import cache
 
 import engines
 import onnx_files
+import onnxruntime
 import psutil
 import pytest
 import small
@@ -24,14 +26,9 @@ H, W, TOKENS = 9, 13, 7
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory):
+def file(torch_unet):
     """A UNet of five slots, of which 0, 1 and 3, 4 share no shape with others but each other."""
-    return engines.exported(tmp_path_factory.mktemp("load") / "unet.onnx", small.SHALLOW)[0]
-
-
-@pytest.fixture(scope="module")
-def xl(tmp_path_factory):
-    return engines.exported(tmp_path_factory.mktemp("xl") / "xl.onnx", small.TINY | small.TEXT_TIME)[0]
+    return engines.export_sealed(torch_unet, latent=(17, 25))
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +36,9 @@ def torch_unet():
     return small.unet(**small.SHALLOW)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def unet(file):
+    """One session for all: whatever a test did to it, the next call is served."""
     with_session = shapecheck.load(file, "ort")
     yield with_session
     with_session.close()
@@ -48,7 +46,7 @@ def unet(file):
 
 @cache
 def shallow():
-    return shapecheck.probe(small.unet(**small.SHALLOW))
+    return shapecheck.read_contract(engines.export_sealed(small.unet(**small.SHALLOW), latent=(17, 25)))
 
 
 def call(batch=2, seed=0, **changes):
@@ -170,8 +168,8 @@ def test_a_bad_call_is_refused_by_name_and_the_next_is_served(unet, good, case):
     assert torch.equal(unet(**good).sample, before)
 
 
-def test_missing_text_embeds_are_named(xl):
-    unet = shapecheck.load(xl, "ort")
+def test_missing_text_embeds_are_named():
+    unet = shapecheck.load(engines.export_sealed(small.unet(**small.TINY | small.TEXT_TIME)), "ort")
     sample, text = torch.zeros(1, 4, H, W), torch.zeros(1, TOKENS, 12)
     with pytest.raises(CallError, match=r"text_embeds: missing: got nothing, expected 1×32(.|\n)*time_ids: missing"):
         unet(sample, 1, text)
@@ -181,9 +179,8 @@ def test_missing_text_embeds_are_named(xl):
     assert unet.add_embedding.linear_1.in_features == 80
 
 
-def test_single_precision_for_a_half_precision_graph_is_refused(tmp_path):
-    path, contract = onnx_files.written(tmp_path / "half.onnx", small.unet(**small.TINY).half(), latent=(9, 13))
-    unet = shapecheck.load(engines.sealed(path, contract), "ort")
+def test_single_precision_for_a_half_precision_graph_is_refused():
+    unet = shapecheck.load(engines.export_sealed(small.unet(**small.TINY).half()), "ort")
     assert unet.dtype == torch.float16
     sample, text = torch.zeros(1, 4, H, W), torch.zeros(1, TOKENS, 12)
     with pytest.raises(CallError, match=r"sample: dtype: got float32, expected float16(.|\n)*tensor.to\(dtype\)"):
@@ -199,47 +196,57 @@ def test_a_closed_session_says_so(file, good):
         unet(**good)
 
 
-def test_two_threads_at_once_are_refused(unet, good):
+def test_two_threads_at_once_are_refused(torch_unet, good):
+    """A live UNet stands for any model that takes its time."""
+    live = copy.deepcopy(torch_unet)
+    unet = shapecheck.load(live)
     inside, go = threading.Event(), threading.Event()
-    runner = unet.engine._runner
 
-    def slow(*given):
+    def wait(*_):
         inside.set()
         assert go.wait(20)
-        return runner(*given)
 
-    unet.engine._runner = slow
+    waiting = live.register_forward_pre_hook(wait)
     found = []
     thread = threading.Thread(target=lambda: found.append(unet(**good).sample))
     thread.start()
     assert inside.wait(20)
     try:
-        with pytest.raises(ShapecheckError, match="this session is serving another call; open a session for each thread"):
-            unet(**good)
+        for use in (lambda: unet(**good), unet.close):
+            with pytest.raises(ShapecheckError, match="this session is serving another call; open a session for each thread"):
+                use()
     finally:
         go.set()
         thread.join()
-    unet.engine._runner = runner
+    waiting.remove()
     assert torch.equal(unet(**good).sample, found[0])
 
 
-def test_a_thousand_good_and_bad_calls_leave_memory_flat(unet, good):
+def call_often(unet, good, times):
+    """Good and bad calls in turn; returns what then lives: tensors, and bytes of this process."""
     bad = [good | change(good) for change, _ in REFUSED.values()]
-
-    def hundred():
-        for number in range(100):
-            unet(**good)
-            with pytest.raises(ShapecheckError):
-                unet(**bad[number % len(bad)])
-
-    for _ in range(2):
-        hundred()
+    for number in range(times):
+        unet(**good)
+        with pytest.raises(ShapecheckError):
+            unet(**bad[number % len(bad)])
     gc.collect()
-    before = psutil.Process().memory_info().rss
-    for _ in range(5):
-        hundred()
-    gc.collect()
-    assert psutil.Process().memory_info().rss - before < 8 * 2**20
+    # by type: isinstance would ask objects that answer with a warning
+    tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+    return tensors, psutil.Process().memory_info().rss
+
+
+def test_good_and_bad_calls_keep_no_tensor(unet, good):
+    before, _ = call_often(unet, good, 20)
+    after, _ = call_often(unet, good, 20)
+    assert after <= before
+
+
+@pytest.mark.full
+def test_a_thousand_good_and_bad_calls_leave_memory_flat(unet, good):
+    call_often(unet, good, 200)
+    _, before = call_often(unet, good, 1)
+    _, after = call_often(unet, good, 500)
+    assert after - before < 8 * 2**20
 
 
 def test_outputs_are_the_callers_own_unless_it_says_otherwise(file, good):
@@ -254,19 +261,27 @@ def test_outputs_are_the_callers_own_unless_it_says_otherwise(file, good):
     assert len(places) == 1
 
 
-def test_threads_of_onnx_runtime_do_not_spin_beside_pytorch(unet):
+def test_threads_of_onnx_runtime_do_not_spin_beside_pytorch(file, monkeypatch):
     """They went on after a call, and a ControlNet in PyTorch took twice as long (reports/performance.md)."""
-    settings = unet.engine._runner._session.get_session_options()
-    assert settings.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    opened = []
+    plain = onnxruntime.InferenceSession
+
+    def open_session(source, settings, **options):
+        opened.append(settings.get_session_config_entry("session.intra_op.allow_spinning"))
+        return plain(source, settings, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
+    shapecheck.load(file, "ort")
+    assert opened == ["0"]
 
 
-def test_zeros_are_made_once_a_size_in_one_piece(torch_unet):
-    contract = shapecheck.probe(torch_unet)
+def test_zeros_are_made_once_a_size_in_one_piece():
+    contract = shallow()
     arguments = Arguments(contract, torch.device("cpu"))
     first = arguments.residuals(None, None, torch.zeros(2, 4, H, W))
-    assert [tuple(each.shape) for each in first.values()] == list(contract.shapes(shapecheck.Geometry(2, H, W)).values())
-    assert len({each.untyped_storage().data_ptr() for each in first.values()}) == 1
-    assert not any(each.any() for each in first.values())
+    assert [tuple(zeros.shape) for zeros in first.values()] == list(contract.shapes(shapecheck.Geometry(2, H, W)).values())
+    assert len({zeros.untyped_storage().data_ptr() for zeros in first.values()}) == 1
+    assert not any(zeros.any() for zeros in first.values())
     assert arguments.residuals(None, None, torch.zeros(2, 4, H, W)) is first
 
 
