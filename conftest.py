@@ -16,6 +16,8 @@ from artefacts import FOLDER
 for _variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT"):
     os.environ.pop(_variable, None)  # a test that means one of them sets it
 
+_PROBES = {"sd15", "sd15-with-two-controlnets", "sd15-with-t2iadapter", "sd15-with-sd21-controlnet"}
+"""A UNet alone, with ControlNets, with an adapter, and with a ControlNet that does not fit."""
 _DEFAULT, _FULL = 3, 60
 """Seconds after which a test is in the wrong layer on most machines."""
 
@@ -30,9 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Probes of one topology by default, SD1.5's; those of the others are marked `full`."""
+    """Probes of SD1.5 by default, one of a kind and all claims, which share what they observe; the others are marked `full`."""
     for item in items:
-        if item.path.suffix == ".toml" and not item.path.stem.startswith(("sd15", "mapping-")):
+        if item.path.suffix == ".toml" and item.path.stem not in _PROBES and not item.path.stem.startswith("mapping-"):
             item.add_marker("full")
 
 
