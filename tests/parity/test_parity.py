@@ -1,10 +1,20 @@
-"""Planted faults that shapes cannot show: each is caught and named by its own check, and a healthy file passes in all."""
+"""Planted faults that shapes cannot show: each is caught and named by its own check, and a healthy file passes in all.
+
+What is judged of a run's numbers is in test_judge.py; here are files, PyTorch and ONNX Runtime.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import engines
+import exports
+import full_size
 import onnx_files
 import parity_faults as faults
 import pytest
@@ -12,16 +22,22 @@ import small
 import torch
 from onnx_files import bake, exchange, planted, unconsume
 from parity_runs import NAMES, SLOTS, failed, kinds
+from peak import peak_of
 
 from shapecheck import Geometry, ShapecheckError
+from shapecheck.build.engine import build_engine
 from shapecheck.contract.parity import KINDS
 from shapecheck.contract.profiles import Range, dtypes_of
+from shapecheck.observe.progress import silent
 from shapecheck.run.onnx_session import OnnxSession
 from shapecheck.verify import parity, reference
 from shapecheck.verify.calls import Call, Draws, refuse_zeros
+from shapecheck.verify.files import file_for
 from shapecheck.verify.parity import Options, Study
 from shapecheck.verify.plan import geometries_of
+from shapecheck.verify.reference import TorchModel
 from shapecheck.verify.runners import OnnxRunner
+from shapecheck.verify.search import Search
 
 SIZE = Geometry(2, 9, 14, 7)
 ONE_SIZE = Options(ranges=(Range(SIZE, SIZE, SIZE),))
@@ -302,3 +318,148 @@ def test_sizes_of_a_run(contract):
     assert geometries_of(contract, [sizes]) == (*sizes.geometries, between)
     fixed = Range(SIZE, SIZE, SIZE)
     assert geometries_of(contract, [fixed, sizes]) == (SIZE, *sizes.geometries, between)
+
+
+# Other seeds, precisions, files and sizes
+
+
+def statuses(found) -> set[str]:
+    return {each.status for each in found.results}
+
+
+def ratios(model, path, seeds: range) -> list[float]:
+    """Return how many times PyTorch's own error that of ONNX Runtime is, in each case of each seed; all checks pass."""
+    errors = []
+    for seed in seeds:
+        found = side(model, path, Options(seed=seed))
+        assert statuses(found) == {"passed"}, (seed, found.results)
+        cases = [each.verdict for each in found.results if each.check.kind == "case"]
+        errors += [verdict.absolute.difference / verdict.own for verdict in cases]
+    return errors
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("config", "seeds"), [(onnx_files.DEEP, range(1, 3)), (onnx_files.XL, range(1))], ids=["deep", "xl"])
+def test_no_false_alarm_over_a_few_seeds(tmp_path, config, seeds):
+    path, _ = engines.exported(tmp_path / "unet.onnx", config)
+    assert ratios(small.unet(**config), path, seeds)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("config", [onnx_files.DEEP, onnx_files.XL], ids=["deep", "xl"])
+def test_no_false_alarm_over_twenty_seeds(tmp_path, config):
+    path, _ = engines.exported(tmp_path / "unet.onnx", config)
+    errors = ratios(small.unet(**config), path, range(20))
+    print(f"errors of ONNX Runtime: {min(errors):.2f} to {max(errors):.2f} times PyTorch's own")
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A model and its own copy of the file made of it, beside the weights."""
+    model = small.unet(**onnx_files.DEEP).half()
+    made = exports.exported_once(model, dtype="float16").path
+    folder = shutil.copytree(made.parent, tmp_path_factory.mktemp("half") / "model")
+    return model, folder / made.name
+
+
+@pytest.mark.full
+def test_half_precision(half):
+    found = side(*half, Options())
+    assert statuses(found) == {"passed"}, found.results
+    assert found.ran.precision == "float16"
+
+
+@pytest.mark.nightly
+def test_half_precision_over_twenty_seeds(half):
+    assert ratios(*half, range(20))
+
+
+@pytest.mark.full
+def test_faults_in_half_precision(half):
+    model, path = half
+    folder = path.parent  # where its weights lie
+    exchanged = side(model, planted(path, folder / "exchanged.onnx", exchange(NAMES[2], NAMES[3])), Options())
+    assert f"acts where {NAMES[3]} belongs" in failed(exchanged)[SLOTS[2]]
+    assert f"acts where {NAMES[2]} belongs" in failed(exchanged)[SLOTS[3]]
+    assert kinds(exchanged)["slot"] == 2
+    scaled = side(model, planted(path, folder / "scaled.onnx", faults.scaled(NAMES[5], 0.9)), Options())
+    assert next(iter(failed(scaled))) == SLOTS[5]
+    assert 0.88 < float(failed(scaled)[SLOTS[5]].split(" acts as if ")[1].split(" of it ")[0]) < 0.92
+    ignored = side(model, planted(path, folder / "ignored.onnx", unconsume("mid_block_residual")), Options())
+    assert failed(ignored)["slot[mid_block_residual]"].startswith("mid_block_residual changes nothing")
+    assert kinds(scaled)["slot"] == kinds(ignored)["slot"] == 1
+
+
+@pytest.mark.full
+def test_bfloat16_cannot_run_on_the_cpu_and_says_so():
+    model = small.unet(**small.TINY).bfloat16()
+    found = side(model, exports.exported_once(model, dtype="bfloat16").path)
+    assert {each.check.kind for each in found.failed} == {"provider"}
+    assert "bfloat16" in found.failed[0].reason
+
+
+@pytest.mark.full
+def test_without_control():
+    model = small.unet(**exports.LEAST)
+    found = side(model, exports.exported_once(model, control=False).path)
+    assert statuses(found) == {"passed"}
+    assert {each.check.kind for each in found.results} == {"provider", "contract", "weights", "precision", "input", "case"}
+
+
+@pytest.mark.full
+def test_names_of_another_project():
+    model = small.unet(**exports.LEAST)
+    assert statuses(side(model, exports.exported_once(model, naming="streamdiffusion").path)) == {"passed"}
+
+
+@pytest.mark.nightly
+def test_sd15_at_its_real_size(tmp_path):
+    """All 13 slots at 24×40 latents: within twelve gigabytes, and in minutes on two cores."""
+    process = [sys.executable, str(Path(full_size.__file__)), "sd15", str(tmp_path), "100GB"]
+    subprocess.run(process, check=True, capture_output=True)
+    shapecheck = [sys.executable, "-m", "shapecheck"]
+    path = tmp_path / "unet.onnx"
+    subprocess.run([*shapecheck, "export", str(tmp_path), "-o", str(path)], check=True, capture_output=True)
+    sizes = ("--sizes", "320x192", "--batch", "1:1:2")
+    output, peak = peak_of(
+        *("-m", "shapecheck", "parity", str(tmp_path), "--onnx", str(path)), *sizes, "--report", str(tmp_path / "report")
+    )
+    print(output, f"peak {peak / 2**30:.1f} GiB", sep="\n")
+    assert peak <= 12e9
+    record = json.loads((tmp_path / "report" / "parity.json").read_text(encoding="utf-8"))
+    assert [(each["batch"], each["height"], each["width"]) for each in record["geometries"]] == [(1, 24, 40), (2, 24, 40)]
+    (found,) = record["sides"]
+    slots = [each for each in found["results"] if each["kind"] == "slot"]
+    assert len(slots) == 13
+    assert {each["status"] for each in found["results"]} == {"passed"}
+    assert all(abs(each["effect"]["strength"] - 1) < 0.01 for each in slots)
+
+
+@pytest.mark.full
+def test_a_range_of_sizes(model, healthy):
+    sizes = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(4, 33, 41))
+    found = side(model, healthy, Options(ranges=(sizes,)))
+    assert statuses(found) == {"passed"}
+    assert len({each.geometry for each in found.results if each.check.kind == "case"}) == 4
+
+
+@pytest.mark.full
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU the engine built again may run")
+def test_where_an_engine_differs_is_looked_for_in_its_onnx_file(tmp_path):
+    """The engine is built again with marked outputs, for real; without a GPU it cannot run, which is said."""
+    healthy, _ = engines.exported(tmp_path / "healthy.onnx", onnx_files.XL)
+    faulty = planted(healthy, tmp_path / "faulty.onnx", unconsume("down_block_residual_01"))
+    size = Geometry(2, 9, 14, 7)
+    build_engine(faulty, tmp_path / "faulty.plan", profiles=Range(size, size, size), options=engines.RTX)
+    model = TorchModel(small.unet(**onnx_files.XL))
+    file = file_for("rtx", model, faulty, tmp_path / "faulty.plan")
+    call = Call(size, 0)
+    draws = Draws(file.contract, 0)
+    sides = reference.computed(model, file.contract, [call], draws, "float64", lambda module: None, silent)
+    before = set(tmp_path.iterdir())
+    found, notes = Search(model, file, draws, sides, 4, None).at(call, "rtx")
+    assert (found.module, found.slot) == ("down_blocks.0.resnets.0", "down_block_residual_01")
+    assert found.note == f"found in {faulty}, which the engine was built from, in ONNX Runtime on the CPU"
+    assert len(notes) == 1
+    assert notes[0].startswith("where it differs could not be found: an engine runs on an NVIDIA GPU")
+    assert set(tmp_path.iterdir()) == before
