@@ -34,6 +34,12 @@ UNETS = [name for name in presets.names() if presets.load(name).kind == "unet"]
 each_sample = pytest.mark.parametrize("name", SAMPLES)
 
 
+@cache
+def page_of(name: str) -> str:
+    """Return a sample's page, made once."""
+    return page(SAMPLES[name]())
+
+
 def strict(text: str):
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
@@ -239,7 +245,7 @@ def test_a_run_whose_file_is_cut_off_is_not_taken_for_a_healthy_one():
 def test_the_verdict_line(name, line):
     parity = SAMPLES[name]()
     assert spaced(told(parity).split("\n\n")[1]) == line
-    assert spaced(line.partition(": ")[2]) in Text(page(parity)).text
+    assert spaced(line.partition(": ")[2]) in Text(page_of(name)).text
 
 
 def test_a_side_on_which_nothing_was_checked_is_broken():
@@ -264,7 +270,7 @@ def reasons(source: str) -> str:
 @pytest.mark.parametrize("form", ["human", "markdown", "html"])
 def test_every_failure_is_told_with_its_reason(name, form):
     parity = SAMPLES[name]()
-    text = Text(reasons(page(parity))).text if form == "html" else spaced(told(parity, form))
+    text = Text(reasons(page_of(name))).text if form == "html" else spaced(told(parity, form))
     for side in parity.sides:
         for result in side.results:
             if result.status != "passed":
@@ -371,26 +377,13 @@ LOADING = {"link", "img", "image", "iframe", "object", "embed", "base", "form", 
 
 @each_sample
 def test_the_page_holds_nothing_that_loads_or_runs(name):
-    parity = SAMPLES[name]()
-    tags = Text(page(parity)).tags
+    tags = Text(page_of(name)).tags
     assert [attributes for tag, attributes in tags if tag == "script"] == [{"type": "application/json", "id": "parity"}]
-    assert not {tag for tag, _ in tags} & {
-        "link",
-        "img",
-        "image",
-        "iframe",
-        "object",
-        "embed",
-        "base",
-        "form",
-        "video",
-        "audio",
-        "use",
-    }
+    assert not {tag for tag, _ in tags} & LOADING
     for _, attributes in tags:
         assert not {key for key in attributes if key.startswith("on") or key in ("src", "srcset", "style", "xlink:href")}
         assert attributes.get("href", "#").startswith("#")
-    assert "url(" not in page(parity) and "@import" not in page(parity)
+    assert "url(" not in page_of(name) and "@import" not in page_of(name)
     assert {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"} in [
         attributes for tag, attributes in tags if tag == "meta"
     ]
@@ -463,7 +456,7 @@ def opened(browser, folder: Path, source: str):
 @pytest.fixture(scope="module")
 def looked_at(browser, tmp_path_factory):
     """What a sample's page is in the browser; each is opened once."""
-    return cache(lambda name: opened(browser, tmp_path_factory.mktemp("page"), page(SAMPLES[name]())))
+    return cache(lambda name: opened(browser, tmp_path_factory.mktemp("page"), page_of(name)))
 
 
 def at(values, path: str):
@@ -497,7 +490,12 @@ def is_told(number, value) -> bool:
     return abs(float(read) - value * (100 if unit == "%" else 1)) <= 0.5001 * last_digit
 
 
-@pytest.mark.parametrize("name", ["broken", "two-backends", "could-not-run", "without-slots", "pooled", "hostile"])
+def seldom(*names: str) -> list:
+    """Pages that differ in their numbers alone from those that are opened by default."""
+    return [pytest.param(name, marks=pytest.mark.full) for name in names]
+
+
+@pytest.mark.parametrize("name", ["broken", "hostile", *seldom("two-backends", "could-not-run", "without-slots", "pooled")])
 def test_in_a_browser_the_page_is_silent_and_its_numbers_are_those_of_the_json(looked_at, name):
     parity, seen = SAMPLES[name](), looked_at(name)
     assert (seen.requests, seen.complaints) == ([], [])
@@ -528,7 +526,7 @@ def must_show(parity: Parity) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["broken", "hostile", "koala", "pooled"])
+@pytest.mark.parametrize("name", ["broken", "hostile", *seldom("koala", "pooled")])
 def test_in_a_browser_no_label_lies_on_another(looked_at, name):
     (drawing,) = looked_at(name).value["drawings"]
     assert len(drawing["texts"]) > 10
