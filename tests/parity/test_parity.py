@@ -392,10 +392,10 @@ def test_faults_in_half_precision(half):
 
 @pytest.mark.full
 def test_bfloat16_cannot_run_on_the_cpu_and_says_so():
-    model = small.unet(**small.TINY).bfloat16()
+    model = small.unet(**exports.LEAST).bfloat16()
     found = side(model, exports.exported_once(model, dtype="bfloat16").path)
     assert {each.check.kind for each in found.failed} == {"provider"}
-    assert "bfloat16" in found.failed[0].reason
+    assert "Could not find an implementation for " in found.failed[0].reason  # in ONNX Runtime's words
 
 
 @pytest.mark.full
