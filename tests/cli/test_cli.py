@@ -169,6 +169,9 @@ def test_a_latent_that_the_unet_refuses_is_exit_status_2(write_config):
         "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
         "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "addition_embed_type": "image",
+        "encoder_hid_dim_type": "image_proj",
+        "encoder_hid_dim": 20,
     }
     result = shapecheck("probe", write_config(TINY | kandinsky), "--latent", "60x63")
     assert (result.exit_code, result.stdout) == (2, "")
