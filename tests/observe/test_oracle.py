@@ -20,6 +20,8 @@ from strategies import LARGE, MIDDLING, SMALL, Config, Fault, Limits
 
 import shapecheck
 from shapecheck import Contract, ContractError, Geometry, ShapecheckError, presets
+from shapecheck.contract import Dim
+from shapecheck.observe import sizes
 
 FACTS = json.loads((Path(__file__).parents[1] / "support" / "data" / "slot_tables.json").read_text(encoding="utf-8"))
 PRESET_OF = {"sdxl_base": "sdxl", "sd21_768v": "sd21"}
@@ -179,6 +181,18 @@ def test_five_levels_agree_with_the_oracle(ups, divisor):
 def test_divisor_is_where_a_written_out_unet_stops_refusing():
     config = plain_config(["DownBlock2D", "DownBlock2D"]) | {"up_block_types": ["ResnetUpsampleBlock2D", "UpBlock2D"]}
     stops_refusing(config, (31, 45), 2)
+
+
+def test_a_rounding_that_no_size_shows_is_not_made_up():
+    """Of a UNet that never runs at an odd size nobody knows how it would round."""
+    sides = (16, 24)
+    assert sizes.rules("h", sides, [(8, 12)]) == {sides: Dim("h"), (8, 12): Dim("h", 1, ("exact",))}
+    sides = (17, 24)
+    assert sizes.rules("h", sides, [(8, 12), (9, 12), (5, 8)]) == {
+        sides: Dim("h"),
+        (9, 12): Dim("h", 1, ("ceil",)),
+        (8, 12): Dim("h", 1, ("floor",)),
+    }
 
 
 @at_length(0, 8, 40)
