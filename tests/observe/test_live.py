@@ -460,6 +460,17 @@ def test_a_controlnet_that_takes_more_latent_channels_is_a_mismatch():
     assert any("its own" in note for note in probe(wider, net).header.notes)
 
 
+def test_a_tensor_that_is_given_for_two_slots_is_seen_in_both(unet):
+    net = small.controlnet(unet)
+    latent, text = torch.zeros(2, 4, 13, 17), torch.zeros(2, 7, 12)
+    with record(unet, [net]) as recorder, torch.no_grad():
+        downs, mid = net(latent, 1, text, torch.zeros(2, 3, 104, 136), return_dict=False)
+        twice = [downs[0], downs[0], *downs[2:]]
+        unet(latent, 1, text, down_block_additional_residuals=twice, mid_block_additional_residual=mid)
+    (trace,) = recorder.traces
+    assert [add.index for add in trace.adds] == [*range(SLOTS - 1), -1]
+
+
 def test_numbers_in_place_of_residuals_do_not_break_the_run(unet):
     net = small.controlnet(unet)
     latent, text = torch.zeros(2, 4, 13, 17), torch.zeros(2, 7, 12)
