@@ -87,7 +87,8 @@ def lab():
     return lambda name: labs[name] if name in labs else labs.setdefault(name, Lab(name))
 
 
-FULL = [pytest.param(name, marks=[pytest.mark.full] * (name != "thin")) for name in TOPOLOGIES]
+LAYERS = {"thin": [], "sd15": pytest.mark.nightly}
+"""SD1.5's levels are more of what the others have; the others differ in kind."""
 
 
 # what a UNet says is foretold, word by word
@@ -179,7 +180,7 @@ def candidates(diagnosis):
     return [each for reading in diagnosis.found for answer in reading.answers for each in answer.candidates]
 
 
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LAYERS.get(name, pytest.mark.full)) for name in TOPOLOGIES])
 def test_the_candidates_are_exactly_the_faults_that_give_the_text(lab, name):
     it = lab(name)
     table = Table.of(it.contract, it.at)
