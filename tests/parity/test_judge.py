@@ -147,6 +147,18 @@ def test_a_slot_of_part_of_its_strength():
     assert kinds(results) == {"slot": 1, "case": 2}
 
 
+def test_the_strength_of_an_effect_may_be_as_far_from_1_as_pytorch_s_own_rounding_makes_it():
+    name = NAMES[4]
+    faint, coarse = scaled(0.9, name), replace(known_sides(), shares=dict.fromkeys(known_sides().shares, 0.006))
+    assert judge(faint, sides=coarse)[f"slot[{name}]"].status == "failed"
+    alone = next(call for call in coarse.images if call.perturbed == name)
+    rounded = coarse.images[Call(SIZE)] + 0.98 * (coarse.images[alone] - coarse.images[Call(SIZE)])
+    rough = replace(coarse, images={**coarse.images, alone: rounded})
+    assert judge(faint, sides=rough)[f"slot[{name}]"].status == "passed"
+    assert judge(scaled(0.99, name), sides=replace(coarse, images={}))[f"slot[{name}]"].status == "passed"
+    assert judge(faint, sides=replace(coarse, images={}))[f"slot[{name}]"].status == "failed"
+
+
 def test_a_slot_that_acts_as_no_share_of_it_would():
     results = judge(lambda given: given | {NAMES[4]: given[NAMES[4]] + 0.2 * given[NAMES[4]].roll(1, -1)})
     told = failed(results)[f"slot[{NAMES[4]}]"]
@@ -186,6 +198,9 @@ def test_height_and_width_exchanged_so_that_only_squares_run(fault):
     assert results["switch"].status == results["cfg"].status == "not run"
     assert results["switch"].reason == results["cfg"].reason == "not judged: calls of this size cannot be run"
     assert results[OFF].status == "passed"
+    results = judge(fault, spoil=lambda call, image: "cannot run this call")
+    assert {result.status for result in results.values() if result.check.kind != "case"} == {"not run"}
+    assert results["input[sample]"].reason == "not judged: calls of this size cannot be run"
 
 
 def test_the_halves_of_the_batch_exchanged():

@@ -24,7 +24,7 @@ from onnx_files import bake, exchange, planted, unconsume
 from parity_runs import NAMES, SLOTS, failed, kinds
 from peak import peak_of
 
-from shapecheck import Geometry, ShapecheckError
+from shapecheck import Geometry, ShapecheckError, presets
 from shapecheck.build.engine import build_engine
 from shapecheck.contract.parity import KINDS
 from shapecheck.contract.profiles import Range, dtypes_of
@@ -310,6 +310,17 @@ def test_what_is_drawn(contract):
     assert all(
         small_[name].shape[2:] == (1, 1) and torch.equal(small_[name].expand_as(large[name]), large[name]) for name in NAMES
     )
+
+
+def test_every_input_of_sdxl_is_perturbed_within_what_it_may_be():
+    contract = presets.contract("sdxl")
+    draws, off = Draws(contract, 0), Draws(contract, 0)(Call(SIZE))
+    for name in ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"):
+        changed = draws(Call(SIZE, perturbed=name))
+        assert [each for each in changed if not torch.equal(changed[each], off[each])] == [name]
+    sizes = draws(Call(SIZE, perturbed="time_ids"))["time_ids"]
+    assert bool((sizes >= off["time_ids"]).all())  # sizes in pixels: no less than before, and never negative
+    assert bool((off["time_ids"] >= 64).all())
 
 
 def test_sizes_of_a_run(contract):
