@@ -16,6 +16,7 @@ from small import unet
 from torch import nn
 
 from shapecheck import Contract, Geometry, probe
+from shapecheck.build.subject import meta_twin
 from shapecheck.contract import Input, Slot
 from shapecheck.contract.metadata import CONTRACT
 from shapecheck.contract.profiles import dtypes_of
@@ -72,7 +73,7 @@ def written(path: Path, model: nn.Module, *, latent: tuple[int, int], baked: tup
     """The same for a live UNet. Exported once a run for all who ask for the same model; each has a copy."""
 
     def export(folder: Path) -> None:
-        contract = probe(model)
+        contract = probe(meta_twin(model))  # the same, and nothing is computed
         (folder / "contract.json").write_text(contract.to_json(), encoding="utf-8")
         _trace(folder / "unet.onnx", model, contract, latent, baked)
 
@@ -127,7 +128,7 @@ def controlnet_written(path: Path, model: nn.Module, *, latent: tuple[int, int])
 
 
 def _trace_controlnet(path: Path, model: nn.Module, latent: tuple[int, int]) -> None:
-    contract = probe_controlnet(model)
+    contract = probe_controlnet(meta_twin(model))
     rules = {each.name: each.shape for each in (*contract.inputs, *contract.slots)}
     shapes = contract.input_shapes(Geometry(2, *latent, 7))
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
