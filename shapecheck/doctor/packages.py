@@ -28,14 +28,14 @@ class Wanted:
 
 WANTED = {
     "torch": Wanted("torch", "2.6"),
-    "diffusers": Wanted("importing diffusers", "0.35"),
-    "onnx": Wanted("importing onnx", "1.18", "onnx"),
+    "diffusers": Wanted("importing diffusers", "0.36"),
+    "onnx": Wanted("importing onnx", "1.21", "onnx"),
     "onnx_ir": Wanted("importing onnx_ir", "0.1.10", "onnx"),
     "onnxscript": Wanted("importing onnxscript", "0.5", "onnx"),
-    "onnxruntime": Wanted(CPU, "1.22", "onnx"),
+    "onnxruntime": Wanted(CPU, "1.23", "onnx"),
     "tensorrt": Wanted("tensorrt tensorrt", "10.13", "gpu"),
-    "tensorrt_rtx": Wanted("tensorrt tensorrt_rtx", "1.2", "rtx"),
-    "polygraphy": Wanted("importing polygraphy", "0.49.24"),
+    "tensorrt_rtx": Wanted("tensorrt tensorrt_rtx", "1.4", "rtx"),
+    "polygraphy": Wanted("importing polygraphy", "0.49.26"),
     "pytest": Wanted("importing pytest", "8.3"),
 }
 INSTALLED = " ".join(("distributions", *WANTED))

@@ -305,9 +305,9 @@ def test_tensorrt_that_builds_and_loads_an_engine_runs(plant, machine):
 @pytest.mark.parametrize(
     ("versions", "old"),
     [
-        (("10.13.0", "0.49.24"), ""),
+        (("10.13.0", "0.49.26"), ""),
         (("10.12.9.1", "0.53.6"), "tensorrt 10.12.9.1 is older than 10.13"),
-        (("10.16.1", "0.49.9"), "polygraphy 0.49.9 is older than 0.49.24"),
+        (("10.16.1", "0.49.9"), "polygraphy 0.49.9 is older than 0.49.26"),
     ],
 )
 def test_tensorrt_runs_from_the_oldest_versions_on(machine, versions, old):
@@ -444,13 +444,13 @@ def test_tensorrt_11_and_the_provider_of_onnx_runtime_exclude_each_other(machine
     ("owners", "module", "command"),
     [
         ([], "onnx", "pip install 'shapecheck-controlnet[onnx]'"),
-        (["onnxruntime-gpu"], "onnx", "pip install 'onnx>=1.18'"),
+        (["onnxruntime-gpu"], "onnx", "pip install 'onnx>=1.21'"),
         (["onnxruntime-gpu"], "onnx_ir", "pip install 'onnx-ir>=0.1.10'"),
         (["onnxruntime"], "onnxscript", "pip install 'shapecheck-controlnet[onnx]'"),
         ([], "tensorrt", "pip install 'shapecheck-controlnet[gpu]'"),
         (["onnxruntime"], "tensorrt", "pip uninstall -y onnxruntime && pip install 'shapecheck-controlnet[gpu]'"),
         ([], "tensorrt_rtx", "pip install 'shapecheck-controlnet[rtx]'"),
-        ([], "polygraphy", "pip install 'polygraphy>=0.49.24'"),
+        ([], "polygraphy", "pip install 'polygraphy>=0.49.26'"),
     ],
 )
 def test_no_command_brings_a_second_onnx_runtime(machine, owners, module, command):
