@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 
 import engines
-import onnx_files
 import pytest
 import small
 import torch
@@ -128,11 +127,11 @@ def test_backends_take_turns_and_compute_the_same_call(file, monkeypatch):
 
     monkeypatch.setattr(benches, "load", load_watched)
     monkeypatch.setattr(UNet2DConditionModel, "forward", watch_torch)
-    found = bench(Request(str(file), backends=("torch", "ort"), size_px=(136, 72), batch=3, controlnets=2, frames=4, warm_up=2))
+    found = bench(Request(str(file), backends=("torch", "ort"), size_px=(136, 72), batch=3, controlnets=2, frames=3, warm_up=2))
     slots = len(shapecheck.read_contract(file).slots)
-    assert [name for name, *_ in calls] == ["torch"] * 2 + ["ort"] * 2 + ["torch", "torch", "ort", "ort"] * 4
+    assert [name for name, *_ in calls] == ["torch"] * 2 + ["ort"] * 2 + ["torch", "torch", "ort", "ort"] * 3
     assert {tuple(rest) for _, *rest in calls} == {((3, 4, 9, 17), slots - 1)}
-    assert [len(timing.frames) for timing in found.timings] == [4, 4]
+    assert [len(timing.frames) for timing in found.timings] == [3, 3]
     assert all(part > 0 for timing in found.timings for frame in timing.frames for part in (frame.controlnet, frame.unet))
     calls.clear()
     bench(Request(str(file), backends=("ort",), size_px=(136, 72), controlnets=0, frames=1, warm_up=1))
@@ -206,13 +205,13 @@ def test_a_gpu_that_is_not_there_is_said_at_once(file, monkeypatch):
     assert "ort-cuda cannot run here: no NVIDIA GPU" in done.stderr
 
 
-def test_a_controlnet_or_a_unet_without_slots_says_what_to_give(tmp_path):
-    unet = small.unet(**small.TINY)
-    net = onnx_files.controlnet_written(tmp_path / "net.onnx", small.controlnet(unet), latent=(9, 17))
-    done = run(net)
+def test_a_controlnet_or_a_unet_without_slots_says_what_to_give(file, tmp_path):
+    contract = shapecheck.read_contract(file)
+    (tmp_path / "net.json").write_text(replace(contract, role="controlnet").to_json())
+    done = run(tmp_path / "net.json")
     assert done.exit_code == 2
-    assert "net.onnx is a ControlNet: give a UNet" in done.stderr
-    (tmp_path / "plain.json").write_text(replace(shapecheck.probe(unet), slots=()).to_json())
+    assert "net.json is a ControlNet: give a UNet" in done.stderr
+    (tmp_path / "plain.json").write_text(replace(contract, slots=()).to_json())
     done = run(tmp_path / "plain.json", "--controlnets", 1)
     assert done.exit_code == 2
     assert "takes no residuals: --controlnets 0" in done.stderr
