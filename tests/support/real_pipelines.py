@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 
 import shapecheck
 from shapecheck.pipelines import small as parts_of
+from shapecheck.pipelines.small import parts as build_parts  # the real one, also where a test exchanges the module's
 from shapecheck.run.dropin import DropIn
 
 STEPS = 4
@@ -107,11 +108,11 @@ def kind(name: str) -> parts_of.Kind:
 def take_parts(name: str) -> parts_of.Parts:
     """Return the parts of SD1.5's or SDXL's topology, or with a UNet and a ControlNet of two levels, in a tenth of the time."""
     if name not in SHALLOW:
-        return parts_of.parts(name)
+        return build_parts(name)
     of, changes = SHALLOW[name]
     unet = small.unet(**small.SHALLOW | changes).requires_grad_(False)
     unet.conv_out.weight *= 3  # as in other parts: what changes the noise has to change the image
-    return replace(parts_of.parts(of), unet=unet, controlnet=parts_of.another_controlnet(unet, 1))
+    return replace(build_parts(of), unet=unet, controlnet=parts_of.another_controlnet(unet, 1))
 
 
 def export_unet(name: str) -> Path:
