@@ -350,6 +350,26 @@ def test_what_cannot_be_loaded_says_what_can(file, tmp_path):
         shapecheck.load(bare, "ort", contract=shapecheck.read_contract(file))
 
 
+def test_a_gpu_that_was_named_is_never_exchanged_for_the_cpu(file, monkeypatch, caplog):
+    """Only `auto` may do that, and says so."""
+    plain = onnxruntime.InferenceSession
+
+    def open_session(source, settings, *, providers):
+        if providers[0][0] != "CPUExecutionProvider":
+            raise RuntimeError("no CUDA on this machine")
+        return plain(source, settings, providers=providers)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for named in ({"backend": "ort-cuda"}, {"device": "cuda"}):
+        with pytest.raises(ShapecheckError, match="no CUDA on this machine"):
+            shapecheck.load(file, **named)
+    assert not caplog.messages
+    assert shapecheck.load(file).device == torch.device("cpu")
+    (told,) = caplog.messages
+    assert told.startswith(f"{file} runs on the CPU: ") and "no CUDA on this machine" in told
+
+
 def test_sums_of_unlike_controlnets_are_refused():
     one = torch.ones(1, 2, 3, 4)
     with pytest.raises(ShapecheckError, match="these ControlNets give 2, 3 residuals"):
