@@ -36,6 +36,12 @@ def made(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_driver(monkeypatch):
+    """No engine can be loaded, on a machine with a GPU neither."""
+    monkeypatch.setattr("shapecheck.build.engine.has_driver", lambda: False)
+
+
 @pytest.fixture
 def copied(made, tmp_path):
     """The engine and its record, to be changed."""
