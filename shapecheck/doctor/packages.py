@@ -30,7 +30,7 @@ WANTED = {
     "torch": Wanted("torch", "2.6"),
     "diffusers": Wanted("importing diffusers", "0.36"),
     "onnx": Wanted("importing onnx", "1.21", "onnx"),
-    "onnx_ir": Wanted("importing onnx_ir", "0.1.10", "onnx"),
+    "onnx_ir": Wanted("importing onnx_ir", "0.1.15", "onnx"),
     "onnxscript": Wanted("importing onnxscript", "0.5", "onnx"),
     "onnxruntime": Wanted(CPU, "1.23", "onnx"),
     "tensorrt": Wanted("tensorrt tensorrt", "10.13", "gpu"),

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import pytest
+import torch
 
 from shapecheck import ShapecheckError, doctor
 from shapecheck.contract.environment import BACKENDS, Backend, Device, Driver, Environment, Gap, Package
@@ -142,7 +143,8 @@ def test_tensorrt_that_is_not_installed_names_its_command(here):
     package = next(each for each in here.packages if each.module == "tensorrt")
     assert (package.installed, package.importable, package.version) == (False, False, "")
     assert here.backend("trt").reason == "tensorrt is not installed; no NVIDIA GPU and no driver"
-    assert "pip install 'tensorrt-cu13>=10.13,<11'" in here.backend("trt").fix  # which ONNX Runtime's provider can use too
+    cuda = (torch.version.cuda or "13").split(".")[0]  # libraries of two releases of CUDA are not to be mixed
+    assert f"pip install 'tensorrt-cu{cuda}>=10.13,<11'" in here.backend("trt").fix  # ONNX Runtime's provider can use it too
     assert "linked with TensorRT 10, which is not importable here" in here.backend("ort-trt").reason
 
 
@@ -445,7 +447,7 @@ def test_tensorrt_11_and_the_provider_of_onnx_runtime_exclude_each_other(machine
     [
         ([], "onnx", "pip install 'shapecheck-controlnet[onnx]'"),
         (["onnxruntime-gpu"], "onnx", "pip install 'onnx>=1.21'"),
-        (["onnxruntime-gpu"], "onnx_ir", "pip install 'onnx-ir>=0.1.10'"),
+        (["onnxruntime-gpu"], "onnx_ir", "pip install 'onnx-ir>=0.1.15'"),
         (["onnxruntime"], "onnxscript", "pip install 'shapecheck-controlnet[onnx]'"),
         ([], "tensorrt", "pip install 'shapecheck-controlnet[gpu]'"),
         (["onnxruntime"], "tensorrt", "pip uninstall -y onnxruntime && pip install 'shapecheck-controlnet[gpu]'"),

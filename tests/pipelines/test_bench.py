@@ -39,6 +39,7 @@ def file(tmp_path_factory):
 @pytest.fixture
 def ticking(monkeypatch):
     """A clock that is one second later whenever it is looked at, so that parts are known."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # on a GPU its own events are the clock
     ticks = iter(range(10_000))
     monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(ticks)))
 
@@ -173,6 +174,7 @@ def test_what_a_compiler_raises_is_told_and_no_failure_where_nobody_asked(file, 
         raise AssertionError("no compiler\nis here")
 
     monkeypatch.setattr(torch, "compile", raises)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = bench(Request(str(file), size_px=(136, 72), frames=1, warm_up=1))
     assert [timing.backend for timing in found.timings if timing.frames] == ["torch", "ort"]
     assert r"no compiler\nis here" in found.timings[1].reason

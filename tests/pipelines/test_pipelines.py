@@ -224,7 +224,8 @@ def test_what_a_session_cannot_do_is_said_by_pipelines_too(monkeypatch):
     pipe = real_pipelines.PIPELINES["controlnet"](parts_of.parts("sd15"), unet=unet)  # its own: some are cast
     with pytest.raises(UnsupportedError, match=r"enable_freeu: .* then export that"):
         pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
-    monkeypatch.setattr("diffusers.utils.USE_PEFT_BACKEND", True)
+    for module in ("utils", "loaders.lora_pipeline"):  # diffusers looks it up in one or the other
+        monkeypatch.setattr(f"diffusers.{module}.USE_PEFT_BACKEND", True, raising=False)
     lora = {"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.zeros(2, 32)}
     with pytest.raises(UnsupportedError, match=r"load_lora_weights: .*pipe\.fuse_lora\(\), then export"):
         pipe.load_lora_into_unet(lora, None, pipe.unet)

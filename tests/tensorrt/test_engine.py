@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import engines
@@ -291,6 +292,7 @@ def test_a_file_without_slots_is_built_as_one_without_control(deep, tmp_path, sc
     assert "goes with --model" in shapecheck(*command[:-2], "--no-control").stderr
 
 
+@pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed here")
 def test_a_missing_tensorrt_is_told_with_its_fix(deep, tmp_path):
     result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", "--sizes", "200x136")
     assert result.exit_code == 2
