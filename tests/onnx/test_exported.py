@@ -185,6 +185,21 @@ def test_a_controlnet_has_one_output_a_slot_and_a_live_strength():
             assert difference(found, expected.numpy()) <= 2e-6
 
 
+def test_the_residuals_of_a_controlnet_in_half_precision_double_with_its_strength():
+    done = exports.exported_once(small.controlnet(small.unet(**TINY)), dtype="float16")
+    assert done.dtype == "float16"
+    runtime = session(done.path)
+    assert {each.type for each in runtime.get_outputs()} == {"tensor(float16)"}
+    given = inputs_for(done.contract, Geometry(2, 17, 25), dtype=torch.float16)
+    single, double = (
+        with_onnx(runtime, given | {"conditioning_scale": torch.tensor([strength], dtype=torch.float16)})
+        for strength in (1.0, 2.0)
+    )
+    assert len(single) == len(done.contract.slots) == 3
+    for one, other in zip(single, double, strict=True):
+        assert difference(other, 2 * one) <= 1e-6  # doubling rounds nothing; residuals of zero would give NaN
+
+
 def test_structure_alone_needs_no_checkpoint(tmp_path):
     small.unet(**LEAST).save_config(tmp_path / "unet")
     done = export(str(tmp_path / "unet"), tmp_path / "unet.onnx", weights="none")

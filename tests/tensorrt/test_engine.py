@@ -292,6 +292,12 @@ def test_a_file_without_slots_is_built_as_one_without_control(deep, tmp_path, sc
     assert "goes with --model" in shapecheck(*command[:-2], "--no-control").stderr
 
 
+def test_a_profile_from_large_to_small_is_exit_status_2_and_names_the_size():
+    result = shapecheck("profile", "sd15", "--sizes", "904x768:640x704:384x512")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: --sizes '904x768:640x704:384x512' is no range: give the smallest first")
+
+
 @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed here")
 def test_a_missing_tensorrt_is_told_with_its_fix(deep, tmp_path):
     result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", "--sizes", "200x136")

@@ -34,10 +34,11 @@ def model(tensorrt):
     return small.unet().cuda()
 
 
-@pytest.fixture
-def built(tmp_path, model):
-    file, _ = engines.exported(tmp_path / "unet.onnx", {})
-    return build_engine(file, tmp_path / "unet.plan", profiles=[engines.SIZES, LARGE], options=EXACT)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, model):
+    folder = tmp_path_factory.mktemp("built")  # once: a build takes minutes
+    file, _ = engines.exported(folder / "unet.onnx", {})
+    return build_engine(file, folder / "unet.plan", profiles=[engines.SIZES, LARGE], options=EXACT)
 
 
 def inputs_at(contract, geometry, seed=1):
