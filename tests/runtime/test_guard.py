@@ -574,6 +574,7 @@ class Emitting(torch.nn.Module):
         return [each * scale for each in downs], mid * scale
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own, when it resets on a GPU
 def test_a_wrapper_of_torch_compile_is_guarded(contract):
     unet = Adding()
     compiled = torch.compile(unet, backend="eager")
@@ -587,6 +588,7 @@ def test_a_wrapper_of_torch_compile_is_guarded(contract):
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own, when it resets on a GPU
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_a_guard_set_before_compiling_sees_every_call(unet, net, contract, inplace, real):
