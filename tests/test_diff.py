@@ -12,7 +12,7 @@ import pytest
 import small
 import torch
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shapecheck import ContractError, presets, probe
@@ -130,6 +130,7 @@ CHANGED = st.one_of(
 
 @settings(max_examples=20, deadline=None)
 @given(CHANGED, st.booleans())
+@example((replace(SD15, inputs=SD15.inputs[::-1]), ("model", "inputs")), False)
 def test_one_thing_that_is_changed_is_told_and_nothing_else(changed, exchanged):
     other, where = changed
     a, b = (other, SD15) if exchanged else (SD15, other)

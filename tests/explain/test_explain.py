@@ -225,6 +225,11 @@ def test_without_a_size_every_size_is_looked_at(lab, failures):
         assert kinds <= kinds_of(meta(failure), it), kind
 
 
+def test_without_a_size_a_text_from_an_odd_size_is_explained_too(lab):
+    text = "The size of tensor a (7) must match the size of tensor b (6) at non-singleton dimension 2"
+    assert "floor" in kinds_of(text, lab("thin"))  # at 13 cells; half of 14 is 7 whichever way it is rounded
+
+
 @pytest.mark.parametrize("on", ["real", "meta"])
 @layers(6, 30, 300)
 def test_without_a_size_the_true_fault_is_found(lab, search, on):

@@ -273,6 +273,10 @@ def test_a_live_module_needs_no_files(folder, tmp_path):
     assert "choose one that is there: `--variant fp16`" in subject.absent
 
 
+def test_a_file_says_no_more_of_a_path_than_the_models_folder(saved):
+    assert take(saved).contract("float32", control=True).header.source == f"{saved.name}/unet"
+
+
 def test_an_infinite_allowance_allows_nothing():
     for difference in (math.inf, 5.0, 0.0):
         assert not Agreement("out_sample", Geometry(1, 8, 8), difference, math.inf).agrees

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shapecheck import ContractError, Geometry, ShapecheckError, presets
@@ -301,6 +301,7 @@ def test_empty_tensors_are_named():
     dtype=st.sampled_from(["float32", "float16", "int64"]),
     device=st.sampled_from([DEVICE, "cuda:0", "cpu", "meta"]),
 )
+@example(name="sample", axis=4, size=0, dtype="float32", device="cuda:0")
 @settings(max_examples=200, deadline=None)
 def test_a_call_with_any_one_fault_is_refused_with_that_input_named(name, axis, size, dtype, device):
     shape = list(FINE[name][0])

@@ -489,7 +489,7 @@ def test_outputs_are_allocated_once_a_size_and_written_again(session):
 
 def test_a_tensor_that_cannot_be_bound_where_it_lies_is_copied_and_no_other(trt, session):
     inputs = inputs_at(AT)
-    strided = inputs["down_block_residual_03"].to(memory_format=torch.channels_last)
+    strided = place_aligned(inputs["down_block_residual_03"].movedim(1, -1)).movedim(-1, 1)
     room = torch.empty(3)
     shifted = room[1:]
     shifted.copy_(inputs["timestep"])
