@@ -55,9 +55,9 @@ class Finding:
 
 
 class Observations:
-    """What models were observed to do, kept for further requests: those that differ in their claim alone observe it once.
+    """Remember what models were observed to do, so that requests that differ in their claim alone observe them once.
 
-    Keep it no longer than the models stay as they are: a folder is known by its name.
+    Keep an instance no longer than the models stay unchanged: a folder is known by its name.
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _STUCK = pytest.StashKey[dict[str, str]]()
 """Why nothing of a backend can be computed, told once."""
 _OBSERVATIONS = pytest.StashKey[Any]()
-"""What the probes of this session have observed: those that share a model observe it once."""
+"""Observations of this session: probes that share a model observe it once."""
 
 
 class CheckError(Exception):
