@@ -14,7 +14,7 @@ import engines
 import headers
 import onnx_files
 import pytest
-import real_pipelines as pipes
+import real_pipelines
 import small
 from click.testing import CliRunner
 from PIL import Image
@@ -89,9 +89,9 @@ def prepare(text: str) -> None:
 def prepare_pipeline() -> None:
     """A whole pipeline, a ControlNet and a picture."""
     parts = parts_of.parts("sd15")
-    pipes.PIPELINES["text"](parts).save_pretrained("my-model")
+    real_pipelines.PIPELINES["text"](parts).save_pretrained("my-model")
     parts.controlnet.save_pretrained("my-controlnet")
-    picture = (pipes.rings(pipes.HEIGHT, pipes.WIDTH)[0] * 255).astype("uint8")
+    picture = (real_pipelines.rings(real_pipelines.HEIGHT, real_pipelines.WIDTH)[0] * 255).astype("uint8")
     Image.fromarray(picture).save("depth.png")
 
 

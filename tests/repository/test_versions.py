@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from artefacts import FOLDER
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -37,8 +38,8 @@ def test_the_suite_passes_with_other_versions(tmp_path, resolution):
 
 
 def run(*command: object) -> str:
-    """Return what a command prints; AssertionError where it fails."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PYTHON"))}
+    """Return what a command prints; AssertionError where it fails. Nothing that this environment made is found by the other."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PYTHON", FOLDER))}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

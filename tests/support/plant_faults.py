@@ -18,6 +18,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from artefacts import FOLDER
 from tabulate import tabulate
 
 PROJECT = Path(__file__).parents[2]
@@ -116,7 +117,7 @@ def _require_own_package(folder: Path) -> None:
 
 
 def _run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    own = os.environ | {"PYTHONPATH": str(folder)}
+    own = {key: value for key, value in os.environ.items() if key != FOLDER} | {"PYTHONPATH": str(folder)}
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=own, capture_output=True, text=True)
 
 
