@@ -10,25 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from shapecheck import extras
 from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError, Slot
-from shapecheck.contract.engine import BuildOptions
-from shapecheck.contract.profiles import Profile, Range, profile_of
-from shapecheck.contract.ranges import parse_ranges
+from shapecheck.parity import parity  # eager: the room of that name, once imported, would hide a lazy one
+from shapecheck.tensorrt.profiles import Profile, Range, profile_of
+from shapecheck.tensorrt.record import BuildOptions
+from shapecheck.tensorrt.size_ranges import parse_ranges
+from shapecheck.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from shapecheck.build.artefact import read_contract
-    from shapecheck.build.engine import build_engine
-    from shapecheck.build.export import export
+    from shapecheck.artefact import read_contract
+    from shapecheck.explain.explained import explained
+    from shapecheck.explain.explained_error import ExplainedError
     from shapecheck.observe.probe import probe
     from shapecheck.observe.record import record
+    from shapecheck.onnx.export import export
     from shapecheck.pipelines.accelerate import accelerate
-    from shapecheck.pipelines.load import load
-    from shapecheck.run.engine_session import EngineSession
-    from shapecheck.run.guard import guard
-    from shapecheck.run.residuals import combined
-    from shapecheck.verify.explained import ExplainedError, explained
-    from shapecheck.verify.request import parity
+    from shapecheck.runtime.combine import combined
+    from shapecheck.runtime.engine_session import EngineSession
+    from shapecheck.runtime.guard import guard
+    from shapecheck.runtime.load import load
+    from shapecheck.tensorrt.build import build_engine
 
-__version__ = "0.1.0"
 
 __all__ = [
     "BuildOptions",
@@ -57,19 +58,19 @@ __all__ = [
     "record",
 ]
 
+
 _LAZY = {
-    "EngineSession": "shapecheck.run.engine_session",
-    "ExplainedError": "shapecheck.verify.explained",
+    "EngineSession": "shapecheck.runtime.engine_session",
+    "ExplainedError": "shapecheck.explain.explained_error",
     "accelerate": "shapecheck.pipelines.accelerate",
-    "build_engine": "shapecheck.build.engine",
-    "combined": "shapecheck.run.residuals",
-    "explained": "shapecheck.verify.explained",
-    "export": "shapecheck.build.export",
-    "guard": "shapecheck.run.guard",
-    "load": "shapecheck.pipelines.load",
-    "parity": "shapecheck.verify.request",
+    "build_engine": "shapecheck.tensorrt.build",
+    "combined": "shapecheck.runtime.combine",
+    "explained": "shapecheck.explain.explained",
+    "export": "shapecheck.onnx.export",
+    "guard": "shapecheck.runtime.guard",
+    "load": "shapecheck.runtime.load",
     "probe": "shapecheck.observe.probe",
-    "read_contract": "shapecheck.build.artefact",
+    "read_contract": "shapecheck.artefact",
     "record": "shapecheck.observe.record",
 }
 

@@ -9,9 +9,8 @@ import onnx
 import pytest
 
 from shapecheck import ShapecheckError, presets
-from shapecheck.build.artefact import may_hold_contract, read_contract
-from shapecheck.contract import metadata
-from shapecheck.verify.models import contract_of
+from shapecheck.artefact import contract_of, may_hold_contract, read_contract
+from shapecheck.onnx import file as onnx_file
 
 CONTRACT = presets.contract("sd15")
 
@@ -35,7 +34,7 @@ def test_contracts_are_read_from_json(tmp_path):
 
 def test_contracts_are_read_from_the_metadata_of_an_onnx_file(bare):
     model = onnx.load(bare)
-    model.metadata_props.add(key=metadata.CONTRACT, value=CONTRACT.to_json())
+    model.metadata_props.add(key=onnx_file.CONTRACT, value=CONTRACT.to_json())
     onnx.save(model, bare)
     assert read_contract(bare) == CONTRACT
 

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from shapecheck import ContractError, presets, probe
 from shapecheck.cli import main
 from shapecheck.contract import AddSite, Config, Contract, Dim
-from shapecheck.contract.difference import Difference, differences
 from shapecheck.contract.dims import constant
-from shapecheck.report.difference import Side, as_json, meaning, told
+from shapecheck.diff import Difference, Side, as_json, differences, meaning, told
 
 SD15 = presets.contract("sd15")
 UNLIKE = ("sd15", "sd21", "sd15-inpaint", "sd-x4-upscaler", "kandinsky-2.2", "sdxl", "sdxl-refiner", "ssd-1b", "koala-700m")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from shapecheck import __version__
 from shapecheck.cli.bench import bench
 from shapecheck.cli.demo import demo
 from shapecheck.cli.diff import diff
@@ -15,6 +14,7 @@ from shapecheck.cli.group import Commands
 from shapecheck.cli.machine import doctor
 from shapecheck.cli.models import presets, probe
 from shapecheck.cli.parity import parity
+from shapecheck.version import __version__
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

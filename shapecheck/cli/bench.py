@@ -8,7 +8,7 @@ import click
 
 from shapecheck import ShapecheckError
 from shapecheck.cli.options import format_option, offline_option, output_option
-from shapecheck.contract.ranges import parse_pair
+from shapecheck.contract.geometry import parse_pair
 from shapecheck.files import refuse_unwritable
 from shapecheck.terminal import progress, write
 
@@ -63,9 +63,9 @@ def bench(
       shapecheck bench unet.plan --size 904x512 --batch 2 --controlnets 2 --format markdown -o bench.md
       shapecheck bench unet.onnx --backends torch,ort-cuda,ort-trt --frames 100
     """
+    from shapecheck.pipelines import bench_report as report
     from shapecheck.pipelines.bench import Request
     from shapecheck.pipelines.bench import bench as timed
-    from shapecheck.report import bench as report
 
     if output is not None:
         refuse_unwritable(output)

@@ -9,13 +9,13 @@ import click
 
 from shapecheck import ContractError
 from shapecheck.cli.options import Form, format_option, offline_option
-from shapecheck.contract.demo import PROMPT, DemoBackend, DemoRequest
-from shapecheck.contract.ranges import parse_pair
+from shapecheck.contract.geometry import parse_pair
 from shapecheck.files import make_folder
+from shapecheck.pipelines.demo_record import PROMPT, DemoBackend, DemoRequest
 from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
-    from shapecheck.contract.demo import Demo
+    from shapecheck.pipelines.demo_record import Demo
 
 
 @click.command()
@@ -84,7 +84,7 @@ def demo(
     with progress() as tell:
         tell("importing torch and diffusers")
         from shapecheck.pipelines.demo import run
-        from shapecheck.report.demo_files import write_all
+        from shapecheck.pipelines.demo_report import write_all
 
         found = run(request, folder, tell)
     write_all(found, folder)
@@ -93,6 +93,6 @@ def demo(
 
 
 def _told(found: Demo, form: Form) -> str:
-    from shapecheck.report import demo as text
+    from shapecheck.pipelines import demo_report as text
 
     return text.as_json(found) if form == "json" else text.told(found, form)

@@ -33,8 +33,8 @@ def diff(a: str, b: str, offline: bool, form: Form, output: Path | None) -> int:
       shapecheck diff ./my-model contract.json
       shapecheck diff sdxl unet.onnx --format json
     """
-    from shapecheck.report import difference as report
-    from shapecheck.verify.models import contract_of
+    from shapecheck import diff as report
+    from shapecheck.artefact import contract_of
 
     if output is not None:
         refuse_unwritable(output)

@@ -2,18 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 import click
 
 from shapecheck import ContractError
+from shapecheck.artefact import contract_of
 from shapecheck.cli.options import control_option, held_to, human_or_json, offline_option, output_option, size_options
-from shapecheck.contract.engine import Target
-from shapecheck.contract.profile_forms import Tool
+from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.files import refuse_unwritable
+from shapecheck.models.lookup import OtherModelError
+from shapecheck.onnx.records import Check
+from shapecheck.progress import Progress
+from shapecheck.tensorrt.profile_formats import Tool
+from shapecheck.tensorrt.profiles import Profile
+from shapecheck.tensorrt.record import Target
+from shapecheck.tensorrt.source import Sizes, examine, profiles_for
 from shapecheck.terminal import progress, write
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Profiles, in the names of the file they are for."""
+
+    contract: Contract
+    profiles: tuple[Profile, ...]
+    names: dict[str, str]
+    """From the contract's name of an input to the file's."""
+    broken: Check | None = None
+    """What is wrong with an ONNX file, which then has no profiles."""
+    fixed: frozenset[str] = frozenset()
+    """Inputs that the file fixes on every axis: they are in no profile of the tools that build engines."""
+
+    @property
+    def dynamic(self) -> tuple[Profile, ...]:
+        """The profiles without the inputs that never vary."""
+        kept = [Profile(tuple(each for each in one.inputs if each.name not in self.fixed)) for one in self.profiles]
+        return tuple(one for one in kept if one.inputs)
+
+
+def profiles_of(
+    model: str, wanted: Sizes, contract: Contract | None, *, control: bool = True, offline: bool, progress: Progress
+) -> Made:
+    """The profiles of a model, a saved contract or an ONNX file.
+
+    `contract` is for an ONNX file that holds none. Raises ContractError where its graph cannot serve the sizes.
+    """
+    path = Path(model)
+    if path.suffix.lower() != ".onnx":
+        if contract is not None:
+            raise ShapecheckError(f"--model says which UNet an ONNX file is; {path} is named by itself: drop --model")
+        try:
+            known = contract_of(model, offline=offline, progress=progress)
+        except OtherModelError:
+            raise ShapecheckError(f"{model} is a ControlNet: export it, and give the ONNX file; or name the UNet") from None
+        known = known if control else replace(known, slots=())
+        return Made(known, profiles_for(known, wanted), {})
+    from shapecheck.tensorrt import build
+
+    source, found = examine(path, contract, progress, control=control)
+    if source is None:
+        return Made(found.contract, (), {}, found)
+    names = dict(source.names)
+    profiles = profiles_for(source.contract, wanted, names)
+    build.check(source, profiles, progress)
+    fixed = (each.name for each in source.reading.inputs if each.dims and all(isinstance(dim, int) for dim in each.dims))
+    return Made(source.contract, tuple(each.renamed(names) for each in profiles), names, None, frozenset(fixed))
 
 
 @click.command()
@@ -53,18 +109,18 @@ def profile(
       shapecheck profile unet.onnx --sizes 512x512:512x512:904x512 --for trtexec
       shapecheck profile contract.json --sizes 512x512 --sizes 768x768 --for ort --format json
     """
-    from shapecheck.report import check as check_report
-    from shapecheck.report import engine as engine_report
-    from shapecheck.report import profile as report
-    from shapecheck.verify import buildable
+    from shapecheck.onnx import check_report
+    from shapecheck.tensorrt import build_report as engine_report
+    from shapecheck.tensorrt import profile_report as report
+    from shapecheck.tensorrt import source as tensorrt_source
 
     if output is not None:
         refuse_unwritable(output)
-    wanted = buildable.Sizes(sizes, batch, tokens)
+    wanted = tensorrt_source.Sizes(sizes, batch, tokens)
     try:
         with progress() as tell:
             held = held_to(contract, offline, tell)
-            made = buildable.profiles_of(model, wanted, held, control=control, offline=offline, progress=tell)
+            made = profiles_of(model, wanted, held, control=control, offline=offline, progress=tell)
     except ContractError as error:
         write(engine_report.refused(error, form), None)
         return error.exit_status
@@ -177,27 +233,27 @@ def build(
       shapecheck build unet.onnx --cache engines --sizes 512x512 --sizes 904x512
       shapecheck build unet.onnx -o unet.plan --sizes 512x512 --target rtx --compute-capability 8.9
     """
-    from shapecheck.build import engine
-    from shapecheck.contract.engine import BuildOptions
-    from shapecheck.report import check as check_report
-    from shapecheck.report import engine as report
-    from shapecheck.verify import buildable
+    from shapecheck.onnx import check_report
+    from shapecheck.tensorrt import build as tensorrt_build
+    from shapecheck.tensorrt import build_report as report
+    from shapecheck.tensorrt import source as tensorrt_source
+    from shapecheck.tensorrt.record import BuildOptions
 
     options = BuildOptions(
         target, level, workspace << 20 if workspace else None, refittable, version_compatible, tf32, capabilities
     )
-    wanted = buildable.Sizes(sizes, batch, tokens, profiles)
+    wanted = tensorrt_source.Sizes(sizes, batch, tokens, profiles)
     try:
         with progress() as tell:
-            source, found = buildable.examine(file, held_to(contract, offline, tell), tell, control=control)
+            source, found = tensorrt_source.examine(file, held_to(contract, offline, tell), tell, control=control)
             if source is None:
                 write(check_report.as_json(found) if form == "json" else check_report.told(found), None)
                 return ContractError.exit_status
-            built = engine.build_engine(
+            built = tensorrt_build.build_engine(
                 source,
                 output,
                 cache=cache,
-                profiles=buildable.profiles_for(source.contract, wanted, dict(source.names)),
+                profiles=tensorrt_source.profiles_for(source.contract, wanted, dict(source.names)),
                 options=options,
                 timing_cache=timing_cache,
                 force=force,

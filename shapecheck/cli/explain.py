@@ -13,15 +13,15 @@ import click
 
 from shapecheck import ContractError, ShapecheckError
 from shapecheck.cli.options import Form, format_option, offline_option, output_option
-from shapecheck.contract.ranges import parse_pair
+from shapecheck.contract.geometry import parse_pair
 from shapecheck.files import refuse_unwritable
 from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
     from shapecheck.contract import Contract
-    from shapecheck.faults.diagnosis import Diagnosis
-    from shapecheck.faults.from_mapping import Judgement
-    from shapecheck.faults.size import Size
+    from shapecheck.explain.diagnosis import Diagnosis
+    from shapecheck.explain.judge_mapping import Judgement
+    from shapecheck.explain.size import Size
 
 _FILE_NAME = re.compile(r"""[^\s"'()]{0,1000}(?:[\\/][^\s"'()]{0,1000}|\.(?:txt|log|out|err|md|json))""")
 """Words that can only be meant as the name of a file."""
@@ -79,8 +79,8 @@ def explain(
       shapecheck explain --model sd15 --mapping 320,640,1280,1280@64
       shapecheck explain --model sd15 --controlnet ./my-controlnet
     """
-    from shapecheck.faults.diagnosis import Diagnosis
-    from shapecheck.faults.from_text import explain_text
+    from shapecheck.explain.diagnosis import Diagnosis
+    from shapecheck.explain.explain_text import explain_text
 
     if output is not None:
         refuse_unwritable(output)
@@ -98,8 +98,8 @@ def explain(
 
 def _write(diagnosis: Diagnosis, judgements: list[Judgement], form: Form, output: Path | None) -> int:
     """Write the report, and give the exit status."""
-    from shapecheck.report import explain as report
-    from shapecheck.report import explain_record as record
+    from shapecheck.explain import json_record as record
+    from shapecheck.explain import report
 
     first, others = (judgements[0], judgements[1:]) if judgements else (None, [])
     as_asked = record.as_json(diagnosis, first, others) if form == "json" else report.told(diagnosis, first, others, form=form)
@@ -143,7 +143,7 @@ def _models(model: str | None, offline: bool) -> Mapping[str, Contract]:
         return presets.contracts()
     if model in presets.contracts():
         return {model: presets.contract(model)}
-    from shapecheck.verify.models import contract_of
+    from shapecheck.artefact import contract_of
 
     with progress() as steps:
         contract = contract_of(model, offline=offline, progress=steps)
@@ -156,7 +156,7 @@ def _models(model: str | None, offline: bool) -> Mapping[str, Contract]:
 
 def _size(size: str | None, latent: str | None, batch: int | None, models: Mapping[str, Contract]) -> Size:
     from shapecheck.contract import Geometry
-    from shapecheck.faults.size import Size
+    from shapecheck.explain.size import Size
 
     if size and latent:
         raise ShapecheckError("a size in pixels and one in latent cells were given; give one of them")
@@ -176,9 +176,9 @@ def _judgements(
     offline: bool,
 ) -> list[Judgement]:
     """What was given, held against every UNet; the one it fits best first."""
-    from shapecheck.faults.claim_forms import read_claim
-    from shapecheck.faults.from_mapping import best, judge_given
-    from shapecheck.faults.from_text import alike_models
+    from shapecheck.explain.explain_text import alike_models
+    from shapecheck.explain.judge_mapping import best, judge_given
+    from shapecheck.explain.mapping_parser import read_claim
 
     if mapping:
         claim = read_claim(mapping, size.usual(next(iter(models.values()))))
@@ -187,7 +187,7 @@ def _judgements(
         return []
     if model is None:
         raise ShapecheckError("--controlnet: name the UNet it is used with, with --model")
-    from shapecheck.verify.emission import emitted
+    from shapecheck.explain.controlnet_shapes import emitted
 
     contract = models[model]
     at = size.usual(contract)

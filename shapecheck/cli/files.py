@@ -10,14 +10,14 @@ import click
 
 from shapecheck import ContractError, ShapecheckError
 from shapecheck.cli.options import Form, format_option, held_to, human_or_json, offline_option, output_option, request_for
-from shapecheck.contract.engine_files import is_engine, read_engine
 from shapecheck.contract.naming import SCHEMES, SHAPECHECK
 from shapecheck.files import refuse_unwritable
+from shapecheck.tensorrt.record import is_engine, read_engine
 from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
-    from shapecheck.contract.exported import Agreement, Exported, Weights
     from shapecheck.observe.request import Request
+    from shapecheck.onnx.records import Agreement, Exported, Weights
 
 
 @click.command()
@@ -88,8 +88,8 @@ def export(
       shapecheck export ./my-controlnet -o controlnet.onnx --weights copy
       shapecheck export sdxl -o sdxl.onnx --weights none
     """
-    from shapecheck.build import export as exporter
-    from shapecheck.report import exported as report
+    from shapecheck.onnx import export as exporter
+    from shapecheck.onnx import export_report as report
 
     if verify:
         _refuse_unverifiable(dtype, weights)
@@ -168,11 +168,12 @@ def check(
       shapecheck check unet.onnx --model ./my-model --size 904x512 --format json
       shapecheck check unet.plan --controlnet controlnet-sd15 --size 904x512 --weights unet.onnx
     """
-    from shapecheck.build.artefact import contract_inside
+    from shapecheck.artefact import contract_of
+    from shapecheck.observe.fit import misfits
     from shapecheck.observe.request import geometry_of
-    from shapecheck.report import check as report
-    from shapecheck.verify.check import check as verify
-    from shapecheck.verify.models import contract_of, misfits
+    from shapecheck.onnx import check_report as report
+    from shapecheck.onnx.check import check as verify
+    from shapecheck.onnx.contract_metadata import contract_inside
 
     request = request_for("", (), size, latent, batch)
     if output is not None:
@@ -211,8 +212,8 @@ def _check_engine(
     output: Path | None,
 ) -> int:
     from shapecheck.observe.request import geometry_of
-    from shapecheck.report import engine_check as report
-    from shapecheck.verify.engine_check import check_engine
+    from shapecheck.tensorrt import check_report as report
+    from shapecheck.tensorrt.check import check_engine
 
     batch, tokens = free
     if (batch or tokens) and request.size_px is None and request.latent is None:
@@ -236,15 +237,15 @@ def _check_engine(
 
 
 def _refuse_unverifiable(dtype: str | None, weights: Weights | None) -> None:
-    from shapecheck.verify import agreement
+    from shapecheck.onnx import export_verify
 
-    agreement.refuse_unverifiable(dtype, weights)
+    export_verify.refuse_unverifiable(dtype, weights)
 
 
 def _verified(exported: Exported, model: str, variant: str | None, offline: bool) -> tuple[Agreement, ...]:
-    from shapecheck.verify import agreement
+    from shapecheck.onnx import export_verify
 
-    needed = agreement.memory_needed(exported) / 1e9
+    needed = export_verify.memory_needed(exported) / 1e9
     click.echo(f"verifying: up to {needed:.1f} GB of memory, PyTorch and ONNX Runtime one after the other", err=True)
     with progress() as steps:
-        return agreement.verify(exported, model, variant=variant, offline=offline, progress=steps)
+        return export_verify.verify(exported, model, variant=variant, offline=offline, progress=steps)

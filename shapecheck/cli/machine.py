@@ -8,7 +8,7 @@ import click
 
 from shapecheck import ContractError
 from shapecheck.cli.options import human_or_json, output_option
-from shapecheck.contract.environment import BACKENDS, check_known
+from shapecheck.doctor.environment import BACKENDS, check_known
 from shapecheck.files import refuse_unwritable
 from shapecheck.terminal import progress, write
 
@@ -36,7 +36,7 @@ def doctor(required: tuple[str, ...], form: str, output: Path | None) -> int:
       shapecheck doctor --format json -o environment.json
     """
     from shapecheck import doctor as examiner
-    from shapecheck.report import environment as report
+    from shapecheck.doctor import report
 
     check_known(required)
     if output is not None:

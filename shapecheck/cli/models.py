@@ -57,8 +57,8 @@ def probe(
       shapecheck probe sdxl --adapter t2iadapter-sdxl
       shapecheck probe ./my-model --controlnet ./my-controlnet --format json -o contract.json
     """
+    from shapecheck.observe import report
     from shapecheck.observe import request as requests
-    from shapecheck.report import contract as report
 
     request = request_for(model, controlnets, size, latent, batch, adapter)
     if output is not None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import click
 
 from shapecheck import ShapecheckError
-from shapecheck.contract.ranges import USUAL_TOKENS, parse_pair
+from shapecheck.contract.geometry import parse_pair
+from shapecheck.tensorrt.size_ranges import USUAL_TOKENS
 from shapecheck.terminal import Steps
 
 if TYPE_CHECKING:
@@ -83,6 +84,6 @@ def request_for(
 
 def held_to(model: str | None, offline: bool, tell: Steps) -> Contract | None:
     """The contract of the model that an ONNX file is said to be of, if it is said."""
-    from shapecheck.verify.models import contract_of
+    from shapecheck.artefact import contract_of
 
     return contract_of(model, offline=offline, progress=tell) if model else None

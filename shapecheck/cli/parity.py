@@ -9,13 +9,13 @@ import click
 
 from shapecheck import ContractError
 from shapecheck.cli.options import offline_option, output_option, size_options
-from shapecheck.contract.environment import BACKENDS
+from shapecheck.doctor.environment import BACKENDS
 from shapecheck.files import make_folder, refuse_unwritable
 from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
-    from shapecheck.contract.parity import Parity
-    from shapecheck.verify.reference import Precision
+    from shapecheck.observe.subject import Precision
+    from shapecheck.parity.results import Parity
 
 
 @click.command()
@@ -97,8 +97,8 @@ def parity(
       shapecheck parity ./sd15 --onnx ./sd15/unet.onnx --sizes 320x192:512x512:768x768 --batch 1:2:4 --report parity
       shapecheck parity ./sd15 --onnx unet.onnx --engine unet.plan --backends ort,trt --controlnet ./my-controlnet
     """
-    from shapecheck.report.parity_files import write_all
-    from shapecheck.verify.request import ParityRequest, study_of
+    from shapecheck.parity.report import write_all
+    from shapecheck.parity.request import ParityRequest, study_of
 
     if output is not None:
         refuse_unwritable(output)
@@ -117,12 +117,12 @@ def parity(
 
 
 def _told(found: Parity, form: str) -> str:
-    from shapecheck.report import parity as text
+    from shapecheck.parity import report as text
 
     if form == "json":
         return text.as_json(found)
     if form == "html":
-        from shapecheck.report.html import page
+        from shapecheck.parity.page import page
 
         return page(found)
     return text.told(found, "markdown" if form == "markdown" else "human")

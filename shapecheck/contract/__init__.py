@@ -6,12 +6,9 @@ from shapecheck.contract.dims import Dim, Shape, show
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
 from shapecheck.contract.records import AddSite, ControlNetInfo, Header, Input, Mismatch, Role, Slot
-from shapecheck.contract.trace import Add, Arrival, Residual, Trace
 
 __all__ = [
-    "Add",
     "AddSite",
-    "Arrival",
     "Config",
     "Contract",
     "ContractError",
@@ -21,11 +18,9 @@ __all__ = [
     "Header",
     "Input",
     "Mismatch",
-    "Residual",
     "Role",
     "Shape",
     "ShapecheckError",
     "Slot",
-    "Trace",
     "show",
 ]

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shapecheck.contract import serial
-from shapecheck.contract.compare import compare
+from shapecheck.contract import json_codec
 from shapecheck.contract.config import Config
-from shapecheck.contract.dims import Shape
+from shapecheck.contract.dims import Dim, Shape
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
-from shapecheck.contract.naming import SHAPECHECK
+from shapecheck.contract.mismatch import compare
+from shapecheck.contract.naming import SHAPECHECK, detect
 from shapecheck.contract.records import Header, Input, Mismatch, Role, Slot
 
 Residuals = Mapping[str, Any] | Sequence[Any] | Any
@@ -47,7 +47,7 @@ class Contract:
 
         It covers the whole config: a diffusers release that adds a config key changes it.
         """
-        return serial.digest(self)
+        return json_codec.digest(self)
 
     @property
     def residuals(self) -> tuple[Slot, ...]:
@@ -108,12 +108,12 @@ class Contract:
 
     def to_json(self) -> str:
         """The contract as JSON text; `from_json` is the inverse."""
-        return serial.dumps(self)
+        return json_codec.dumps(self)
 
     @classmethod
     def from_json(cls, text: str) -> Contract:
         """Read `to_json`'s text. Raises ShapecheckError on anything else, an edited file included."""
-        fields, claimed = serial.fields(text)
+        fields, claimed = json_codec.fields(text)
         contract = cls(**fields)
         if contract.digest != claimed:
             raise ShapecheckError(
@@ -192,3 +192,28 @@ def _shape(name: str, value: Any) -> Shape:
         return tuple(map(operator.index, sizes))
     except TypeError:
         raise ShapecheckError(f"{name}: expected a tensor or a shape such as (2, 320, 64, 64), got {value!r:.60}") from None
+
+
+def rules_of(contract: Contract) -> dict[str, tuple[Dim, ...]]:
+    """The shape of every input the exported model has, by name: base inputs, then a UNet's slots, then features."""
+    rules = {each.name: each.shape for each in contract.inputs}
+    return rules | {slot.name: slot.shape for slot in contract.residuals} if contract.role == "unet" else rules
+
+
+def dtypes_of(contract: Contract) -> dict[str, str]:
+    """The dtype of every input the exported model has; residuals have that of the sample."""
+    dtypes = {each.name: each.dtype for each in contract.inputs}
+    own = dtypes.get("sample") or next(iter(dtypes.values()), "float32")
+    return {name: dtypes.get(name, own) for name in rules_of(contract)}
+
+
+def names_for(contract: Contract, given: Sequence[str]) -> dict[str, str]:
+    """What a file with these input names calls each input of the contract: base inputs as we do, slots by its own scheme.
+
+    Raises ShapecheckError where slots follow no known scheme.
+    """
+    ours = list(rules_of(contract))
+    slots = [slot.name for slot in contract.slots] if contract.role == "unet" else []
+    scheme = detect(given) or SHAPECHECK
+    theirs = dict(zip(slots, scheme.names(len(slots) - 1), strict=True)) if slots else {}
+    return {name: theirs.get(name, name) for name in ours}

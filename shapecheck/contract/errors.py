@@ -10,3 +10,10 @@ class ShapecheckError(Exception):
     """
 
     exit_status = 2
+
+
+def one_line(value: object, longest: int = 120) -> str:
+    """Text from outside, fit for one line of a terminal."""
+    text = str(value)[: 2 * longest]
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

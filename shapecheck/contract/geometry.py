@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -43,3 +44,11 @@ class Geometry:
 
     def __str__(self) -> str:
         return f"batch {self.batch}, latent {self.height}×{self.width}"
+
+
+def parse_pair(text: str, form: str) -> tuple[int, int]:
+    """Two whole numbers out of `904x512`. Raises ShapecheckError showing the form expected."""
+    match = re.fullmatch(r"([0-9]{1,6})[xX×]([0-9]{1,6})", text.strip())
+    if not match or not int(match[1]) or not int(match[2]):
+        raise ShapecheckError(f"{text!r} is no size; expected {form}: two whole numbers with an x between them")
+    return int(match[1]), int(match[2])

@@ -13,16 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
-from shapecheck.contract.environment import (
-    BACKENDS,
-    RTX_CAPABILITIES,
-    Backend,
-    Device,
-    Driver,
-    Environment,
-    Gap,
-    check_known,
-)
+from shapecheck.doctor.environment import BACKENDS, RTX_CAPABILITIES, Backend, Device, Driver, Environment, Gap, check_known
 from shapecheck.doctor.packages import (
     CPU,
     INSTALLED,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from shapecheck.contract.environment import Gap, Package
+from shapecheck.doctor.environment import Gap, Package
 from shapecheck.doctor.probes import Answer
 
 CPU = "onnxruntime CPUExecutionProvider"

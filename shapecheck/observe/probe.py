@@ -8,10 +8,9 @@ from typing import Literal
 
 from torch import nn
 
-from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError, Slot, Trace
+from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError, Slot
 from shapecheck.contract.naming import SHAPECHECK, is_feature
-from shapecheck.observe import causes
-from shapecheck.observe.models import (
+from shapecheck.models.model import (
     AdapterChoice,
     ControlNetChoice,
     Model,
@@ -21,9 +20,11 @@ from shapecheck.observe.models import (
     take_controlnets,
     take_unet,
 )
-from shapecheck.observe.progress import Progress, silent
+from shapecheck.observe import causes
 from shapecheck.observe.reconcile import Subject, emitted_table, reconcile, slot_table
 from shapecheck.observe.runs import observe, observe_adapter, observe_call, observe_controlnet
+from shapecheck.observe.trace import Trace
+from shapecheck.progress import Progress, silent
 
 
 def probe(

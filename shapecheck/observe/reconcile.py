@@ -6,25 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shapecheck.contract import (
-    Add,
-    Config,
-    Contract,
-    Dim,
-    Geometry,
-    Header,
-    Input,
-    Mismatch,
-    Residual,
-    Shape,
-    Slot,
-    Trace,
-)
-from shapecheck.contract.compare import compare
+from shapecheck.contract import Config, Contract, Dim, Geometry, Header, Input, Mismatch, Shape, Slot
 from shapecheck.contract.dims import BATCH, constant
+from shapecheck.contract.mismatch import compare
 from shapecheck.contract.records import Spatial
-from shapecheck.contract.trace import slot_name
 from shapecheck.observe.sizes import Sizes, rules
+from shapecheck.observe.trace import Add, Residual, Trace, slot_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shapecheck.contract import Arrival, Geometry, Residual, Trace
-from shapecheck.contract.trace import Group
-from shapecheck.observe.follow import Arrived, Emitted, Follower, Summed, dtype_name, tensors_in
+from shapecheck.contract import Geometry
+from shapecheck.observe.residual_tracer import Arrived, Emitted, Follower, Summed, dtype_name, tensors_in
+from shapecheck.observe.trace import Arrival, Group, Residual, Trace
 
 MID = -1
 """Index of the mid residual."""

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, Shape, ShapecheckError
-from shapecheck.contract.ranges import parse_pair
-from shapecheck.observe import configs, hub
-from shapecheck.observe.configfile import one_line
-from shapecheck.observe.progress import Progress, silent
+from shapecheck.contract.errors import one_line
+from shapecheck.contract.geometry import parse_pair
+from shapecheck.models import hub, lookup
+from shapecheck.progress import Progress, silent
 
 _MOST_IN_BATCH = 65_536
+
+
 _KEYS = {"story", "model", "controlnet", "adapter", "size", "latent", "batch", "mapping", "expect"}
 
 
@@ -86,11 +88,11 @@ def carry_out(
 
 
 def _observe(request: Request, offline: bool, progress: Progress) -> Finding:
-    source = configs.find(request.model, "unet", offline=offline)
+    source = lookup.find(request.model, "unet", offline=offline)
     for name in request.controlnets:
-        configs.find(name, "controlnet", offline=offline)
+        lookup.find(name, "controlnet", offline=offline)
     if request.adapter is not None:
-        configs.find(request.adapter, "adapter", offline=offline)
+        lookup.find(request.adapter, "adapter", offline=offline)
     asked = geometry_of(request, source.vae_factor)
     progress("importing torch and diffusers")
     with _no_collection():
@@ -192,3 +194,29 @@ def _no_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def carried_out(path: Path, observations: Observations | None = None) -> tuple[Request, Finding]:
+    """The request in a `probes/*.toml` file, and what it came to. Raises ShapecheckError where it cannot be carried out.
+
+    A model that is among `observations` is not observed again.
+    """
+    request = read(path)
+    return request, carry_out(request, progress=silent, observations=observations)
+
+
+def surprises(request: Request, finding: Finding, verdict: str) -> tuple[str, ...]:
+    """In what a probe came to something else than its `[expect]` says; `verdict` is the report's."""
+    found = {
+        "verdict": verdict,
+        "wrong": [f"{each.where} {each.kind}" for each in finding.mismatches],
+        "cause": sorted({each.cause.split(";")[0] for each in finding.mismatches}),
+    }
+    expected = {"wrong": []} | dict(request.expect)
+    if "cause" in expected:
+        expected["cause"] = [expected["cause"]]
+    return tuple(
+        f"{key}: expected {wanted!r}, got {found.get(key, 'nothing')!r}"
+        for key, wanted in expected.items()
+        if found.get(key) != wanted
+    )

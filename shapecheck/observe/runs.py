@@ -9,12 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from shapecheck.contract import Geometry, Shape, ShapecheckError, Slot, Trace
+from shapecheck.contract import Geometry, Shape, ShapecheckError, Slot
+from shapecheck.models.inputs import call_arguments
+from shapecheck.models.model import Model
 from shapecheck.observe import sizes
-from shapecheck.observe.inputs import call_arguments
-from shapecheck.observe.models import Model
-from shapecheck.observe.progress import Progress
 from shapecheck.observe.record import Recorder, record
+from shapecheck.observe.trace import Trace
+from shapecheck.progress import Progress
 
 _PROBES_GIVEN = 256
 """Residuals of one cell given to a UNet that is asked alone: more than any UNet has slots."""

@@ -13,17 +13,18 @@ import torch
 from torch import nn
 
 from shapecheck import doctor, extras
-from shapecheck.build.subject import meta_twin
-from shapecheck.contract import Contract, ShapecheckError, profile_forms
-from shapecheck.contract.profiles import Profile, profile_of
-from shapecheck.contract.ranges import parse_ranges
+from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.files import make_folder
 from shapecheck.observe.probe import probe
-from shapecheck.observe.progress import Progress, silent
-from shapecheck.pipelines.load import load
-from shapecheck.pipelines.made import Made
-from shapecheck.pipelines.owners import Owners
-from shapecheck.run.dropin import DropIn
+from shapecheck.observe.subject import meta_twin
+from shapecheck.pipelines.export_cache import Made
+from shapecheck.pipelines.unet_owner import Owners
+from shapecheck.progress import Progress, silent
+from shapecheck.runtime.dropin import DropIn
+from shapecheck.runtime.load import load
+from shapecheck.tensorrt import profile_formats
+from shapecheck.tensorrt.profiles import Profile, profile_of
+from shapecheck.tensorrt.size_ranges import parse_ranges
 
 Backend = Literal["auto", "trt", "rtx", "ort-trt", "ort-cuda", "ort"]
 _LADDER: tuple[Backend, ...] = ("trt", "ort-cuda")
@@ -155,7 +156,7 @@ def _started(
         if backend == "trt" or backend == "rtx":
             artefact = files.engine(backend, profiles)
             return opened(artefact, "trt"), artefact
-        options = profile_forms.provider_options(profiles) if backend == "ort-trt" else None
+        options = profile_formats.provider_options(profiles) if backend == "ort-trt" else None
         return opened(artefact, backend, options=options), artefact
     except BaseException:
         unet.to(device)

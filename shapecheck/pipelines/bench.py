@@ -11,18 +11,20 @@ from typing import Any
 import torch
 
 from shapecheck import doctor, extras
-from shapecheck.build.artefact import contract_inside
-from shapecheck.contract import Contract, Geometry, ShapecheckError, profile_forms
-from shapecheck.contract.bench import Bench, Frame, Timing
-from shapecheck.contract.engine_files import is_engine
-from shapecheck.contract.environment import BACKENDS
-from shapecheck.contract.profiles import Range, dtypes_of, profile_of
-from shapecheck.observe.configfile import one_line
-from shapecheck.observe.progress import Progress, silent
+from shapecheck.artefact import contract_of
+from shapecheck.contract import Contract, Geometry, ShapecheckError
+from shapecheck.contract.contract import dtypes_of
+from shapecheck.contract.errors import one_line
+from shapecheck.doctor.environment import BACKENDS
+from shapecheck.onnx.contract_metadata import contract_inside
+from shapecheck.pipelines.bench_record import Bench, Frame, Timing
 from shapecheck.pipelines.clock import Clock, taken
-from shapecheck.pipelines.load import load
-from shapecheck.pipelines.stage import Play, Stage
-from shapecheck.verify.models import contract_of
+from shapecheck.pipelines.frame import Play, Stage
+from shapecheck.progress import Progress, silent
+from shapecheck.runtime.load import load
+from shapecheck.tensorrt import profile_formats
+from shapecheck.tensorrt.profiles import Range, profile_of
+from shapecheck.tensorrt.record import is_engine
 
 IN_TORCH = {"torch": "PyTorch, eager", "torch-compile": "PyTorch, torch.compile"}
 ON_GPU = ("ort-cuda", "ort-trt", "trt")
@@ -137,7 +139,7 @@ class _Run:
     def _profile_options(self) -> Mapping[str, str]:
         """An engine for the one size; ONNX Runtime's own for whatever comes would be built again and again."""
         sizes = Range(*[_geometry(self._request, self._contract)] * 3)
-        return profile_forms.provider_options([profile_of(self._contract, sizes)])
+        return profile_formats.provider_options([profile_of(self._contract, sizes)])
 
 
 def _contract(request: Request, progress: Progress) -> Contract:

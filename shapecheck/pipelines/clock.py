@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import Contract
-from shapecheck.run.dropin import Session
+from shapecheck.runtime.dropin import Session
 
 
 class Clock:

@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 
-from shapecheck import __version__, extras, presets
+from shapecheck import extras, presets
 from shapecheck.contract import Geometry, ShapecheckError
-from shapecheck.contract.demo import Demo, DemoRequest, Picture
-from shapecheck.contract.environment import BACKENDS
-from shapecheck.observe.configfile import one_line
+from shapecheck.contract.errors import one_line
+from shapecheck.doctor.environment import BACKENDS
 from shapecheck.observe.probe import probe
-from shapecheck.observe.progress import Progress, silent
-from shapecheck.observe.quiet import quiet
-from shapecheck.pipelines import depth, pictures, small
+from shapecheck.pipelines import pictures, tiny_pipeline
 from shapecheck.pipelines.accelerate import accelerate
-from shapecheck.pipelines.depth import Floats
-from shapecheck.run.dropin import DropIn
+from shapecheck.pipelines.demo_record import Demo, DemoRequest, Picture
+from shapecheck.pipelines.pictures import Floats
+from shapecheck.progress import Progress, quiet, silent
+from shapecheck.runtime.dropin import DropIn
+from shapecheck.version import __version__
 
 SMALL_SIZE_PX = (136, 104)
 """Width and height: 17×13 latent cells, odd, so that every halving rounds."""
@@ -48,7 +48,7 @@ def run(request: DemoRequest, folder: Path, progress: Progress = silent) -> Demo
     pipe.set_progress_bar_config(disable=True)
     with quiet("diffusers"):  # it warns of casts, also where there is nothing to warn of
         pipe.to(device, dtype)
-    control = depth.scene(height, width) if given is None else pictures.fitted(given, height, width)
+    control = pictures.scene(height, width) if given is None else pictures.fitted(given, height, width)
     artist = _Artist(pipe, request, control, progress)
     exchanged = accelerate(
         pipe, folder, request.backend, sizes=[f"{width}x{height}"], batch=["1:2:2"], fallback="error", progress=progress
@@ -136,7 +136,7 @@ def _small(request: DemoRequest) -> tuple[Any, tuple[int, int]]:
         clip_sample=False,
         set_alpha_to_one=False,
     )
-    parts = small.parts("sd15")
+    parts = tiny_pipeline.parts("sd15")
     pipe = StableDiffusionControlNetPipeline(
         vae=parts.vae,
         unet=parts.unet,

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from shapecheck.pytest_plugin.asked import OPTIONS, STUDY, examined, named, option
-from shapecheck.pytest_plugin.explaining import explanation
 from shapecheck.pytest_plugin.fixtures import shapecheck_contract, shapecheck_parity, shapecheck_require
+from shapecheck.pytest_plugin.hints import explanation
 from shapecheck.pytest_plugin.items import ParityChecks, ProbeFile
+from shapecheck.pytest_plugin.options import OPTIONS, STUDY, examined, named, option
 
 __all__ = ["shapecheck_contract", "shapecheck_parity", "shapecheck_require"]
 
@@ -42,7 +42,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         return []
     from importlib.metadata import version
 
-    from shapecheck import __version__
+    from shapecheck.version import __version__
 
     told = [f"shapecheck: {__version__}, torch {version('torch')}, diffusers {version('diffusers')}"]
     told += [f"backend {each.name}: {each.detail or 'cannot run here: ' + each.reason}" for each in examined(config)]
@@ -102,7 +102,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     study, folder = session.config.stash.get(STUDY, None), option(session.config, "report")
     if study is None or not folder or not study.is_complete:
         return
-    from shapecheck.report.parity_files import write_all
+    from shapecheck.parity.report import write_all
 
     write_all(study.report(), Path(folder))
 
@@ -160,7 +160,7 @@ def _refuse(config: pytest.Config) -> None:
         raise pytest.UsageError("--shapecheck-onnx and --shapecheck-engine are compared with a model: give --shapecheck-model")
     if named(config):
         from shapecheck.contract import ShapecheckError
-        from shapecheck.contract.environment import check_known
+        from shapecheck.doctor.environment import check_known
 
         try:
             check_known(named(config))

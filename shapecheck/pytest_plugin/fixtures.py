@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shapecheck.pytest_plugin.asked import option, request_of, study_for
+from shapecheck.pytest_plugin.options import option, request_of, study_for
 
 if TYPE_CHECKING:
     from shapecheck.contract import Contract
-    from shapecheck.contract.parity import Parity
+    from shapecheck.parity.results import Parity
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def shapecheck_contract(pytestconfig: pytest.Config) -> Contract:
 def shapecheck_parity(pytestconfig: pytest.Config) -> Callable[..., Parity]:
     """A function that compares a model with files made of it: `shapecheck_parity("./sd15", onnx="unet.onnx")`.
 
-    Keywords are the fields of `shapecheck.verify.request.ParityRequest`; those left out are taken from the command line.
+    Keywords are the fields of `shapecheck.parity.request.ParityRequest`; those left out are taken from the command line.
     Returns a `Parity`: `assert parity.passes, str(parity)`; pytest cuts the text of what is no string.
     """
 
@@ -34,7 +34,7 @@ def shapecheck_parity(pytestconfig: pytest.Config) -> Callable[..., Parity]:
         from dataclasses import replace
 
         from shapecheck import ShapecheckError
-        from shapecheck.verify.request import study_of
+        from shapecheck.parity.request import study_of
 
         if model is None and not option(pytestconfig, "model"):
             raise ShapecheckError("no model: give one, or --shapecheck-model")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shapecheck.pytest_plugin.asked import option, study_for
+from shapecheck.pytest_plugin.options import option, study_for
 
 if TYPE_CHECKING:
-    from shapecheck.contract.parity import Check, Result, Side
+    from shapecheck.parity.results import Check, Result, Side
 
 _STUCK = pytest.StashKey[dict[str, str]]()
 """Why nothing of a backend can be computed, told once."""
@@ -64,7 +64,7 @@ class CheckItem(Told):
         if result.status == "not run":
             pytest.skip(result.reason)
         if result.status == "failed":
-            from shapecheck.report.parity_files import failure
+            from shapecheck.parity.report import failure
 
             raise CheckError(failure(result, side))
 
@@ -99,9 +99,8 @@ class ProbeItem(Told):
 
     def runtest(self) -> None:
         """Carry it out; fail where it comes to something else than it expects, or than was said of it before."""
-        from shapecheck.observe.request import Observations
-        from shapecheck.report.contract import told, verdict
-        from shapecheck.verify.probes import carried_out, surprises
+        from shapecheck.observe.report import told, verdict
+        from shapecheck.observe.request import Observations, carried_out, surprises
 
         stash = self.config.stash
         request, finding = carried_out(self.path, stash.setdefault(_OBSERVATIONS, Observations()))

@@ -11,10 +11,10 @@ import torch
 from tabulate import tabulate
 
 from shapecheck import Geometry, presets
-from shapecheck.contract.profiles import rules_of
-from shapecheck.run.binding import AnySize, Binding
-from shapecheck.run.dropin_unet import DropInUNet
-from shapecheck.run.gate import Gate
+from shapecheck.contract.contract import rules_of
+from shapecheck.runtime.binding import AnySize, Binding
+from shapecheck.runtime.dropin_unet import DropInUNet
+from shapecheck.runtime.gate import Gate
 
 CONTRACT = presets.contract("sd15")
 ROUNDS, CALLS = 9, 400

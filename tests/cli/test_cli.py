@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 from shapecheck import Contract, Geometry, presets
 from shapecheck.cli import main, models
-from shapecheck.observe import configs
-from shapecheck.report import contract as report
+from shapecheck.models import lookup
+from shapecheck.observe import report
 
 TINY = small.SMALL | small.TINY
 SHALLOW = small.SMALL | small.SHALLOW
@@ -132,7 +132,7 @@ def test_two_controlnets_are_told_as_summed(write_config):
 
 
 def test_an_unverified_preset_says_so():
-    (note,) = configs.find("koala-700m", "unet").notes
+    (note,) = lookup.find("koala-700m", "unet").notes
     assert note.startswith("preset koala-700m is unverified: `shapecheck presets` says where")
     text = report.told(presets.contract("koala-700m"), (), Geometry(1, 64, 64), form="human")
     assert note in " ".join(text.split())

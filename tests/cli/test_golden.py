@@ -29,26 +29,32 @@ from shapecheck import (
     Mismatch,
     Profile,
     Range,
+    diff,
     parse_ranges,
     presets,
     profile_of,
 )
 from shapecheck.cli import main
 from shapecheck.contract import ControlNetInfo
-from shapecheck.contract.bench import Bench, Frame, Timing
-from shapecheck.contract.checked import Check, SeenInput, SeenSlot
-from shapecheck.contract.demo import Change, Demo, Picture
-from shapecheck.contract.engine import Built, Engine, Request
-from shapecheck.contract.engine_checked import EngineCheck, Fit, Weights
-from shapecheck.contract.environment import Backend, Device, Driver, Environment, Gap, Package
-from shapecheck.contract.exported import Agreement, Exported
-from shapecheck.contract.parity import Parity
+from shapecheck.doctor import report as doctor_report
+from shapecheck.doctor.environment import Backend, Device, Driver, Environment, Gap, Package
+from shapecheck.observe import report as observe_report
 from shapecheck.observe.record import Recorder
+from shapecheck.onnx import check_report as onnx_check_report
+from shapecheck.onnx import export_report
+from shapecheck.onnx.records import Agreement, Check, Exported, SeenInput, SeenSlot
+from shapecheck.parity import report as parity_report
+from shapecheck.parity.results import Parity
+from shapecheck.pipelines import bench_report, demo_report
 from shapecheck.pipelines.accelerate import Accelerated, AccelerationError
-from shapecheck.report import bench, check, contract, demo, difference, engine, engine_check, environment, exported, parity
-from shapecheck.run.binding import CallError
-from shapecheck.run.dropin import DropIn
-from shapecheck.run.guard import Guard, GuardError
+from shapecheck.pipelines.bench_record import Bench, Frame, Timing
+from shapecheck.pipelines.demo_record import Change, Demo, Picture
+from shapecheck.runtime.binding import CallError
+from shapecheck.runtime.dropin import DropIn
+from shapecheck.runtime.guard import Guard, GuardError
+from shapecheck.tensorrt import build_report
+from shapecheck.tensorrt import check_report as tensorrt_check_report
+from shapecheck.tensorrt.record import Built, Engine, EngineCheck, Fit, Request, Weights
 
 GOLDEN = Path(__file__).parent / "golden"
 GROUP = "shapecheck"
@@ -161,8 +167,8 @@ def run_json(*arguments: str) -> str:
 def make_probes() -> list[str]:
     return [
         run_json("probe", "koala-700m"),
-        contract.as_json(SD15, (), AT),
-        contract.as_json(FULL, MISMATCHES, AT),
+        observe_report.as_json(SD15, (), AT),
+        observe_report.as_json(FULL, MISMATCHES, AT),
     ]
 
 
@@ -197,23 +203,26 @@ def make_differences() -> list[str]:
     return [
         run_json("diff", "sd15", "sdxl"),
         run_json("diff", "sd15", "sd15"),
-        difference.as_json(difference.Side("a", SD15), difference.Side("b", emitting)),
-        difference.as_json(difference.Side("a", SD15), difference.Side("b", replace(FULL, header=other))),
+        diff.as_json(diff.Side("a", SD15), diff.Side("b", emitting)),
+        diff.as_json(diff.Side("a", SD15), diff.Side("b", replace(FULL, header=other))),
     ]
 
 
 def make_exports() -> list[str]:
     done = Exported(Path("u.onnx"), SD15, "none", "", (Path("u.onnx"),), "float32", 20, "shapecheck")
     agreements = [Agreement("out_sample", AT, 1e-6, 1e-5), Agreement("out_sample", AT, math.nan, math.inf)]
-    return [exported.as_json(done), exported.as_json(replace(done, weights="copy", reason="no checkpoint"), agreements)]
+    return [
+        export_report.as_json(done),
+        export_report.as_json(replace(done, weights="copy", reason="no checkpoint"), agreements),
+    ]
 
 
 def make_checks() -> list[str]:
     seen = SeenInput("sample", "batch×4×h×w", "float32"), SeenSlot("down_block_residual_00", "", "not seen", "conv_in", "")
     fine = Check("u.onnx", "shapecheck", SD15, "given", "", seen[:1], seen[1:], 1, (), None, (), (), (), "")
     sized = replace(fine, naming="shapecheck", fixed=(("batch", 2),), geometry=AT, notes=("a note",), unchecked="too many")
-    broken = check.as_json(replace(fine, mismatches=MISMATCHES), controlnets=["sd15"], misfits=MISMATCHES)
-    return [check.as_json(fine), check.as_json(sized), broken]
+    broken = onnx_check_report.as_json(replace(fine, mismatches=MISMATCHES), controlnets=["sd15"], misfits=MISMATCHES)
+    return [onnx_check_report.as_json(fine), onnx_check_report.as_json(sized), broken]
 
 
 def make_profiles() -> tuple[Profile, ...]:
@@ -232,8 +241,8 @@ OPTIONS = BuildOptions("rtx", 3, 1 << 20, compute_capabilities=("8.9",))
 
 def make_builds() -> list[str]:
     return [
-        engine.as_json(Built(Path("u.plan"), make_engine(), found=True, seconds=0.0)),
-        engine.as_json(Built(Path("u.plan"), make_engine(options=OPTIONS), found=False, seconds=3.5, notes=("a note",))),
+        build_report.as_json(Built(Path("u.plan"), make_engine(), found=True, seconds=0.0)),
+        build_report.as_json(Built(Path("u.plan"), make_engine(options=OPTIONS), found=False, seconds=3.5, notes=("a note",))),
     ]
 
 
@@ -242,14 +251,14 @@ def make_engine_checks() -> list[str]:
     fits, misfit = Fit(AT, 0, (), None, None), Fit(AT, None, ("profile 0: width 42",), AT, SIZES)
     wrong = replace(found, read="record", unread="no GPU", mismatches=MISMATCHES, controlnets=("sd15",), misfits=MISMATCHES)
     asked = [replace(wrong, fit=misfit, weights=Weights("u.onnx", False, "other weights")), replace(found, fit=fits)]
-    return [engine_check.as_json(checked) for checked in (found, *asked)]
+    return [tensorrt_check_report.as_json(checked) for checked in (found, *asked)]
 
 
 def make_benches() -> list[str]:
     frame = Frame(5.0, 1.25, 3.75)
     ran = Timing("torch", "torch, float32", (frame, frame), 3 << 20), Timing("ort", "ort, float32", (frame,))
     timings = (*ran, Timing("trt", "", reason="no GPU"))
-    return [bench.as_json(Bench("u.onnx", SD15.digest, AT, 2, "cpu, 2 threads", timings, (("torch", "2.13"),)))]
+    return [bench_report.as_json(Bench("u.onnx", SD15.digest, AT, 2, "cpu, 2 threads", timings, (("torch", "2.13"),)))]
 
 
 def make_demos() -> list[str]:
@@ -258,12 +267,15 @@ def make_demos() -> list[str]:
         (Picture("pytorch.png", "PyTorch"),), Change(0.01, 0.001), Change(90.0, 9.0), 1.0, 0.2, 0.1, (("torch", "2.13"),),
     )  # fmt: skip
     nan = Change(math.nan, math.nan)
-    return [demo.as_json(made), demo.as_json(replace(made, allowed=None, difference=nan, control=nan, backend_seconds=0.0))]
+    return [
+        demo_report.as_json(made),
+        demo_report.as_json(replace(made, allowed=None, difference=nan, control=nan, backend_seconds=0.0)),
+    ]
 
 
 def make_parities() -> list[str]:
     samples = [make() for make in SAMPLES.values()]
-    return [parity.as_json(sample) for sample in (*samples, replace(samples[0], contract=FULL))]
+    return [parity_report.as_json(sample) for sample in (*samples, replace(samples[0], contract=FULL))]
 
 
 def make_environments() -> list[str]:
@@ -274,7 +286,7 @@ def make_environments() -> list[str]:
         "3.11.7", "Linux", packages, Driver("580", "13.0"), (Device("NVIDIA L4", "8.9", 24 << 30),), backends
     )
     without = replace(with_gpu, driver=Driver("", "", gap), devices=())
-    return [environment.as_json(with_gpu), environment.as_json(without, ["trt"])]
+    return [doctor_report.as_json(with_gpu), doctor_report.as_json(without, ["trt"])]
 
 
 SERVED = ("profile", "sd15", "--sizes", "384x384:512x512:904x768")
@@ -282,7 +294,7 @@ OUTPUTS = {
     "bench": make_benches,
     "build": make_builds,
     "build-record": lambda: [make_engine().to_json(), make_engine(FULL, OPTIONS).to_json()],
-    "build-refused": lambda: [engine.refused(ContractError(MISMATCHES, subject="the profiles"), "json")],
+    "build-refused": lambda: [build_report.refused(ContractError(MISMATCHES, subject="the profiles"), "json")],
     "check": make_checks,
     "check-engine": make_engine_checks,
     "demo": make_demos,

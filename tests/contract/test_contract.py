@@ -20,8 +20,8 @@ from shapecheck import Contract, ContractError, Geometry, ShapecheckError, prese
 from shapecheck.contract import Config, Dim, Header
 from shapecheck.contract.dims import constant
 from shapecheck.observe import request as requests
+from shapecheck.observe.report import told
 from shapecheck.presets.families import families
-from shapecheck.report.contract import told
 
 ODD = Geometry(2, 13, 21)
 SD15 = presets.contract("sd15")

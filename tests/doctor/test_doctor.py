@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from shapecheck import ShapecheckError, doctor
-from shapecheck.contract.environment import BACKENDS, Backend, Device, Driver, Environment, Gap, Package
-from shapecheck.doctor import packages, probes
+from shapecheck.doctor import packages, probes, report
+from shapecheck.doctor.environment import BACKENDS, Backend, Device, Driver, Environment, Gap, Package
 from shapecheck.doctor.probes import Answer, ask
-from shapecheck.report import environment as report
 
 no_gpu = pytest.mark.skipif(bool(ctypes.util.find_library("cuda")), reason="what is missing where there is no GPU")
 DRIVERLESS = {"cards": 0, "container": False, "stage": "load libcuda.so.1", "kind": "OSError"}

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from shapecheck import Geometry, ShapecheckError, presets
 from shapecheck.cli import main
 from shapecheck.contract.naming import SCHEMES
-from shapecheck.faults.claim_forms import FORMS, read_claim
-from shapecheck.faults.claim_values import side
-from shapecheck.faults.from_mapping import judge_claim
-from shapecheck.faults.size import Size
-from shapecheck.faults.table import Table
-from shapecheck.report.explain_table import judged
+from shapecheck.explain.judge_mapping import judge_claim
+from shapecheck.explain.mapping_parser import FORMS, read_claim
+from shapecheck.explain.mapping_report import judged
+from shapecheck.explain.mapping_values import side
+from shapecheck.explain.residual_table import Table
+from shapecheck.explain.size import Size
 
 SD15 = presets.contract("sd15")
 AT = Geometry(2, 64, 96)

@@ -22,18 +22,17 @@ from spoilt import KINDS, spoilt, text_of
 
 from shapecheck import Geometry, presets, probe
 from shapecheck.cli import main
-from shapecheck.faults.anatomy import anatomy
-from shapecheck.faults.from_mapping import judge_given
-from shapecheck.faults.from_text import explain_text
-from shapecheck.faults.given import Given, right
-from shapecheck.faults.hints import Hints
-from shapecheck.faults.mistakes import mistakes
-from shapecheck.faults.outcome import outcome
-from shapecheck.faults.reading import symptoms
-from shapecheck.faults.size import Size
-from shapecheck.faults.table import Table
-from shapecheck.faults.wording import eager, meta
-from shapecheck.report import explain as report
+from shapecheck.explain import report
+from shapecheck.explain.explain_text import explain_text
+from shapecheck.explain.fault_catalogue import mistakes
+from shapecheck.explain.hints import Hints
+from shapecheck.explain.judge_mapping import judge_given
+from shapecheck.explain.parse_text import symptoms
+from shapecheck.explain.residual_table import Given, Table, right
+from shapecheck.explain.simulate import outcome
+from shapecheck.explain.size import Size
+from shapecheck.explain.torch_messages import eager, meta
+from shapecheck.explain.unet_layout import anatomy
 
 ROOT = Path(__file__).parents[2]
 XL = {

@@ -7,8 +7,8 @@ from click.testing import CliRunner
 
 from shapecheck import presets
 from shapecheck.cli import main
-from shapecheck.faults.from_text import explain_text
-from shapecheck.faults.size import Size
+from shapecheck.explain.explain_text import explain_text
+from shapecheck.explain.size import Size
 
 MODELS = {name: presets.contract(name) for name in ("sd15", "sdxl", "sdxl-refiner")}
 SUM = "RuntimeError: The size of tensor a (320) must match the size of tensor b (640) at non-singleton dimension 1"

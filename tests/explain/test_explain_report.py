@@ -9,14 +9,14 @@ import pytest
 from tabulate import tabulate
 
 from shapecheck import Geometry, presets
-from shapecheck.faults.anatomy import anatomy
-from shapecheck.faults.from_mapping import judge_given
-from shapecheck.faults.from_text import alike_models, explain_text
-from shapecheck.faults.mistakes import mistakes
-from shapecheck.faults.outcome import outcome
-from shapecheck.faults.size import Size
-from shapecheck.faults.table import Table
-from shapecheck.faults.wording import eager
+from shapecheck.explain.explain_text import alike_models, explain_text
+from shapecheck.explain.fault_catalogue import mistakes
+from shapecheck.explain.judge_mapping import judge_given
+from shapecheck.explain.residual_table import Table
+from shapecheck.explain.simulate import outcome
+from shapecheck.explain.size import Size
+from shapecheck.explain.torch_messages import eager
+from shapecheck.explain.unet_layout import anatomy
 
 REPORT = Path(__file__).parents[2] / "reports" / "explain.md"
 AT = Geometry(2, 72, 56)

@@ -23,14 +23,13 @@ import shapecheck
 from shapecheck import ContractError, Geometry, ShapecheckError, explained, presets, probe
 from shapecheck.contract import Mismatch
 from shapecheck.contract.config import Config
-from shapecheck.faults.fault import Fault
-from shapecheck.faults.from_mapping import Match, judge_given
-from shapecheck.faults.given import Given
-from shapecheck.run.called import Call
-from shapecheck.verify.explained import ExplainedError
-from shapecheck.verify.explained_error import subject
-from shapecheck.verify.very_tensors import judged
-from shapecheck.verify.watched import Emission, Watched
+from shapecheck.explain.call_log import Emission, Watched
+from shapecheck.explain.explained_error import ExplainedError, subject
+from shapecheck.explain.fault import Fault
+from shapecheck.explain.judge_mapping import Match, judge_given
+from shapecheck.explain.residual_table import Given
+from shapecheck.explain.tensor_identity import judged
+from shapecheck.runtime.unet_call import Call
 
 pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -559,7 +558,7 @@ def test_what_is_no_sum_of_watched_controlnets_passes(unet, net, wide, contract)
 
 
 def test_our_own_failure_does_not_hide_theirs(unet, net, monkeypatch):
-    from shapecheck.verify import explained as module
+    from shapecheck.explain import explained as module
 
     def fail(*_):
         raise ZeroDivisionError("ours")

@@ -9,10 +9,10 @@ import incidents
 import pytest
 
 from shapecheck import presets
-from shapecheck.faults.from_mapping import judge_given
-from shapecheck.faults.from_text import explain_text
-from shapecheck.faults.given import Given
-from shapecheck.faults.size import Size
+from shapecheck.explain.explain_text import explain_text
+from shapecheck.explain.judge_mapping import judge_given
+from shapecheck.explain.residual_table import Given
+from shapecheck.explain.size import Size
 
 FILES = sorted(incidents.FOLDER.glob("*.toml"))
 ALL = [incidents.read(path) for path in FILES]

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from shapecheck import ShapecheckError
 from shapecheck.cli import main
-from shapecheck.observe import configs, hub
+from shapecheck.models import hub, lookup
 
 ADVICE = "give a preset (`shapecheck presets`), a diffusers folder, its config.json or a hub id"
 UNET = {
@@ -65,10 +65,10 @@ def one_message(status: int, stdout: str, stderr: str) -> str:
     return one_line(stderr.removeprefix("error: ")[:-1])
 
 
-def refused_by_find(name: str | Path, role: configs.Role = "unet") -> str:
+def refused_by_find(name: str | Path, role: lookup.Role = "unet") -> str:
     """What the command would say, without the command."""
     with pytest.raises(ShapecheckError) as error:
-        configs.find(str(name), role)
+        lookup.find(str(name), role)
     return one_line(str(error.value))
 
 
@@ -386,7 +386,7 @@ def test_an_error_of_the_file_system_is_told(tmp_path: Path, method: str, monkey
 
     monkeypatch.setattr(Path, method, fail)
     with pytest.raises(ShapecheckError, match=rf"^cannot read {tmp_path}: Permission denied; give a preset"):
-        configs.find(str(tmp_path), "unet")
+        lookup.find(str(tmp_path), "unet")
 
 
 # names

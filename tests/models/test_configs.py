@@ -18,7 +18,7 @@ import huggingface_hub.constants
 import pytest
 
 from shapecheck import ShapecheckError
-from shapecheck.observe import configs, hub
+from shapecheck.models import hub, lookup
 
 REPOSITORY = "owner/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -55,8 +55,8 @@ def write(path: Path, record: object) -> Path:
         ("sdxl", "controlnet", "UNet2DConditionModel", 8),  # the ControlNet made for it
     ],
 )
-def test_a_preset_is_found_by_name(name: str, role: configs.Role, class_name: str, vae_factor: int) -> None:
-    found = configs.find(name, role)
+def test_a_preset_is_found_by_name(name: str, role: lookup.Role, class_name: str, vae_factor: int) -> None:
+    found = lookup.find(name, role)
     assert (found.name, found.origin, found.class_name, found.vae_factor) == (name, f"preset {name}", class_name, vae_factor)
     assert found.config["block_out_channels"]
 
@@ -64,13 +64,13 @@ def test_a_preset_is_found_by_name(name: str, role: configs.Role, class_name: st
 def test_a_preset_goes_before_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "sd15/config.json", UNET)
     monkeypatch.chdir(tmp_path)
-    assert configs.find("sd15", "unet").origin == "preset sd15"
-    assert configs.find("./sd15", "unet").origin == "sd15/config.json"
+    assert lookup.find("sd15", "unet").origin == "preset sd15"
+    assert lookup.find("./sd15", "unet").origin == "sd15/config.json"
 
 
 def test_a_controlnet_preset_is_no_model() -> None:
     with pytest.raises(ShapecheckError, match=r"^controlnet-sd15 is a ControlNet; .* --controlnet controlnet-sd15$"):
-        configs.find("controlnet-sd15", "unet")
+        lookup.find("controlnet-sd15", "unet")
 
 
 # files and folders that diffusers wrote
@@ -112,7 +112,7 @@ def same(found: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
 
 @pytest.mark.parametrize("place", ["", "model_index.json"])
 def test_a_model_folder_gives_unet_vae_factor_and_controlnets(saved: Saved, place: str) -> None:
-    found = configs.find(str(saved.folder / place), "unet")
+    found = lookup.find(str(saved.folder / place), "unet")
     assert found.origin == str(saved.folder / "unet/config.json")
     assert (found.role, found.vae_factor, found.notes) == ("unet", 4, ())
     assert same(found.config, saved.unet)
@@ -126,7 +126,7 @@ def test_a_model_folder_gives_unet_vae_factor_and_controlnets(saved: Saved, plac
 
 @pytest.mark.parametrize("place", ["unet", "unet/config.json"])
 def test_the_unet_alone_takes_its_vae_factor_from_the_model_around_it(saved: Saved, place: str) -> None:
-    found = configs.find(str(saved.folder / place), "unet")
+    found = lookup.find(str(saved.folder / place), "unet")
     assert same(found.config, saved.unet)
     assert (found.vae_factor, found.controlnets) == (4, ())
 
@@ -136,14 +136,14 @@ def test_the_unet_alone_takes_its_vae_factor_from_the_model_around_it(saved: Sav
     [("", 0), ("controlnet", 0), ("controlnet/config.json", 0), ("controlnet_1", 1), ("controlnet_1/config.json", 1)],
 )
 def test_a_controlnet_is_found_in_its_folder_and_in_the_models(saved: Saved, place: str, number: int) -> None:
-    found = configs.find(str(saved.folder / place), "controlnet")
+    found = lookup.find(str(saved.folder / place), "controlnet")
     assert (found.role, found.class_name) == ("controlnet", "ControlNetModel")
     assert same(found.config, saved.nets[number])
 
 
 @pytest.mark.parametrize("place", ["", "model_index.json", "controlnet", "controlnet/"])
 def test_a_multi_controlnet_is_all_of_its_controlnets(saved: Saved, place: str) -> None:
-    found = configs.find(f"{saved.folder}/{place}", "controlnet")
+    found = lookup.find(f"{saved.folder}/{place}", "controlnet")
     every = (found, *found.controlnets)
     assert [net.name for net in every] == [str(saved.folder / "controlnet"), str(saved.folder / "controlnet_1")]
     assert all(same(net.config, config) for net, config in zip(every, saved.nets, strict=True))
@@ -152,45 +152,45 @@ def test_a_multi_controlnet_is_all_of_its_controlnets(saved: Saved, place: str) 
 @pytest.mark.parametrize("name", ["controlnet", ".", "../controlnet"])
 def test_a_multi_controlnet_by_a_relative_name(saved: Saved, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved.folder / ("" if name == "controlnet" else "controlnet"))
-    (further,) = configs.find(name, "controlnet").controlnets
+    (further,) = lookup.find(name, "controlnet").controlnets
     assert Path(further.name).resolve() == saved.folder / "controlnet_1"
 
 
 @pytest.mark.parametrize("place", ["controlnet/config.json", "controlnet_1"])
 def test_one_of_several_controlnets_can_be_named_alone(saved: Saved, place: str) -> None:
-    found = configs.find(str(saved.folder / place), "controlnet")
+    found = lookup.find(str(saved.folder / place), "controlnet")
     assert (found.controlnets, found.notes) == ((), ())
 
 
 def test_what_is_taken_with_a_controlnet_is_told(saved: Saved) -> None:
-    (note,) = configs.find(str(saved.folder / "controlnet"), "controlnet").notes
+    (note,) = lookup.find(str(saved.folder / "controlnet"), "controlnet").notes
     assert f"{saved.folder}/controlnet_1 lies beside" in note
     assert f"{saved.folder}/controlnet/config.json is the first alone" in note
 
 
 @pytest.mark.parametrize("place", ["", "/", "/model_index.json"])
 def test_controlnets_of_a_model_are_called_by_their_paths(saved: Saved, place: str) -> None:
-    found = configs.find(f"{saved.folder}{place}", "unet")
+    found = lookup.find(f"{saved.folder}{place}", "unet")
     assert [net.name for net in found.controlnets] == [str(saved.folder / "controlnet"), str(saved.folder / "controlnet_1")]
 
 
 @pytest.mark.parametrize("name", ["config.json", ".", "./config.json"])
 def test_relative_names_find_the_vae_too(saved: Saved, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved.folder / "unet")
-    found = configs.find(name, "unet")
+    found = lookup.find(name, "unet")
     assert same(found.config, saved.unet)
     assert found.vae_factor == 4
 
 
 def test_a_tilde_is_the_home_folder(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(saved.folder.parent))
-    assert configs.find("~/model", "unet").vae_factor == 4
+    assert lookup.find("~/model", "unet").vae_factor == 4
 
 
 def test_what_is_found_builds_the_module_that_was_saved(saved: Saved) -> None:
-    from shapecheck.observe import sources
+    from shapecheck.models import diffusers_models
 
-    built = sources.build(configs.find(str(saved.folder), "unet"))
+    built = diffusers_models.build(lookup.find(str(saved.folder), "unet"))
     assert same(saved.unet, dict(built.config))  # type: ignore[arg-type]
 
 
@@ -201,13 +201,13 @@ def test_what_is_found_builds_the_module_that_was_saved(saved: Saved) -> None:
     ("record", "role", "guess"), [(UNET, "unet", "UNet2DConditionModel"), (CONTROLNET, "controlnet", "ControlNetModel")]
 )
 def test_without_a_class_name_the_keys_tell_and_a_note_says_so(
-    tmp_path: Path, record: Mapping[str, Any], role: configs.Role, guess: str
+    tmp_path: Path, record: Mapping[str, Any], role: lookup.Role, guess: str
 ) -> None:
     path = write(tmp_path / "config.json", {key: value for key, value in record.items() if key != "_class_name"})
-    found = configs.find(str(path), role)
+    found = lookup.find(str(path), role)
     assert (found.class_name, found.role) == (guess, role)
     assert found.notes == (f"no _class_name in {path}: taken for a {guess} by its keys",)
-    assert configs.find(str(write(path, record)), role).notes == ()
+    assert lookup.find(str(write(path, record)), role).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -216,56 +216,56 @@ def test_without_a_class_name_the_keys_tell_and_a_note_says_so(
 def test_the_vae_factor_is_two_to_the_halvings_and_8_where_that_is_absurd(tmp_path: Path, levels: object, factor: int) -> None:
     write(tmp_path / "unet/config.json", UNET)
     write(tmp_path / "vae/config.json", VAE | {"block_out_channels": levels})
-    assert configs.find(str(tmp_path), "unet").vae_factor == factor
+    assert lookup.find(str(tmp_path), "unet").vae_factor == factor
 
 
 def test_a_vae_below_the_unets_own_config_goes_before_one_beside_it(tmp_path: Path) -> None:
     write(tmp_path / "model/config.json", UNET)
     write(tmp_path / "model/vae/config.json", VAE)
     write(tmp_path / "vae/config.json", VAE | {"block_out_channels": [4]})
-    assert configs.find(str(tmp_path / "model"), "unet").vae_factor == 4
+    assert lookup.find(str(tmp_path / "model"), "unet").vae_factor == 4
 
 
 def test_without_a_vae_8_pixels_make_a_latent_cell(tmp_path: Path) -> None:
     write(tmp_path / "a/unet/config.json", UNET)
     write(tmp_path / "vae/config.json", VAE)  # somebody else's: a model folder's VAE lies inside it
-    assert configs.find(str(tmp_path / "a"), "unet").vae_factor == 8
+    assert lookup.find(str(tmp_path / "a"), "unet").vae_factor == 8
 
 
 def test_the_unet_in_its_subfolder_goes_before_a_config_of_the_folder(tmp_path: Path) -> None:
     write(tmp_path / "config.json", LLM)
     write(tmp_path / "unet/config.json", UNET)
-    assert configs.find(str(tmp_path), "unet").origin == str(tmp_path / "unet/config.json")
+    assert lookup.find(str(tmp_path), "unet").origin == str(tmp_path / "unet/config.json")
 
 
 def test_for_a_controlnet_a_folders_unet_is_passed_over(tmp_path: Path) -> None:
     write(tmp_path / "config.json", UNET)
     write(tmp_path / "controlnet/config.json", CONTROLNET)
-    assert configs.find(str(tmp_path), "controlnet").origin == str(tmp_path / "controlnet/config.json")
+    assert lookup.find(str(tmp_path), "controlnet").origin == str(tmp_path / "controlnet/config.json")
 
 
 def test_controlnets_are_numbered_without_a_gap(tmp_path: Path) -> None:
     for place in ("unet", "controlnet", "controlnet_2"):
         write(tmp_path / place / "config.json", UNET if place == "unet" else CONTROLNET)
-    assert [net.name for net in configs.find(str(tmp_path), "unet").controlnets] == [f"{tmp_path}/controlnet"]
+    assert [net.name for net in lookup.find(str(tmp_path), "unet").controlnets] == [f"{tmp_path}/controlnet"]
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(UNET), encoding="utf-8-sig")
-    assert configs.find(str(path), "unet").config == UNET
+    assert lookup.find(str(path), "unet").config == UNET
 
 
 def test_of_a_key_given_twice_the_last_counts_as_it_does_for_diffusers(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(UNET)[:-1] + ', "cross_attention_dim": 48}', encoding="utf-8")
-    assert configs.find(str(path), "unet").config["cross_attention_dim"] == 48
+    assert lookup.find(str(path), "unet").config["cross_attention_dim"] == 48
 
 
 def test_a_link_to_a_config_is_followed(tmp_path: Path) -> None:
     write(tmp_path / "blob", UNET)
     (tmp_path / "config.json").symlink_to("blob")
-    assert configs.find(str(tmp_path), "unet").config == UNET
+    assert lookup.find(str(tmp_path), "unet").config == UNET
 
 
 # the hub's cache, as huggingface_hub lays it out
@@ -308,7 +308,7 @@ MODEL = {"unet/config.json": UNET, "vae/config.json": VAE, "model_index.json": I
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_cached_model_is_found_without_asking_the_hub(cache: Path, offline: bool) -> None:
     store(cache, MODEL)
-    found = configs.find(REPOSITORY, "unet", offline=offline)
+    found = lookup.find(REPOSITORY, "unet", offline=offline)
     assert (found.name, found.origin, found.config) == (REPOSITORY, f"hub {REPOSITORY} unet/config.json", UNET)
     assert (found.vae_factor, found.controlnets, found.notes) == (4, (), ())
 
@@ -316,7 +316,7 @@ def test_a_cached_model_is_found_without_asking_the_hub(cache: Path, offline: bo
 def test_a_cached_pipeline_brings_the_controlnets_its_index_lists(cache: Path) -> None:
     nets = {f"{place}/config.json": CONTROLNET for place in ("controlnet", "controlnet_1")}
     store(cache, MODEL | nets | {"model_index.json": WITH_CONTROLNET}, absent=("controlnet_2/config.json",))
-    assert [net.name for net in configs.find(REPOSITORY, "unet").controlnets] == [
+    assert [net.name for net in lookup.find(REPOSITORY, "unet").controlnets] == [
         f"{REPOSITORY}/controlnet",
         f"{REPOSITORY}/controlnet_1",
     ]
@@ -325,7 +325,7 @@ def test_a_cached_pipeline_brings_the_controlnets_its_index_lists(cache: Path) -
 def test_a_cached_pipeline_is_as_a_controlnet_all_it_holds(cache: Path) -> None:
     nets = {f"{place}/config.json": CONTROLNET for place in ("controlnet", "controlnet_1")}
     store(cache, nets, absent=("controlnet_2/config.json", "config.json"))
-    found = configs.find(REPOSITORY, "controlnet")
+    found = lookup.find(REPOSITORY, "controlnet")
     assert [net.name for net in (found, *found.controlnets)] == [f"{REPOSITORY}/controlnet", f"{REPOSITORY}/controlnet_1"]
     assert found.notes == ()
 
@@ -334,18 +334,18 @@ def test_a_cached_pipeline_is_as_a_controlnet_all_it_holds(cache: Path) -> None:
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_cached_unet_repository_needs_no_subfolder(cache: Path, offline: bool, absent: tuple[str, ...]) -> None:
     store(cache, {"config.json": UNET}, absent=absent)
-    assert configs.find(REPOSITORY, "unet", offline=offline).origin == f"hub {REPOSITORY} config.json"
+    assert lookup.find(REPOSITORY, "unet", offline=offline).origin == f"hub {REPOSITORY} config.json"
 
 
 @pytest.mark.parametrize("place", ["config.json", "controlnet/config.json"])
 def test_a_cached_controlnet_is_found(cache: Path, place: str) -> None:
     store(cache, {place: CONTROLNET})
-    assert configs.find(REPOSITORY, "controlnet", offline=True).origin == f"hub {REPOSITORY} {place}"
+    assert lookup.find(REPOSITORY, "controlnet", offline=True).origin == f"hub {REPOSITORY} {place}"
 
 
 def test_what_lies_beside_a_cached_unet_may_be_out_of_reach_and_a_note_says_so(cache: Path) -> None:
     store(cache, {"unet/config.json": UNET})
-    found = configs.find(REPOSITORY, "unet")
+    found = lookup.find(REPOSITORY, "unet")
     assert found.vae_factor == 8
     assumed = f"8 pixels a latent cell and no ControlNet in {REPOSITORY} are assumed"
     assert found.notes == (f"{assumed}: the hub could not be asked: the test has no network",)
@@ -356,7 +356,7 @@ def test_a_repository_known_to_hold_no_unet_says_so(cache: Path) -> None:
     with pytest.raises(
         ShapecheckError, match=rf"in hub repository {REPOSITORY}: it has no unet/config.json and no config.json"
     ):
-        configs.find(REPOSITORY, "unet")
+        lookup.find(REPOSITORY, "unet")
 
 
 def test_a_cached_llm_is_named_for_what_it_is(cache: Path) -> None:
@@ -364,14 +364,14 @@ def test_a_cached_llm_is_named_for_what_it_is(cache: Path) -> None:
     with pytest.raises(
         ShapecheckError, match=r"config\.json is the config of a LlamaForCausalLM; expected a UNet2DConditionModel"
     ):
-        configs.find(REPOSITORY, "unet", offline=True)
+        lookup.find(REPOSITORY, "unet", offline=True)
 
 
 @pytest.mark.parametrize("cached", [{}, {"vae/config.json": VAE}])
 def test_what_is_not_cached_is_not_said_to_be_absent(cache: Path, cached: Mapping[str, object]) -> None:
     store(cache, cached)
     with pytest.raises(hub.HubError, match=r"unet/config\.json is not in the local hub cache, and --offline forbids") as raised:
-        configs.find(REPOSITORY, "unet", offline=True)
+        lookup.find(REPOSITORY, "unet", offline=True)
     assert raised.value.reason == "--offline forbids asking the hub"
 
 
@@ -383,18 +383,18 @@ def test_a_cache_that_cannot_be_read_is_told(cache: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(ShapecheckError, match=rf"^cannot read {REPOSITORY}: Permission denied; give a preset"):
-        configs.find(REPOSITORY, "unet", offline=True)
+        lookup.find(REPOSITORY, "unet", offline=True)
 
 
 def test_the_hub_librarys_own_switch_forbids_the_network_too(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(hub.HubError, match="HF_HUB_OFFLINE forbids asking the hub"):
-        configs.find(REPOSITORY, "unet")
+        lookup.find(REPOSITORY, "unet")
 
 
 def test_without_network_one_message_says_what_was_looked_for_and_what_to_do(cache: Path) -> None:
     with pytest.raises(hub.HubError) as raised:
-        configs.find(REPOSITORY, "unet")
+        lookup.find(REPOSITORY, "unet")
     assert str(raised.value) == (
         "owner/tiny is no file or folder here, its unet/config.json is not in the local hub cache, "
         "and the hub could not be asked: the test has no network; "
@@ -405,7 +405,7 @@ def test_without_network_one_message_says_what_was_looked_for_and_what_to_do(cac
 @pytest.mark.parametrize("name", ["a--b/c", "a/b..c", "a/b.git", "a/b-"])
 def test_a_name_the_hub_would_refuse_is_no_hub_id(cache: Path, name: str) -> None:
     with pytest.raises(ShapecheckError, match=r"no hub id of the form owner/name either; check the spelling"):
-        configs.find(name, "unet")
+        lookup.find(name, "unet")
 
 
 # the hub itself, played by a server of ours for the real huggingface_hub
@@ -459,9 +459,9 @@ def serving(hub: Hub) -> Iterator[str]:
 FIND = """
 import dataclasses, json, sys
 from shapecheck import ShapecheckError
-from shapecheck.observe import configs
+from shapecheck.models import lookup
 try:
-    print(json.dumps(dataclasses.asdict(configs.find(sys.argv[1], sys.argv[2])), default=str))
+    print(json.dumps(dataclasses.asdict(lookup.find(sys.argv[1], sys.argv[2])), default=str))
 except ShapecheckError as error:
     print(json.dumps(str(error)))
 """

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from shapecheck import ShapecheckError, presets, probe
 from shapecheck.cli import main
 from shapecheck.contract import Config
-from shapecheck.observe import configs, sources
-from shapecheck.observe.ldm_names import renamed
+from shapecheck.models import diffusers_models, lookup
+from shapecheck.models.ldm_names import renamed
 from shapecheck.presets.families import families, sharing
 
 PREFIX = {"unet": "model.diffusion_model.", "controlnet": "control_model."}
@@ -45,7 +45,7 @@ def told(config: Any) -> Config:
 
 def read(path: Path, role: str) -> torch.nn.Module:
     """The module that a file is told to be of; building it proves it."""
-    return sources.build(configs.find(str(path), role))
+    return diffusers_models.build(lookup.find(str(path), role))
 
 
 def refused(path: Path, role: str = "unet") -> str:
@@ -86,7 +86,7 @@ def test_the_contract_read_from_a_checkpoint_is_the_well_known_models(tmp_path, 
     file = headers.write(tmp_path / "model.safetensors", headers.original(model(preset), PREFIX["unet"]))
     net = None
     if preset == "sd15":
-        assert "the presets with the same tensors (sd15);" in configs.find(str(file), "unet").notes[0]
+        assert "the presets with the same tensors (sd15);" in lookup.find(str(file), "unet").notes[0]
         net = headers.write(tmp_path / "net.safetensors", headers.original(model("controlnet-sd15"), PREFIX["controlnet"]))
     found, known = probe(str(file), net and str(net)), presets.contract(preset)
     assert (found.inputs, found.slots, found.divisor, found.class_name) == (
@@ -107,12 +107,12 @@ def test_what_else_a_checkpoint_holds_tells_the_size_of_a_latent_cell(tmp_path):
     vae = {f"first_stage_model.encoder.down.{level}.downsample.conv.weight": (4, 4, 3, 3) for level in range(2)}
     text = {"cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77)}
     averages = {f"model_ema.{name.replace('.', '')}": shape for name, shape in list(table.items())[:200]}
-    source = configs.find(str(headers.write(tmp_path / "all.safetensors", {**text, **averages, **table, **vae})), "unet")
+    source = lookup.find(str(headers.write(tmp_path / "all.safetensors", {**text, **averages, **table, **vae})), "unet")
     assert source.vae_factor == 4
     assert len(source.tensors) == len(table)
-    assert configs.find(str(headers.write(tmp_path / "unet.safetensors", table)), "unet").vae_factor == 8
+    assert lookup.find(str(headers.write(tmp_path / "unet.safetensors", table)), "unet").vae_factor == 8
     upscaler = headers.write(tmp_path / "x4.safetensors", headers.original(model("sd-x4-upscaler"), "diffusion_model."))
-    source = configs.find(str(upscaler), "unet")
+    source = lookup.find(str(upscaler), "unet")
     assert (source.vae_factor, source.config["attention_head_dim"]) == (4, 8)
     assert "Attention heads are not in a header: as in the presets with the same tensors (sd-x4-upscaler);" in source.notes[0]
 
@@ -129,7 +129,7 @@ def test_presets_with_the_same_tensors_have_the_same_heads():
 @pytest.mark.parametrize("preset", [each for each in presets.contracts() if each not in NOT_TOLD])
 def test_the_presets_that_are_named_have_these_tensors(tmp_path, preset):
     file = headers.write(tmp_path / "model.safetensors", headers.original(model(preset), PREFIX["unet"]))
-    (named,) = [each for note in configs.find(str(file), "unet").notes for each in re.findall(r"same tensors \((.+?)\)", note)]
+    (named,) = [each for note in lookup.find(str(file), "unet").notes for each in re.findall(r"same tensors \((.+?)\)", note)]
     assert preset in named.split(", ")
     for each in named.split(", "):
         assert headers.shapes(model(each)) == headers.shapes(model(preset))
@@ -414,7 +414,7 @@ def test_the_config_beside_the_weights_goes_before_their_header(tmp_path):
         unet = UNet2DConditionModel(**TINY, sample_size=48)
     unet.save_config(tmp_path)
     file = raw(tmp_path / "diffusion_pytorch_model.fp16.safetensors", b"never read", 2**60)
-    source = configs.find(str(file), "unet")
+    source = lookup.find(str(file), "unet")
     assert source.config["sample_size"] == 48
     assert source.notes == (f"read from the config.json beside {file.name}, which was not opened",)
     assert not source.tensors

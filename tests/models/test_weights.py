@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from small import unet
 
 from shapecheck import ShapecheckError
-from shapecheck.build.weights import Stored, checkpoint_files, copy, differing, digest, linkable, location, match, read_table
-from shapecheck.observe.safetensors_header import DTYPES
+from shapecheck.models.safetensors import DTYPES, Stored, checkpoint_files, read_table
+from shapecheck.models.weights import copy, differing, digest, linkable, location, match
 
 torch.set_num_threads(1)
 

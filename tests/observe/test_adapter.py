@@ -29,11 +29,11 @@ from shapecheck import (
 )
 from shapecheck.cli import main
 from shapecheck.contract.naming import feature, is_feature
-from shapecheck.contract.profiles import Range, profile_of
-from shapecheck.observe import configs
-from shapecheck.run.contract_session import ContractSession
-from shapecheck.run.dropin_unet import DropInUNet
-from shapecheck.verify.check import check
+from shapecheck.models import lookup
+from shapecheck.onnx.check import check
+from shapecheck.runtime.contract_session import ContractSession
+from shapecheck.runtime.dropin_unet import DropInUNet
+from shapecheck.tensorrt.profiles import Range, profile_of
 
 FEATURES = [feature(number) for number in range(4)]
 LIKE_SDXL = {
@@ -220,20 +220,20 @@ def test_what_is_no_adapter_is_refused(unet, tmp_path):
     with pytest.raises(ShapecheckError, match=r"class MultiAdapter is not read yet: .* of a MultiAdapter give one"):
         probe(unet, adapter=MultiAdapter([adapter(8, 16), adapter(8, 16)]))
     with pytest.raises(ShapecheckError, match="controlnet-sd15 is a ControlNet; give this one as --controlnet controlnet-sd15"):
-        configs.find("controlnet-sd15", "adapter")
+        lookup.find("controlnet-sd15", "adapter")
     with pytest.raises(
         ShapecheckError, match=r"t2iadapter-sd15 is a T2I-Adapter; name the UNet as MODEL and give .* --adapter"
     ):
-        configs.find("t2iadapter-sd15", "unet")
+        lookup.find("t2iadapter-sd15", "unet")
     unet.save_config(tmp_path / "unet")
     with pytest.raises(ShapecheckError, match="is a UNet; --adapter takes a T2IAdapter"):
-        configs.find(str(tmp_path / "unet"), "adapter")
+        lookup.find(str(tmp_path / "unet"), "adapter")
     adapter(8, 16).save_config(tmp_path / "adapter")
     with pytest.raises(ShapecheckError, match="is a T2I-Adapter; name the UNet as MODEL and give this one with --adapter"):
-        configs.find(str(tmp_path / "adapter"), "controlnet")
+        lookup.find(str(tmp_path / "adapter"), "controlnet")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "T2IAdapter", "channels": [8] * 99}), encoding="utf-8")
     with pytest.raises(ShapecheckError, match="asks for 99 levels"):
-        configs.find(str(tmp_path / "config.json"), "adapter")
+        lookup.find(str(tmp_path / "config.json"), "adapter")
 
 
 def test_the_command_says_where_features_land(unet, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from shapecheck import Contract, Geometry, Mismatch, presets
 from shapecheck.observe import request as requests
-from shapecheck.report.contract import as_json, told, verdict
+from shapecheck.observe.report import as_json, told, verdict
 
 ROOT = Path(__file__).parents[2]
 PROBES = sorted((ROOT / "probes").glob("*.toml"))

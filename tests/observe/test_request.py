@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from shapecheck import ContractError, Geometry, Mismatch, ShapecheckError, presets
-from shapecheck.observe.progress import silent
 from shapecheck.observe.request import Claim, Observations, Request, carry_out
+from shapecheck.progress import silent
 
 CONTRACT = presets.contract("sd15")
 AT = Geometry(1, 24, 40)

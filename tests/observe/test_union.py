@@ -12,9 +12,9 @@ from diffusers import ControlNetUnionModel, UNet2DConditionModel
 
 from shapecheck import Contract, ContractError, ShapecheckError, export, guard, presets, probe
 from shapecheck.cli import main
-from shapecheck.observe import configs
-from shapecheck.verify.emitted import emitted_by
-from shapecheck.verify.models import misfits
+from shapecheck.models import lookup
+from shapecheck.observe.fit import misfits
+from shapecheck.parity.cases import emitted_by
 
 KINDS = 3
 PLAIN = small.SHALLOW | {
@@ -67,11 +67,11 @@ def test_one_of_another_width_is_told_slot_by_slot(unet):
 
 def test_a_saved_one_is_read_by_its_class(contract, tmp_path):
     union().save_config(tmp_path)
-    source = configs.find(str(tmp_path), "controlnet")
+    source = lookup.find(str(tmp_path), "controlnet")
     assert (source.class_name, source.role, source.notes) == ("ControlNetUnionModel", "controlnet", ())
     assert misfits(contract, [str(tmp_path)], progress=str) == ()
     with pytest.raises(ShapecheckError, match="is a ControlNet; name the UNet as MODEL"):
-        configs.find(str(tmp_path), "unet")
+        lookup.find(str(tmp_path), "unet")
 
 
 @pytest.mark.parametrize("named", ["ControlNetModel", "ControlNetModel_Union", None])
@@ -81,7 +81,7 @@ def test_configs_older_than_diffusers_class_are_known_by_their_keys(tmp_path, na
     record = json.loads(file.read_text(encoding="utf-8"))
     record = {key: value for key, value in record.items() if key != "_class_name"} | ({"_class_name": named} if named else {})
     file.write_text(json.dumps(record), encoding="utf-8")
-    source = configs.find(str(file), "controlnet")
+    source = lookup.find(str(file), "controlnet")
     told = f"_class_name {named}" if named else "no _class_name"
     assert source.class_name == "ControlNetUnionModel"
     assert source.notes == (f"{told} in {file}: taken for a ControlNetUnionModel by its keys",)

@@ -18,17 +18,18 @@ from click.testing import CliRunner
 from diffusers import ControlNetModel
 
 from shapecheck import Contract, Geometry, Mismatch, ShapecheckError, presets, probe
-from shapecheck.build import onnx_file
-from shapecheck.build.reading import read
-from shapecheck.build.shapes import parameters_to_inputs, shapes_at
+from shapecheck.artefact import contract_of
 from shapecheck.cli import main
-from shapecheck.contract import metadata, show
-from shapecheck.contract.checked import Check
+from shapecheck.contract import show
 from shapecheck.contract.naming import SCHEMES, scheme
+from shapecheck.observe.fit import misfits
 from shapecheck.observe.probe import probe_controlnet
-from shapecheck.report import check as report
-from shapecheck.verify.check import check
-from shapecheck.verify.models import contract_of, misfits
+from shapecheck.onnx import check_report as report
+from shapecheck.onnx import file as onnx_file
+from shapecheck.onnx.check import check
+from shapecheck.onnx.reading import read
+from shapecheck.onnx.records import Check
+from shapecheck.onnx.shapes import parameters_to_inputs, shapes_at
 
 File = tuple[Path, Contract]
 
@@ -668,7 +669,7 @@ def test_no_name_in_a_file_can_forge_a_line_of_the_report(inside, drawn, tmp_pat
 
     def forge(model: ir.Model) -> None:
         model.producer_name, model.opset_imports["somewhere"] = EVIL, 1
-        model.metadata_props[metadata.CONTRACT] = replace(drawn[1], header=header).to_json()
+        model.metadata_props[onnx_file.CONTRACT] = replace(drawn[1], header=header).to_json()
         skip = next(node for node in model.graph if node.op_type == "Conv")
         skip.name = skip.outputs[0].name = EVIL + "skip"
         residual = next(value for value in model.graph.inputs if value.name == "down_block_residual_01")
@@ -689,7 +690,7 @@ def test_no_name_in_a_file_can_forge_a_line_of_the_report(inside, drawn, tmp_pat
 def test_a_contract_inside_that_forges_names_is_refused(inside, drawn, tmp_path):
     def forge(model: ir.Model) -> None:
         first, *rest = drawn[1].slots
-        model.metadata_props[metadata.CONTRACT] = replace(drawn[1], slots=(replace(first, producer=EVIL), *rest)).to_json()
+        model.metadata_props[onnx_file.CONTRACT] = replace(drawn[1], slots=(replace(first, producer=EVIL), *rest)).to_json()
 
     with pytest.raises(ShapecheckError, match=r"an edited contract: evil\\x1b\[2J\\nFINE: .* is no name"):
         check(files.planted(inside, tmp_path / "x.onnx", forge))
@@ -716,7 +717,7 @@ def test_the_parser_is_not_chosen_by_the_file_s_name(drawn, tmp_path):
 
 
 def test_a_bug_of_ours_is_not_blamed_on_the_file(drawn, monkeypatch):
-    monkeypatch.setattr("shapecheck.build.reading.parameters_to_inputs", lambda graph: graph.no_such_thing)
+    monkeypatch.setattr("shapecheck.onnx.reading.parameters_to_inputs", lambda graph: graph.no_such_thing)
     with pytest.raises(AttributeError, match="no_such_thing"):
         check(*drawn)
 
@@ -761,7 +762,7 @@ def test_a_graph_that_contradicts_itself_is_refused(tmp_path):
 
 def test_a_damaged_contract_inside_needs_a_model(drawn, inside, tmp_path):
     def damage(model: ir.Model) -> None:
-        model.metadata_props[metadata.CONTRACT] = drawn[1].to_json().replace("UNet2DCond", "UNet3DCond")
+        model.metadata_props[onnx_file.CONTRACT] = drawn[1].to_json().replace("UNet2DCond", "UNet3DCond")
 
     path = files.planted(inside, tmp_path / "x.onnx", damage)
     with pytest.raises(ShapecheckError, match=r"an edited contract: .* hold the file to a model instead: --model"):

@@ -15,9 +15,9 @@ import torch
 from small import SHALLOW
 
 from shapecheck import ShapecheckError, export, probe
-from shapecheck.build import postconditions
-from shapecheck.build.shapes import parameters_to_inputs
 from shapecheck.observe.probe import probe_controlnet
+from shapecheck.onnx import postconditions
+from shapecheck.onnx.shapes import parameters_to_inputs
 
 
 @pytest.fixture(scope="module")

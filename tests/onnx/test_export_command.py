@@ -22,12 +22,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from shapecheck import Geometry, ShapecheckError, export, presets
-from shapecheck.build import export as exporter
-from shapecheck.build.subject import take
 from shapecheck.cli import main
-from shapecheck.contract.exported import Agreement, Exported
-from shapecheck.report import exported as report
-from shapecheck.verify import agreement
+from shapecheck.observe.subject import take
+from shapecheck.onnx import export as exporter
+from shapecheck.onnx import export_report as report
+from shapecheck.onnx import export_verify
+from shapecheck.onnx.records import Agreement, Exported
 
 CHECKPOINT = "diffusion_pytorch_model.safetensors"
 SAMPLE = Exported(
@@ -97,16 +97,16 @@ def test_weights_that_are_not_the_models_are_found_by_verifying(linked, tmp_path
     content = checkpoint.read_bytes()
     assert content.count(kernel) == 1
     checkpoint.write_bytes(content.replace(kernel, kernel[:-4] + torch.tensor(1.5).numpy().tobytes()))
-    assert not all(each.agrees for each in agreement.verify(replace(linked, path=folder / "unet.onnx"), linked.path.parent))
+    assert not all(each.agrees for each in export_verify.verify(replace(linked, path=folder / "unet.onnx"), linked.path.parent))
 
 
 @pytest.mark.full
 def test_a_live_module_is_verified_where_it_is(linked):
     unet = small.unet(**small.SHALLOW)
-    assert all(each.agrees for each in agreement.verify(linked, unet))
+    assert all(each.agrees for each in export_verify.verify(linked, unet))
     with torch.no_grad():
         unet.conv_out.weight *= 1.001
-    assert not any(each.agrees for each in agreement.verify(linked, unet))
+    assert not any(each.agrees for each in export_verify.verify(linked, unet))
 
 
 def test_not_a_number_is_no_agreement():
@@ -118,7 +118,7 @@ def test_not_a_number_is_no_agreement():
 def test_a_disagreement_ends_in_status_1(monkeypatch):
     found = (Agreement("out_sample", Geometry(1, 8, 8), 0.5, 1e-5), Agreement("out_sample", Geometry(2, 9, 8), 0.0, 1e-5))
     monkeypatch.setattr(exporter, "export", lambda *given, **options: SAMPLE)
-    monkeypatch.setattr(agreement, "verify", lambda *given, **options: found)
+    monkeypatch.setattr(export_verify, "verify", lambda *given, **options: found)
     result = run("model", "-o", "unet.onnx", "--verify")
     assert result.exit_code == 1
     assert result.stdout.endswith("EXPORTED, and DISAGREES with PyTorch\n")
@@ -140,7 +140,7 @@ def test_a_controlnet_of_zeros_cannot_be_verified(tmp_path):
         torch.nn.init.zeros_(convolution.weight)
     net.save_pretrained(tmp_path / "net")
     with pytest.raises(ShapecheckError, match="zero everywhere, so nothing can be compared; an untrained ControlNet"):
-        agreement.verify(done, str(tmp_path / "net"))
+        export_verify.verify(done, str(tmp_path / "net"))
 
 
 def header(length, table):
@@ -228,7 +228,7 @@ def test_verifying_runs_no_code_of_the_current_folder(linked, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     for module in ("safetensors", "torch", "onnxruntime"):
         (tmp_path / f"{module}.py").write_text("raise SystemExit('code of the current folder was run')")
-    found = agreement.verify(linked, str(linked.path.parent))
+    found = export_verify.verify(linked, str(linked.path.parent))
     assert [each.agrees for each in found] == [True, True]
     assert max(each.difference for each in found) <= 2e-6
 
@@ -256,7 +256,7 @@ def test_the_files_of_a_variant_are_linked_and_right(tmp_path):
     small.unet(**exports.LEAST).half().save_pretrained(tmp_path / "unet", variant="fp16")
     done = export(tmp_path, tmp_path / "unet.onnx", variant="fp16")
     assert (done.weights, done.dtype, done.files[1].name) == ("link", "float16", "diffusion_pytorch_model.fp16.safetensors")
-    found = agreement.verify(done, tmp_path, variant="fp16")
+    found = export_verify.verify(done, tmp_path, variant="fp16")
     assert [each.agrees for each in found] == [True, True]
 
 

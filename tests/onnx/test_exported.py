@@ -22,7 +22,7 @@ from small import SHALLOW, TINY
 
 from shapecheck import Geometry, ShapecheckError, export, probe, read_contract
 from shapecheck.contract import show
-from shapecheck.verify.check import check
+from shapecheck.onnx.check import check
 
 pytestmark = pytest.mark.full
 

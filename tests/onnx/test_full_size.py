@@ -14,16 +14,16 @@ import small
 from peak import peak_of
 
 from shapecheck import Geometry, read_contract
-from shapecheck.contract.engine_files import read_engine
-from shapecheck.contract.exported import Exported
-from shapecheck.verify import agreement
+from shapecheck.onnx import export_verify
+from shapecheck.onnx.records import Exported
+from shapecheck.tensorrt.record import read_engine
 
 CASES = {
     "sd15": ("100GB", 350e6, 10e6, [Geometry(1, 64, 64), Geometry(3, 33, 41, 11), Geometry(2, 65, 97)]),
     "sdxl": ("5GB", 650e6, 25e6, [Geometry(2, 17, 25, 11)]),
 }
 """How weights are split; the most bytes that an export may add to its libraries in memory, and write; sizes to compare at."""
-LIBRARIES = "import diffusers, onnx, onnx_ir, onnxscript, torch, shapecheck.build.export; diffusers.UNet2DConditionModel"
+LIBRARIES = "import diffusers, onnx, onnx_ir, onnxscript, torch, shapecheck.onnx.export; diffusers.UNet2DConditionModel"
 """What an export loads before it begins: what that takes is PyTorch's affair, and a build for CUDA takes half a GB more."""
 
 
@@ -82,7 +82,7 @@ def test_a_linked_file_is_small_made_in_little_memory_and_right(preset, tmp_path
     assert output.stat().st_size <= size
     assert sorted(path.name for path in tmp_path.iterdir()) == ["unet", "unet.onnx"]
     exported = Exported(output, read_contract(output), "link", "", (output,), "float32", 20, "shapecheck")
-    found = agreement.verify(exported, str(tmp_path), geometries=geometries)
+    found = export_verify.verify(exported, str(tmp_path), geometries=geometries)
     print(*(f"{each.geometry}: {each.difference:.2e}" for each in found), sep="\n")
     assert [each.geometry for each in found] == geometries
     assert all(each.agrees for each in found)  # 7e-7 to 3e-6, as the processor has it

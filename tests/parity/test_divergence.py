@@ -22,13 +22,11 @@ from onnx_files import planted
 from small import SHALLOW, unet
 
 from shapecheck import Geometry, ShapecheckError
-from shapecheck.build import marked as marking
-from shapecheck.build.inner import inner_values
-from shapecheck.build.marked import marked, output_name
-from shapecheck.build.reproduce import reproduce
-from shapecheck.run.onnx_session import OnnxSession
-from shapecheck.verify.divergence import first_divergence
-from shapecheck.verify.inner import inner_of
+from shapecheck.onnx import intermediate_values as marking
+from shapecheck.onnx.intermediate_values import inner_values, marked, output_name
+from shapecheck.parity.divergence import first_divergence, inner_of
+from shapecheck.parity.polygraphy_repro import reproduce
+from shapecheck.runtime.onnx_session import OnnxSession
 
 AT = Geometry(2, 17, 25, 7)
 TIMES_OWN = 4

@@ -13,12 +13,12 @@ import torch
 
 from shapecheck import Geometry, Mismatch, presets
 from shapecheck.contract.dims import constant
-from shapecheck.contract.parity import Check, Ran
-from shapecheck.verify.calls import Call, Draws
-from shapecheck.verify.files import judged
-from shapecheck.verify.judge import Judge
-from shapecheck.verify.plan import FILE_KINDS, calls_of, planned
-from shapecheck.verify.reference import Sides
+from shapecheck.parity.artefacts import judged
+from shapecheck.parity.cases import Call, Draws
+from shapecheck.parity.evaluate import Judge
+from shapecheck.parity.plan import FILE_KINDS, calls_of, planned
+from shapecheck.parity.reference import Sides
+from shapecheck.parity.results import Check, Ran
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = Geometry(2, 9, 14, 7)

@@ -25,19 +25,20 @@ from parity_runs import NAMES, SLOTS, failed, kinds
 from peak import peak_of
 
 from shapecheck import Geometry, ShapecheckError, presets
-from shapecheck.build.engine import build_engine
-from shapecheck.contract.parity import KINDS
-from shapecheck.contract.profiles import Range, dtypes_of
-from shapecheck.observe.progress import silent
-from shapecheck.run.onnx_session import OnnxSession
-from shapecheck.verify import parity, reference
-from shapecheck.verify.calls import Call, Draws, refuse_zeros
-from shapecheck.verify.files import file_for
-from shapecheck.verify.parity import Options, Study
-from shapecheck.verify.plan import geometries_of
-from shapecheck.verify.reference import TorchModel
-from shapecheck.verify.runners import OnnxRunner
-from shapecheck.verify.search import Search
+from shapecheck.contract.contract import dtypes_of
+from shapecheck.observe.subject import TorchModel
+from shapecheck.parity import reference, run
+from shapecheck.parity.artefacts import file_for
+from shapecheck.parity.cases import Call, Draws, refuse_zeros
+from shapecheck.parity.plan import geometries_of
+from shapecheck.parity.results import KINDS
+from shapecheck.parity.run import Options, Study
+from shapecheck.parity.runners import OnnxRunner
+from shapecheck.parity.search import Search
+from shapecheck.progress import silent
+from shapecheck.runtime.onnx_session import OnnxSession
+from shapecheck.tensorrt.build import build_engine
+from shapecheck.tensorrt.profiles import Range
 
 SIZE = Geometry(2, 9, 14, 7)
 ONE_SIZE = Options(ranges=(Range(SIZE, SIZE, SIZE),))
@@ -90,7 +91,7 @@ def side(model, path, options=ONE_SIZE, **given):
         return _KNOWN[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parity, "computed", once)
+        patch.setattr(run, "computed", once)
         (found,) = Study(model, ["ort"], onnx=path, options=options, **given).report().sides
     return found
 

@@ -21,9 +21,9 @@ from small import TINY, controlnet, unet
 
 from shapecheck import doctor
 from shapecheck.cli import main
-from shapecheck.contract.environment import Backend, Gap
-from shapecheck.verify import request as requests
-from shapecheck.verify.request import ParityRequest
+from shapecheck.doctor.environment import Backend, Gap
+from shapecheck.parity import request as requests
+from shapecheck.parity.request import ParityRequest
 
 THREE = {
     "block_out_channels": (8, 8, 8),

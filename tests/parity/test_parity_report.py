@@ -22,12 +22,11 @@ import pytest
 from parity_samples import HOSTILE, SAMPLES
 
 from shapecheck import Contract, presets
-from shapecheck.contract.parity import Check, Parity, Result
-from shapecheck.report.html import page
+from shapecheck.parity.drawing import Told, draw
+from shapecheck.parity.page import page
+from shapecheck.parity.report import as_json, told
+from shapecheck.parity.results import Check, Parity, Result
 from shapecheck.report.numbers import written
-from shapecheck.report.parity import as_json, told
-from shapecheck.report.unet_drawing import draw
-from shapecheck.report.unet_shapes import Told
 
 ROOT = Path(__file__).parents[2]
 UNETS = [name for name in presets.names() if presets.load(name).kind == "unet"]
@@ -396,14 +395,14 @@ def test_each_backend_has_its_section_and_a_link_to_it():
 
 
 def test_what_the_page_is_made_of_is_installed_with_the_package():
-    folder = resources.files("shapecheck.report")
+    folder = resources.files("shapecheck.parity")
     assert all((folder / name).is_file() for name in ("parity.html.j2", "parity_pieces.html.j2", "parity.css"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert "jinja2>=3.1" in project["dependencies"]
 
 
 def test_a_page_needs_no_torch():
-    code = "import sys; from shapecheck.report import html, parity; print(*sys.modules)"
+    code = "import sys; from shapecheck.parity import page, report; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "jinja2" in loaded
     assert not {"torch", "numpy", "diffusers"} & set(loaded)

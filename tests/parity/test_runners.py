@@ -8,8 +8,8 @@ import torch
 from onnx import TensorProto, helper
 
 from shapecheck import ShapecheckError
-from shapecheck.build.precision import narrower
-from shapecheck.run.onnx_session import OnnxSession
+from shapecheck.onnx.weight_comparison import narrower
+from shapecheck.runtime.onnx_session import OnnxSession
 
 
 def written(path, *nodes, weights=()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shapecheck.contract.verdict import Verdict, Worst
+from shapecheck.parity.results import Verdict, Worst
 
 NEAR = Verdict((2, 3, 5, 7), allowed=1e-5, own=2e-6, scale=3.5, absolute=Worst((1, 2, 4, 6), 0.250004, 0.25, 4e-6))
 """210 values, of which none is further from the reference than is allowed."""

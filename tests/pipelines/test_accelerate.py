@@ -17,10 +17,10 @@ from diffusers.models.attention_processor import AttnProcessor
 
 import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
-from shapecheck.contract.environment import Backend, Gap
+from shapecheck.doctor.environment import Backend, Gap
 from shapecheck.pipelines import accelerate as road
-from shapecheck.pipelines import made as files
-from shapecheck.run.dropin_unet import DropInUNet
+from shapecheck.pipelines import export_cache as files
+from shapecheck.runtime.dropin_unet import DropInUNet
 
 ALLOWED = 1 / 255
 SHORT = {"num_inference_steps": 2}

@@ -18,13 +18,13 @@ from diffusers import UNet2DConditionModel
 import shapecheck
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.cli import main
-from shapecheck.contract.bench import Bench, Frame, Timing
-from shapecheck.contract.environment import Backend, Gap
+from shapecheck.doctor.environment import Backend, Gap
 from shapecheck.pipelines import bench as benches
+from shapecheck.pipelines import bench_report as report
 from shapecheck.pipelines import clock
 from shapecheck.pipelines.bench import Request, bench
-from shapecheck.pipelines.load import load
-from shapecheck.report import bench as report
+from shapecheck.pipelines.bench_record import Bench, Frame, Timing
+from shapecheck.runtime.load import load
 
 SIZE = "136x72"
 

@@ -30,11 +30,11 @@ import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.cli.demo import demo as command
 from shapecheck.cli.group import Commands
-from shapecheck.contract.demo import Change, Demo, Picture
-from shapecheck.pipelines import accelerate, depth, made, pictures
+from shapecheck.pipelines import accelerate, export_cache, pictures
 from shapecheck.pipelines import demo as road
-from shapecheck.pipelines import small as parts_of
-from shapecheck.report.demo import as_json, page, told
+from shapecheck.pipelines import tiny_pipeline as parts_of
+from shapecheck.pipelines.demo_record import Change, Demo, Picture
+from shapecheck.pipelines.demo_report import as_json, page, told
 
 PICTURES = ["pytorch.png", "ort.png", "difference.png", "depth.png", "without.png", "effect.png"]
 SIZE = (104, 72)
@@ -59,7 +59,7 @@ def runs(_backend):
     return SimpleNamespace(runs=True)
 
 
-EXPORT = (made, "export", engines.exported_quickly)
+EXPORT = (export_cache, "export", engines.exported_quickly)
 QUICK = (EXPORT, (doctor, "backend", runs), (accelerate, "probe", observe), (parts_of, "parts", take_shallow))
 """Stand-ins for what other tests are of."""
 
@@ -350,14 +350,14 @@ def test_json_is_the_record_and_what_follows_from_it():
 
 @pytest.mark.parametrize(("height", "width"), [(104, 136), (136, 104), (8, 8), (8, 264)])
 def test_the_scene_is_a_depth_map_at_any_size(height, width):
-    scene = depth.scene(height, width)
+    scene = pictures.scene(height, width)
     assert (scene.shape, scene.dtype) == ((height, width, 3), np.float32)
     assert (scene[..., 0] == scene[..., 2]).all()
     assert (float(scene.min()), float(scene.max())) == (0, 1)
 
 
 def test_the_floor_comes_nearer_and_things_stand_before_the_wall():
-    scene = depth.scene(400, 600)[..., 0]
+    scene = pictures.scene(400, 600)[..., 0]
     rightmost = scene[:, -1]
     assert rightmost[0] == 0 and (np.diff(rightmost) >= 0).all() and rightmost[-1] > 0.5
     assert scene[200, 150] > scene[200, 450] > scene[200, -1] == 0  # the large ball, the box, the wall

@@ -14,8 +14,8 @@ from diffusers import MultiControlNetModel
 
 import shapecheck
 from shapecheck import ShapecheckError
-from shapecheck.pipelines import small as parts_of
-from shapecheck.run.dropin import UnsupportedError
+from shapecheck.pipelines import tiny_pipeline as parts_of
+from shapecheck.runtime.dropin import UnsupportedError
 
 ALLOWED = 1 / 255
 SEEN = 2 / 255

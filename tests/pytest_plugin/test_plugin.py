@@ -21,8 +21,9 @@ from recorded_runs import RecordedStudy
 from small import SHALLOW, unet
 
 from shapecheck import Geometry, ShapecheckError, doctor, presets
-from shapecheck.contract.environment import Backend, Gap
-from shapecheck.verify.request import ParityRequest
+from shapecheck.doctor.environment import Backend, Gap
+from shapecheck.parity import request as requests
+from shapecheck.parity.request import ParityRequest
 
 SMALL = ("--shapecheck-sizes", "72x104", "--shapecheck-batch", "2")
 """One size: 13 latent cells by 9, none of which another number is."""
@@ -102,7 +103,7 @@ def recorded(monkeypatch):
             asked.append(request)
             return study(parity)
 
-        monkeypatch.setattr("shapecheck.verify.request.study_of", study_of)
+        monkeypatch.setattr(requests, "study_of", study_of)
         return asked
 
     return record

@@ -21,7 +21,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "shapecheck"
 TABLE = Path(__file__).with_name("imports.toml")
-STANDARD_LIBRARY_ONLY = {"contract", "presets", "faults"}
+STANDARD_LIBRARY_ONLY = {"contract", "presets"}
+HEAVY = {"torch", "diffusers", "transformers", "numpy", "onnx", "onnx_ir", "onnxruntime", "tensorrt"}
 IMPORTERS = {"import_module", "__import__", "find_spec"}
 COMPUTED = "*"
 
@@ -77,6 +78,38 @@ def gather_rooms(files: Names, exceptions: Mapping[str, list[str]]) -> Rows:
             if name.partition(".")[0] == "shapecheck" and target != room:
                 rooms[room].setdefault(target, f"{file} imports {name}")
     return rooms
+
+
+def read_first_imports(source: str) -> set[str]:
+    """Return the dotted name of everything that a source text imports when it is imported: not in functions, not for types."""
+    names = set()
+    todo: list[ast.AST] = [ast.parse(source)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= read_imports(ast.unparse(node))
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            typed = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            todo += node.orelse if isinstance(node, ast.If) and typed else ast.iter_child_nodes(node)
+    return names
+
+
+def find_heavy(files: Names, start: str) -> str | None:
+    """Return the way from a file to a heavy library, over what is imported at the top of files; None if there is none."""
+    ways = {start: start}
+    todo = [start]
+    while todo:
+        file = todo.pop()
+        for name in files[file]:
+            if name.partition(".")[0] in HEAVY:
+                return f"{ways[file]} -> {name}"
+            steps = name.split(".")[1:]
+            places = ["/".join(steps[:end]) for end in range(1, len(steps) + 1)] if name.startswith("shapecheck.") else []
+            for place in (path for each in places for path in (f"{each}.py", f"{each}/__init__.py") if path in files):
+                if place not in ways:
+                    ways[place] = f"{ways[file]} -> {place}"
+                    todo.append(place)
+    return None
 
 
 def compare_rows(title: str, found: Rows, written: Mapping[str, list[str]]) -> Iterator[str]:
@@ -170,10 +203,40 @@ def test_the_package_imports_what_the_table_says(package, table):
     assert not problems, "\n".join(problems)
 
 
-def test_contract_presets_and_faults_need_the_standard_library_only(package):
+def test_contract_and_presets_need_the_standard_library_only(package):
     rows = {file: row for file, row in gather_files(package).items() if name_room(file) in STANDARD_LIBRARY_ONLY}
     assert {name_room(file) for file in rows} == STANDARD_LIBRARY_ONLY
     assert not [place for row in rows.values() for place in row.values()]
+
+
+def test_light_files_import_nothing_heavy_by_any_way(table):
+    files = {
+        path.relative_to(PACKAGE).as_posix(): read_first_imports(path.read_text(encoding="utf-8"))
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+    patterns = table["light"]["files"]
+    assert [pattern for pattern in patterns if not any(fnmatchcase(file, pattern) for file in files)] == []
+    light = [file for file in files if any(fnmatchcase(file, pattern) for pattern in patterns)]
+    assert [way for file in light if (way := find_heavy(files, file))] == []
+
+
+def test_a_way_to_a_heavy_library_is_seen():
+    sources = {
+        "contract/slot.py": "from shapecheck.observe import probe",
+        "contract/size.py": "def load():\n    from shapecheck.observe import probe\nif TYPE_CHECKING:\n    import torch",
+        "observe/__init__.py": "",
+        "observe/probe.py": "try:\n    import torch.nn\nexcept ImportError:\n    pass",
+    }
+    files = {file: read_first_imports(source) for file, source in sources.items()}
+    assert find_heavy(files, "contract/slot.py") == "contract/slot.py -> observe/probe.py -> torch.nn"
+    assert find_heavy(files, "contract/size.py") is None
+
+
+def test_rooms_stand_in_the_one_line(table):
+    line, rooms = table["line"]["rooms"], table["rooms"]
+    assert [room for room in rooms if room in line] == line
+    assert {room for room in rooms if (PACKAGE / room).is_dir()} - set(line) == {"report", "doctor"}
+    assert not [room for room in table["line"]["apart"] if set(rooms[room]) & set(table["line"]["apart"])]
 
 
 # A package of four files, whose table is true. Each fault below is planted in one of the two.
@@ -225,8 +288,8 @@ def test_the_printed_rows_are_those_of_a_true_table():
 
 
 def test_rows_with_a_cycle_are_printed_too():
-    files = {"build/export.py": {"shapecheck.run.load"}, "run/load.py": {"shapecheck.build.export"}}
-    assert render_rows(files, {}).startswith('[rooms]\nbuild = ["run"]\nrun = ["build"]\n')
+    files = {"onnx/export.py": {"shapecheck.runtime.load"}, "runtime/load.py": {"shapecheck.onnx.export"}}
+    assert render_rows(files, {}).startswith('[rooms]\nonnx = ["runtime"]\nruntime = ["onnx"]\n')
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_the_wheel_holds_the_package_its_presets_and_no_tests(wheel):
         next(name.split("/")[0] for name in names if "dist-info" in name),
     }
     assert {"shapecheck/presets/sd15.json", "shapecheck/presets/contracts/sd15.json", "shapecheck/py.typed"} <= set(names)
-    assert {"shapecheck/report/parity.html.j2", "shapecheck/report/parity.css", "shapecheck/pytest_plugin/__init__.py"} <= set(
+    assert {"shapecheck/parity/parity.html.j2", "shapecheck/parity/parity.css", "shapecheck/pytest_plugin/__init__.py"} <= set(
         names
     )
     assert any(name.endswith("licenses/LICENSE") for name in names)

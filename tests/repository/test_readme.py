@@ -20,11 +20,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 from shapecheck import parse_ranges, presets, profile_of
-from shapecheck.build.engine import build_engine
 from shapecheck.cli import main
-from shapecheck.contract import profile_forms
-from shapecheck.contract.profiles import Profile
-from shapecheck.pipelines import small as parts_of
+from shapecheck.pipelines import tiny_pipeline as parts_of
+from shapecheck.tensorrt import profile_formats
+from shapecheck.tensorrt.build import build_engine
+from shapecheck.tensorrt.profiles import Profile
 
 README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -102,7 +102,7 @@ def prepare_engine(text: str) -> None:
     good = profile_of(contract, sizes)
     kept = [each for each in good.inputs if each.name != "down_block_residual_01"]
     wrong = [replace(each, max=(4, 8, 96, 96)) if each.name == "mid_block_residual" else each for each in kept]
-    Path("edited.json").write_text(profile_forms.dumps([Profile(tuple(wrong))], contract.digest), encoding="utf-8")
+    Path("edited.json").write_text(profile_formats.dumps([Profile(tuple(wrong))], contract.digest), encoding="utf-8")
     if text.startswith("check"):
         build_engine(file, "unet.plan", profiles=[sizes], options=engines.RTX)
 

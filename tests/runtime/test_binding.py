@@ -11,10 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shapecheck import ContractError, Geometry, ShapecheckError, presets
-from shapecheck.contract.engine import BuildOptions, Request
-from shapecheck.contract.profiles import Bounds, Profile, Range, dtypes_of, profile_of, rules_of
-from shapecheck.contract.ranges import parse_ranges
-from shapecheck.run.binding import Binding, CallError
+from shapecheck.contract.contract import dtypes_of, rules_of
+from shapecheck.runtime.binding import Binding, CallError
+from shapecheck.tensorrt.profiles import Bounds, Profile, Range, profile_of
+from shapecheck.tensorrt.record import BuildOptions, Request
+from shapecheck.tensorrt.size_ranges import parse_ranges
 
 DEVICE = "cuda:1"
 SMALL = Range(Geometry(1, 8, 16), Geometry(2, 16, 24), Geometry(3, 24, 40))
@@ -359,5 +360,6 @@ def test_an_input_or_output_without_memory_is_named():
 
 
 def test_it_needs_neither_torch_nor_tensorrt():
-    code = "import sys; import shapecheck.run.binding; print({'torch', 'tensorrt', 'tensorrt_rtx', 'numpy'} & set(sys.modules))"
+    heavy = {"torch", "tensorrt", "tensorrt_rtx", "numpy"}
+    code = f"import sys; import shapecheck.runtime.binding; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

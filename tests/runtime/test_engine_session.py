@@ -23,12 +23,13 @@ import pytest
 import torch
 
 from shapecheck import ContractError, Geometry, ShapecheckError, presets
-from shapecheck.contract.engine import BuildOptions, Engine, Request
-from shapecheck.contract.engine_seen import DTYPES
-from shapecheck.contract.profiles import Range, dtypes_of, profile_of, rules_of
-from shapecheck.run import engine_session
-from shapecheck.run.binding import CallError
-from shapecheck.run.engine_session import EngineSession
+from shapecheck.contract.contract import dtypes_of, rules_of
+from shapecheck.runtime import engine_session
+from shapecheck.runtime.binding import CallError
+from shapecheck.runtime.engine_session import EngineSession
+from shapecheck.tensorrt.engine_io import DTYPES
+from shapecheck.tensorrt.profiles import Range, profile_of
+from shapecheck.tensorrt.record import BuildOptions, Engine, Request
 
 SMALL = Range(Geometry(1, 4, 5), Geometry(2, 9, 12), Geometry(3, 9, 13))
 LARGE = Range(Geometry(1, 10, 5), Geometry(2, 11, 12), Geometry(3, 12, 13))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from living import find_living_tensors
 
 from shapecheck import ContractError, Geometry, ShapecheckError, probe, read_contract
-from shapecheck.run.guard import GuardError, GuardWarning, guard
+from shapecheck.runtime.guard import GuardError, GuardWarning, guard
 
 DOWNS = [f"down_block_residual_{number:02d}" for number in range(4)]
 MID = "mid_block_residual"

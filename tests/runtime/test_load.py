@@ -19,9 +19,9 @@ from living import find_living_tensors
 
 import shapecheck
 from shapecheck import ContractError, ShapecheckError
-from shapecheck.run import residuals
-from shapecheck.run.arguments import Arguments
-from shapecheck.run.binding import CallError
+from shapecheck.runtime import combine
+from shapecheck.runtime.arguments import Arguments
+from shapecheck.runtime.binding import CallError
 
 H, W, TOKENS = 9, 13, 7
 
@@ -373,9 +373,9 @@ def test_a_gpu_that_was_named_is_never_exchanged_for_the_cpu(file, monkeypatch, 
 def test_sums_of_unlike_controlnets_are_refused():
     one = torch.ones(1, 2, 3, 4)
     with pytest.raises(ShapecheckError, match="these ControlNets give 2, 3 residuals"):
-        residuals.combined([([one], one), ([one, one], one)])
+        combine.combined([([one], one), ([one, one], one)])
     with pytest.raises(ShapecheckError, match="1 ControlNets and 2 scales"):
-        residuals.combined([([one], one)], [1.0, 2.0])
+        combine.combined([([one], one)], [1.0, 2.0])
 
 
 @pytest.mark.parametrize("guess", [False, True])

@@ -18,13 +18,12 @@ from small import unet
 from torch import device, nn
 
 from shapecheck import Contract, Geometry, probe
-from shapecheck.build.engine import build_engine
-from shapecheck.build.engine_process import EngineError
-from shapecheck.contract.engine import BuildOptions, Engine, Request
-from shapecheck.contract.engine_files import record_of
-from shapecheck.contract.metadata import CONTRACT
-from shapecheck.contract.profiles import Range
-from shapecheck.observe.progress import Progress
+from shapecheck.onnx.file import CONTRACT
+from shapecheck.progress import Progress
+from shapecheck.tensorrt.build import build_engine
+from shapecheck.tensorrt.process import EngineError
+from shapecheck.tensorrt.profiles import Range
+from shapecheck.tensorrt.record import BuildOptions, Engine, Request, record_of
 
 RTX = BuildOptions("rtx", compute_capabilities=("8.9",))
 SIZES = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(3, 33, 41))
@@ -102,7 +101,7 @@ def recorded(path: Path, request: Request, content: bytes = b"an engine") -> Pat
 
 @dataclass(slots=True)
 class ScriptedTensorRT:
-    """Stands in for `shapecheck.build.engine.EngineProcess`: reads the inputs that a file declares, builds its digest.
+    """Stands in for `shapecheck.tensorrt.build.EngineProcess`: reads the inputs that a file declares, builds its digest.
 
     What TensorRT itself does is not tested with it, but all that is done before, between and after.
     """

@@ -14,7 +14,7 @@ from small import TINY, fill_zero_convolutions
 from torch import nn
 
 from shapecheck import export, presets, read_contract
-from shapecheck.contract.exported import Exported
+from shapecheck.onnx.records import Exported
 
 LEAST = TINY | {"up_block_types": ("UpBlock2D",)}
 """A UNet of three slots with attention in its mid block alone: the least that the exporter can be given."""

@@ -23,7 +23,7 @@ from small import fill_zero_convolutions
 from spoilt import Shape
 
 from shapecheck import Contract, Geometry, presets, probe
-from shapecheck.contract.profiles import dtypes_of
+from shapecheck.contract.contract import dtypes_of
 
 FOLDER = Path(__file__).parents[2] / "probes" / "incidents"
 SCALE = 10

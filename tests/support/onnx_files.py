@@ -16,11 +16,11 @@ from small import unet
 from torch import nn
 
 from shapecheck import Contract, Geometry, probe
-from shapecheck.build.subject import meta_twin
 from shapecheck.contract import Input, Slot
-from shapecheck.contract.metadata import CONTRACT
-from shapecheck.contract.profiles import dtypes_of
+from shapecheck.contract.contract import dtypes_of
 from shapecheck.observe.probe import probe_controlnet
+from shapecheck.observe.subject import meta_twin
+from shapecheck.onnx.file import CONTRACT
 
 XL = {
     "block_out_channels": (8, 16),

@@ -6,9 +6,8 @@ import math
 from dataclasses import replace
 
 from shapecheck import Contract, Geometry, presets
-from shapecheck.contract.parity import Check, Divergence, Effect, Grid, Parity, Ran, Result, Side
 from shapecheck.contract.records import Slot
-from shapecheck.contract.verdict import Verdict, Worst
+from shapecheck.parity.results import Check, Divergence, Effect, Grid, Parity, Ran, Result, Side, Verdict, Worst
 
 GEOMETRIES = (Geometry(2, 9, 11), Geometry(1, 16, 24), Geometry(1, 64, 64))
 HOSTILE = "<script>alert(1)</script><!-- \"'&amp; | \x1b[31m"

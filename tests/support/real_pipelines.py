@@ -1,7 +1,7 @@
 """Whole real pipelines made of small parts, the UNet of these parts as a file, and the images that they give.
 
 What is shared here is made once: the parts and a session once a process, a file and PyTorch's images once a run. Who changes
-parts takes some of its own, from `shapecheck.pipelines.small`.
+parts takes some of its own, from `shapecheck.pipelines.tiny_pipeline`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from artefacts import make_once
 from diffusers import DiffusionPipeline
 
 import shapecheck
-from shapecheck.pipelines import small as parts_of
-from shapecheck.pipelines.small import parts as build_parts  # the real one, also where a test exchanges the module's
-from shapecheck.run.dropin import DropIn
+from shapecheck.pipelines import tiny_pipeline as parts_of
+from shapecheck.pipelines.tiny_pipeline import parts as build_parts  # the real one, also where a test exchanges the module's
+from shapecheck.runtime.dropin import DropIn
 
 STEPS = 4
 HEIGHT, WIDTH = 72, 104  # pixels: 9×13 latent cells, odd at the first level already

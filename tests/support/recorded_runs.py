@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from shapecheck import Contract
-from shapecheck.contract.parity import Check, Parity, Result, Side
+from shapecheck.parity.results import Check, Parity, Result, Side
 
 
 class RecordedStudy:
-    """Stands in for `shapecheck.verify.parity.Study`, and says what a record holds.
+    """Stands in for `shapecheck.parity.run.Study`, and says what a record holds.
 
-    Patch `shapecheck.verify.request.study_of` with a function that gives it.
+    Patch `shapecheck.parity.request.study_of` with a function that gives it.
     """
 
     def __init__(self, parity: Parity) -> None:

@@ -22,14 +22,13 @@ import pytest
 from click.testing import CliRunner
 
 from shapecheck import ContractError, Geometry, ShapecheckError, presets, read_contract
-from shapecheck.build import engine, engine_process
-from shapecheck.build.engine import build_engine
-from shapecheck.build.engine_cache import place
 from shapecheck.cli import main
-from shapecheck.contract import profile_forms
-from shapecheck.contract.engine import BuildOptions, Engine, Request
-from shapecheck.contract.engine_files import read_engine
-from shapecheck.contract.profiles import Profile, Range, profile_of, rules_of
+from shapecheck.contract.contract import rules_of
+from shapecheck.tensorrt import build as tensorrt_build
+from shapecheck.tensorrt import process, profile_formats
+from shapecheck.tensorrt.build import build_engine, place
+from shapecheck.tensorrt.profiles import Profile, Range, profile_of
+from shapecheck.tensorrt.record import BuildOptions, Engine, Request, read_engine
 
 TINY = Range(Geometry(2, 17, 25), Geometry(2, 17, 25), Geometry(2, 17, 25))
 
@@ -44,7 +43,7 @@ def deep(tmp_path_factory):
 def scripted(monkeypatch):
     """A stand-in for TensorRT, which tells what it was asked."""
     script = engines.ScriptedTensorRT()
-    monkeypatch.setattr(engine, "EngineProcess", script)
+    monkeypatch.setattr(tensorrt_build, "EngineProcess", script)
     return script
 
 
@@ -53,7 +52,7 @@ def no_tensorrt(monkeypatch):
     def refuse(*_):
         raise AssertionError("TensorRT was asked although something was wrong")
 
-    monkeypatch.setattr(engine, "EngineProcess", refuse)
+    monkeypatch.setattr(tensorrt_build, "EngineProcess", refuse)
 
 
 ASKED = ("--sizes", "72x64:200x136:328x264", "--batch", "1:2:3", "--target", "rtx", "--compute-capability", "8.9")
@@ -109,7 +108,7 @@ def test_other_projects_names_stay_in_the_engine(tmp_path, deep, scripted):
     theirs = dict(zip(ours, [*(f"input_control_{at:02}" for at in range(len(ours) - 1)), "input_control_middle"], strict=True))
     onnx_files.planted(deep[0], tmp_path / "theirs.onnx", onnx_files.rename(**theirs))
     result = shapecheck("profile", tmp_path / "theirs.onnx", "--sizes", "200x136", "--format", "json")
-    (profile,), _ = profile_forms.loads(result.stdout)
+    (profile,), _ = profile_formats.loads(result.stdout)
     assert profile.bounds("input_control_middle").max == (1, 16, 3, 4)
     (tmp_path / "profile.json").write_text(result.stdout, encoding="utf-8")
     named = ("--profile", tmp_path / "profile.json", "--target", "rtx", "--compute-capability", "8.9")
@@ -155,7 +154,7 @@ FAULTS = ("a slot missing", "mid's max disagrees", "min above opt", "wrong chann
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_refused_before_tensorrt_is_loaded(fault, deep, tmp_path):
     profile, where, kind = planted(deep[1])[fault]
-    (tmp_path / "profile.json").write_text(profile_forms.dumps([profile], deep[1].digest), encoding="utf-8")
+    (tmp_path / "profile.json").write_text(profile_formats.dumps([profile], deep[1].digest), encoding="utf-8")
     command = ("build", deep[0], "-o", tmp_path / "unet.plan", "--profile", tmp_path / "profile.json", "--target", "rtx")
     result = shapecheck(*command)
     assert result.exit_code == 1
@@ -189,13 +188,13 @@ def test_a_file_traced_at_an_even_size_serves_one_that_never_changes(even):
 @pytest.mark.usefixtures("no_tensorrt")
 def test_a_file_of_profiles_says_itself_which_sizes_and_for_which_contract(deep, tmp_path):
     profile = profile_of(deep[1], TINY)
-    (tmp_path / "profile.json").write_text(profile_forms.dumps([profile], deep[1].digest), encoding="utf-8")
+    (tmp_path / "profile.json").write_text(profile_formats.dumps([profile], deep[1].digest), encoding="utf-8")
     command = ("build", deep[0], "-o", tmp_path / "unet.plan", "--target", "rtx", "--profile")
     for option in (("--sizes", "200x136"), ("--batch", "2"), ("--tokens", "154")):
         result = shapecheck(*command, tmp_path / "profile.json", *option)
         assert (result.exit_code, "says itself which sizes" in result.stderr) == (2, True)
     sd15 = presets.contract("sd15")
-    (tmp_path / "other.json").write_text(profile_forms.dumps([profile_of(sd15, TINY)], sd15.digest), encoding="utf-8")
+    (tmp_path / "other.json").write_text(profile_formats.dumps([profile_of(sd15, TINY)], sd15.digest), encoding="utf-8")
     result = shapecheck(*command, tmp_path / "other.json")
     assert result.exit_code == 1
     assert f"REFUSED: {tmp_path / 'other.json'} was made for another contract: " in result.stdout
@@ -267,7 +266,7 @@ def test_half_precision_of_others_is_held_to_a_contract_in_its_own_precision(dee
     options = ("--sizes", "200x136", "--format", "json", "--model", tmp_path / "deep.json")
     result = shapecheck("profile", tmp_path / "half.onnx", *options)
     assert result.exit_code == 0, result.output
-    ((profile,), _) = profile_forms.loads(result.stdout)
+    ((profile,), _) = profile_formats.loads(result.stdout)
     assert {each.dtype for each in profile.inputs} == {"float16"}
 
 
@@ -308,9 +307,9 @@ def test_a_missing_tensorrt_is_told_with_its_fix(deep, tmp_path):
 
 def test_nodes_that_tensorrt_refuses_are_told_with_their_slots(deep, tmp_path, scripted):
     conv = node_of(deep[0], "down_blocks/1/resnets/0")
-    refused = engine_process.ParserError(conv.name, "Conv", "UNSUPPORTED_NODE: no such operator")
-    scripted.failure = engine_process.EngineError("parse", "", ("a word of before",), (refused,))
-    with pytest.raises(engine_process.EngineError) as caught:
+    refused = process.ParserError(conv.name, "Conv", "UNSUPPORTED_NODE: no such operator")
+    scripted.failure = process.EngineError("parse", "", ("a word of before",), (refused,))
+    with pytest.raises(process.EngineError) as caught:
         build_engine(deep[0], tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX)
     assert str(caught.value).splitlines() == [
         f"TensorRT's parser refuses 1 of the nodes of {deep[0]}:",
@@ -329,8 +328,8 @@ def node_of(file, part):
 def test_a_builder_s_error_is_told_with_the_slots_it_names(deep, tmp_path, scripted):
     conv = node_of(deep[0], "down_blocks/1/resnets/0")
     words = f"Error Code 4: down_block_residual_07: dimension 2 of profile 0 [min=1] does not fit. In node {conv.name} (conv)."
-    scripted.failure = engine_process.EngineError("build", words, ("Could not build.",))
-    with pytest.raises(engine_process.EngineError) as caught:
+    scripted.failure = process.EngineError("build", words, ("Could not build.",))
+    with pytest.raises(process.EngineError) as caught:
         build_engine(deep[0], tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX)
     assert str(caught.value).splitlines() == [
         f"TensorRT could not build {deep[0]}:",
@@ -347,7 +346,7 @@ def test_what_tensorrt_says_while_it_builds_is_kept_and_sizes_it_cannot_run_at_a
     scripted.words = ("a weight was rounded",)
     assert build_engine(deep[0], tmp_path / "unet.plan", **asked).notes == scripted.words
     scripted.words = ("profile 0 is not self-consistent",)
-    with pytest.raises(engine_process.EngineError, match="TensorRT built for sizes that it cannot run at"):
+    with pytest.raises(process.EngineError, match="TensorRT built for sizes that it cannot run at"):
         build_engine(deep[0], tmp_path / "other.plan", **asked)
     assert not (tmp_path / "other.plan").exists()
 

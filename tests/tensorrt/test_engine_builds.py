@@ -18,12 +18,13 @@ import small
 from click.testing import CliRunner
 
 from shapecheck import Geometry, ShapecheckError, probe
-from shapecheck.build import engine_process
-from shapecheck.build.engine import build_engine
 from shapecheck.cli import main
-from shapecheck.contract.engine_files import read_engine
-from shapecheck.contract.metadata import WEIGHTS
-from shapecheck.contract.profiles import Range, rules_of
+from shapecheck.contract.contract import rules_of
+from shapecheck.onnx.file import WEIGHTS
+from shapecheck.tensorrt import process as tensorrt_process
+from shapecheck.tensorrt.build import build_engine
+from shapecheck.tensorrt.profiles import Range
+from shapecheck.tensorrt.record import read_engine
 
 pytestmark = pytest.mark.full
 
@@ -153,7 +154,7 @@ def test_a_node_that_tensorrt_refuses_is_told_with_its_slot(deep, tmp_path):
     model.graph.node.insert(at + 1, planted_node)
     model.opset_import[0].version = max(15, model.opset_import[0].version)
     onnx.save(model, tmp_path / "unet.onnx")
-    with pytest.raises(engine_process.EngineError) as caught:
+    with pytest.raises(tensorrt_process.EngineError) as caught:
         build_engine(tmp_path / "unet.onnx", tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX)
     told = str(caught.value)
     assert "Bernoulli planted (computes down_blocks.1.resnets.0" in told
@@ -164,9 +165,9 @@ def test_a_node_that_tensorrt_refuses_is_told_with_its_slot(deep, tmp_path):
 BUILD = """
 import sys
 from shapecheck import Geometry
-from shapecheck.build.engine import build_engine
-from shapecheck.contract.engine import BuildOptions
-from shapecheck.contract.profiles import Range
+from shapecheck.tensorrt.build import build_engine
+from shapecheck.tensorrt.record import BuildOptions
+from shapecheck.tensorrt.profiles import Range
 def tell(step, *_):
     print(step, flush=True)
 sizes = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(3, 33, 41))

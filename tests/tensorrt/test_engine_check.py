@@ -15,15 +15,17 @@ import small
 from click.testing import CliRunner
 
 from shapecheck import Geometry, ShapecheckError
-from shapecheck.build.external import external_tensors
-from shapecheck.build.weights import checkpoint_files, digest, read_table
 from shapecheck.cli import main
-from shapecheck.contract.engine_files import read_engine
-from shapecheck.contract.engine_seen import SeenEngine, SeenTensor, differences, seen_from
-from shapecheck.contract.profiles import Range, dtypes_of, profile_of, rules_of
-from shapecheck.contract.ranges import written
-from shapecheck.verify.engine_check import check_engine
-from shapecheck.verify.models import misfits
+from shapecheck.contract.contract import dtypes_of, rules_of
+from shapecheck.models.safetensors import checkpoint_files, read_table
+from shapecheck.models.weights import digest
+from shapecheck.observe.fit import misfits
+from shapecheck.onnx.external import external_tensors
+from shapecheck.tensorrt.check import check_engine
+from shapecheck.tensorrt.engine_io import SeenEngine, SeenTensor, differences, seen_from
+from shapecheck.tensorrt.profiles import Range, profile_of
+from shapecheck.tensorrt.record import read_engine
+from shapecheck.tensorrt.size_ranges import written
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def made(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_driver(monkeypatch):
     """No engine can be loaded, on a machine with a GPU neither."""
-    monkeypatch.setattr("shapecheck.build.engine.has_driver", lambda: False)
+    monkeypatch.setattr("shapecheck.tensorrt.build.has_driver", lambda: False)
 
 
 @pytest.fixture

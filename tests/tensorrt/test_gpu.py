@@ -11,11 +11,11 @@ import small
 import torch
 
 from shapecheck import BuildOptions, EngineSession, Geometry
-from shapecheck.build.engine import build_engine, read_back
-from shapecheck.contract.engine_seen import differences
-from shapecheck.contract.profiles import Range
-from shapecheck.run.binding import CallError
-from shapecheck.verify.engine_check import check_engine
+from shapecheck.runtime.binding import CallError
+from shapecheck.tensorrt.build import build_engine, read_back
+from shapecheck.tensorrt.check import check_engine
+from shapecheck.tensorrt.engine_io import differences
+from shapecheck.tensorrt.profiles import Range
 
 pytestmark = pytest.mark.gpu
 

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shapecheck import BuildOptions, Contract, ContractError, Geometry, ShapecheckError, presets
-from shapecheck.contract import Config, Dim, Input, Slot, profile_check, profile_forms
+from shapecheck.contract import Config, Dim, Input, Slot
 from shapecheck.contract.dims import BATCH, HEIGHT, TOKENS, WIDTH, constant
-from shapecheck.contract.profiles import Bounds, Profile, Range, choose, profile_of, range_of, refusals
-from shapecheck.contract.ranges import parse_ranges
+from shapecheck.tensorrt import profile_check, profile_formats
+from shapecheck.tensorrt.profiles import Bounds, Profile, Range, choose, profile_of, range_of, refusals
+from shapecheck.tensorrt.size_ranges import parse_ranges
 
 SD15, SDXL = presets.contract("sd15"), presets.contract("sdxl")
 SIZES = Range(Geometry(1, 17, 24), Geometry(2, 40, 56), Geometry(3, 65, 97))
@@ -95,12 +96,12 @@ def test_every_written_form_says_the_same(table, several):
     profiles = [profile_of(contract, each) for each in several]
     expected = [{(each.name, bound): getattr(each, bound) for each in one.inputs for bound in ("min", "opt", "max")}
                 for one in profiles]  # fmt: skip
-    assert profile_forms.loads(profile_forms.dumps(profiles, contract.digest)) == (tuple(profiles), contract.digest)
-    assert read_polygraphy(profile_forms.arguments(profiles, "polygraphy")) == expected
-    assert read_trtexec(profile_forms.arguments(profiles, "trtexec")) == expected
-    assert read_ort(dict(profile_forms.provider_options(profiles)), len(profiles)) == expected
-    pairs = [each.partition("=") for each in profile_forms.arguments(profiles, "ort")]
-    assert {key: value for key, _, value in pairs} == dict(profile_forms.provider_options(profiles))
+    assert profile_formats.loads(profile_formats.dumps(profiles, contract.digest)) == (tuple(profiles), contract.digest)
+    assert read_polygraphy(profile_formats.arguments(profiles, "polygraphy")) == expected
+    assert read_trtexec(profile_formats.arguments(profiles, "trtexec")) == expected
+    assert read_ort(dict(profile_formats.provider_options(profiles)), len(profiles)) == expected
+    pairs = [each.partition("=") for each in profile_formats.arguments(profiles, "ort")]
+    assert {key: value for key, _, value in pairs} == dict(profile_formats.provider_options(profiles))
 
 
 def read_polygraphy(words: list[str]) -> list[dict]:
@@ -290,11 +291,11 @@ def test_a_range_that_does_not_ascend_is_refused():
 def test_lists_serve_as_shapes_and_one_profile_as_several():
     listed = Profile(tuple(replace(each, min=list(each.min), max=list(each.max)) for each in MADE.inputs))
     assert profile_check.mismatches(SDXL, listed) == ()
-    assert dict(profile_forms.provider_options(())) == {}
+    assert dict(profile_formats.provider_options(())) == {}
     assert BuildOptions("rtx", compute_capabilities=["8.9", "8.6", "8.9"]).compute_capabilities == ("8.6", "8.9")
 
 
-GOOD = json.loads(profile_forms.dumps([MADE], SDXL.digest))
+GOOD = json.loads(profile_formats.dumps([MADE], SDXL.digest))
 
 
 @pytest.mark.parametrize(
@@ -313,4 +314,4 @@ GOOD = json.loads(profile_forms.dumps([MADE], SDXL.digest))
 )
 def test_a_damaged_file_of_profiles_is_refused(text, message):
     with pytest.raises(ShapecheckError, match=message):
-        profile_forms.loads(text)
+        profile_formats.loads(text)

@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
-    "shapecheck/build/engine_worker.py",
-    "shapecheck/contract/engine_seen.py",
-    "shapecheck/run/loading.py",
-    "shapecheck/run/executor.py",
-    "shapecheck/run/engine_session.py",
+    "shapecheck/tensorrt/worker.py",
+    "shapecheck/tensorrt/engine_io.py",
+    "shapecheck/runtime/engine_loading.py",
+    "shapecheck/runtime/executor.py",
+    "shapecheck/runtime/engine_session.py",
     "shapecheck/doctor/probes.py",
 )
 APIS = {

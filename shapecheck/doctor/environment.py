@@ -1,0 +1,119 @@
+"""What is installed on a machine, and what can really run there, as frozen records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shapecheck.contract.errors import ShapecheckError
+
+BACKENDS = {
+    "torch": "PyTorch on the CPU",
+    "torch-cuda": "PyTorch on the GPU",
+    "ort": "ONNX Runtime on the CPU",
+    "ort-cuda": "ONNX Runtime, CUDA provider",
+    "ort-trt": "ONNX Runtime, TensorRT provider",
+    "trt": "TensorRT",
+    "rtx": "TensorRT for RTX",
+}
+"""Every backend by its name on the command line, and what it is."""
+
+
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.")
+"""Compute capabilities that TensorRT for RTX makes engines for, as starts of the number (1.7.1; it refuses 9.0)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """One thing that is missing or wrong, and the command, or where none helps the advice, that puts it right."""
+
+    problem: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """One importable package."""
+
+    name: str
+    """The distribution that installs it; several joined by `+` where they own the same folder."""
+    module: str
+    version: str
+    """Empty where it is not installed."""
+    importable: bool
+    gap: Gap | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether there is anything to import; whether that works is another question."""
+        return bool(self.version)
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The NVIDIA driver."""
+
+    version: str
+    cuda: str
+    """The newest CUDA it can run, such as 13.0; empty where it does not load."""
+    gap: Gap | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One GPU that the driver shows."""
+
+    name: str
+    capability: str
+    memory: int
+    """In bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One way to run a model, and whether it really runs here: something was computed, or an engine built, to know it."""
+
+    name: str
+    runs: bool
+    detail: str
+    """What was seen to work: versions, and what it can do here."""
+    gaps: tuple[Gap, ...] = ()
+    """Everything that keeps it from running; also, for TensorRT for RTX, from running what it builds."""
+
+    @property
+    def reason(self) -> str:
+        """Why it does not run; empty where it does."""
+        return "" if self.runs else "; ".join(gap.problem for gap in self.gaps)
+
+    @property
+    def fix(self) -> str:
+        """What makes it run, in one line; empty where it does."""
+        return "" if self.runs else "; ".join(dict.fromkeys(gap.fix for gap in self.gaps))
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """One machine and one Python installation on it."""
+
+    python: str
+    platform: str
+    packages: tuple[Package, ...]
+    driver: Driver
+    devices: tuple[Device, ...]
+    backends: tuple[Backend, ...]
+
+    def backend(self, name: str) -> Backend:
+        """The backend of that name."""
+        check_known([name])
+        return next(backend for backend in self.backends if backend.name == name)
+
+    def failing(self, required: Iterable[str]) -> tuple[Backend, ...]:
+        """Those of the required backends that cannot run."""
+        return tuple(backend for name in dict.fromkeys(required) if not (backend := self.backend(name)).runs)
+
+
+def check_known(names: Iterable[str]) -> None:
+    """Refuse names of backends that are none, with a list of those that are."""
+    unknown = [name for name in names if name not in BACKENDS]
+    if unknown:
+        raise ShapecheckError(f"no backend is called {', '.join(map(repr, unknown))}; known: {', '.join(BACKENDS)}")

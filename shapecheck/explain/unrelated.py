@@ -1,0 +1,86 @@
+"""Texts that have nothing to do with residuals, and what they are about."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from shapecheck.explain.symptom import Symptom
+
+_LORA = r"\blora[_.\w]*|\bLoRA\b"
+
+
+_IMAGE = r"sample = sample \+ controlnet_cond"
+
+
+_NO_FILE = (
+    r"No such file or directory|FileNotFoundError|does not appear to have a file named|Error no file named|"
+    r"File doesn't exist"
+)
+
+
+_NO_MEMORY = (
+    r"out of memory|OutOfMemory|Failed to allocate memory|\bOOM\b|bad_alloc|"
+    r"DefaultCPUAllocator: (?:can't allocate|not enough memory)"
+)
+
+
+_DEVICES = (
+    r"Expected all tensors to be on the same device|"
+    r"Input type \((?:torch\.cuda\.|MPS)\w+\) and weight type \(torch\.(?!cuda)|"
+    r"Input type \(torch\.(?!cuda)\w+\) and weight type \((?:torch\.cuda|MPS)"
+)
+
+
+_ABOUT: tuple[tuple[str, str], ...] = (
+    (
+        _NO_MEMORY,
+        "memory ran out",
+    ),
+    (_NO_FILE, "a file is missing"),
+    (
+        r"size mismatch for |Missing key\(s\) in state_dict|Unexpected key\(s\) in state_dict",
+        "weights of another model are loaded",
+    ),
+    (_LORA, "a LoRA does not fit the layer it is put on"),
+    (r"No module named|ModuleNotFoundError|cannot import name", "a package is missing"),
+    (
+        r"ConnectionError|Max retries exceeded|HTTPError|RepositoryNotFound|GatedRepo|LocalEntryNotFound",
+        "something could not be downloaded",
+    ),
+    (_IMAGE, "the ControlNet's image is not of the latents' size: give it one of the size that is drawn"),
+    (
+        _DEVICES,
+        "models or inputs lie on different devices: move them to one",
+    ),
+    (r"CUDA error|CUDA driver|cuDNN|CUBLAS", "the GPU or its driver failed"),
+    (r"PermissionError|Permission denied", "a file may not be read or written"),
+)
+"""In the order they are looked for."""
+
+
+_SIZES = ("broadcast", "output", "concat", "rank", "norm", "groups", "index", "attention", "reshape", "upsample", "text width")
+"""Symptoms that tell of two sizes and may come from any code."""
+
+
+_NOTHING = "this text says nothing of residuals, or in words that are not known here"
+
+
+def unrelated(text: str, told: Sequence[Symptom]) -> str:
+    """What a text on one line is about, where that is nothing of residuals; empty where it may be.
+
+    It is unrelated where all that it tells was raised in other code than that which adds residuals.
+    """
+    if not told:
+        return _about(text) or _NOTHING
+    if any(symptom.stage for symptom in told):
+        return ""
+    if re.search(_IMAGE, text) or (re.search(_LORA, text) and all(symptom.kind in _SIZES for symptom in told)):
+        return _about(text)
+    if all(symptom.elsewhere for symptom in told):
+        return f"it was raised in {told[0].elsewhere}, where no residual is added"
+    return ""
+
+
+def _about(text: str) -> str:
+    return next((about for pattern, about in _ABOUT if re.search(pattern, text)), "")

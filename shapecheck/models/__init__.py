@@ -1,0 +1,1 @@
+"""From a name, a configuration or a checkpoint to a module and its weights."""

@@ -1,0 +1,46 @@
+"""What a user names beside a file: the model it should be, and the ControlNets it should fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError
+from shapecheck.models import lookup
+from shapecheck.models.config_file import refuse_absurd
+from shapecheck.models.lookup import ModelSource
+from shapecheck.progress import Progress
+
+
+def misfits(
+    contract: Contract,
+    controlnets: Sequence[str],
+    geometry: Geometry | None = None,
+    *,
+    offline: bool = False,
+    progress: Progress,
+) -> tuple[Mismatch, ...]:
+    """Every disagreement between the named ControlNets and the UNet of this contract, both built from configurations.
+
+    Raises ShapecheckError where a ControlNet cannot be had, or the contract does not say which UNet it is of.
+    """
+    if contract.role != "unet":
+        raise ShapecheckError("--controlnet: this file is itself a ControlNet; ask of a UNet's whether it fits")
+    if not contract.slots:
+        cause = "it was exported with --no-control: what a ControlNet gives has no effect"
+        return (Mismatch("missing", "every slot", "no input for it", "one input a slot", cause=cause),)
+    if "down_block_types" not in contract.config:
+        raise ShapecheckError("--controlnet: it is not known which UNet this file is; name it with --model")
+    for name in controlnets:
+        lookup.find(name, "controlnet", offline=offline)
+    config, origin = contract.config.to_json(), contract.header.source or contract.digest
+    refuse_absurd(config, origin)
+    progress("importing torch and diffusers")
+    from shapecheck.models import diffusers_models
+    from shapecheck.observe.probe import probe
+
+    unet = diffusers_models.build(ModelSource("the file's UNet", origin, "UNet2DConditionModel", config))
+    try:
+        probe(unet, list(controlnets), geometry=geometry, offline=offline, progress=progress)
+    except ContractError as error:
+        return error.mismatches
+    return ()

@@ -1,0 +1,1 @@
+"""One ONNX file: exported from a contract, read back, checked against one."""

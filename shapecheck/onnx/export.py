@@ -1,0 +1,194 @@
+"""A UNet or ControlNet as an ONNX file: traced without weights, checked, then given the checkpoint's own weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import Tensor, nn
+
+from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.contract.naming import Naming, scheme
+from shapecheck.files import refuse_unwritable, whole
+from shapecheck.models import weights as checkpoints
+from shapecheck.models.safetensors import Stored
+from shapecheck.observe.subject import Subject, take
+from shapecheck.onnx import file as onnx_file
+from shapecheck.onnx import postconditions, trace_graph
+from shapecheck.onnx.records import Exported, Weights
+from shapecheck.progress import Progress, silent
+from shapecheck.version import __version__
+
+ELEMENTS: Mapping[str, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+"""The precisions a graph can have, by their names in PyTorch."""
+
+
+_OLDEST_OPSET = {"float32": 18, "float16": 18, "bfloat16": 22}
+
+
+_USUAL_OPSET = {"float32": 20, "float16": 20, "bfloat16": 22}
+
+
+_NEWEST_OPSET = 23
+
+
+def export(
+    model: str | Path | nn.Module,
+    output: str | Path,
+    *,
+    weights: Weights | None = None,
+    dtype: str | None = None,
+    opset: int | None = None,
+    control: bool = True,
+    adapter: bool = False,
+    naming: str = "shapecheck",
+    variant: str | None = None,
+    offline: bool = False,
+    progress: Progress = silent,
+) -> Exported:
+    """Write `model` to the ONNX file `output`, right at every size the model accepts, without loading its weights.
+
+    `model` is what `probe` takes, or a ControlNet: a UNet gets one input a slot, a ControlNet one output a slot. `output`
+    ends in .onnx.
+    `weights`: `link` points into the checkpoint's own safetensors, `copy` writes them to `output` + `.data`, `none` writes
+    neither and leaves that file to be made later; by default they are linked where that is possible, else copied, and
+    `reason` says why. `dtype` is by default the checkpoint's. `opset` is by default 20, for bfloat16 22.
+    `control=False` exports a UNet without slots. With `adapter` it gets an input for each feature of the T2I-Adapter that it
+    implies, beside the slots or without them; zeros there are no adapter. `naming` is a key of `contract.naming.SCHEMES`.
+    `variant` chooses among a checkpoint's files, such as fp16.
+
+    Raises ShapecheckError where the model, the weights or the output cannot serve; nothing is left behind then.
+    """
+    target, names = _target(Path(output)), scheme(naming)
+    data = target.with_name(f"{target.name}.data")
+    progress("reading the model")
+    subject = take(model, variant=variant, offline=offline)
+    if subject.role == "controlnet" and adapter:
+        raise ShapecheckError(f"--adapter is for UNets, which then take features; {subject.name} is a ControlNet")
+    if subject.role == "controlnet" and not control:
+        raise ShapecheckError(f"--no-control is for UNets, which then take no residuals; {subject.name} is a ControlNet")
+    dtype = subject.dtype(dtype)
+    opset = _checked_opset(opset, dtype)
+    mode, reason = _mode(weights, dtype, subject, target)
+    _refuse_unfit(data, mode)
+    progress("observing the contract")
+    contract = subject.contract(dtype, control=control, adapter=adapter)
+    progress("tracing the graph: half a minute for SD1.5, two minutes for SDXL")
+    traced = _traced(subject, contract, opset)
+    parameters = _parameters(traced, contract)
+    tensors = subject.tensors([str(each.name) for each in parameters], linked=mode == "link")
+    placed = checkpoints.layout(tensors, dtype, data) if mode != "link" else _places(tensors)
+    _bind(traced, parameters, placed, target.parent)
+    _rename(traced, contract, names)
+    identity = "" if mode == "none" else checkpoints.digest(tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
+    traced.producer_name, traced.producer_version = "shapecheck", __version__
+    traced.metadata_props.update(_metadata(contract, names, identity))
+    with whole(target) as partial:
+        ir.save(traced, partial)
+        if mode == "copy":  # last: until every byte is there, no file of an earlier export changes
+            copied = lambda *bytes_: progress("copying the weights", *bytes_)  # noqa: E731
+            checkpoints.copy(tensors, dtype, data, copied, outdated=target)
+    files = (Path(output), *dict.fromkeys(each.file for each in placed.values()))
+    return Exported(Path(output), contract, mode, reason, files, dtype, opset, naming)
+
+
+def _target(output: Path) -> Path:
+    """Where the file really goes. Raises ShapecheckError where no ONNX file can be written there."""
+    if output.suffix.lower() != ".onnx":
+        raise ShapecheckError(f"cannot write {output}: the name of an ONNX file ends in .onnx")
+    target = output.resolve() if output.is_symlink() else output  # its weights lie beside the file, not beside the link
+    if target.exists() and not target.is_file():
+        raise ShapecheckError(f"cannot write {output}: it is a folder, a pipe or a device")
+    refuse_unwritable(target)
+    return target
+
+
+def _refuse_unfit(data: Path, mode: Weights) -> None:
+    """Raise ShapecheckError where the file of weights cannot be written, or another model's would be taken for it."""
+    if mode == "copy":
+        refuse_unwritable(data)
+    if mode == "none" and data.exists():
+        raise ShapecheckError(f"--weights none: {data} is there and would be read as this model's weights; move it away")
+
+
+def _checked_opset(opset: int | None, dtype: str) -> int:
+    if dtype not in ELEMENTS:
+        raise ShapecheckError(f"no dtype {dtype!r}; known: {', '.join(ELEMENTS)}")
+    opset = _USUAL_OPSET[dtype] if opset is None else opset
+    if not _OLDEST_OPSET[dtype] <= opset <= _NEWEST_OPSET:
+        raise ShapecheckError(f"opset {opset} with {dtype}: expected {_OLDEST_OPSET[dtype]} to {_NEWEST_OPSET}")
+    return opset
+
+
+def _mode(wanted: Weights | None, dtype: str, subject: Subject, target: Path) -> tuple[Weights, str]:
+    """How the weights come into the file, and why not by linking where nobody chose."""
+    if wanted == "none":
+        return "none", ""
+    if subject.live is None and subject.stored is None:
+        raise ShapecheckError(
+            f"no weights for {subject.name}: {subject.absent}; give a folder that holds them, or --weights none"
+        )
+    hindrance = subject.unlinkable(dtype, target.parent)
+    if wanted == "link" and hindrance:
+        raise ShapecheckError(f"--weights link: {hindrance}; or use --weights copy")
+    if wanted == "copy" or hindrance:
+        return "copy", "" if wanted == "copy" else hindrance
+    return "link", ""
+
+
+def _traced(subject: Subject, contract: Contract, opset: int) -> ir.Model:
+    """The graph, its parameters still inputs, once it is known to be what the contract says."""
+    trace = trace_graph.trace_unet if contract.role == "unet" else trace_graph.trace_controlnet
+    model = trace(subject.module, contract, opset)
+    postconditions.check(model, contract)
+    trace_graph.drop_traces(model)
+    return model
+
+
+def _parameters(model: ir.Model, contract: Contract) -> list[ir.Value]:
+    """The inputs that stand for weights: all after those that the contract names."""
+    named = len(contract.inputs) + (len(contract.residuals) if contract.role == "unet" else 0)
+    return list(model.graph.inputs[named:])
+
+
+def _places(tensors: Mapping[str, Stored | Tensor]) -> dict[str, Stored]:
+    return {name: each for name, each in tensors.items() if isinstance(each, Stored)}
+
+
+def _bind(model: ir.Model, parameters: list[ir.Value], placed: Mapping[str, Stored], folder: Path) -> None:
+    """Turn the parameters from inputs into initializers whose data lies in other files, under the same names."""
+    for value in parameters:
+        stored = placed[str(value.name)]
+        model.graph.inputs.remove(value)
+        value.const_value = ir.ExternalTensor(
+            checkpoints.location(stored, folder), stored.offset, stored.nbytes, ELEMENTS[stored.dtype],
+            shape=ir.Shape(stored.shape), name=str(value.name), base_dir=folder,
+        )  # fmt: skip
+        model.graph.register_initializer(value)
+
+
+def _rename(model: ir.Model, contract: Contract, naming: Naming) -> None:
+    """Call the slots as another project calls them; the contract keeps our names."""
+    ours = [slot.name for slot in contract.slots]
+    theirs = dict(zip(ours, naming.names(len(ours) - 1), strict=True)) if ours else {}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.name = theirs.get(str(value.name), value.name)
+
+
+def _metadata(contract: Contract, naming: Naming, weights: str) -> dict[str, str]:
+    libraries = ("torch", "diffusers", "onnxscript", "onnx", "onnx-ir")
+    return {
+        onnx_file.CONTRACT: contract.to_json(),
+        onnx_file.DIGEST: contract.digest,
+        onnx_file.NAMING: naming.key,
+        onnx_file.SIZES: "any" if contract.divisor == 1 else f"multiples of {contract.divisor}",
+        onnx_file.WEIGHTS: weights,
+        onnx_file.VERSIONS: json.dumps({"shapecheck": __version__} | {name: version(name) for name in libraries}),
+    }

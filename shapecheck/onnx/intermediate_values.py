@@ -1,0 +1,274 @@
+"""The contract's own values inside of an ONNX file: what its blocks give, its skips, and the sums with the residuals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from shapecheck.contract import Contract, ShapecheckError, Slot
+from shapecheck.contract.errors import one_line
+from shapecheck.onnx import file as onnx_file
+from shapecheck.onnx.node_locations import module_in
+from shapecheck.onnx.sanitize import make_sound
+from shapecheck.progress import quiet
+
+LAST = "conv_out"
+"""Path of the module that gives the UNet's output."""
+
+
+_OURS = re.compile(r"(?P<module>.+)\.out(?:\+(?P<slot>\w+))?")
+"""As our own exporter names blocks' outputs and sums."""
+
+
+_BLOCK = re.compile(r"conv_in|down_blocks\.\d+\.\w+\.\d+|mid_block|up_blocks\.\d+")
+"""Modules whose outputs are compared: those that `export` names, too."""
+
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+_SAME_VALUE = ("Cast", "CastLike", "Identity")
+
+
+_SCALED = ("Mul", "Div")
+
+
+_SUMS = ("Add", "Sum")
+
+
+_SIZE_ONLY = ("Shape", "Size")
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    """One of the contract's own values in an ONNX file: what a module gives, or the sum of a skip and its residual."""
+
+    value: str
+    """Its name in the file; that of the bare skip where the file adds no residual to it."""
+    module: str
+    """Path of the PyTorch module that gives it; for a sum, that gives the skip."""
+    slot: str = ""
+    """For a sum its slot; empty for what a module gives."""
+
+    @property
+    def name(self) -> str:
+        """What it is called here, whatever the file calls it: `<module>.out`, or `<module>.out+<slot>`."""
+        return f"{self.module}.out" + (f"+{self.slot}" if self.slot else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """An addition of a residual."""
+
+    residual: str
+    """The slot whose input it takes, which in a faulty file need not be the slot where it is."""
+    skip: ir.Value
+    value: ir.Value
+
+
+def inner_values(path: Path, contract: Contract, names: Mapping[str, str]) -> tuple[Inner, ...]:
+    """The values of an ONNX file that can be compared with the UNet's own, in the order in which the graph computes them.
+
+    `names` is what the file calls the contract's inputs and slots, of those it has. Blocks' outputs are found by our own
+    names, or by those that PyTorch's exporters derive from modules; skips and sums by the additions too. A slot's place is
+    told by its skip, so that exchanged residuals do not agree; a residual that the file ignores has the bare skip for its
+    sum. Last comes the output, under `conv_out`.
+    Raises ShapecheckError where the file is no sound ONNX model.
+    """
+    proto = onnx_file.load(path)
+    known = {name for node in proto.graph.node for name in node.output}  # without what lies in functions
+    found = _Finder(_graph(path, proto), contract, names).values()
+    return tuple(each for each in found if each.value in known)
+
+
+def _graph(path: Path, proto: onnx.ModelProto) -> ir.Graph:
+    try:
+        with quiet("onnx_ir"):
+            model = ir.from_proto(proto)
+            make_sound(model)
+    except Exception as error:  # the graph is the user's: whatever a library raises over it is told to the user
+        reason = one_line(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+        raise ShapecheckError(f"{path}: not a sound ONNX graph ({reason}); export or download it again") from None
+    return model.graph
+
+
+class _Finder:
+    """Finds the contract's values in one graph."""
+
+    def __init__(self, graph: ir.Graph, contract: Contract, names: Mapping[str, str]) -> None:
+        self._graph, self._contract = graph, contract
+        self._ranks = {value: rank for rank, value in enumerate(value for node in graph for value in node.outputs)}
+        inputs = {value.name: value for value in graph.inputs}
+        wanted = {slot.name: inputs.get(names.get(slot.name, "")) for slot in contract.slots}
+        self._residuals = {slot: value for slot, value in wanted.items() if value is not None}
+        ours = [match for value in self._ranks if (match := _OURS.fullmatch(value.name or ""))]
+        self._ours = {match[0]: match for match in ours if match["slot"] is None or match["slot"] in wanted}
+        self._blocks = self._named_outputs() if self._ours else _module_outputs(graph)
+
+    def values(self) -> Iterator[Inner]:
+        sums = self._placed_sums()
+        skips = {slot.producer: sums[slot.name].skip for slot in self._contract.slots if slot.name in sums}
+        blocks = skips | self._blocks
+        found = [(float(self._ranks[value]), Inner(value.name or "", module)) for module, value in blocks.items()]
+        found += [(float(self._ranks[each.value]), self._inner(each.value, slot)) for slot, each in sums.items()]
+        found += self._ignored(sums, blocks)
+        yield from (each for _, each in sorted(found, key=lambda pair: pair[0]))
+        yield from (Inner(value.name or "", LAST) for value in self._graph.outputs[:1])
+
+    def _named_outputs(self) -> dict[str, ir.Value]:
+        named = {value.name: value for value in self._ranks}
+        return {match["module"]: named[name] for name, match in self._ours.items() if match["slot"] is None}
+
+    def _inner(self, value: ir.Value, slot: str) -> Inner:
+        return Inner(value.name or "", self._contract.slot(slot).producer, slot)
+
+    def _placed_sums(self) -> dict[str, _Sum]:
+        """The additions by the slot where each is: by its own name; by the order of the skips where none is missing."""
+        sums = self._sums()
+        order = [slot.name for slot in self._contract.slots] if len(sums) == len(self._contract.slots) else []
+        found: dict[str, _Sum] = {}
+        for index, each in enumerate(sums):
+            own = self._ours.get(each.value.name or "")
+            slot = own["slot"] if own and own["slot"] else order[index] if order else self._slot_by_skip(each)
+            found.setdefault(slot, each)
+        return found
+
+    def _slot_by_skip(self, each: _Sum) -> str:
+        """The slot whose skip this is, as far as names tell; else the one whose residual is added."""
+        slots = [slot.name for slot in self._contract.slots if self._blocks.get(slot.producer) is each.skip]
+        return each.residual if each.residual in slots or not slots else slots[0]
+
+    def _sums(self) -> list[_Sum]:
+        """The additions in the order of their skips; a residual that is added twice in a row counts once, as it goes on."""
+        found: dict[ir.Value, _Sum] = {}
+        additions = [_Sum(slot, *pair) for slot, given in self._residuals.items() for pair in _additions(given)]
+        additions = [each for each in additions if {each.skip, each.value} <= self._ranks.keys()]  # not those in a branch
+        for each in sorted(additions, key=lambda each: self._ranks[each.value]):
+            before = found.get(each.skip)
+            if before is not None and before.residual == each.residual:
+                del found[each.skip]
+                found[each.value] = _Sum(each.residual, before.skip, each.value)
+            else:
+                found[each.value] = each
+        order = {slot.name: index for index, slot in enumerate(self._contract.slots)}
+        return sorted(found.values(), key=lambda each: (self._ranks[each.skip], order[each.residual]))
+
+    def _ignored(self, sums: Mapping[str, _Sum], blocks: Mapping[str, ir.Value]) -> Iterator[tuple[float, Inner]]:
+        """The skips whose residuals the graph ignores, each before the sum of the next slot that has one."""
+        slots = self._contract.slots
+        for index, slot in enumerate(slots):
+            skip = blocks.get(slot.producer)
+            if slot.name in sums or skip is None or not self._is_dead(slot):
+                continue
+            later = [self._ranks[sums[each.name].value] for each in slots[index:] if each.name in sums]
+            yield (min(later) - 0.5 if later else self._ranks[skip] + 0.5), self._inner(skip, slot.name)
+
+    def _is_dead(self, slot: Slot) -> bool:
+        residual = self._residuals.get(slot.name)
+        return residual is None or all(node.op_type in _SIZE_ONLY for node in residual.consumers())
+
+
+def _additions(residual: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Every skip that the residual, scaled or cast on its way, is added to, with the sum."""
+    waiting, seen = [residual], {residual}
+    for value in waiting:  # which grows on the way
+        for node in value.consumers():
+            others = [each for each in node.inputs if each is not None and each is not value]
+            if node.op_type in _SAME_VALUE or (node.op_type in _SCALED and all(map(_is_scalar, others))):
+                waiting += {*node.outputs[:1]} - seen
+                seen |= {*node.outputs[:1]}
+            elif node.op_type in _SUMS and len(others) == 1:
+                skip = _origin(others[0])
+                maker = skip.producer()
+                if maker is not None and maker.op_type != "Constant":
+                    yield skip, node.outputs[0]
+
+
+def _origin(value: ir.Value) -> ir.Value:
+    """The value before casts, which exporters insert between a module and its consumer."""
+    while (node := value.producer()) is not None and node.op_type in _SAME_VALUE and node.inputs and node.inputs[0]:
+        value = node.inputs[0]
+    return value
+
+
+def _is_scalar(value: ir.Value) -> bool:
+    producer = value.producer()
+    return all(dim == 1 for dim in value.shape) if value.shape is not None else producer is not None and not producer.inputs
+
+
+def _module_outputs(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Block → the value that leaves it, by the names that PyTorch's exporters give.
+
+    Where several leave, as the activated time embedding does that all blocks share, the last is made from the others.
+    """
+    blocks = {node: block for node in graph if node.outputs and (block := _block_of(node))}
+    leaving: dict[str, ir.Value] = {}
+    for node, block in blocks.items():
+        if _is_computed(node) and _leaves(node.outputs[0], block, blocks):
+            leaving[block] = node.outputs[0]
+    return leaving
+
+
+def _block_of(node: ir.Node) -> str:
+    """The block that a node is in; empty where no name tells."""
+    texts = (node.name or "", node.outputs[0].name or "", node.metadata_props.get(_SCOPES, ""))
+    module = next(filter(None, map(module_in, texts)), "")
+    match = _BLOCK.match(module)
+    return match[0] if match else ""
+
+
+def _is_computed(node: ir.Node) -> bool:
+    """Whether it makes something of inputs, not of weights or constants alone."""
+    given = [value for value in node.inputs if value is not None and not value.is_initializer()]
+    return any(value.producer() is None or value.producer().op_type != "Constant" for value in given)  # type: ignore[union-attr]
+
+
+def _leaves(value: ir.Value, block: str, blocks: Mapping[ir.Node, str]) -> bool:
+    """Whether something outside of the block takes the value, and more than its size."""
+    if value.is_graph_output():
+        return True
+    waiting = [value]
+    for each in waiting:  # which grows on the way
+        for node in each.consumers():
+            if node.op_type in _SAME_VALUE and node not in blocks:
+                waiting += node.outputs[:1]
+            elif node.op_type not in _SIZE_ONLY and blocks.get(node) != block:
+                return True
+    return False
+
+
+def output_name(value: str) -> str:
+    """What `marked` calls the output that shows a value."""
+    return f"shapecheck.marked/{value}"
+
+
+def marked(path: Path, values: Iterable[str]) -> bytes:
+    """An ONNX file whose further outputs, named by `output_name`, are these of its values as float32.
+
+    Weights in other files stay there and are not read: the bytes are to be opened with the file's folder. Raises
+    ShapecheckError where the file has no such value, or where it would not fit into one message of protobuf (2 GiB).
+    """
+    proto, values = onnx_file.load(path), tuple(dict.fromkeys(values))
+    known = {name for node in proto.graph.node for name in node.output}
+    if unknown := [value for value in values if value not in known]:
+        raise ShapecheckError(f"{path} has no value {one_line(', '.join(unknown), 300)}")
+    for value in values:
+        element = _element(proto.graph, value)
+        proto.graph.node.append(onnx.helper.make_node("Cast", [value], [output_name(value)], to=element))
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(output_name(value), element, None))
+    try:
+        return bytes(proto.SerializeToString())
+    except Exception as error:  # protobuf's own error class, or ValueError
+        raise ShapecheckError(f"{path} cannot be given further outputs: {one_line(error, 200)}") from None
+
+
+def _element(graph: onnx.GraphProto, value: str) -> int:
+    """float64 where the file says so of the value, or computes in it altogether; else float32."""
+    declared = {each.name: each.type.tensor_type.elem_type for each in (*graph.output, *graph.value_info)}
+    is_double = declared.get(value, graph.output[0].type.tensor_type.elem_type) == onnx.TensorProto.DOUBLE
+    return int(onnx.TensorProto.DOUBLE if is_double else onnx.TensorProto.FLOAT)

@@ -1,0 +1,101 @@
+"""What an exported file came to when it was held to a contract."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shapecheck.contract.contract import Contract
+from shapecheck.contract.geometry import Geometry
+from shapecheck.contract.records import Mismatch
+
+Basis = Literal["given", "inside", "preset", "none"]
+"""Where the contract came from: the caller, the file, the preset that fits best, or the file's own table alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenInput:
+    """A base input as the file declares it."""
+
+    name: str
+    shape: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class SeenSlot:
+    """A residual as the graph has it."""
+
+    name: str
+    shape: str
+    """As the file declares it."""
+    skip: str
+    """What it is added to, (batch, channels, height, width) as measured, or `not seen`; empty where that is nothing."""
+    producer: str
+    """The module that makes the skip, where the file's names tell it."""
+    slot: str
+    """The contract's slot it stands for; empty for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """An exported file, what it was held to, and everything that is wrong with it."""
+
+    path: str
+    exporter: str
+    contract: Contract
+    basis: Basis
+    naming: str
+    """Key of the naming scheme of the slots; empty where they were found by graph walk."""
+    inputs: tuple[SeenInput, ...]
+    slots: tuple[SeenSlot, ...]
+    divisor: int
+    """The graph works at multiples of this; 0 where it worked at no size that was tried."""
+    fixed: tuple[tuple[str, int], ...]
+    """Sizes of a call that the file declares as numbers: of batch, h, w, tokens."""
+    geometry: Geometry | None
+    """The one size that was asked for."""
+    mismatches: tuple[Mismatch, ...]
+    notes: tuple[str, ...]
+    names: tuple[tuple[str, str], ...]
+    """Inputs of the contract that were found: the contract's name, and the file's."""
+    unchecked: str
+    """Why the sizes were not looked at; empty where they were."""
+
+
+Weights = Literal["link", "copy", "none"]
+"""Whether the weights stay in the checkpoint, lie in a file of their own, or are not there at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An ONNX file that was written."""
+
+    path: Path
+    contract: Contract
+    weights: Weights
+    reason: str
+    """Why the weights were copied although nobody asked for that; else empty."""
+    files: tuple[Path, ...]
+    """Every file the model needs: the ONNX file, then those its weights lie in."""
+    dtype: str
+    opset: int
+    naming: str
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """One output at one size: an ONNX file's numbers beside PyTorch's."""
+
+    output: str
+    geometry: Geometry
+    difference: float
+    """The largest difference from PyTorch in float32, as a share of the largest value there."""
+    allowed: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is allowed; where PyTorch's own error is infinite or not a number, nothing is."""
+        return math.isfinite(self.allowed) and self.difference <= self.allowed

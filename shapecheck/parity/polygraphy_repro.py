@@ -1,0 +1,76 @@
+"""A Polygraphy command that shows a difference to somebody who does not have shapecheck."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shapecheck.files import whole
+from shapecheck.onnx import file as onnx_file
+from shapecheck.onnx.external import external_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+INPUTS, OUTPUTS = "inputs.json", "torch.json"
+
+
+_LARGEST = 2**31
+"""Bytes: where Polygraphy marks outputs, it puts model and weights into one message of protobuf."""
+
+
+_PROVIDERS = {"ort-cuda": "cuda", "ort-trt": "tensorrt"}
+
+
+def reproduce(
+    path: Path,
+    inputs: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    allowed: float,
+    backend: str = "ort",
+) -> str:
+    """Write `inputs.json` and `torch.json` for Polygraphy into a folder. Returns the command that compares with them.
+
+    `inputs` and `expected` are by the file's own names of its inputs and values; `allowed` is the largest absolute
+    difference. The command fails where a value differs by more, is no number or is infinite. Nothing is written, and the
+    command is empty, where there is no Polygraphy, where no difference is allowed or denied (NaN), or where values inside
+    of a model of more than 2 GiB would have to be marked. Raises ShapecheckError where the folder cannot be written.
+    """
+    wanted = [name for name in expected if name not in _outputs(path)]
+    if not math.isfinite(allowed) or (wanted and _size(path) >= _LARGEST):
+        return ""
+    try:
+        from polygraphy.comparator import IterationResult, RunResults
+        from polygraphy.json import save_json
+    except ImportError:
+        return ""
+    result = IterationResult(_arrays(expected), runner_name="PyTorch")
+    for name, content in ((INPUTS, [_arrays(inputs)]), (OUTPUTS, RunResults([("PyTorch", [result])]))):
+        with whole(folder / name) as partial:
+            save_json(content, str(partial))
+    command = ["polygraphy", "run", str(path), "--onnxrt"]
+    command += ["--providers", _PROVIDERS[backend]] if backend in _PROVIDERS else []
+    command += ["--onnx-outputs", *wanted] if wanted else []
+    command += ["--load-inputs", str(folder / INPUTS), "--load-outputs", str(folder / OUTPUTS)]
+    return shlex.join([*command, "--atol", f"{allowed:.6g}", "--rtol", "0", "--validate"])
+
+
+def _outputs(path: Path) -> frozenset[str]:
+    return frozenset(each.name for each in onnx_file.load(path).graph.output)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a model with all its weights."""
+    return onnx_file.size_of(path) + sum(each.nbytes for each in external_tensors(path).values())
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """As numpy's arrays, which know no bfloat16."""
+    known = {name: value.float() if str(value.dtype) == "torch.bfloat16" else value for name, value in tensors.items()}
+    return {name: value.detach().cpu().numpy() for name, value in known.items()}

@@ -1,0 +1,228 @@
+"""What a parity run came to: records of numbers and names, no tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from shapecheck.contract.contract import Contract
+from shapecheck.contract.dims import Shape, show
+from shapecheck.contract.geometry import Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Worst:
+    """The value that is furthest from the reference."""
+
+    index: tuple[int, ...]
+    found: float
+    expected: float
+    difference: float
+    """Absolute, or as a share of the expected value's magnitude."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One tensor beside the reference's, value by value; all differences were computed in float64."""
+
+    shape: Shape
+    allowed: float
+    """The largest absolute difference that passes."""
+    own: float
+    """The largest absolute difference of PyTorch itself from the reference, in the same precision."""
+    scale: float
+    """The largest magnitude in the reference."""
+    absolute: Worst | None = None
+    """None where nothing could be compared."""
+    relative: Worst | None = None
+    rms: float = math.nan
+    """Root mean square of the differences."""
+    outside: int = 0
+    """How many values differ by more than is allowed, those that are no finite numbers included."""
+    nan: int = 0
+    """How many values are not a number where the reference is one."""
+    inf: int = 0
+    """How many values are infinite where the reference is finite."""
+    cosine: float = math.nan
+    psnr: float = math.nan
+    """Peak signal-to-noise ratio in dB, the peak being `scale`; infinite where nothing differs."""
+    fault: str = ""
+    """Why nothing could be compared, such as another shape."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether every value is finite and as near as is allowed."""
+        return not self.fault and math.isfinite(self.allowed) and self.outside == 0 and self.nan == 0 and self.inf == 0
+
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return math.prod(self.shape)
+
+    @property
+    def share(self) -> float:
+        """The share of values outside of what is allowed, 0 to 1."""
+        return self.outside / self.count if self.count else 0.0
+
+    def __str__(self) -> str:
+        if self.fault:
+            return self.fault
+        told = []
+        if self.nan or self.inf:
+            told.append(f"{self.nan} NaN and {self.inf} Inf among {self.count} values")
+        if self.absolute is not None:
+            worst = self.absolute
+            told.append(
+                f"largest difference {worst.difference:.2e} at {list(worst.index)} "
+                f"({worst.found:.6g} for {worst.expected:.6g}), {self.allowed:.2e} allowed; "
+                f"{self.outside} of {self.count} values outside ({self.share:.1%})"
+            )
+        return "; ".join(told) or f"nothing to compare in {show(self.shape)}"
+
+
+CheckKind = Literal["provider", "contract", "weights", "precision", "input", "slot", "cfg", "switch", "case"]
+"""What a check is about: what really runs; whether the file is of that contract; whose weights it has; a graph that computes in
+another precision; one base input; one slot; the halves of a batch kept apart; control switched within one session; the output
+at one size, with control on or off. In this order: what comes first explains what comes later."""
+
+
+KINDS: tuple[CheckKind, ...] = get_args(CheckKind)
+
+
+Status = Literal["passed", "failed", "not run"]
+
+
+Grid = tuple[tuple[float, ...], ...]
+"""Rows of numbers from 0 to 1: a picture of at most 8×8 cells."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What really ran, whatever was asked for."""
+
+    backend: str
+    """As it was asked for: a key of `contract.environment.BACKENDS`."""
+    provider: str
+    """`CPUExecutionProvider`, `eager`, `TensorRT`."""
+    device: str
+    precision: str
+    """The dtype of the artefact's graph."""
+    detail: str
+    """Versions, and whether TF32 was off."""
+
+    def __str__(self) -> str:
+        return f"{self.provider} on {self.device}, {self.precision}, {self.detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing to prove of one backend."""
+
+    backend: str
+    kind: CheckKind
+    where: str
+    """The slot or input, or the case in words."""
+
+    def __str__(self) -> str:
+        return f"{self.backend}/{self.kind}[{self.where}]" if self.where else f"{self.backend}/{self.kind}"
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """How the output changes when one input is perturbed, beside how PyTorch's does."""
+
+    strength: float
+    """The change as a share of PyTorch's, along it: 1 is right, 0 is no effect."""
+    cosine: float
+    """Between the two changes: 1 is the same direction."""
+    size: float
+    """The largest change in PyTorch, as a share of the largest output."""
+    expected: Grid
+    """PyTorch's fingerprint: the change's magnitude over height and width, the largest cell of both fingerprints being 1."""
+    found: Grid
+    """The backend's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a check came to."""
+
+    check: Check
+    status: Status
+    reason: str = ""
+    """Empty where it passed; one or two sentences that name slot, input or case."""
+    geometry: Geometry | None = None
+    verdict: Verdict | None = None
+    effect: Effect | None = None
+    seconds: float = 0.0
+    """Of the backend's call that was judged; 0 where there was none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first of the contract's own values that leaves tolerance, in the order in which the UNet computes them."""
+
+    value: str
+    """Its name in the ONNX file."""
+    module: str
+    """Path of the PyTorch module that gives it."""
+    slot: str
+    """The slot whose skip or sum it is; empty where it is none's."""
+    verdict: Verdict
+    agreed: tuple[str, ...]
+    """The values before it, all of which agree."""
+    command: str
+    """A Polygraphy command that shows the same; empty where none can be given."""
+    note: str = ""
+    """What it was found on, where that is not the artefact itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One backend of a run."""
+
+    backend: str
+    artefact: str
+    ran: Ran | None
+    """None where it could not run."""
+    results: tuple[Result, ...]
+    divergence: Divergence | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> tuple[Result, ...]:
+        """The checks that failed."""
+        return tuple(each for each in self.results if each.status == "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """A whole run: one model, one or more backends."""
+
+    model: str
+    contract: Contract
+    reference: str
+    """The precision of PyTorch's reference, and where it ran: `PyTorch float64 on cpu`."""
+    times_own: float
+    """A backend may be this many times as far from the reference as PyTorch is in the same precision."""
+    seed: int
+    geometries: tuple[Geometry, ...]
+    sides: tuple[Side, ...]
+    versions: tuple[tuple[str, str], ...]
+
+    @property
+    def passes(self) -> bool:
+        """Whether something was checked on every backend and nothing failed."""
+        return bool(self.sides) and all(
+            any(each.status == "passed" for each in side.results) and not side.failed for side in self.sides
+        )
+
+    @property
+    def verdict(self) -> str:
+        """`PARITY`, or `BROKEN`."""
+        return "PARITY" if self.passes else "BROKEN"
+
+    def __str__(self) -> str:
+        wrong = [f"  {each.check}: {each.reason}" for side in self.sides for each in side.failed]
+        return "\n".join([f"{self.verdict}: {self.model}", *wrong])

@@ -1,0 +1,129 @@
+"""The search for the first value inside a file that is not PyTorch's, once an image is not."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shapecheck.contract import ShapecheckError
+from shapecheck.contract.contract import dtypes_of
+from shapecheck.observe.subject import TorchModel
+from shapecheck.parity.artefacts import File
+from shapecheck.parity.cases import Call, Draws
+from shapecheck.parity.divergence import Run, Source, first_divergence, inner_of
+from shapecheck.parity.reference import ASSUMED, Sides, placed
+from shapecheck.parity.results import Divergence
+from shapecheck.runtime.engine_session import EngineSession
+from shapecheck.runtime.onnx_session import PROVIDERS
+from shapecheck.tensorrt.build import build_engine
+from shapecheck.tensorrt.profiles import Range
+from shapecheck.tensorrt.record import read_engine
+
+_FUSED = "every value inside agrees when it is an output too: what is computed differently then is at fault, such as a fusion"
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One file beside the model."""
+
+    model: TorchModel
+    file: File
+    draws: Draws
+    sides: Sides
+    times_own: float
+    folder: Path | None
+    """Where to write what Polygraphy needs to show the same."""
+
+    def at(self, call: Call, backend: str) -> tuple[Divergence | None, tuple[str, ...]]:
+        """The first value that differs in a call, and notes on what was found out otherwise.
+
+        An engine gives no values inside. It is built again from its ONNX file with those values as outputs; where that cannot
+        be done, the ONNX file is searched in ONNX Runtime in its place. Either is said.
+        """
+        failures: list[str] = []
+        for provider, run, note, agreeing in self._ways(call, backend):
+            try:
+                found = self._first(call, provider, run)
+            except (ShapecheckError, OSError) as error:
+                failures.append(f"where it differs could not be found: {error}")
+                continue
+            return (replace(found, note=note), tuple(failures)) if found else (None, (*failures, agreeing))
+        return None, tuple(failures)
+
+    def _ways(self, call: Call, backend: str) -> list[tuple[str, Run | None, str, str]]:
+        """What can be searched, best first: a backend or what runs in its place, and what is said of a find and of none."""
+        if backend in PROVIDERS:
+            return [(backend, None, "", _FUSED)]
+        graph = f"{self.file.graph}, which the engine was built from"
+        same = f"every value inside agrees in {graph}"
+        return [
+            (
+                "ort",
+                partial(self._rebuilt, call),
+                f"found in {graph}, built again with marked outputs",
+                f"{same}, when it is built with its values as outputs: a fusion may be at fault",
+            ),
+            (
+                "ort",
+                None,
+                f"found in {graph}, in ONNX Runtime on the CPU",
+                f"{same}, in ONNX Runtime on the CPU: the engine itself differs",
+            ),
+        ]
+
+    def _rebuilt(self, call: Call, model: bytes, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The engine built again from marked bytes, for the size of the call, beside the ONNX file that holds its weights."""
+        path = self.file.graph
+        assert path is not None
+        options = read_engine(self.file.path).request.options
+        with tempfile.TemporaryDirectory(prefix=".shapecheck-", dir=path.parent) as folder, _beside(path, model) as file:
+            sizes = Range(call.geometry, call.geometry, call.geometry)
+            built = build_engine(
+                file, Path(folder) / "marked.plan", profiles=sizes, contract=self.file.contract, options=options
+            )
+            with EngineSession.open(built.path) as session:
+                found = session({name: each.cuda() for name, each in inputs.items()})
+                return {name: each.cpu() for name, each in found.items()}
+
+    def _first(self, call: Call, backend: str, run: Run | None) -> Divergence | None:
+        contract, path = self.file.contract, self.file.graph
+        assert path is not None
+        own = dtypes_of(contract)["sample"]
+        given = self.draws(call, expanded=False)
+
+        def source(precision: str) -> Source:
+            return lambda values: inner_of(placed(self.model.load(precision)), contract, given, values)
+
+        eps = torch.finfo(torch.float32).eps
+        return first_divergence(
+            path,
+            contract,
+            self.file.names_in_graph,
+            self.draws(call),
+            source(self.sides.precision),
+            source(own),
+            times_own=self.times_own * (ASSUMED / eps if self.sides.precision == own else 1),
+            dtype=getattr(torch, own),
+            backend=backend,
+            run=run,
+            folder=self.folder,
+        )
+
+
+@contextmanager
+def _beside(path: Path, model: bytes) -> Iterator[Path]:
+    """A file of these bytes in the folder of another, where external weights are found; gone afterwards."""
+    file = path.with_name(f".shapecheck.{os.getpid()}.marked.onnx")
+    try:
+        file.write_bytes(model)
+        yield file
+    finally:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,31 @@
+"""How long work tells what it is doing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Told what is being done, and of long copies how many bytes of how many are."""
+
+    def __call__(self, step: str, done: int = 0, total: int = 0, /) -> object:
+        """Take note."""
+
+
+def silent(_step: str, _done: int = 0, _total: int = 0, /) -> None:
+    """Tell nobody."""
+
+
+@contextmanager
+def quiet(library: str) -> Iterator[None]:
+    """Silence a library's log for a while."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,108 @@
+"""What the options ask for: the request, its backends and its run, each made once a session."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from shapecheck.doctor.environment import Backend
+    from shapecheck.parity.request import ParityRequest
+    from shapecheck.parity.run import Study
+
+
+STUDY = pytest.StashKey["Study"]()
+
+
+_BACKENDS = pytest.StashKey["Sequence[Backend]"]()
+
+
+OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("model", {"metavar": "MODEL", "help": "the UNet: a diffusers folder or hub id with weights"}),
+    ("onnx", {"metavar": "FILE", "help": "the ONNX file made of it"}),
+    ("engine", {"metavar": "PLAN", "help": "the engine made of it, its record beside it"}),
+    (
+        "backends",
+        {"metavar": "NAMES", "help": "what must run here: torch,torch-cuda,ort,ort-cuda,ort-trt,trt,rtx [what the files need]"},
+    ),
+    ("controlnet", {"metavar": "NAME", "help": "a ControlNet with weights whose residuals are used [random ones]"}),
+    ("sizes", {"action": "append", "metavar": "MIN:OPT:MAX", "help": "WxH in pixels; repeatable [an engine's profiles]"}),
+    ("batch", {"action": "append", "metavar": "MIN:OPT:MAX", "help": "batch, with --shapecheck-sizes"}),
+    ("tokens", {"metavar": "MIN:OPT:MAX", "help": "text tokens, with --shapecheck-sizes [77]"}),
+    ("seed", {"type": int, "default": 0, "metavar": "N", "help": "of the random inputs [0]"}),
+    ("times-own", {"type": float, "default": 4.0, "metavar": "N", "help": "how many times PyTorch's own error may be [4]"}),
+    (
+        "reference",
+        {"choices": ("auto", "float64", "float32"), "default": "auto", "help": "PyTorch's precision [float64 if it fits]"},
+    ),
+    ("variant", {"metavar": "NAME", "help": "which of a checkpoint's files, such as fp16"}),
+    ("offline", {"action": "store_true", "help": "never ask the hub"}),
+    ("report", {"metavar": "FOLDER", "help": "write parity.html, parity.md and parity.json there"}),
+    ("probes", {"metavar": "FOLDER", "help": "collect the .toml files there, and hold each to what it expects"}),
+    ("reports", {"metavar": "FOLDER", "help": "hold what is said of every probe to the .md file there"}),
+    ("update", {"action": "store_true", "help": "write those .md files instead"}),
+)
+
+
+def option(config: pytest.Config, name: str) -> Any:
+    """The value of one of our options."""
+    return config.getoption(f"--shapecheck-{name}")
+
+
+def named(config: pytest.Config) -> tuple[str, ...]:
+    """The backends asked for by name."""
+    return tuple(each.strip() for each in (option(config, "backends") or "").split(",") if each.strip())
+
+
+def request_of(config: pytest.Config, model: str | None = None) -> ParityRequest:
+    """What is asked for, of that model or of the one that the options name."""
+    from shapecheck.parity.request import ParityRequest
+
+    fields = ("onnx", "engine", "controlnet", "tokens", "seed", "reference", "variant", "offline")
+    return ParityRequest(
+        model or option(config, "model") or "",
+        backends=named(config),
+        sizes=tuple(option(config, "sizes") or ()),
+        batch=tuple(option(config, "batch") or ()),
+        times_own=option(config, "times-own"),
+        folder=Path(folder) if (folder := option(config, "report")) else None,
+        **{name: option(config, name) for name in fields},
+    )
+
+
+def examined(config: pytest.Config) -> Sequence[Backend]:
+    """The backends asked for, or that the files need, each tried once."""
+    if _BACKENDS not in config.stash:
+        from shapecheck import ShapecheckError, doctor
+
+        try:
+            names = request_of(config).what_runs if option(config, "model") else named(config)
+        except ShapecheckError as error:
+            raise usage_error(error) from None
+        config.stash[_BACKENDS] = [doctor.backend(name) for name in names]
+    return config.stash[_BACKENDS]
+
+
+def study_for(config: pytest.Config) -> Study:
+    """The run of this session, made once."""
+    if STUDY not in config.stash:
+        from shapecheck import ShapecheckError, extras
+        from shapecheck.parity.request import study_of
+
+        try:
+            config.stash[STUDY] = study_of(request_of(config))
+        except ModuleNotFoundError as error:
+            raise usage_error(extras.missing(error, "parity")) from None
+        except ShapecheckError as error:
+            raise usage_error(error) from None
+    return config.stash[STUDY]
+
+
+def usage_error(error: Exception) -> pytest.UsageError:
+    """The same in words of ours: options are called as they are here."""
+    names = "|".join(name for name, _ in OPTIONS)
+    return pytest.UsageError(re.sub(rf"(?<![\w-])--(?=({names})\b)", "--shapecheck-", str(error)))

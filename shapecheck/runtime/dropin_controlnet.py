@@ -1,0 +1,75 @@
+"""A session in the place of a pipeline's ControlNet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from diffusers.models.controlnets.controlnet import ControlNetOutput
+from torch import Tensor
+
+from shapecheck.runtime.combine import combined
+from shapecheck.runtime.dropin import DropIn, Session
+
+
+class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
+    """A ControlNet whose forward is a session: `pipe.controlnet = DropInControlNet(session)`. `shapecheck.load` makes one.
+
+    Pipelines tell one ControlNet from several by its class, so it is a `ControlNetModel`, without weights. It fits into a
+    `MultiControlNetModel`, beside others in PyTorch. `conditioning_scale` is an input of the file: it may change in every call.
+    StreamDiffusion calls it as it does a ControlNet in PyTorch: it has no `stream`, by which engines are told there.
+    """
+
+    def __init__(self, session: Session, *, finite: bool = True, own_outputs: bool = True) -> None:
+        torch.nn.Module.__init__(self)  # and not ControlNetModel's, which builds one
+        self._hold(session, "controlnet", finite=finite, own_outputs=own_outputs)
+        self._internal_dict = self._config()
+        self._residuals = [slot.name for slot in session.contract.slots]
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: float = 1.0,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        guess_mode: bool = False,
+        return_dict: bool = True,
+        **added: Any,
+    ) -> ControlNetOutput | tuple[list[Tensor], Tensor]:
+        """One residual a slot, (batch, channels, height, width) each, in diffusers' form.
+
+        Arguments are diffusers'; `text_embeds` and `time_ids` may be given as keywords too. Raises CallError with all that is
+        wrong.
+        """
+        given = {
+            "sample": sample,
+            "encoder_hidden_states": encoder_hidden_states,
+            "controlnet_cond": controlnet_cond,
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            "attention_mask": attention_mask,
+            "cross_attention_kwargs": cross_attention_kwargs or None,
+        }
+        weighted = guess_mode and not self.config.get("global_pool_conditions")
+        inputs = self._base(given, {**(added_cond_kwargs or {}), **added}, timestep)
+        inputs["conditioning_scale"] = self._scale(1.0 if weighted else conditioning_scale)
+        *downs, mid = self._ordered(self._run(inputs))
+        if weighted:
+            downs, mid = combined([(downs, mid)], [conditioning_scale], guess_mode=True)
+        return ControlNetOutput(downs, mid) if return_dict else (downs, mid)
+
+    def _scale(self, value: Any) -> Tensor:
+        dtype = next(each.dtype for each in self.contract.inputs if each.name == "conditioning_scale")
+        return torch.as_tensor(value, dtype=getattr(torch, dtype), device=self.device).reshape(1)
+
+    def _ordered(self, found: Mapping[str, Tensor]) -> list[Tensor]:
+        """By slot, whatever the file calls its outputs, which it has in that order."""
+        return [found[name] for name in self._residuals] if self._residuals[0] in found else list(found.values())

@@ -1,0 +1,77 @@
+"""A session in the place of a pipeline's UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor
+
+from shapecheck.runtime.dropin import UNSUPPORTED, DropIn, Session, UnsupportedError
+
+
+class DropInUNet(DropIn):
+    """A UNet whose forward is a session: `pipe.unet = DropInUNet(session)`. `shapecheck.load` makes one.
+
+    It is called as diffusers' `UNet2DConditionModel` is, and as StreamDiffusion calls a TensorRT engine. Every call is checked:
+    what the file has no input for is an error, and so are residuals that are missing, of another shape, dtype or device, or
+    given without their other half. Without residuals every slot gets zeros, and so does every place of a T2I-Adapter's feature
+    in a file that was exported for one; the list of features stays whole. With `finite` an image that is not all finite
+    numbers is an error that names the slot the NaN came in by; on a GPU that waits for the image.
+    """
+
+    def __init__(self, session: Session, *, finite: bool = True, own_outputs: bool = True) -> None:
+        super().__init__()
+        self._hold(session, "unet", finite=finite, own_outputs=own_outputs)
+        self.stream = None  # StreamDiffusion tells an engine by its `engine` and its `stream`, and calls it in another way
+        self.config = self._config()
+        self.encoder_hid_proj = None
+        widths = self.config.get("projection_class_embeddings_input_dim")
+        self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=widths)) if widths else None
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
+        down_block_additional_residuals: Any = None,
+        mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: Any = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+        **added: Any,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """The predicted noise, (batch, channels, height, width).
+
+        Arguments are diffusers'. `text_embeds` and `time_ids` may be given as keywords too, as StreamDiffusion does. Raises
+        CallError with all that is wrong.
+        """
+        given = {
+            "sample": sample,
+            "encoder_hidden_states": encoder_hidden_states,
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            "attention_mask": attention_mask,
+            "cross_attention_kwargs": cross_attention_kwargs or None,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        inputs = self._base(given, {**(added_cond_kwargs or {}), **added}, timestep)
+        inputs |= self._arguments.residuals(down_block_additional_residuals, mid_block_additional_residual, sample)
+        inputs |= self._arguments.features(down_intrablock_additional_residuals, sample)
+        (image,) = self._run(inputs).values()
+        return UNet2DConditionOutput(sample=image) if return_dict else (image,)
+
+    def disable_freeu(self) -> None:
+        """It is never on."""
+
+    def load_lora_adapter(self, state_dict: Mapping[str, Any], prefix: str | None = "unet", **_: Any) -> None:
+        """Refuse a LoRA that has a part for the UNet; one for the text encoder alone is none of ours."""
+        if any(prefix is None or key.startswith(f"{prefix}.") for key in state_dict):
+            raise UnsupportedError(f"load_lora_weights: {UNSUPPORTED['load_lora_adapter']}")

@@ -1,0 +1,110 @@
+"""An engine's file as TensorRT's own objects, once it is known to be what its record says."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import mmap
+from collections import deque
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shapecheck import extras
+from shapecheck.contract import ContractError, ShapecheckError
+from shapecheck.runtime.executor import refused
+from shapecheck.tensorrt.engine_io import DTYPES, SeenEngine, differences, seen_from, shown
+from shapecheck.tensorrt.record import MODULES, Engine
+
+_MESSAGES = 20
+
+
+_log = logging.getLogger(__name__)
+
+
+def bytes_of(path: Path, record: Engine, *, verify: bool) -> mmap.mmap:
+    """The bytes of an engine, as they lie on the disk. Raises ShapecheckError where they are not those of the record."""
+    if not path.is_file():
+        raise ShapecheckError(f"no engine at {path}, although its record is there; copy both together, or build again")
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise ShapecheckError(f"cannot read {path}: {error}") from None
+    if verify and len(data) != record.size:
+        raise ShapecheckError(f"{path} has {len(data)} bytes, its record says {record.size}: is one of them cut short or old?")
+    if verify and (digest := f"sha256:{hashlib.sha256(data).hexdigest()}") != record.digest:
+        raise ShapecheckError(f"{path} is {digest}, its record is of {record.digest}; copy both together, or build again")
+    return data
+
+
+@cache
+def _logger(trt: Any) -> Any:
+    """The one logger of the process: TensorRT goes on using the first that it was given, past the session that gave it."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Keeps errors for whoever raises one; passes warnings on to Python's logging."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: deque[str] = deque(maxlen=_MESSAGES)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(msg.strip())
+            elif severity == trt.ILogger.WARNING:
+                _log.warning("TensorRT: %s", msg.strip())
+
+    return Logger()
+
+
+class Loaded(NamedTuple):
+    """What TensorRT made of an engine's bytes."""
+
+    logger: Any
+    runtime: Any
+    engine: Any
+    seen: SeenEngine
+
+
+def load(trt: Any, path: Path, record: Engine, data: mmap.mmap) -> Loaded:
+    """The engine in these bytes. Raises ShapecheckError where TensorRT cannot load it, ContractError where it is another."""
+    request, logger = record.request, _logger(trt)
+    logger.errors.clear()
+    try:
+        runtime = trt.Runtime(logger)
+    except (RuntimeError, TypeError) as error:  # bindings raise TypeError where the library returns nothing
+        raise refused("start", logger, "`shapecheck doctor` says why") from error
+    if request.options.version_compatible:
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        here = f"{MODULES[request.options.target]} here is {trt.__version__}"
+        built = f"it was built by {request.tensorrt} on {request.gpu}, and {here}: build it again here"
+        raise refused(f"load {path}", logger, built)
+    _refuse_unbindable(trt, engine)
+    seen = seen_from(shown(trt, engine))
+    if found := differences(request, seen):
+        raise ContractError(found, subject=f"{path} is not what its record says", contract=request.contract)
+    return Loaded(logger, runtime, engine, seen)
+
+
+def _refuse_unbindable(trt: Any, engine: Any) -> None:
+    """Raise ShapecheckError where a torch tensor on the GPU cannot be bound to an input or output."""
+    for number in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(number)
+        dtype, location = engine.get_tensor_dtype(name), engine.get_tensor_location(name)
+        if dtype.name not in DTYPES or location != trt.TensorLocation.DEVICE:
+            raise ShapecheckError(f"{name} is {dtype.name} on the {location.name}, which no session binds")
+
+
+def module_of(target: str) -> Any:
+    """TensorRT. Raises ShapecheckError with the way to install it, or with why it does not load."""
+    name = MODULES[target]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise extras.missing(error, "running an engine") from None
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ShapecheckError(f"{name} is installed and does not load: {error}; `shapecheck doctor` says why") from error

@@ -1,0 +1,69 @@
+"""An execution context of TensorRT, and what is set in it: every native call of a running session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shapecheck.contract import Shape, ShapecheckError, show
+from shapecheck.runtime.binding import Serving
+
+Call = tuple[Serving, tuple[int, ...]]
+"""How a call is served, and where its inputs lie, in the contract's order."""
+
+
+def refused(what: str, logger: Any, advice: str = "") -> ShapecheckError:
+    """TensorRT would not do something: an error in its own words, which are then forgotten."""
+    words = [logger.errors.popleft() for _ in range(len(logger.errors))]
+    return ShapecheckError(
+        "\n".join([f"TensorRT refuses to {what}", *(f"  {each}" for each in words), *filter(None, [advice])])
+    )
+
+
+class Executor:
+    """An execution context, and what is set in it."""
+
+    def __init__(self, context: Any, logger: Any) -> None:
+        self._context, self._logger = context, logger
+        self._serving: Serving | None = None
+        self._addresses: dict[str, int] = {}
+        self.bound: Call | None = None
+        """The call whose shapes and addresses are set; None where not all are."""
+
+    def shape(self, serving: Serving, stream: int) -> None:
+        """Set the profile and every shape, unless they are set."""
+        self.bound = None
+        if self._serving == serving:
+            return
+        self._serving = None
+        self._addresses.clear()
+        if self._context.active_optimization_profile != serving.profile:
+            done = self._context.set_optimization_profile_async(serving.profile, stream)
+            self._check(done, f"switch to profile {serving.profile}")
+        for name, shape in serving.inputs.items():
+            self._check(self._context.set_input_shape(name, shape), f"take {name} of {show(shape)}")
+        try:
+            unresolved = self._context.infer_shapes()
+        except RuntimeError as error:
+            raise refused(f"work at {serving.geometry}", self._logger, str(error)) from error
+        self._check(not unresolved, f"work at {serving.geometry} without the shapes of {', '.join(unresolved)}")
+        self._serving = serving
+
+    def output_shape(self, name: str) -> Shape:
+        """The shape of an output at the shapes that are set; -1 where it depends on values."""
+        return tuple(self._context.get_tensor_shape(name))
+
+    def place(self, addresses: Mapping[str, int]) -> None:
+        """Bind every tensor that is not bound there."""
+        for name, address in addresses.items():
+            if self._addresses.get(name) != address:
+                self._check(self._context.set_tensor_address(name, address), f"bind {name} at {address:#x}")
+                self._addresses[name] = address
+
+    def execute(self, stream: int) -> None:
+        """Queue the work."""
+        self._check(self._context.execute_async_v3(stream), "run")
+
+    def _check(self, done: bool, what: str) -> None:
+        if not done:
+            raise refused(what, self._logger)

@@ -1,0 +1,173 @@
+"""From a file, or a model's name, to what a pipeline takes in place of its UNet or ControlNet."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.contract.contract import names_for
+from shapecheck.runtime.contract_session import ContractSession
+from shapecheck.runtime.dropin import DropIn, Session
+from shapecheck.runtime.dropin_controlnet import DropInControlNet
+from shapecheck.runtime.dropin_unet import DropInUNet
+from shapecheck.runtime.engine_session import EngineSession
+from shapecheck.runtime.onnx_session import PROVIDERS
+from shapecheck.tensorrt import profile_formats
+from shapecheck.tensorrt.profiles import profile_of
+from shapecheck.tensorrt.record import is_engine
+from shapecheck.tensorrt.size_ranges import parse_ranges
+
+Backend = Literal["auto", "ort", "ort-cuda", "ort-trt", "trt", "torch"]
+
+
+_TAKEN = {"onnx": tuple(PROVIDERS), "engine": ("trt",), "model": ("torch",), "live": ("torch",)}
+
+
+_FORMS = {"onnx": "an ONNX file", "engine": "an engine", "model": "a model in PyTorch", "live": "a live module"}
+
+
+_log = logging.getLogger(__name__)
+
+
+def load(
+    artefact: str | Path | nn.Module,
+    backend: Backend = "auto",
+    *,
+    contract: Contract | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    sizes: Sequence[str] = (),
+    batch: Sequence[str] = ("1",),
+    options: Mapping[str, str] | None = None,
+    graphs: bool = False,
+    finite: bool = True,
+    own_outputs: bool = True,
+    variant: str | None = None,
+) -> DropIn:
+    """A UNet or ControlNet for diffusers' pipelines and StreamDiffusion: `pipe.unet = shapecheck.load("unet.onnx")`.
+
+    `artefact` is an ONNX file, an engine with its record, or for `torch` a model: a diffusers folder, a hub id in the local
+    cache, a live UNet2DConditionModel. `auto` runs an engine in TensorRT, an ONNX file on the GPU where ONNX Runtime can and
+    else on the CPU, which is logged, a model in PyTorch. Any other backend runs, or raises.
+
+    `contract` is needed for an ONNX file that holds none. `device` is `cpu`, `cuda`, `cuda:1`. `dtype` and `variant` are for
+    `torch`. `sizes` and `batch`, as for `shapecheck build`, and `options` for the provider are for `ort-trt` and `ort-cuda`;
+    `graphs` replays an engine's calls as CUDA graphs. `finite=False` lets NaN through, and on a GPU saves waiting for each
+    image. With `own_outputs=False` a call writes over what the last one of that size returned: one allocation a size, for
+    loops that keep no output (schedulers such as PNDM do).
+
+    Raises ShapecheckError where the file, the contract or the backend is missing or does not run; ContractError where the
+    file is not what its contract says.
+    """
+    if backend not in get_args(Backend):
+        raise ShapecheckError(f"no backend {backend!r}; known: {', '.join(get_args(Backend))}")
+    kind = "live" if isinstance(artefact, nn.Module) else _kind(artefact)
+    chosen = _chosen(backend, kind, artefact, device)
+    if chosen == "torch":
+        return _in_torch(artefact, device, dtype, variant, finite=finite)
+    assert not isinstance(artefact, nn.Module)
+    if chosen == "trt":
+        session: Session = EngineSession.open(artefact, device=device, graphs=graphs)
+    else:
+        session = _in_onnx_runtime(
+            Path(artefact), chosen, contract, device, (sizes, batch), options, auto=backend == "auto", reuse=not own_outputs
+        )
+    made = DropInUNet if session.contract.role == "unet" else DropInControlNet
+    return made(session, finite=finite, own_outputs=own_outputs)
+
+
+def _kind(artefact: str | Path) -> str:
+    path = Path(artefact)
+    return "onnx" if path.suffix.lower() == ".onnx" else "engine" if is_engine(path) else "model"
+
+
+def _chosen(backend: Backend, kind: str, artefact: object, device: torch.device | str | None) -> str:
+    if backend != "auto":
+        if backend not in _TAKEN[kind]:
+            fit = " or ".join(_TAKEN[kind])
+            raise ShapecheckError(f"backend {backend} does not run {_FORMS[kind]}, {artefact!s:.200}: use {fit}")
+        return backend
+    if kind != "onnx":
+        return _TAKEN[kind][0]
+    on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+    return "ort-cuda" if on_gpu else "ort"
+
+
+def _in_onnx_runtime(
+    path: Path,
+    backend: str,
+    contract: Contract | None,
+    device: torch.device | str | None,
+    sizes: tuple[Sequence[str], Sequence[str]],
+    options: Mapping[str, str] | None,
+    *,
+    auto: bool,
+    reuse: bool,
+) -> ContractSession:
+    where = torch.device(device) if device is not None else torch.device("cpu" if backend == "ort" else "cuda")
+    if (where.type == "cpu") != (backend == "ort"):
+        raise ShapecheckError(f"{backend} does not run on {where}")
+    known = contract or _contract_in(path)
+    if backend == "ort-trt" and sizes[0]:
+        options = {**_profiles(path, known, *sizes), **(options or {})}
+    try:
+        return ContractSession.open_onnx(path, known, backend=backend, device=where.index or 0, options=options, reuse=reuse)
+    except ShapecheckError as error:
+        if not auto or backend == "ort" or device is not None:
+            raise
+        _log.warning("%s runs on the CPU: %s", path, error)
+        return ContractSession.open_onnx(path, known, reuse=reuse)
+
+
+def _contract_in(path: Path) -> Contract:
+    from shapecheck.onnx.contract_metadata import contract_inside
+
+    if not path.is_file():
+        raise ShapecheckError(f"no ONNX file at {path}")
+    if (found := contract_inside(path)) is None:
+        raise ShapecheckError(
+            f"{path} holds no contract: say which model it is with contract=, such as shapecheck.probe('sd15'); "
+            f"`shapecheck check {path}` tells what can be seen in it"
+        )
+    return found
+
+
+def _profiles(path: Path, known: Contract, sizes: Sequence[str], batch: Sequence[str]) -> dict[str, str]:
+    """For ONNX Runtime's TensorRT provider, in the file's own names."""
+    from shapecheck.onnx.reading import read
+
+    names = names_for(known, [each.name for each in read(path).inputs])
+    ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)
+    made = [profile_of(known, each).renamed(names) for each in ranges]
+    return {key: str(value) for key, value in profile_formats.provider_options(made).items()}
+
+
+def _in_torch(
+    model: str | Path | nn.Module,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    variant: str | None,
+    *,
+    finite: bool,
+) -> DropIn:
+    from shapecheck.observe.subject import TorchModel, take
+
+    if isinstance(model, nn.Module):
+        module = model.to(device, dtype) if device is not None or dtype is not None else model
+        contract = take(module).contract(_precision(next(module.parameters()).dtype), control=True)
+        return DropInUNet(ContractSession.of_unet(module, contract), finite=finite)
+    named = TorchModel(model, variant=variant)
+    precision = _precision(dtype) if dtype is not None else named.dtype()
+    module = named.load(precision).to(device or "cpu")
+    contract = named.contract(precision, control=True)
+    return DropInUNet(ContractSession.of_unet(module, contract, named.name), finite=finite)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Profiles and engines of a contract: built, recorded, checked."""

@@ -1,1 +1,0 @@
-"""How we prove it: an exported file against its contract."""
