@@ -11,10 +11,10 @@ from shapecheck.contract.contract import Contract
 from shapecheck.contract.dims import show
 from shapecheck.contract.records import Input, Slot
 from shapecheck.presets.families import architecture, families, identity
-from shapecheck.report.numbers import storable
-from shapecheck.report.tables import Format, clean, fact_list, heading, note_list, table, wrapped
+from shapecheck.report.document import Document, Facts, Format, Heading, Part, Points, Table
+from shapecheck.report.numbers import dump_json, format_count
 
-Part = Literal["model", "input", "slot", "feature", "setting"]
+ContractPart = Literal["model", "input", "slot", "feature", "setting"]
 """Of what: the model as a whole, one base input, one slot, one slot of a T2I-Adapter's feature, one setting of its
 configuration."""
 
@@ -23,7 +23,7 @@ configuration."""
 class Difference:
     """One thing that two contracts, A and B, do not say alike."""
 
-    part: Part
+    part: ContractPart
     name: str
     """Of the input, the slot or the setting; of the model: class, role, divisor, inputs or slots."""
     aspect: str
@@ -56,7 +56,9 @@ def _settings(contract: Contract) -> Mapping[str, str]:
     return {key: json.dumps(value, ensure_ascii=False, sort_keys=True) for key, value in config.items()}
 
 
-def _members(part: Part, a: Sequence[Input] | Sequence[Slot], b: Sequence[Input] | Sequence[Slot]) -> Iterator[Difference]:
+def _members(
+    part: ContractPart, a: Sequence[Input] | Sequence[Slot], b: Sequence[Input] | Sequence[Slot]
+) -> Iterator[Difference]:
     """Inputs or slots, by name; their order only where the names are the same."""
     left, right = _by_name(a), _by_name(b)
     if left.keys() == right.keys() and tuple(left) != tuple(right):
@@ -98,7 +100,7 @@ def _summary(each: Input | Slot) -> str:
     return show(each.skip) if each.spatial == "full" else f"{show(each.skip)} {each.spatial}"
 
 
-def _told(part: Part, name: str, a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[Difference]:
+def _told(part: ContractPart, name: str, a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[Difference]:
     """What differs between two tables; without a name the keys are names, else aspects of that one."""
     for key in dict.fromkeys((*a, *b)):
         if a.get(key) != b.get(key):
@@ -112,12 +114,7 @@ _OF_THE_SHAPE = ("", "batch", "channels", "size", "spatial")
 _OF_THE_PIPELINE = ("sample", "timestep")
 
 
-_COUNTED: tuple[tuple[Part, str], ...] = (
-    ("input", "base input"),
-    ("slot", "slot"),
-    ("feature", "feature"),
-    ("setting", "setting"),
-)
+_COUNTED = {"input": "base input", "slot": "slot", "feature": "feature", "setting": "setting"}
 
 
 _LONGEST = 400
@@ -131,40 +128,51 @@ class Side:
     contract: Contract
 
 
-def told(a: Side, b: Side, *, form: Format = "human") -> str:
-    """The whole report."""
+def render_text(a: Side, b: Side, *, form: Format = "human") -> str:
+    """Return the whole report."""
     found = differences(a.contract, b.contract)
-    title = f"{clean(a.name, form)} against {clean(b.name, form)}"
-    verdict = _verdict(a, found)
-    verdict = f"**{verdict}**" if form == "markdown" else verdict
-    sentences = [clean(each, form) for each in meaning(a, b)]
-    meant = "\n".join(f"- {each}" if form == "markdown" else wrapped(each, "    ") for each in sentences)
-    parts = [f"# {title}" if form == "markdown" else title, verdict, meant, _facts(a, b, form)]
+    facts = []
+    for letter, side in zip("AB", (a, b), strict=True):
+        contract = side.contract
+        name = contract.header.source or side.name
+        facts += [
+            (letter, f"{name}: {contract.class_name}, {len(contract.slots)} slots, {identity(contract)}"),
+            (f"digest {letter}", contract.digest),
+        ]
+    parts: list[Part] = [Points(explain_differences(a, b)), Facts(facts)]
     if found:
-        rows = [[clean(cell, form) for cell in _row(each)] for each in found]
-        parts += [heading("Differences", form), table(rows, ("of", "name", "in", "A", "B"), form)]
-    parts += [note_list(_notes(a.contract, b.contract), form), verdict if form == "human" else ""]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        rows = [
+            (
+                difference.part,
+                difference.name,
+                difference.aspect,
+                *("not there" if value is None else _cut(value) for value in (difference.a, difference.b)),
+            )
+            for difference in found
+        ]
+        parts += [Heading("Differences"), Table(("of", "name", "in", "A", "B"), rows)]
+    parts.append(Points(_list_notes(a.contract, b.contract), "note: "))
+    return Document(f"{a.name} against {b.name}", parts, [_describe_verdict(a, found)]).render(form)
 
 
-def as_json(a: Side, b: Side) -> str:
-    """The same for machines."""
+def render_json(a: Side, b: Side) -> str:
+    """Return the same for machines."""
     record = {
         "verdict": "same" if a.contract == b.contract else "different",
-        "same_architecture": _same_architecture(a.contract, b.contract),
+        "same_architecture": _have_same_architecture(a.contract, b.contract),
         "controlnet_of_a_fits_b": _fits(a.contract, b.contract),
         "controlnet_of_b_fits_a": _fits(b.contract, a.contract),
-        "meaning": list(meaning(a, b)),
-        "a": _record(a),
-        "b": _record(b),
-        "differences": [asdict(each) for each in differences(a.contract, b.contract)],
-        "notes": list(_notes(a.contract, b.contract)),
+        "meaning": list(explain_differences(a, b)),
+        "a": _record_side(a),
+        "b": _record_side(b),
+        "differences": [asdict(difference) for difference in differences(a.contract, b.contract)],
+        "notes": list(_list_notes(a.contract, b.contract)),
     }
-    return storable(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return dump_json(record)
 
 
-def meaning(a: Side, b: Side) -> tuple[str, ...]:
-    """What the differences mean for who has a ControlNet, an export or an engine of one of the two: one sentence each."""
+def explain_differences(a: Side, b: Side) -> tuple[str, ...]:
+    """Return what the differences mean to who has a ControlNet, an export or an engine of one of the two, in sentences."""
     left, right = a.contract, b.contract
     if left == right:
         return ("One contract: ControlNets, exports and engines of one have the shapes of the other's.",)
@@ -172,150 +180,129 @@ def meaning(a: Side, b: Side) -> tuple[str, ...]:
         unet, net = (a, b) if left.role == "unet" else (b, a)
         return (f"{net.name} is a ControlNet, {unet.name} a UNet: `shapecheck probe UNET --controlnet NAME` says what fits.",)
     sentences = []
-    if left.features != right.features:
-        sentences.append(_of_features(a, b))
-    elif _same_architecture(left, right):
-        settings = [each.name for each in differences(left, right) if each.part == "setting"]
-        only = f"; only {_listed(settings)} {'differs' if len(settings) == 1 else 'differ'}" if settings else ""
+    if left.features and right.features and left.features != right.features:
+        sentences.append(
+            "Features are added in other places or of other shapes: a T2I-Adapter made for one does not fit the other."
+        )
+    elif left.features != right.features:
+        taking, other = (a, b) if left.features else (b, a)
+        exported = f"{taking.name} takes a T2I-Adapter's features too, as `export --adapter` makes it"
+        sentences.append(f"{exported}; {other.name} was observed without.")
+    elif _have_same_architecture(left, right):
+        settings = [difference.name for difference in differences(left, right) if difference.part == "setting"]
+        only = f"; only {_join_names(settings)} {'differs' if len(settings) == 1 else 'differ'}" if settings else ""
         sentences.append(f"The same architecture: exports and engines of both take calls of the same shapes{only}.")
-    sentences += _of_unets(a, b) if left.role == "unet" else [_emitted(left, right)]
-    if precision := _precisions(left, right):
-        sentences.append(f"The precision differs, {precision}: residuals must come in that of the model they go to.")
+    if left.role == "unet":
+        sentences += _compare_unets(a, b)
+    elif wrong := _count_wrong_slots(left, right):
+        sentences.append(f"One ControlNet cannot stand in for the other: {', '.join(wrong)}.")
+    else:
+        sentences.append(f"Both ControlNets give the same {len(left.slots)} residuals.")
+    first, second = (next((given.dtype for given in side.inputs if given.name == "sample"), "") for side in (left, right))
+    if first != second:
+        sentences.append(
+            f"The precision differs, {first} against {second}: residuals must come in that of the model they go to."
+        )
     return tuple(sentences)
 
 
-def _of_unets(a: Side, b: Side) -> list[str]:
-    """Whether a ControlNet made for one UNet fits the other, in both directions."""
+def _compare_unets(a: Side, b: Side) -> list[str]:
+    """Return whether a ControlNet made for one UNet fits the other, in both directions, and what to know if it does."""
     left, right = a.contract, b.contract
-    if without := [each.name for each in (a, b) if not each.contract.slots]:
-        return [f"No ControlNet fits {_listed(without)}: there are no slots."]
-    shared = [*_wrong_slots(left, right), *_other_widths(left, right)]
-    forth, back = _lacking(left, right), _lacking(right, left)
-    same = [] if _wrong_slots(left, right) else [f"the {len(left.slots)} slots are the same"]
+    if without := [side.name for side in (a, b) if not side.contract.slots]:
+        return [f"No ControlNet fits {_join_names(without)}: there are no slots."]
+    wrong = _count_wrong_slots(left, right)
+    shared = [*wrong, *_compare_widths(left, right)]
+    forth, back = _find_lacking_inputs(left, right), _find_lacking_inputs(right, left)
+    same = [] if wrong else [f"the {len(left.slots)} slots are the same"]
     if shared or (forth and back):
-        one_sided = [f"only {each.name} takes {_listed(names)}" for each, names in ((a, forth), (b, back)) if names]
+        one_sided = [f"only {side.name} takes {_join_names(names)}" for side, names in ((a, forth), (b, back)) if names]
         sentences = [f"A ControlNet made for one does not fit the other: {', '.join([*same, *shared, *one_sided])}."]
     elif forth or back:
         of, to = (a, b) if forth else (b, a)
-        missing = f"it takes {_listed(forth or back)}, which a pipeline of {to.name} does not give"
+        missing = f"it takes {_join_names(forth or back)}, which a pipeline of {to.name} does not give"
         sentences = [f"A ControlNet made for {of.name} does not fit {to.name}: {', '.join(same)}, but {missing}."]
         sentences.append(f"A ControlNet made for {to.name} fits {of.name} by its shapes.")
     else:
         sentences = [f"A ControlNet made for one fits the other by its shapes: {', '.join(same)}, as is the text width."]
-    return sentences + _conditions(left, right, fits=not shared)
-
-
-def _conditions(a: Contract, b: Contract, *, fits: bool) -> list[str]:
-    """What to know where shapes fit, and are not all."""
-    told = []
-    if fits and (moved := [each.name for each in differences(a, b) if each.part == "slot" and each.aspect == "skip from"]):
-        told.append(f"The same shapes are made elsewhere in the two: the skips of {_listed(moved)}.")
-    if (channels := _latents(a)) != (other := _latents(b)):
-        told.append(
+    moved = [found.name for found in differences(left, right) if found.part == "slot" and found.aspect == "skip from"]
+    if moved and not shared:
+        sentences.append(f"The same shapes are made elsewhere in the two: the skips of {_join_names(moved)}.")
+    if (channels := _find_latent_channels(left)) != (other := _find_latent_channels(right)):
+        sentences.append(
             f"The UNets take {channels} and {other} latent channels: a ControlNet must take what the pipeline gives it, "
             "in diffusers' own pipelines 4."
         )
-    return told
+    return sentences
 
 
-def _wrong_slots(a: Contract, b: Contract) -> list[str]:
-    """That there are slots which do not take the same residuals, if there are."""
-    wrong = {each.name for each in differences(a, b) if each.part == "slot" and each.aspect in _OF_THE_SHAPE}
+def _count_wrong_slots(a: Contract, b: Contract) -> list[str]:
+    wrong = {found.name for found in differences(a, b) if found.part == "slot" and found.aspect in _OF_THE_SHAPE}
     count = len({slot.name for slot in (*a.slots, *b.slots)})
     return [f"{len(wrong)} of {count} slots differ in shape"] if wrong else []
 
 
-def _other_widths(a: Contract, b: Contract) -> list[str]:
-    """Inputs that pipelines give to ControlNets too, where both take them, each otherwise."""
-    theirs = {each.name: each.shape for each in b.inputs}
+def _compare_widths(a: Contract, b: Contract) -> list[str]:
+    """Return the inputs that pipelines give to ControlNets too, and that both take with another shape."""
+    theirs = {given.name: given.shape for given in b.inputs}
     return [
-        f"{'text width' if each.name == 'encoder_hidden_states' else each.name} differs: "
-        f"{'×'.join(map(str, each.shape[-1:]))} against {'×'.join(map(str, theirs[each.name][-1:]))}"
-        for each in a.inputs
-        if each.name not in _OF_THE_PIPELINE and theirs.get(each.name, each.shape) != each.shape
+        f"{'text width' if given.name == 'encoder_hidden_states' else given.name} differs: "
+        f"{'×'.join(map(str, given.shape[-1:]))} against {'×'.join(map(str, theirs[given.name][-1:]))}"
+        for given in a.inputs
+        if given.name not in _OF_THE_PIPELINE and theirs.get(given.name, given.shape) != given.shape
     ]
 
 
-def _lacking(of: Contract, to: Contract) -> list[str]:
-    """Inputs that the ControlNet of one UNet takes and a pipeline of the other does not give."""
-    given = {each.name for each in to.inputs}
-    return [each.name for each in of.inputs if each.name not in given]
+def _find_lacking_inputs(of: Contract, to: Contract) -> list[str]:
+    """Return the inputs that the ControlNet of one UNet takes and a pipeline of the other does not give."""
+    names = {given.name for given in to.inputs}
+    return [given.name for given in of.inputs if given.name not in names]
 
 
 def _fits(of: Contract, to: Contract) -> bool | None:
-    """Whether a ControlNet of one UNet fits another by its shapes; None where these are no two UNets with slots."""
+    """Return whether a ControlNet of one UNet fits another by its shapes; None if these are not two UNets with slots."""
     if (of.role, to.role) != ("unet", "unet") or not of.slots or not to.slots:
         return None
-    return not (_wrong_slots(of, to) or _other_widths(of, to) or _lacking(of, to))
+    return not (_count_wrong_slots(of, to) or _compare_widths(of, to) or _find_lacking_inputs(of, to))
 
 
-def _emitted(a: Contract, b: Contract) -> str:
-    if wrong := _wrong_slots(a, b):
-        return f"One ControlNet cannot stand in for the other: {', '.join(wrong)}."
-    return f"Both ControlNets give the same {len(a.slots)} residuals."
-
-
-def _of_features(a: Side, b: Side) -> str:
-    if a.contract.features and b.contract.features:
-        return "Features are added in other places or of other shapes: a T2I-Adapter made for one does not fit the other."
-    taking, other = (a, b) if a.contract.features else (b, a)
-    return (
-        f"{taking.name} takes a T2I-Adapter's features too, as `export --adapter` makes it; {other.name} was observed without."
-    )
-
-
-def _same_architecture(a: Contract, b: Contract) -> bool:
-    """Whether nothing but native size, numeric settings, spelling and precision differs."""
-    kept = {each.name: each for each in a.inputs}
-    inputs = tuple(replace(each, dtype=kept[each.name].dtype) if each.name in kept else each for each in b.inputs)
+def _have_same_architecture(a: Contract, b: Contract) -> bool:
+    """Return whether nothing but native size, numeric settings, spelling and precision differs."""
+    dtypes = {given.name: given.dtype for given in a.inputs}
+    inputs = tuple(replace(given, dtype=dtypes.get(given.name, given.dtype)) for given in b.inputs)
     alike = (a.role, a.divisor, architecture(a)) == (b.role, b.divisor, architecture(replace(b, inputs=inputs)))
-    return alike and not _wrong_slots(a, b)
+    return alike and not _count_wrong_slots(a, b)
 
 
-def _precisions(a: Contract, b: Contract) -> str:
-    first, second = (next((each.dtype for each in side.inputs if each.name == "sample"), "") for side in (a, b))
-    return f"{first} against {second}" if first != second else ""
+def _find_latent_channels(contract: Contract) -> str:
+    samples = (given for given in contract.inputs if given.name == "sample" and len(given.shape) == 4)
+    return next((str(sample.shape[1]) for sample in samples), "no")
 
 
-def _latents(contract: Contract) -> str:
-    return next((str(each.shape[1]) for each in contract.inputs if each.name == "sample" and len(each.shape) == 4), "no")
-
-
-def _verdict(a: Side, found: Sequence[Difference]) -> str:
+def _describe_verdict(a: Side, found: Sequence[Difference]) -> str:
     contract = a.contract
     if not found:
         return f"SAME: {len(contract.slots)} slots, {len(contract.inputs)} base inputs, {len(contract.config)} settings"
-    counts = [(len({each.name for each in found if each.part == part}), word) for part, word in _COUNTED]
-    whole = [each.name for each in found if each.part == "model"]
-    return f"DIFFERENT: {', '.join([*whole, *(_counted(count, word) for count, word in counts if count)])}"
+    counted = [difference.name for difference in found if difference.part == "model"]
+    for part, noun in _COUNTED.items():
+        if names := {difference.name for difference in found if difference.part == part}:
+            counted.append(format_count(len(names), noun))
+    return f"DIFFERENT: {', '.join(counted)}"
 
 
-def _facts(a: Side, b: Side, form: Format) -> str:
-    facts = []
-    for letter, side in zip("AB", (a, b), strict=True):
-        contract = side.contract
-        where = contract.header.source or side.name
-        facts += [
-            (letter, clean(f"{where}: {contract.class_name}, {len(contract.slots)} slots, {identity(contract)}", form)),
-            (f"digest {letter}", contract.digest),
-        ]
-    return fact_list(facts, form)
-
-
-def _notes(a: Contract, b: Contract) -> tuple[str, ...]:
-    """What differs without counting, and may matter."""
+def _list_notes(a: Contract, b: Contract) -> tuple[str, ...]:
+    """Return what differs without counting, and may matter."""
     notes = []
     if a.header.vae_factor != b.header.vae_factor:
         notes.append(f"a latent cell covers {a.header.vae_factor} pixels along each side in A, {b.header.vae_factor} in B")
-    releases = dict(a.header.versions), dict(b.header.versions)
-    moved = [name for name in releases[0] if releases[1].get(name, releases[0][name]) != releases[0][name]]
-    if moved:
-        told = ", ".join(f"{name} {releases[0][name]} and {releases[1][name]}" for name in moved)
-        notes.append(f"observed with other releases: {told}; a setting that one side lacks may come from that")
+    left, right = dict(a.header.versions), dict(b.header.versions)
+    releases = [f"{name} {left[name]} and {right[name]}" for name in left if right.get(name, left[name]) != left[name]]
+    if releases:
+        notes.append(f"observed with other releases: {', '.join(releases)}; a setting that one side lacks may come from that")
     return tuple(notes)
 
 
-def _record(side: Side) -> dict[str, Any]:
+def _record_side(side: Side) -> dict[str, Any]:
     contract = side.contract
     return {
         "name": side.name,
@@ -328,17 +315,9 @@ def _record(side: Side) -> dict[str, Any]:
     }
 
 
-def _row(each: Difference) -> tuple[str, ...]:
-    return each.part, each.name, each.aspect, *("not there" if value is None else _cut(value) for value in (each.a, each.b))
-
-
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
-def _counted(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
-
-
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""

@@ -73,6 +73,10 @@ def bench(
     pixels = parse_pair(size, "WxH in pixels") if size is not None else None
     with progress() as tell:
         found = timed(Request(artefact, model, names, pixels, batch, controlnets, frames, warm_up, offline), tell)
-    text = report.as_json(found) if form == "json" else report.told(found, "markdown" if form == "markdown" else "human")
+    text = (
+        report.render_json(found)
+        if form == "json"
+        else report.render_text(found, "markdown" if form == "markdown" else "human")
+    )
     write(text, output)
     return 0 if found.ran else ShapecheckError.exit_status

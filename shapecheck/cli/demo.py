@@ -95,4 +95,4 @@ def demo(
 def _told(found: Demo, form: Form) -> str:
     from shapecheck.pipelines import demo_report as text
 
-    return text.as_json(found) if form == "json" else text.told(found, form)
+    return text.render_json(found) if form == "json" else text.render_text(found, form)

@@ -40,6 +40,6 @@ def diff(a: str, b: str, offline: bool, form: Form, output: Path | None) -> int:
         refuse_unwritable(output)
     with progress() as tell:
         sides = [report.Side(each, contract_of(each, offline=offline, progress=tell)) for each in (a, b)]
-    text = report.as_json(*sides) if form == "json" else report.told(*sides, form=form)
+    text = report.render_json(*sides) if form == "json" else report.render_text(*sides, form=form)
     write(text, output)
     return 0 if sides[0].contract == sides[1].contract else ContractError.exit_status

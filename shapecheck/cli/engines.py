@@ -122,20 +122,20 @@ def profile(
             held = held_to(contract, offline, tell)
             made = profiles_of(model, wanted, held, control=control, offline=offline, progress=tell)
     except ContractError as error:
-        write(engine_report.refused(error, form), None)
+        write(engine_report.render_refusal(error, form), None)
         return error.exit_status
     if made.broken is not None:
-        write(check_report.as_json(made.broken) if form == "json" else check_report.told(made.broken), None)
+        write(check_report.render_json(made.broken) if form == "json" else check_report.render_text(made.broken), None)
         return ContractError.exit_status
     if tool is not None and not made.dynamic:
         click.echo("every input of this file has one size: it needs no profile", err=True)
     if tool is not None:
-        text = report.for_tool(made.dynamic, tool, form)
+        text = report.render_options(made.dynamic, tool, form)
     else:
         text = (
-            report.as_json(made.contract, made.profiles)
+            report.render_json(made.contract, made.profiles)
             if form == "json"
-            else report.told(made.contract, made.profiles, made.names)
+            else report.render_text(made.contract, made.profiles, made.names)
         )
     write(text, output)
     return 0
@@ -247,7 +247,7 @@ def build(
         with progress() as tell:
             source, found = tensorrt_source.examine(file, held_to(contract, offline, tell), tell, control=control)
             if source is None:
-                write(check_report.as_json(found) if form == "json" else check_report.told(found), None)
+                write(check_report.render_json(found) if form == "json" else check_report.render_text(found), None)
                 return ContractError.exit_status
             built = tensorrt_build.build_engine(
                 source,
@@ -260,10 +260,10 @@ def build(
                 progress=tell,
             )
     except ContractError as error:
-        write(report.refused(error, form), None)
+        write(report.render_refusal(error, form), None)
         return error.exit_status
     if found.basis == "none":
         note = "no model was named and no preset fits: the contract is the file's own table; --model holds it to its UNet"
         built = replace(built, notes=(*built.notes, note))
-    write(report.as_json(built) if form == "json" else report.told(built), None)
+    write(report.render_json(built) if form == "json" else report.render_text(built), None)
     return 0

@@ -102,9 +102,13 @@ def _write(diagnosis: Diagnosis, judgements: list[Judgement], form: Form, output
     from shapecheck.explain import report
 
     first, others = (judgements[0], judgements[1:]) if judgements else (None, [])
-    as_asked = record.as_json(diagnosis, first, others) if form == "json" else report.told(diagnosis, first, others, form=form)
+    as_asked = (
+        record.render_json(diagnosis, first, others)
+        if form == "json"
+        else report.render_text(diagnosis, first, others, form=form)
+    )
     write(as_asked, output)
-    return 0 if record.verdict(diagnosis, first) == "diagnosis" else ContractError.exit_status
+    return 0 if record.judge_diagnosis(diagnosis, first) == "diagnosis" else ContractError.exit_status
 
 
 def _text(text: str | None, *, others: bool) -> str | None:

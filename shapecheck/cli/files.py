@@ -110,9 +110,9 @@ def export(
     try:
         agreements = _verified(done, model, variant, offline) if verify else ()
     except ShapecheckError:  # the file is written all the same
-        write(report.as_json(done) if form == "json" else report.told(done), None)
+        write(report.render_json(done) if form == "json" else report.render_text(done), None)
         raise
-    write(report.as_json(done, agreements) if form == "json" else report.told(done, agreements), None)
+    write(report.render_json(done, agreements) if form == "json" else report.render_text(done, agreements), None)
     return 0 if all(each.agrees for each in agreements) else ContractError.exit_status
 
 
@@ -191,9 +191,9 @@ def check(
         checked = verify(file, contract, asked, progress=tell)
         found = misfits(checked.contract, controlnets, asked, offline=offline, progress=tell) if controlnets else ()
     if form == "json":
-        text = report.as_json(checked, controlnets=controlnets, misfits=found)
+        text = report.render_json(checked, controlnets=controlnets, misfits=found)
     else:
-        text = report.told(checked, form=form, controlnets=controlnets, misfits=found)
+        text = report.render_text(checked, form=form, controlnets=controlnets, misfits=found)
     write(text, output)
     if checked.mismatches or found:
         return ContractError.exit_status
@@ -232,7 +232,7 @@ def _check_engine(
             offline=offline,
             progress=tell,
         )
-    write(report.as_json(checked) if form == "json" else report.told(checked, form), output)
+    write(report.render_json(checked) if form == "json" else report.render_text(checked, form), output)
     return 0 if checked.is_fine else ContractError.exit_status
 
 

@@ -43,6 +43,6 @@ def doctor(required: tuple[str, ...], form: str, output: Path | None) -> int:
         refuse_unwritable(output)
     with progress() as tell:
         environment = examiner.examine(progress=tell)
-    text = report.as_json(environment, required) if form == "json" else report.told(environment, required)
+    text = report.render_json(environment, required) if form == "json" else report.render_text(environment, required)
     write(text, output)
     return ContractError.exit_status if environment.failing(required) else 0

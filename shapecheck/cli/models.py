@@ -67,9 +67,9 @@ def probe(
         finding = requests.carry_out(request, offline=offline, progress=steps)
     claim = request.claim is not None
     if form == "json":
-        text = report.as_json(finding.contract, finding.mismatches, finding.geometry, claim=claim)
+        text = report.render_json(finding.contract, finding.mismatches, finding.geometry, claim=claim)
     else:
-        text = report.told(finding.contract, finding.mismatches, finding.geometry, form=form, claim=claim)
+        text = report.render_text(finding.contract, finding.mismatches, finding.geometry, form=form, claim=claim)
     write(text, output)
     return ContractError.exit_status if finding.mismatches else 0
 
@@ -80,5 +80,5 @@ def presets(form: str) -> int:
     """List the well-known models that can be named as MODEL or --controlnet."""
     from shapecheck.report import presets as report
 
-    write(report.told(form), None)
+    write(report.render(form), None)
     return 0

@@ -120,9 +120,9 @@ def _told(found: Parity, form: str) -> str:
     from shapecheck.parity import report as text
 
     if form == "json":
-        return text.as_json(found)
+        return text.render_json(found)
     if form == "html":
-        from shapecheck.parity.page import page
+        from shapecheck.parity.page import render_page
 
-        return page(found)
-    return text.told(found, "markdown" if form == "markdown" else "human")
+        return render_page(found)
+    return text.render_text(found, "markdown" if form == "markdown" else "human")

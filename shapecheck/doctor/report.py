@@ -2,109 +2,90 @@
 
 from __future__ import annotations
 
-import json
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from shapecheck.doctor.environment import BACKENDS, Backend, Environment, Gap, Package
-from shapecheck.report.tables import LINE, fact_list, table, wrapped
+from shapecheck.doctor.environment import BACKENDS, Environment
+from shapecheck.report.document import Document, Facts, Heading, Lines, Part, Points, Table, wrap
+from shapecheck.report.numbers import dump_json
 
 _GIB = 2**30
 
 
-def told(environment: Environment, required: Sequence[str] = ()) -> str:
-    """For a person. Where backends are required, the fixes and the verdict are about those; else about everything."""
-    fixes = _fixes(environment, required)
-    parts = [
-        fact_list(_facts(environment), "human"),
-        "Packages",
-        _packages(environment.packages),
-        "Backends",
-        _backends(environment.backends),
-        *(("To fix", "\n".join(fixes)) if fixes else ()),
-        "\n".join(wrapped(line, "    ") for line in _verdict(environment, required)),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def as_json(environment: Environment, required: Sequence[str] = ()) -> str:
-    """The same for machines."""
-    record = {
-        **asdict(environment),
-        "packages": [asdict(each) | {"installed": each.installed} for each in environment.packages],
-        "backends": [asdict(each) | {"reason": each.reason or None} for each in environment.backends],
-        "required": list(required),
-        "verdict": ("cannot run" if environment.failing(required) else "ready") if required else None,
-    }
-    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-
-
-def _facts(environment: Environment) -> list[tuple[str, str]]:
+def render_text(environment: Environment, required: Sequence[str] = ()) -> str:
+    """Return the report for a person. If backends are required, fixes and verdict are about those; else about everything."""
     driver = environment.driver
     works = f"{driver.version or 'version unknown'}, for CUDA up to {driver.cuda}"
-    gpus = [f"{each.name}, compute capability {each.capability}, {each.memory / _GIB:.1f} GiB" for each in environment.devices]
-    return [
+    gpus = [f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory / _GIB:.1f} GiB" for gpu in environment.devices]
+    facts = [
         ("python", environment.python),
         ("platform", environment.platform),
         ("driver", driver.gap.problem if driver.gap else works),
         *(("GPU", gpu) for gpu in gpus),
     ]
+    packages = [
+        (
+            package.name,
+            package.version or "-",
+            "ok" if package.gap is None else package.gap.problem if package.installed else "not installed",
+        )
+        for package in environment.packages
+    ]
+    backends = [
+        (backend.name, BACKENDS[backend.name], "yes" if backend.runs else "no", backend.detail or backend.reason)
+        for backend in environment.backends
+    ]
+    parts: list[Part] = [
+        Facts(facts),
+        Heading("Packages"),
+        Table(("package", "version", "state"), packages, fits=True),
+        Heading("Backends"),
+        Table(("backend", "what it is", "runs here", "with what, or why not"), backends, fits=True),
+    ]
+    if fixes := _list_fixes(environment, required):
+        parts += [Heading("To fix"), Lines(fixes)]
+    parts.append(Points(_list_verdicts(environment, required)))
+    return Document("", parts).render("human")
 
 
-def _packages(packages: Sequence[Package]) -> str:
-    rows = [(each.name, each.version or "-", _state(each)) for each in packages]
-    return _fitted(rows, ("package", "version", "state"))
+def render_json(environment: Environment, required: Sequence[str] = ()) -> str:
+    """Return the same for machines."""
+    record = {
+        **asdict(environment),
+        "packages": [asdict(package) | {"installed": package.installed} for package in environment.packages],
+        "backends": [asdict(backend) | {"reason": backend.reason or None} for backend in environment.backends],
+        "required": list(required),
+        "verdict": ("cannot run" if environment.failing(required) else "ready") if required else None,
+    }
+    return dump_json(record)
 
 
-def _state(package: Package) -> str:
-    if package.gap is None:
-        return "ok"
-    return package.gap.problem if package.installed else "not installed"
-
-
-def _backends(backends: Sequence[Backend]) -> str:
-    rows = [(each.name, BACKENDS[each.name], "yes" if each.runs else "no", each.detail or each.reason) for each in backends]
-    return _fitted(rows, ("backend", "what it is", "runs here", "with what, or why not"))
-
-
-def _fitted(rows: Sequence[tuple[str, ...]], headers: Sequence[str]) -> str:
-    """A table whose last column is wrapped, so that the whole is no wider than a report."""
-    taken = sum(max(map(len, column)) + 2 for column in list(zip(headers, *rows, strict=True))[:-1])
-    return table([(*row[:-1], textwrap.fill(row[-1], max(LINE - taken, 30))) for row in rows], headers, "human")
-
-
-def _fixes(environment: Environment, required: Sequence[str]) -> list[str]:
-    """Every command once, under all that it puts right."""
-    problems: dict[str, dict[str, list[str]]] = {}
-    for name, gap in _gaps(environment, required):
-        problems.setdefault(gap.fix, {}).setdefault(gap.problem, []).append(name)
-    return [line for fix, found in problems.items() for line in (_whose(found), f"    {fix}")]
-
-
-def _whose(found: dict[str, list[str]]) -> str:
-    """What is wrong and for which backends; a package says that itself."""
-    texts = []
-    for problem, names in found.items():
-        concerned = ", ".join(name for name in dict.fromkeys(names) if name)
-        texts.append(f"{problem} ({concerned})" if concerned else problem)
-    return wrapped(f"- {'; '.join(texts)}", "  ")
-
-
-def _gaps(environment: Environment, required: Sequence[str]) -> Iterator[tuple[str, Gap]]:
-    for backend in environment.backends:
-        if not required or backend.name in required:
-            yield from ((backend.name, gap) for gap in backend.gaps)
+def _list_fixes(environment: Environment, required: Sequence[str]) -> list[str]:
+    """Return every command once, under all that it puts right and for which backends; a package says that itself."""
+    concerned = [backend for backend in environment.backends if not required or backend.name in required]
+    gaps = [(backend.name, gap) for backend in concerned for gap in backend.gaps]
     if not required:
-        yield from (("", package.gap) for package in environment.packages if package.gap)
+        gaps += [("", package.gap) for package in environment.packages if package.gap]
+    fixes: dict[str, dict[str, list[str]]] = {}
+    for name, gap in gaps:
+        fixes.setdefault(gap.fix, {}).setdefault(gap.problem, []).append(name)
+    lines = []
+    for fix, problems in fixes.items():
+        texts = []
+        for problem, names in problems.items():
+            backends = ", ".join(name for name in dict.fromkeys(names) if name)
+            texts.append(f"{problem} ({backends})" if backends else problem)
+        lines += [*wrap(f"- {'; '.join(texts)}", "  ").splitlines(), f"    {fix}"]
+    return lines
 
 
-def _verdict(environment: Environment, required: Sequence[str]) -> list[str]:
+def _list_verdicts(environment: Environment, required: Sequence[str]) -> list[str]:
     if required:
-        asked = [environment.backend(name) for name in dict.fromkeys(required)]
+        backends = [environment.backend(name) for name in dict.fromkeys(required)]
         return [
-            f"READY: {each.name}: {each.detail}" if each.runs else f"CANNOT RUN: {each.name}: {each.reason}" for each in asked
+            f"READY: {backend.name}: {backend.detail}" if backend.runs else f"CANNOT RUN: {backend.name}: {backend.reason}"
+            for backend in backends
         ]
-    runs = [f"{each.name} (in part)" if each.gaps else each.name for each in environment.backends if each.runs]
-    others = [each.name for each in environment.backends if not each.runs]
+    runs = [f"{backend.name} (in part)" if backend.gaps else backend.name for backend in environment.backends if backend.runs]
+    others = [backend.name for backend in environment.backends if not backend.runs]
     return [f"RUNS HERE: {', '.join(runs) or 'nothing'}" + (f"; not: {', '.join(others)}" if others else "")]

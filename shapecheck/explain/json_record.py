@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,46 +9,47 @@ from typing import Any
 from shapecheck.explain.diagnosis import Candidate, Diagnosis, Reading
 from shapecheck.explain.fault import Fault
 from shapecheck.explain.judge_mapping import Judgement
-from shapecheck.explain.report import certain, meaning
+from shapecheck.explain.report import explain_symptom, name_certain_command
 from shapecheck.explain.residual_table import Given, Table
 from shapecheck.explain.torch_messages import eager
+from shapecheck.report.numbers import dump_json
 
 
-def as_json(diagnosis: Diagnosis, judgement: Judgement | None = None, others: Sequence[Judgement] = ()) -> str:
-    """The same for machines, with every candidate and the residuals that lead to it.
+def render_json(diagnosis: Diagnosis, judgement: Judgement | None = None, others: Sequence[Judgement] = ()) -> str:
+    """Return the same for machines, with every candidate and the residuals that lead to it.
 
     `judgement` is the claimed table on the UNet it fits best, `others` the same on the other UNets that were tried.
     """
     record: dict[str, Any] = {
-        "verdict": verdict(diagnosis, judgement),
+        "verdict": judge_diagnosis(diagnosis, judgement),
         "reason": diagnosis.reason or None,
         "tried": list(diagnosis.tried),
-        "symptoms": [_reading_record(reading) for reading in diagnosis.readings],
-        "mapping": None if judgement is None else _judgement_record(judgement),
+        "symptoms": [_record_reading(reading) for reading in diagnosis.readings],
+        "mapping": None if judgement is None else _record_judgement(judgement),
         "mapping_gives_text": None if judgement is None else judgement.gives(diagnosis),
         "mapping_elsewhere": [
-            {"models": list(each.models), "right": each.is_right, "mismatches": len(each.mismatches)} for each in others
+            {"models": list(other.models), "right": other.is_right, "mismatches": len(other.mismatches)} for other in others
         ],
     }
-    return json.dumps(record, indent=1, ensure_ascii=True) + "\n"
+    return dump_json(record, ascii_only=True)
 
 
-def verdict(diagnosis: Diagnosis, judgement: Judgement | None) -> str:
-    """`diagnosis`, or `none`: of the text where there is one, else of the table."""
+def judge_diagnosis(diagnosis: Diagnosis, judgement: Judgement | None) -> str:
+    """Return `diagnosis`, or `none`: of the text if there is one, else of the table."""
     return "diagnosis" if diagnosis.found or (judgement is not None and not diagnosis.reason) else "none"
 
 
-def _reading_record(reading: Reading) -> dict[str, Any]:
+def _record_reading(reading: Reading) -> dict[str, Any]:
     return {
-        "symptom": asdict(reading.symptom) | {"meaning": meaning(reading.symptom)},
+        "symptom": asdict(reading.symptom) | {"meaning": explain_symptom(reading.symptom)},
         "causes": [asdict(cause) for cause in reading.causes],
         "answers": [
             {
                 "models": list(answer.models),
                 "geometry": asdict(answer.geometry),
-                "certain": certain(answer),
-                "slots": list(dict.fromkeys(each.slot for each in answer.candidates)),
-                "candidates": [_candidate_record(each) for each in answer.candidates],
+                "certain": name_certain_command(answer),
+                "slots": list(dict.fromkeys(candidate.slot for candidate in answer.candidates)),
+                "candidates": [_record_candidate(candidate) for candidate in answer.candidates],
                 "right": Table.of(answer.contract, answer.geometry).right.named,
             }
             for answer in reading.answers
@@ -57,7 +57,7 @@ def _reading_record(reading: Reading) -> dict[str, Any]:
     }
 
 
-def _candidate_record(candidate: Candidate) -> dict[str, Any]:
+def _record_candidate(candidate: Candidate) -> dict[str, Any]:
     return {
         "slot": candidate.slot,
         "module": candidate.module,
@@ -68,30 +68,30 @@ def _candidate_record(candidate: Candidate) -> dict[str, Any]:
         "touched": list(candidate.fault.slots),
         "wanted": candidate.wanted,
         "given": candidate.given,
-        "alike": [_fault_record(fault) for fault in candidate.faults[1:]],
-        "mapping": _given_record(candidate.table),
+        "alike": [_record_fault(fault) for fault in candidate.faults[1:]],
+        "mapping": _record_shapes(candidate.table),
         "geometries": [asdict(geometry) for geometry in candidate.geometries],
     }
 
 
-def _fault_record(fault: Fault) -> dict[str, Any]:
+def _record_fault(fault: Fault) -> dict[str, Any]:
     return {"fault": fault.kind, "told": fault.told, "change": fault.change, "touched": list(fault.slots)}
 
 
-def _given_record(given: Given) -> dict[str, Any]:
+def _record_shapes(given: Given) -> dict[str, Any]:
     return {"down": given.downs, "mid": given.mid}
 
 
-def _judgement_record(judgement: Judgement) -> dict[str, Any]:
+def _record_judgement(judgement: Judgement) -> dict[str, Any]:
     return {
         "models": list(judgement.models),
         "geometry": asdict(judgement.geometry),
         "verdict": "right" if judgement.is_right else "silent" if judgement.is_silent else "raises",
         "text": eager(judgement.failure) if judgement.failure else None,
         "slot": judgement.failure.slot if judgement.failure else None,
-        "mismatches": [asdict(each) for each in judgement.mismatches],
-        "faults": [_fault_record(fault) | {"differs": match.differs} for match in judgement.matches for fault in match.faults],
+        "mismatches": [asdict(mismatch) for mismatch in judgement.mismatches],
+        "faults": [_record_fault(fault) | {"differs": match.differs} for match in judgement.matches for fault in match.faults],
         "notes": list(judgement.notes),
-        "given": _given_record(judgement.given),
+        "given": _record_shapes(judgement.given),
         "right": Table.of(judgement.contract, judgement.geometry).right.named,
     }

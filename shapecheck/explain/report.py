@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 
 from shapecheck.contract import Contract, Geometry, show
 from shapecheck.explain.diagnosis import Answer, Candidate, Cause, Diagnosis, Reading
 from shapecheck.explain.judge_mapping import Judgement
-from shapecheck.explain.mapping_report import agreement, elsewhere, judged, names
+from shapecheck.explain.mapping_report import describe_agreement, list_judgement, list_others, name_models
 from shapecheck.explain.symptom import Symptom
-from shapecheck.report.tables import LINE, Format, clean, fact_list, heading, note_list, table, wrapped
+from shapecheck.report.document import LINE, Document, Facts, Format, Heading, Paragraph, Part, Points, Table
 
 _SHOWN = 4
 """Sizes that are written out."""
@@ -20,46 +19,39 @@ _LONGEST = 400
 """Characters of the text that are repeated."""
 
 
-def told(
+def render_text(
     diagnosis: Diagnosis, judgement: Judgement | None = None, others: Sequence[Judgement] = (), *, form: Format = "human"
 ) -> str:
-    """The whole report: what each symptom comes to; then the table that was claimed, if one was, on the UNet it fits best.
+    """Return the whole report: what each symptom comes to; then the table that was claimed, on the UNet it fits best.
 
     `others` are the same on the other UNets that were tried.
     """
-    parts: list[str] = []
+    parts: list[Part] = []
     for reading in diagnosis.found:
-        parts += _reading(reading, form, diagnosis.tried[0] if len(diagnosis.tried) == 1 else None)
+        parts += _list_reading(reading, diagnosis.tried[0] if len(diagnosis.tried) == 1 else None)
     if not diagnosis.found and diagnosis.reason:
-        parts += [wrapped(f"NO DIAGNOSIS: {diagnosis.reason}", ""), _tried(diagnosis, form)]
+        parts.append(Paragraph(f"NO DIAGNOSIS: {diagnosis.reason}", indent=""))
+        parts.append(Paragraph(f"tried: {', '.join(diagnosis.tried)}", indent=" " * len("tried: ")))
     if judgement is not None:
-        parts += [*judged(judgement, form), agreement(diagnosis, judgement, form), *elsewhere(others, form)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        parts += [*list_judgement(judgement), *describe_agreement(diagnosis, judgement), *list_others(others)]
+    return Document("", parts).render(form)
 
 
-def _tried(diagnosis: Diagnosis, form: Format) -> str:
-    tried = f"tried: {', '.join(diagnosis.tried)}"
-    return tried if form == "markdown" else wrapped(tried, "       ")
-
-
-def _reading(reading: Reading, form: Format, model: str | None) -> Iterator[str]:
-    """One symptom; `model` is the one that was named, if one was."""
+def _list_reading(reading: Reading, model: str | None) -> Iterator[Part]:
+    """Yield what one symptom comes to; `model` is the one that was named, if one was."""
     symptom = reading.symptom
-    line = clean(symptom.line[:_LONGEST], form)
-    yield f"# {symptom.source}: {line}" if form == "markdown" else wrapped(f"{symptom.source}: {line}", "  ")
-    if said := meaning(symptom):
-        yield said if form == "markdown" else wrapped(said, "")
+    yield Heading(f"{symptom.source}: {symptom.line[:_LONGEST]}", 1, indent="  ")
+    yield Paragraph(explain_symptom(symptom), indent="")
     for cause in reading.causes:
-        yield _cause(cause, form, model)
+        yield _describe_cause(cause, model)
     if not reading.answers:
         return
-    answers = sorted(reading.answers, key=lambda each: -len(each.models))
+    answers = sorted(reading.answers, key=lambda answer: -len(answer.models))
     if model is None:
-        yield heading("Models that can give this text", form)
-        rows = [(names(each.models), _places(each), len(each.candidates)) for each in answers]
-        yield table(rows, ("models", "where it shows", "faults"), form)
-    yield from _answer(answers[0], form)
-    yield _certainty(answers[0], form)
+        yield Heading("Models that can give this text")
+        rows = [(name_models(answer.models), _name_places(answer), len(answer.candidates)) for answer in answers]
+        yield Table(("models", "where it shows", "faults"), rows)
+    yield from _list_answer(answers[0])
 
 
 _PLACES = {
@@ -70,8 +62,8 @@ _PLACES = {
 }
 
 
-def meaning(symptom: Symptom) -> str:
-    """What the words of a symptom mean, in terms of residuals; empty where they say it themselves."""
+def explain_symptom(symptom: Symptom) -> str:
+    """Return what the words of a symptom mean, in terms of residuals; empty if they say it themselves."""
     place = _PLACES.get(symptom.stage or "", "")
     wanted = symptom.wanted if symptom.wanted is not None else "another size"
     given = symptom.given if symptom.given is not None else "another"
@@ -81,9 +73,10 @@ def meaning(symptom: Symptom) -> str:
         return ""
     if symptom.kind == "broadcast":
         axis = dict(enumerate(("batch", "channels", "height", "width"))).get(symptom.axis or 0, "an axis")
+        a, b = (f"{size} channels" if axis == "channels" else f"{axis} {size}" for size in (wanted, given))
         return (
-            f"In skip + residual the UNet's own tensor is a and has {_counted(wanted, axis)}; the residual is b and has "
-            f"{_counted(given, axis)}{place}. PyTorch compares the last axis first and names the first that differs."
+            f"In skip + residual the UNet's own tensor is a and has {a}; the residual is b and has {b}{place}. PyTorch "
+            "compares the last axis first and names the first that differs."
         )
     if symptom.kind == "concat":
         return f"On the way up, a tensor of size {wanted} meets a skip of {given}."
@@ -98,73 +91,66 @@ def meaning(symptom: Symptom) -> str:
     return ""
 
 
-def _counted(size: object, axis: str) -> str:
-    return f"{size} channels" if axis == "channels" else f"{axis} {size}"
+def _describe_cause(cause: Cause, model: str | None) -> Facts:
+    command = cause.command.replace("MODEL", model or "MODEL")
+    facts = [("cause", cause.told), ("where", cause.where), ("change", cause.change), ("certain", command)]
+    return Facts(facts, width=LINE - len("certain  "))
 
 
-def _cause(cause: Cause, form: Format, model: str | None) -> str:
-    facts = [
-        ("cause", cause.told),
-        *([("where", cause.where)] if cause.where else []),
-        ("change", cause.change),
-        *([("certain", cause.command.replace("MODEL", model or "MODEL"))] if cause.command else []),
-    ]
-    told = [(name, clean(text, form)) for name, text in facts]
-    if form == "human":
-        told = [(name, textwrap.fill(text, LINE - 9, break_long_words=False, break_on_hyphens=False)) for name, text in told]
-    return fact_list(told, form)
-
-
-def _answer(answer: Answer, form: Format) -> Iterator[str]:
-    here, others = _split(answer)
+def _list_answer(answer: Answer) -> Iterator[Part]:
+    here, others = _split_candidates(answer)
     count = len(here or others)
     faults = f"{count} fault gives" if count == 1 else f"{count} faults give"
     more = f"; {len(others)} more at other sizes" if here and others else ""
-    yield heading(f"On {names(answer.models)}, {faults} exactly this text, at {_places(answer)}{more}", form)
-    for candidates in _by_slot(here):
-        yield _place(candidates[0], form)
-        yield table(list(_rows(candidates)), ("fault", "what was done"), form)
+    yield Heading(f"On {name_models(answer.models)}, {faults} exactly this text, at {_name_places(answer)}{more}")
+    for candidates in _group_by_slot(here):
+        first = candidates[0]
+        met = f"the UNet has {show(first.wanted)}, and meets {show(first.given) if first.given else 'nothing'}"
+        yield Heading(f"{first.slot} ({first.module}): {met}", 3, indent="  ")
+        yield Table(("fault", "what was done"), list(_tabulate_faults(candidates)))
     if others:
-        yield heading(f"At other sizes than latents of {_sizes([answer.geometry])}", form)
-        rows = [_elsewhere_row(candidates) for candidates in _by_slot(others)]
-        yield table(rows, ("where", "at latents of", "UNet has", "meets", "faults"), form)
-    yield heading("What to change", form)
-    yield table(_changes(answer.candidates), ("fault", "change"), form)
-    yield heading(f"The right table, at {answer.geometry}", form)
-    yield right_table(answer.contract, answer.geometry, form)
+        yield Heading(f"At other sizes than latents of {_list_sizes([answer.geometry])}")
+        rows = [_tabulate_elsewhere(candidates) for candidates in _group_by_slot(others)]
+        yield Table(("where", "at latents of", "UNet has", "meets", "faults"), rows)
+    changes: dict[str, str] = {}
+    for candidate in answer.candidates:
+        changes.setdefault(candidate.fault.kind, candidate.fault.change)
+    yield Heading("What to change")
+    yield Table(("fault", "change"), list(changes.items()))
+    yield Heading(f"The right table, at {answer.geometry}")
+    yield _tabulate_slots(answer.contract, answer.geometry)
+    if len(answer.candidates) > 1:
+        note = (
+            f"the text alone cannot tell these apart; the shapes that were given can: {name_certain_command(answer)}, or "
+            "`with shapecheck.explained(unet, controlnet):` around the call"
+        )
+        yield Points([note], "note: ")
 
 
-def _split(answer: Answer) -> tuple[list[Candidate], list[Candidate]]:
-    """The candidates at the size the answer is told at, and those that need another."""
-    here = [each for each in answer.candidates if answer.geometry in each.geometries]
-    return here, [each for each in answer.candidates if answer.geometry not in each.geometries]
+def _split_candidates(answer: Answer) -> tuple[list[Candidate], list[Candidate]]:
+    """Return the candidates at the size the answer is told at, and those that need another."""
+    here = [candidate for candidate in answer.candidates if answer.geometry in candidate.geometries]
+    return here, [candidate for candidate in answer.candidates if answer.geometry not in candidate.geometries]
 
 
-def _by_slot(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+def _group_by_slot(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     groups: dict[str, list[Candidate]] = {}
-    for each in candidates:
-        groups.setdefault(each.slot, []).append(each)
+    for candidate in candidates:
+        groups.setdefault(candidate.slot, []).append(candidate)
     return list(groups.values())
 
 
-def _place(candidate: Candidate, form: Format) -> str:
-    """The slot and the two shapes that meet there."""
-    met = f"the UNet has {show(candidate.wanted)}, and meets {show(candidate.given) if candidate.given else 'nothing'}"
-    told = f"{candidate.slot} ({candidate.module}): {met}"
-    return f"### {told}" if form == "markdown" else wrapped(told, "  ")
-
-
-def _elsewhere_row(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+def _tabulate_elsewhere(candidates: Sequence[Candidate]) -> tuple[str, ...]:
     first = candidates[0]
-    sizes = _sizes(list(dict.fromkeys(at for each in candidates for at in each.geometries)))
-    kinds = ", ".join(dict.fromkeys(each.fault.kind for each in candidates))
+    sizes = _list_sizes(list(dict.fromkeys(size for candidate in candidates for size in candidate.geometries)))
+    kinds = ", ".join(dict.fromkeys(candidate.fault.kind for candidate in candidates))
     return first.slot, sizes, show(first.wanted), show(first.given) if first.given else "nothing", kinds
 
 
-def _rows(candidates: Sequence[Candidate]) -> Iterator[tuple[str, str]]:
-    """One row a kind of fault; others of a kind are counted."""
-    for kind in dict.fromkeys(each.fault.kind for each in candidates):
-        alike = [each for each in candidates if each.fault.kind == kind]
+def _tabulate_faults(candidates: Sequence[Candidate]) -> Iterator[tuple[str, str]]:
+    """Yield one row a kind of fault; others of a kind are counted."""
+    for kind in dict.fromkeys(candidate.fault.kind for candidate in candidates):
+        alike = [candidate for candidate in candidates if candidate.fault.kind == kind]
         first = alike[0]
         done = first.fault.told
         if others := [fault.told for fault in first.faults[1:] if fault.kind != kind]:
@@ -174,47 +160,28 @@ def _rows(candidates: Sequence[Candidate]) -> Iterator[tuple[str, str]]:
         yield kind, done
 
 
-def _sizes(geometries: Sequence[Geometry]) -> str:
-    told = ", ".join(f"{each.height}×{each.width}" for each in geometries[:_SHOWN])
-    return f"{told}{', …' * (len(geometries) > _SHOWN)}"
+def _list_sizes(geometries: Sequence[Geometry]) -> str:
+    sizes = ", ".join(f"{geometry.height}×{geometry.width}" for geometry in geometries[:_SHOWN])
+    return f"{sizes}{', …' * (len(geometries) > _SHOWN)}"
 
 
-def _changes(candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
-    """What to do, once a kind of fault."""
-    changes: dict[str, str] = {}
-    for each in candidates:
-        changes.setdefault(each.fault.kind, each.fault.change)
-    return list(changes.items())
-
-
-def _certainty(answer: Answer, form: Format) -> str:
-    if len(answer.candidates) == 1:
-        return ""
-    note = (
-        f"the text alone cannot tell these apart; the shapes that were given can: {certain(answer)}, or "
-        "`with shapecheck.explained(unet, controlnet):` around the call"
-    )
-    return note_list([note], form)
-
-
-def certain(answer: Answer) -> str:
-    """The command that makes it certain."""
+def name_certain_command(answer: Answer) -> str:
+    """Return the command that makes it certain."""
     return f"shapecheck explain --model {answer.models[0]} --mapping SHAPES.json"
 
 
-def right_table(contract: Contract, geometry: Geometry, form: Format) -> str:
-    """Number, slot, channels, stride, shape and producer of every slot."""
+def _tabulate_slots(contract: Contract, geometry: Geometry) -> Table:
     rows = [
         (number, slot.name, slot.channels, slot.stride, show(slot.shape_at(geometry)), slot.producer)
         for number, slot in enumerate(contract.slots)
     ]
-    return table(rows, ("#", "slot", "channels", "stride", "shape", "skip from"), form)
+    return Table(("#", "slot", "channels", "stride", "shape", "skip from"), rows)
 
 
-def _places(answer: Answer) -> str:
-    """`slots 0, 1, 2, 3 and mid`: at the size the answer is told at, where there are any."""
+def _name_places(answer: Answer) -> str:
+    """Return `slots 0, 1, 2, 3 and mid`: at the size the answer is told at, if there are any."""
     names = [slot.name for slot in answer.contract.slots]
-    found = dict.fromkeys(each.slot for each in _split(answer)[0] or answer.candidates)
+    found = dict.fromkeys(candidate.slot for candidate in _split_candidates(answer)[0] or answer.candidates)
     numbers = [str(names.index(name)) for name in found if name in names[:-1]]
     parts = [f"slot{'s' * (len(numbers) > 1)} {', '.join(numbers)}"] if numbers else []
     parts += ["mid"] if names[-1] in found else []

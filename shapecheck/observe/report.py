@@ -10,12 +10,14 @@ from typing import Any, Literal
 from shapecheck.contract import AddSite, Contract, Geometry, Mismatch, Slot, show
 from shapecheck.contract.naming import SHAPECHECK, is_feature
 from shapecheck.presets.families import families, identity
-from shapecheck.report.tables import Format, fact_list, heading, mismatch_table, note_list, shared_cause, table
+from shapecheck.report.document import Document, Facts, Format, Heading, Part, Points, Table
+from shapecheck.report.mismatches import count_mismatches, list_mismatches
+from shapecheck.report.numbers import dump_json
 
 Verdict = Literal["agree", "mismatch", "unet alone"]
 
 
-def told(
+def render_text(
     contract: Contract,
     mismatches: Sequence[Mismatch],
     geometry: Geometry,
@@ -24,72 +26,61 @@ def told(
     lines: bool = True,
     claim: bool = False,
 ) -> str:
-    """The whole report.
+    """Return the whole report.
 
     `lines=False` leaves out what moves with the libraries' releases: line numbers and versions.
     `claim`: the mismatches are those of claimed shapes, not of the ControlNet the contract was observed with.
     """
-    verdict_line = _verdict_line(contract, mismatches, form, claim)
-    parts = [_title(contract, form, claim), verdict_line, _facts(contract, geometry, form, lines=lines)]
-    parts += [
-        heading("Slots", form),
-        _slots(contract.slots, geometry, form, told_once=_shared_sites(contract, lines), lines=lines),
+    header = contract.header
+    nets = "claimed shapes" if claim else " + ".join(net.source for net in header.controlnets) or "no ControlNet"
+    title = f"{header.source} with {nets}" + (f" + {header.adapter}" if header.adapter else "")
+    shared_sites = _find_shared_sites(contract, lines)
+    feature_sites = dict.fromkeys(_format_site(add, lines) for slot in contract.features for add in slot.adds)
+    facts = [
+        ("identity", identity(contract)),
+        ("model", f"{contract.class_name}, {header.parameters:,} parameters" if header.parameters else contract.class_name),
+        ("sizes", _describe_sizes(contract)),
+        ("shown at", f"{geometry} ({geometry.width * header.vae_factor}×{geometry.height * header.vae_factor} pixels)"),
+        ("added at", shared_sites),
+        ("features at", ", ".join(feature_sites)),
+        *(("hand-over", sentence) for sentence in header.handover),
+        ("digest", contract.digest),
+        ("observed with", ", ".join(f"{name} {release}" for name, release in header.versions) if lines else ""),
     ]
+    parts: list[Part] = [Facts(facts), Heading("Slots"), _tabulate_slots(contract.slots, geometry, bool(shared_sites), lines)]
     if contract.features:
-        parts += [
-            heading("Features of the adapter", form),
-            _slots(contract.features, geometry, form, told_once="above", lines=lines),
-        ]
-    parts += [heading("Base inputs", form), _inputs(contract, geometry, form)]
+        parts += [Heading("Features of the adapter"), _tabulate_slots(contract.features, geometry, True, lines)]
+    inputs = [
+        (given.name, "×".join(map(str, given.shape)), show(given.shape_at(geometry)), given.dtype, given.argument)
+        for given in contract.inputs
+    ]
+    parts += [Heading("Base inputs"), Table(("input", "rule", "shape", "dtype", "argument of forward"), inputs)]
     if mismatches:
-        parts += [heading("Mismatches", form), mismatch_table(mismatches, form, "claimed" if claim else _giver(mismatches))]
-    parts += [note_list(contract.header.notes, form), verdict_line if form == "human" else ""]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        featured = {is_feature(mismatch.where) for mismatch in mismatches}
+        giver = "given" if len(featured) > 1 else "adapter gives" if featured == {True} else "ControlNet gives"
+        parts += [Heading("Mismatches"), *list_mismatches(mismatches, "claimed" if claim else giver)]
+    parts.append(Points(header.notes, "note: "))
+    return Document(title, parts, [_describe_verdict(contract, mismatches, claim)]).render(form)
 
 
-def verdict(contract: Contract, mismatches: Sequence[Mismatch], claim: bool = False) -> Verdict:
-    """What a probe came to; `claim` as in `told`."""
+def judge_probe(contract: Contract, mismatches: Sequence[Mismatch], claim: bool = False) -> Verdict:
+    """Return the verdict of a probe; `claim` as in `render_text`."""
     if mismatches:
         return "mismatch"
     return "agree" if contract.slots and (claim or contract.header.controlnets) else "unet alone"
 
 
-def as_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Geometry, *, claim: bool = False) -> str:
-    """The same for machines: the contract, as `Contract.from_json` reads it, and under `report` what this run found."""
+def render_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Geometry, *, claim: bool = False) -> str:
+    """Return the contract, as `Contract.from_json` reads it, and under `report` what this run found."""
     report: dict[str, Any] = {
-        "verdict": verdict(contract, mismatches, claim),
+        "verdict": judge_probe(contract, mismatches, claim),
         "claim": claim,
         "families": list(families(contract)),
         "geometry": asdict(geometry),
         "shapes": {slot.name: slot.shape_at(geometry) for slot in contract.residuals},
-        "mismatches": [asdict(each) for each in mismatches],
+        "mismatches": [asdict(mismatch) for mismatch in mismatches],
     }
-    return json.dumps({"report": report} | json.loads(contract.to_json()), indent=1, ensure_ascii=False) + "\n"
-
-
-def _title(contract: Contract, form: Format, claim: bool) -> str:
-    observed = " + ".join(net.source for net in contract.header.controlnets) or "no ControlNet"
-    nets = "claimed shapes" if claim else observed
-    title = f"{contract.header.source} with {nets}" + (f" + {contract.header.adapter}" if contract.header.adapter else "")
-    return f"# {title}" if form == "markdown" else title
-
-
-def _facts(contract: Contract, geometry: Geometry, form: Format, *, lines: bool) -> str:
-    header = contract.header
-    factor = header.vae_factor
-    facts = [
-        ("identity", identity(contract)),
-        ("model", f"{contract.class_name}, {header.parameters:,} parameters" if header.parameters else contract.class_name),
-        ("sizes", _size_rule(contract)),
-        ("shown at", f"{geometry} ({geometry.width * factor}×{geometry.height * factor} pixels)"),
-        *([("added at", sites)] if (sites := _shared_sites(contract, lines)) else []),
-        *([("features at", _feature_sites(contract, lines))] if contract.features else []),
-        *(("hand-over", each) for each in header.handover),
-        ("digest", contract.digest),
-    ]
-    if lines:
-        facts.append(("observed with", ", ".join(f"{name} {release}" for name, release in header.versions)))
-    return fact_list(facts, form)
+    return dump_json({"report": report} | json.loads(contract.to_json()))
 
 
 _ROUNDED = {
@@ -99,7 +90,7 @@ _ROUNDED = {
 }
 
 
-def _size_rule(contract: Contract) -> str:
+def _describe_sizes(contract: Contract) -> str:
     roundings = {rounding for slot in contract.slots for dim in slot.skip[2:] for rounding in dim.halvings}
     if contract.divisor > 1:
         accepted = f"latent height and width must be multiples of {contract.divisor}"
@@ -111,46 +102,35 @@ def _size_rule(contract: Contract) -> str:
     return f"{accepted}; halvings are mixed: {chains}"
 
 
-def _giver(mismatches: Sequence[Mismatch]) -> str:
-    featured = {is_feature(each.where) for each in mismatches}
-    return "given" if len(featured) > 1 else "adapter gives" if featured == {True} else "ControlNet gives"
-
-
-def _slots(slots: Sequence[Slot], geometry: Geometry, form: Format, *, told_once: str, lines: bool) -> str:
-    headers = ("#", "slot", "channels", "stride", "shape", "skip from", "added at", "used by")
+def _tabulate_slots(slots: Sequence[Slot], geometry: Geometry, sites_are_told: bool, lines: bool) -> Table:
     rows = [
         (
             number,
             slot.name,
             slot.channels,
             slot.stride,
-            _slot_shape(slot, geometry),
+            show(slot.shape_at(geometry)) + ("" if slot.spatial == "full" else " pooled"),
             slot.producer,
-            "" if told_once else _sites(slot, lines),
+            "" if sites_are_told else _list_sites(slot, lines),
             slot.up_block,
         )
         for number, slot in enumerate(slots)
     ]
-    return table(rows, headers, form)
+    return Table(("#", "slot", "channels", "stride", "shape", "skip from", "added at", "used by"), rows)
 
 
-def _slot_shape(slot: Slot, geometry: Geometry) -> str:
-    shape = show(slot.shape_at(geometry))
-    return shape if slot.spatial == "full" else f"{shape} pooled"
+def _list_sites(slot: Slot, lines: bool) -> str:
+    return ", ".join(_format_site(add, lines) for add in slot.adds)
 
 
-def _sites(slot: Slot, lines: bool) -> str:
-    return ", ".join(_site(add, lines) for add in slot.adds)
-
-
-def _site(add: AddSite, lines: bool) -> str:
+def _format_site(add: AddSite, lines: bool) -> str:
     return str(add) if lines else add.function
 
 
-def _shared_sites(contract: Contract, lines: bool) -> str:
-    """`unet_2d_condition.py:1165 (down), :1193 (mid)` where that says it of every slot, else nothing."""
+def _find_shared_sites(contract: Contract, lines: bool) -> str:
+    """Return `unet_2d_condition.py:1165 (down), :1193 (mid)` if that says it of every slot, else nothing."""
     downs, mids = (
-        {_sites(slot, lines) for slot in contract.slots if (slot.name == SHAPECHECK.mid) is mid} for mid in (False, True)
+        {_list_sites(slot, lines) for slot in contract.slots if (slot.name == SHAPECHECK.mid) is mid} for mid in (False, True)
     )
     if len(downs | mids) == 1:
         return (downs | mids).pop()
@@ -161,25 +141,11 @@ def _shared_sites(contract: Contract, lines: bool) -> str:
     return f"{down} (down), {mid.removeprefix(file) if mid.startswith(f'{file}:') else mid} (mid)"
 
 
-def _feature_sites(contract: Contract, lines: bool) -> str:
-    return ", ".join(dict.fromkeys(_site(add, lines) for slot in contract.features for add in slot.adds))
-
-
-def _inputs(contract: Contract, geometry: Geometry, form: Format) -> str:
-    rows = [
-        (each.name, "×".join(map(str, each.shape)), show(each.shape_at(geometry)), each.dtype, each.argument)
-        for each in contract.inputs
-    ]
-    return table(rows, ("input", "rule", "shape", "dtype", "argument of forward"), form)
-
-
-def _verdict_line(contract: Contract, mismatches: Sequence[Mismatch], form: Format, claim: bool) -> str:
+def _describe_verdict(contract: Contract, mismatches: Sequence[Mismatch], claim: bool) -> str:
     slots = f"{len(contract.slots)} slots" + (f" and {len(contract.features)} features" if contract.features else "")
-    shared = shared_cause(mismatches)
-    texts = {
-        "mismatch": f"MISMATCH: {len(mismatches)} {'place' if len(mismatches) == 1 else 'places'}",
-        "agree": f"AGREE: the claimed shapes are those of the {slots}" if claim else f"AGREE: {slots}, both sides observed",
-        "unet alone": f"UNET ALONE: {slots} observed, no ControlNet to compare",
-    }
-    text = texts[verdict(contract, mismatches, claim)] + (f"; likely cause: {shared}" if shared else "")
-    return f"**{text}**" if form == "markdown" else text
+    verdict = judge_probe(contract, mismatches, claim)
+    if verdict == "mismatch":
+        return f"MISMATCH: {count_mismatches(mismatches, 'place')}"
+    if verdict == "unet alone":
+        return f"UNET ALONE: {slots} observed, no ControlNet to compare"
+    return f"AGREE: the claimed shapes are those of the {slots}" if claim else f"AGREE: {slots}, both sides observed"

@@ -2,50 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from shapecheck.onnx.records import Agreement, Exported
-from shapecheck.report.tables import fact_list
+from shapecheck.report.document import Document, Facts, Paragraph
+from shapecheck.report.numbers import dump_json, format_count
 
 
-def told(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
-    """For a person."""
+def render_text(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
+    """Return the report for a person."""
     contract = exported.contract
     slots = f"{len(contract.slots)} slots" if contract.slots else "no slots"
-    features = f", and {_counted(len(contract.features), 'feature')} of a T2I-Adapter" if contract.features else ""
+    features = f", and {format_count(len(contract.features), 'feature')} of a T2I-Adapter" if contract.features else ""
     sizes = "every latent size" if contract.divisor == 1 else f"latent sizes that are multiples of {contract.divisor}"
     facts = [
         ("model", f"{contract.class_name} of {contract.header.source}"),
-        ("inputs", ", ".join(each.name for each in contract.inputs)),
-        (
-            "residuals",
-            f"{slots}, named as by {exported.naming}{features}" + (" (outputs)" if contract.role == "controlnet" else ""),
-        ),
+        ("inputs", ", ".join(given.name for given in contract.inputs)),
+        ("residuals", f"{slots}, named as by {exported.naming}{features}{' (outputs)' * (contract.role == 'controlnet')}"),
         ("precision", f"{exported.dtype}, opset {exported.opset}"),
         ("sizes", f"{sizes}, every batch"),
-        ("weights", _weights(exported)),
+        ("weights", _describe_weights(exported)),
         ("contract", contract.digest),
-        *((f"at {each.geometry}", _agreement(each)) for each in _worst(agreements)),
     ]
-    text = f"{exported.path}\n\n{fact_list(facts, 'human')}\n\nEXPORTED"
+    for geometry in dict.fromkeys(agreement.geometry for agreement in agreements):
+        # At each size, the output that is furthest off.
+        outputs = [agreement for agreement in agreements if agreement.geometry == geometry]
+        worst = max(outputs, key=lambda output: (not output.agrees, output.difference - output.allowed))
+        difference = f"{worst.difference:.2g} of its largest value, {worst.allowed:.2g} allowed"
+        facts.append((f"at {geometry}", f"{worst.output} differs by {difference}"))
+    verdict = "EXPORTED"
     if agreements:
-        text += ": PyTorch and ONNX Runtime agree" if _agree(agreements) else ", and DISAGREES with PyTorch"
-    return f"{text}\n"
+        agree = all(agreement.agrees for agreement in agreements)
+        verdict += ": PyTorch and ONNX Runtime agree" if agree else ", and DISAGREES with PyTorch"
+    return Document(str(exported.path), [Facts(facts), Paragraph(verdict)]).render("human")
 
 
-def as_json(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
-    """For machines."""
+def render_json(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
+    """Return the same for machines."""
     contract = exported.contract
-    record: dict[str, Any] = {
+    record = {
         "path": str(exported.path),
         "files": list(map(str, exported.files)),
         "role": contract.role,
-        "inputs": [each.name for each in contract.inputs],
+        "inputs": [given.name for given in contract.inputs],
         "slots": len(contract.slots),
         "features": len(contract.features),
         "naming": exported.naming,
@@ -55,32 +57,28 @@ def as_json(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
         "weights": exported.weights,
         "reason": exported.reason or None,
         "contract_digest": contract.digest,
-        "verified": _agree(agreements) if agreements else None,
+        "verified": all(agreement.agrees for agreement in agreements) if agreements else None,
         "agreements": [
             {
-                "output": each.output,
-                "batch": each.geometry.batch,
-                "height": each.geometry.height,
-                "width": each.geometry.width,
-                "difference": _number(each.difference),
-                "allowed": _number(each.allowed),
-                "agrees": each.agrees,
+                "output": agreement.output,
+                "batch": agreement.geometry.batch,
+                "height": agreement.geometry.height,
+                "width": agreement.geometry.width,
+                "difference": _drop_nonfinite(agreement.difference),
+                "allowed": _drop_nonfinite(agreement.allowed),
+                "agrees": agreement.agrees,
             }
-            for each in agreements
+            for agreement in agreements
         ],
     }
-    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    return dump_json(record)
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+def _drop_nonfinite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no other
-
-
-def _weights(exported: Exported) -> str:
+def _describe_weights(exported: Exported) -> str:
     if exported.weights == "none":
         return f"none yet: they belong in {exported.files[-1].name}, at the places the file gives"
     names = [os.path.relpath(file, exported.path.parent) for file in exported.files[1:]]
@@ -88,21 +86,3 @@ def _weights(exported: Exported) -> str:
     if exported.weights == "link":
         return f"linked, where they lie: {Path(places).as_posix()}"
     return f"copied to {places}" + (f", because {exported.reason}" if exported.reason else "")
-
-
-def _worst(agreements: Sequence[Agreement]) -> list[Agreement]:
-    """The output that is furthest off at each size."""
-    sizes = dict.fromkeys(each.geometry for each in agreements)
-    return [max((one for one in agreements if one.geometry == size), key=_excess) for size in sizes]
-
-
-def _excess(each: Agreement) -> tuple[bool, float]:
-    return not each.agrees, each.difference - each.allowed
-
-
-def _agreement(each: Agreement) -> str:
-    return f"{each.output} differs by {each.difference:.2g} of its largest value, {each.allowed:.2g} allowed"
-
-
-def _agree(agreements: Sequence[Agreement]) -> bool:
-    return all(each.agrees for each in agreements)

@@ -7,14 +7,18 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from shapecheck.parity.results import Divergence, Parity, Result, Side, Verdict
-from shapecheck.report.numbers import named, storable
+from shapecheck.parity.results import CheckKind, Parity, Result, Side, Verdict
+from shapecheck.report.numbers import encode_nonfinite
 
 SCHEMA = 1
 
 
-def record(parity: Parity) -> dict[str, Any]:
-    """The whole run. JSON has no word for NaN and the infinities: they are the strings "NaN", "Infinity", "-Infinity"."""
+OUTPUTS: tuple[CheckKind, ...] = ("case", "switch", "cfg")
+"""Checks of whole outputs."""
+
+
+def record_parity(parity: Parity) -> dict[str, Any]:
+    """Return the whole run. JSON has no word for NaN and the infinities: they are "NaN", "Infinity", "-Infinity"."""
     values = {
         "shapecheck_parity": SCHEMA,
         "verdict": parity.verdict.lower(),
@@ -23,21 +27,16 @@ def record(parity: Parity) -> dict[str, Any]:
         "reference": parity.reference,
         "times_own": parity.times_own,
         "seed": parity.seed,
-        "geometries": [asdict(each) for each in parity.geometries],
-        "sides": [_side(side) for side in parity.sides],
+        "geometries": [asdict(geometry) for geometry in parity.geometries],
+        "sides": [_record_side(side) for side in parity.sides],
         "versions": dict(parity.versions),
         "contract": json.loads(parity.contract.to_json()),
     }
-    return named(values)  # type: ignore[no-any-return]
+    return encode_nonfinite(values)  # type: ignore[no-any-return]
 
 
-def dumps(parity: Parity) -> str:
-    """The record as text."""
-    return storable(json.dumps(record(parity), indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
-
-
-def times_own(verdict: Verdict) -> float:
-    """How many times as far from the reference as PyTorch itself: NaN where nothing was compared."""
+def compare_with_torch(verdict: Verdict) -> float:
+    """Return how many times as far from the reference as PyTorch itself it is: NaN if nothing was compared."""
     if verdict.absolute is None:
         return math.nan
     if verdict.own == 0:
@@ -45,34 +44,36 @@ def times_own(verdict: Verdict) -> float:
     return verdict.absolute.difference / verdict.own
 
 
-def _side(side: Side) -> dict[str, Any]:
+def _record_side(side: Side) -> dict[str, Any]:
+    found = side.divergence
     return {
         "backend": side.backend,
         "artefact": side.artefact,
         "ran": asdict(side.ran) if side.ran else None,
         "notes": list(side.notes),
-        "results": [_result(each) for each in side.results],
-        "divergence": _divergence(side.divergence) if side.divergence else None,
+        "results": [_record_result(result) for result in side.results],
+        "divergence": asdict(found) | {"verdict": _record_verdict(found.verdict)} if found else None,
     }
 
 
-def _result(result: Result) -> dict[str, Any]:
+def _record_result(result: Result) -> dict[str, Any]:
     return {
         "kind": result.check.kind,
         "where": result.check.where,
         "status": result.status,
         "reason": result.reason,
         "geometry": asdict(result.geometry) if result.geometry else None,
-        "verdict": _verdict(result.verdict) if result.verdict else None,
+        "verdict": _record_verdict(result.verdict) if result.verdict else None,
         "effect": asdict(result.effect) if result.effect else None,
         "seconds": result.seconds,
     }
 
 
-def _divergence(found: Divergence) -> dict[str, Any]:
-    return asdict(found) | {"verdict": _verdict(found.verdict)}
-
-
-def _verdict(verdict: Verdict) -> dict[str, Any]:
-    derived = {"count": verdict.count, "share": verdict.share, "passes": verdict.passes, "times_own": times_own(verdict)}
+def _record_verdict(verdict: Verdict) -> dict[str, Any]:
+    derived = {
+        "count": verdict.count,
+        "share": verdict.share,
+        "passes": verdict.passes,
+        "times_own": compare_with_torch(verdict),
+    }
     return asdict(verdict) | derived

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from shapecheck.doctor.environment import BACKENDS
 from shapecheck.parity.results import CheckKind, Parity, Result, Side, Status
+from shapecheck.report.numbers import format_count
 
 _NAMED = 4
 """How many failed checks the verdict line names."""
@@ -15,75 +16,75 @@ _FIRST: tuple[CheckKind, ...] = ("slot", "input")
 """Named before the others: they say where to look."""
 
 
-def sentence(parity: Parity) -> str:
-    """What stands after `PARITY:` or `BROKEN:`."""
-    if parity.passes:
-        left = sum(len(unrun(side)) for side in parity.sides)
-        told = f"{_counted(parity.sides)} on {', '.join(side.backend for side in parity.sides)}"
-        return f"{told}, {left} of them not judged" if left else told
-    return "; ".join(_wrong(side) for side in parity.sides if side_status(side) != "passed") or "no backend was tried"
+def summarize(parity: Parity) -> str:
+    """Return what stands after `PARITY:` or `BROKEN:`."""
+    if not parity.passes:
+        wrong = [_describe_fault(side) for side in parity.sides if judge_side(side) != "passed"]
+        return "; ".join(wrong) or "no backend was tried"
+    unrun = sum(len(list_unrun(side)) for side in parity.sides)
+    checks = f"{_count_checks(parity.sides)} on {', '.join(side.backend for side in parity.sides)}"
+    return f"{checks}, {unrun} of them not judged" if unrun else checks
 
 
-def tolerance(parity: Parity) -> str:
-    """The one rule that every number was held to."""
+def describe_tolerance(parity: Parity) -> str:
+    """Return the one rule that every number was held to."""
     times = f"{parity.times_own:g} times as far from {parity.reference}"
     return f"a backend may be at most {times} as PyTorch itself is in that precision"
 
 
-def side_status(side: Side) -> Status:
-    """Failed where any check did; passed where at least one was made."""
+def judge_side(side: Side) -> Status:
+    """Return "failed" if any check did, and "passed" if at least one was made."""
     if side.failed:
         return "failed"
-    return "passed" if any(each.status == "passed" for each in side.results) else "not run"
+    return "passed" if any(result.status == "passed" for result in side.results) else "not run"
 
 
-def backend_title(side: Side) -> str:
-    """`ort: ONNX Runtime on the CPU`."""
+def name_backend(side: Side) -> str:
+    """Return `ort: ONNX Runtime on the CPU`."""
     known = BACKENDS.get(side.backend)
     return f"{side.backend}: {known}" if known else side.backend
 
 
-def counts(side: Side) -> str:
-    """`22 passed, 4 failed`; what did not run only where something did not."""
-    numbers = {status: sum(each.status == status for each in side.results) for status in ("passed", "failed", "not run")}
-    return ", ".join(f"{count} {status}" for status, count in numbers.items() if count) or "none"
+def count_statuses(side: Side) -> str:
+    """Return `22 passed, 4 failed`; what did not run is named only if something did not."""
+    statuses = [result.status for result in side.results]
+    counts = {status: statuses.count(status) for status in ("passed", "failed", "not run")}
+    return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"
 
 
-def subject(result: Result) -> str:
-    """`slot down_block_residual_07`, `case batch 2 …`, `weights`."""
+def describe_subject(result: Result) -> str:
+    """Return `slot down_block_residual_07`, `case batch 2 …`, `weights`."""
     return f"{result.check.kind} {result.check.where}".rstrip()
 
 
-def unrun(side: Side) -> tuple[Result, ...]:
-    """The checks that were not made."""
-    return tuple(each for each in side.results if each.status == "not run")
+def list_unrun(side: Side) -> tuple[Result, ...]:
+    """Return the checks that were not made."""
+    return tuple(result for result in side.results if result.status == "not run")
 
 
-def explained(result: Result) -> str:
-    """What the check is about, then why it failed or was not made; no name is told twice."""
-    about, why = subject(result), result.reason or "no reason was given"
+def describe_reason(result: Result) -> str:
+    """Return what the check is about, then why it failed or was not made; no name is told twice."""
+    about, why = describe_subject(result), result.reason or "no reason was given"
     if why.startswith(about):
         return why
     where = result.check.where
     return f"{result.check.kind} {why}" if where and why.startswith(where) else f"{about}: {why}"
 
 
-def _wrong(side: Side) -> str:
+def _describe_fault(side: Side) -> str:
     if not side.failed or side.ran is None:
-        why = next((each.reason for each in (*side.failed, *side.results) if each.reason), "") or " ".join(side.notes[:1])
-        return f"{side.backend}: {'nothing was checked' if side.ran else 'could not run'}{f' ({why})' if why else ''}"
-    failed = sorted(side.failed, key=lambda each: _FIRST.index(each.check.kind) if each.check.kind in _FIRST else len(_FIRST))
-    names = [_brief(each) for each in failed]
+        reasons = [result.reason for result in (*side.failed, *side.results) if result.reason] or [" ".join(side.notes[:1])]
+        why = f" ({reasons[0]})" if reasons[0] else ""
+        return f"{side.backend}: {'nothing was checked' if side.ran else 'could not run'}{why}"
+    failed = sorted(side.failed, key=lambda result: (*_FIRST, result.check.kind).index(result.check.kind))
+    # Words go in brackets: `case[batch 2, latent 9×11, control on]`, but `slot down_block_residual_07`.
+    names = [
+        f"{result.check.kind}[{result.check.where}]" if " " in result.check.where else describe_subject(result)
+        for result in failed
+    ]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{side.backend}: {len(names)} of {_counted([side])} failed: {', '.join(names[:_NAMED])}{more}"
+    return f"{side.backend}: {len(names)} of {_count_checks([side])} failed: {', '.join(names[:_NAMED])}{more}"
 
 
-def _brief(result: Result) -> str:
-    """`slot down_block_residual_07`; words go in brackets."""
-    where = result.check.where
-    return f"{result.check.kind}[{where}]" if " " in where else subject(result)
-
-
-def _counted(sides: Sequence[Side]) -> str:
-    count = sum(len(side.results) for side in sides)
-    return f"{count} check{'' if count == 1 else 's'}"
+def _count_checks(sides: Sequence[Side]) -> str:
+    return format_count(sum(len(side.results) for side in sides), "check")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import asdict
 
 from shapecheck.pipelines.bench_record import Bench, Timing
-from shapecheck.report.numbers import storable
-from shapecheck.report.tables import Format, clean, fact_list, heading, note_list, table
+from shapecheck.report.document import Document, Facts, Format, Heading, Part, Points, Table
+from shapecheck.report.numbers import dump_json
 
 _HEADERS = ("backend", "median ms", "p95 ms", "frames/s", "ratio", "memory MiB", "ControlNet", "hand-over", "UNet")
 
@@ -22,50 +20,39 @@ _NOTES = (
 )
 
 
-def told(bench: Bench, form: Format = "human") -> str:
-    """The whole report. `ratio` is the median beside that of the first backend that ran."""
-    ran = [each for each in bench.timings if each.frames]
-    title = clean(f"Frames of {bench.artefact}", form)
-    refused = [clean(f"{each.backend} did not run: {each.reason}", form) for each in bench.timings if each.reason]
-    parts = [
-        f"# {title}" if form == "markdown" else title,
-        fact_list(list(_facts(bench)), form),
-        heading("Time and memory", form),
-        table([_row(each, ran[0]) for each in ran], _HEADERS, form),
-        note_list([*_NOTES, *refused], form),
+def render_text(bench: Bench, form: Format = "human") -> str:
+    """Return the whole report. `ratio` is the median beside that of the first backend that ran."""
+    ran = [timing for timing in bench.timings if timing.frames]
+    refused = [f"{timing.backend} did not run: {timing.reason}" for timing in bench.timings if timing.reason]
+    facts = [
+        ("device", bench.device),
+        ("size", f"{bench.geometry}, {bench.geometry.tokens} text tokens"),
+        ("ControlNets", f"{bench.controlnets}, in PyTorch" if bench.controlnets else "none: every slot gets zeros"),
+        ("frames", f"{max(len(timing.frames) for timing in bench.timings)} of each backend, in turns"),
+        *((timing.backend, timing.ran) for timing in ran),
+        ("contract", bench.contract),
+        ("versions", ", ".join(f"{name} {release}" for name, release in bench.versions)),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    table = Table(_HEADERS, [_tabulate_timing(timing, ran[0]) for timing in ran])
+    parts: list[Part] = [Facts(facts), Heading("Time and memory"), table, Points([*_NOTES, *refused], "note: ")]
+    return Document(f"Frames of {bench.artefact}", parts).render(form)
 
 
-def as_json(bench: Bench) -> str:
-    """The same for machines, with every frame's milliseconds."""
-    timings = [asdict(each) | _numbers(each) for each in bench.timings]
-    values = {"shapecheck_bench": 1} | asdict(bench) | {"timings": timings, "versions": dict(bench.versions)}
-    return storable(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
+def render_json(bench: Bench) -> str:
+    """Return the same for machines, with every frame's milliseconds."""
+    timings = [asdict(timing) | _derive_numbers(timing) for timing in bench.timings]
+    return dump_json({"shapecheck_bench": 1} | asdict(bench) | {"timings": timings, "versions": dict(bench.versions)})
 
 
-def _facts(bench: Bench) -> Iterator[tuple[str, str]]:
-    at = bench.geometry
-    yield "device", bench.device
-    yield "size", f"{at}, {at.tokens} text tokens"
-    yield "ControlNets", f"{bench.controlnets}, in PyTorch" if bench.controlnets else "none: every slot gets zeros"
-    yield "frames", f"{max(len(each.frames) for each in bench.timings)} of each backend, in turns"
-    for each in bench.timings:
-        if each.frames:
-            yield each.backend, each.ran
-    yield "contract", bench.contract
-    yield "versions", ", ".join(f"{name} {release}" for name, release in bench.versions)
+def _tabulate_timing(timing: Timing, first: Timing) -> tuple[str, ...]:
+    memory = "not known" if timing.memory is None else f"{timing.memory / 2**20:.0f}"
+    shares = (f"{100 * timing.share(part):.1f}%" for part in _PARTS)
+    ratio = f"{timing.median / first.median:.2f}×"
+    return (timing.backend, f"{timing.median:.2f}", f"{timing.p95:.2f}", f"{timing.rate:.2f}", ratio, memory, *shares)
 
 
-def _row(each: Timing, first: Timing) -> tuple[str, ...]:
-    memory = "not known" if each.memory is None else f"{each.memory / 2**20:.0f}"
-    shares = (f"{100 * each.share(part):.1f}%" for part in _PARTS)
-    numbers = (f"{each.median:.2f}", f"{each.p95:.2f}", f"{each.rate:.2f}", f"{each.median / first.median:.2f}×")
-    return (each.backend, *numbers, memory, *shares)
-
-
-def _numbers(each: Timing) -> dict[str, object]:
-    if not each.frames:
+def _derive_numbers(timing: Timing) -> dict[str, object]:
+    if not timing.frames:
         return {}
-    shares = {part: each.share(part) for part in _PARTS}
-    return {"median_ms": each.median, "p95_ms": each.p95, "frames_per_second": each.rate, "shares": shares}
+    shares = {part: timing.share(part) for part in _PARTS}
+    return {"median_ms": timing.median, "p95_ms": timing.p95, "frames_per_second": timing.rate, "shares": shares}

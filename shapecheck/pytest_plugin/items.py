@@ -64,9 +64,9 @@ class CheckItem(Told):
         if result.status == "not run":
             pytest.skip(result.reason)
         if result.status == "failed":
-            from shapecheck.parity.report import failure
+            from shapecheck.parity.report import render_failure
 
-            raise CheckError(failure(result, side))
+            raise CheckError(render_failure(result, side))
 
     def _judged(self) -> tuple[Result, Side]:
         """What is known of this check; where nothing can be computed, the first check of the backend fails for all."""
@@ -99,17 +99,19 @@ class ProbeItem(Told):
 
     def runtest(self) -> None:
         """Carry it out; fail where it comes to something else than it expects, or than was said of it before."""
-        from shapecheck.observe.report import told, verdict
+        from shapecheck.observe.report import judge_probe, render_text
         from shapecheck.observe.request import Observations, carried_out, surprises
 
         stash = self.config.stash
         request, finding = carried_out(self.path, stash.setdefault(_OBSERVATIONS, Observations()))
         claim = request.claim is not None
-        wrong = surprises(request, finding, verdict(finding.contract, finding.mismatches, claim))
+        wrong = surprises(request, finding, judge_probe(finding.contract, finding.mismatches, claim))
         if wrong:
             raise CheckError("; ".join(wrong))
         if folder := option(self.config, "reports"):
-            text = told(finding.contract, finding.mismatches, finding.geometry, form="markdown", lines=False, claim=claim)
+            text = render_text(
+                finding.contract, finding.mismatches, finding.geometry, form="markdown", lines=False, claim=claim
+            )
             self._hold(self.config.rootpath / folder / f"{self.path.stem}.md", f"> {request.story}\n\n{text}")
 
     def _hold(self, path: Path, text: str) -> None:

@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from shapecheck.report.numbers import Style, format_number
+
+_NONFINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A value of the JSON and its path there, so that no number on a page is from elsewhere."""
+
+    value: Any
+    path: str = ""
+
+    def __getitem__(self, step: str | int) -> Place:
+        """Go one step on; below nothing there is nothing."""
+        return Place(None if self.value is None else self.value[step], f"{self.path}.{step}".removeprefix("."))
+
+    def format(self, style: Style) -> str:
+        """Return the number for a person."""
+        return format_number(_NONFINITE.get(self.value, self.value), style)
+
+
+def open_template(name: str) -> Template:
+    """Return a template of this package."""
+    return _make_environment().get_template(name)
 
 
 @cache
-def environment() -> Environment:
-    """Where templates are found, and what is done to every value that they print: nothing from outside is markup."""
-    return Environment(
+def _make_environment() -> Environment:
+    environment = Environment(
         loader=PackageLoader("shapecheck", ""),
         autoescape=True,
-        finalize=_printable,
+        finalize=_escape_unprintable,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # The filter `tojson` escapes whatever could end the script element that it stands in, and all that is not ASCII.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment
 
 
-def _printable(value: object) -> object:
-    """Text without letters that a page cannot show, and some that it must not hold."""
+def _escape_unprintable(value: object) -> object:
+    """Return text without letters that a page cannot show, and some that it must not hold."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
-    return "".join(each if each.isprintable() or each in "\n\t\xa0" else ascii(each)[1:-1] for each in value)
+    return "".join(letter if letter.isprintable() or letter in "\n\t\xa0" else ascii(letter)[1:-1] for letter in value)

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict
 
-from shapecheck.contract import ContractError, Mismatch
-from shapecheck.report.tables import fact_list, heading, mismatch_table, note_list, shared_cause
+from shapecheck.contract import ContractError
+from shapecheck.report.document import Document, Facts, Heading, Paragraph, Points
+from shapecheck.report.mismatches import count_mismatches, list_mismatches
+from shapecheck.report.numbers import dump_json
 from shapecheck.tensorrt import profile_formats as forms
-from shapecheck.tensorrt.profile_report import in_words
+from shapecheck.tensorrt.profile_report import describe_range
 from shapecheck.tensorrt.profiles import range_of
 from shapecheck.tensorrt.record import Built, Request, record_of
 
 _RUNTIMES = {"trt": "TensorRT", "rtx": "TensorRT for RTX"}
 
 
-def told(built: Built) -> str:
-    """For a person."""
+def render_text(built: Built) -> str:
+    """Return the report for a person."""
     engine = built.engine
-    facts = [*request_facts(engine.request), ("size", f"{engine.size / 1e6:.1f} MB"), ("digest", engine.digest)]
-    parts = [str(built.path), fact_list(facts, "human"), note_list(built.notes, "human")]
+    facts = [*list_request_facts(engine.request), ("size", f"{engine.size / 1e6:.1f} MB"), ("digest", engine.digest)]
     done = "FOUND: unchanged since it was built" if built.found else f"BUILT: in {built.seconds:.0f} s"
-    return "\n\n".join(part for part in [*parts, done] if part) + "\n"
+    return Document(str(built.path), [Facts(facts), Points(built.notes, "note: "), Paragraph(done)]).render("human")
 
 
-def as_json(built: Built) -> str:
-    """For machines."""
+def render_json(built: Built) -> str:
+    """Return the same for machines."""
     request = built.engine.request
     record = {
         "path": str(built.path),
@@ -45,31 +44,28 @@ def as_json(built: Built) -> str:
         "gpu": request.gpu,
         "messages": list(built.notes),
     }
-    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    return dump_json(record)
 
 
-def refused(error: ContractError, form: str) -> str:
-    """What kept an engine from being built, or a profile from being made."""
-    found: Sequence[Mismatch] = error.mismatches
+def render_refusal(error: ContractError, form: str) -> str:
+    """Return what kept an engine from being built, or a profile from being made."""
     if form == "json":
-        record = {"verdict": "refused", "subject": error.subject, "mismatches": [asdict(each) for each in found]}
-        return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    parts = [heading("Faults", "human"), mismatch_table(found, "human", "given", "it should be")]
-    cause = shared_cause(found)
-    count = f"{len(found)} fault{'' if len(found) == 1 else 's'}{f'; likely cause: {cause}' if cause else ''}"
-    verdict = f"REFUSED: {error.subject}: {count}"
-    return "\n\n".join([*parts, verdict]) + "\n"
+        mismatches = [asdict(mismatch) for mismatch in error.mismatches]
+        return dump_json({"verdict": "refused", "subject": error.subject, "mismatches": mismatches})
+    table = list_mismatches(error.mismatches, "given", "it should be")
+    verdict = f"REFUSED: {error.subject}: {count_mismatches(error.mismatches, 'fault')}"
+    return Document("", [Heading("Faults"), *table, Paragraph(verdict)]).render("human")
 
 
-def request_facts(request: Request) -> list[tuple[str, str]]:
-    """What an engine is, one fact a line."""
+def list_request_facts(request: Request) -> list[tuple[str, str]]:
+    """Return what an engine is built from and for."""
     contract, options = request.contract, request.options
     facts = [
         ("model", f"{contract.class_name} of {contract.header.source or 'no named model'}"),
         ("inputs", f"{len(contract.inputs)} base inputs, {len(request.names) - len(contract.inputs)} slots"),
     ]
     for number, profile in enumerate(request.profiles):
-        facts.append((f"profile {number}", in_words(range_of(contract, profile), contract.header.vae_factor)))
+        facts.append((f"profile {number}", describe_range(range_of(contract, profile), contract.header.vae_factor)))
     settings = [f"level {options.optimization_level}"] if options.optimization_level is not None else []
     settings += [f"workspace {options.workspace >> 20} MiB"] if options.workspace is not None else []
     settings += [name for name in ("refittable", "version_compatible") if getattr(options, name)]

@@ -111,7 +111,7 @@ def test_the_upscaler_has_its_own_pixels():
     """Refused before anything is observed, and shown of what was observed once."""
     refused = shapecheck("probe", "sd-x4-upscaler", "--size", "514x512")
     assert "514x512 pixels: the width 514 is no multiple of 4" in refused.stderr
-    text = report.told(presets.contract("sd-x4-upscaler"), (), Geometry(1, 128, 129), form="human")
+    text = report.render_text(presets.contract("sd-x4-upscaler"), (), Geometry(1, 128, 129), form="human")
     assert "latent 128×129 (516×512 pixels)" in text
     assert "class_labels" in text
 
@@ -134,7 +134,7 @@ def test_two_controlnets_are_told_as_summed(write_config):
 def test_an_unverified_preset_says_so():
     (note,) = lookup.find("koala-700m", "unet").notes
     assert note.startswith("preset koala-700m is unverified: `shapecheck presets` says where")
-    text = report.told(presets.contract("koala-700m"), (), Geometry(1, 64, 64), form="human")
+    text = report.render_text(presets.contract("koala-700m"), (), Geometry(1, 64, 64), form="human")
     assert note in " ".join(text.split())
     assert "UNET ALONE: 7 slots" in text
     assert max(map(len, text[text.index("note:") :].splitlines())) <= 100
@@ -263,9 +263,11 @@ def test_a_probe_file_is_carried_out(tmp_path, write_config):
 
 def test_a_claim_is_told_as_one_right_or_wrong():
     contract, at = presets.contract("koala-700m"), Geometry(1, 16, 16)
-    assert "AGREE: the claimed shapes are those of the 7 slots" in report.told(contract, (), at, form="human", claim=True)
+    assert "AGREE: the claimed shapes are those of the 7 slots" in report.render_text(
+        contract, (), at, form="human", claim=True
+    )
     wrong = contract.mismatches(([], None), at)
-    record = json.loads(report.as_json(contract, wrong, at, claim=True))["report"]
+    record = json.loads(report.render_json(contract, wrong, at, claim=True))["report"]
     assert (record["claim"], record["verdict"], len(record["mismatches"])) == (True, "mismatch", len(wrong))
 
 

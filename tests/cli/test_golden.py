@@ -167,8 +167,8 @@ def run_json(*arguments: str) -> str:
 def make_probes() -> list[str]:
     return [
         run_json("probe", "koala-700m"),
-        observe_report.as_json(SD15, (), AT),
-        observe_report.as_json(FULL, MISMATCHES, AT),
+        observe_report.render_json(SD15, (), AT),
+        observe_report.render_json(FULL, MISMATCHES, AT),
     ]
 
 
@@ -203,8 +203,8 @@ def make_differences() -> list[str]:
     return [
         run_json("diff", "sd15", "sdxl"),
         run_json("diff", "sd15", "sd15"),
-        diff.as_json(diff.Side("a", SD15), diff.Side("b", emitting)),
-        diff.as_json(diff.Side("a", SD15), diff.Side("b", replace(FULL, header=other))),
+        diff.render_json(diff.Side("a", SD15), diff.Side("b", emitting)),
+        diff.render_json(diff.Side("a", SD15), diff.Side("b", replace(FULL, header=other))),
     ]
 
 
@@ -212,8 +212,8 @@ def make_exports() -> list[str]:
     done = Exported(Path("u.onnx"), SD15, "none", "", (Path("u.onnx"),), "float32", 20, "shapecheck")
     agreements = [Agreement("out_sample", AT, 1e-6, 1e-5), Agreement("out_sample", AT, math.nan, math.inf)]
     return [
-        export_report.as_json(done),
-        export_report.as_json(replace(done, weights="copy", reason="no checkpoint"), agreements),
+        export_report.render_json(done),
+        export_report.render_json(replace(done, weights="copy", reason="no checkpoint"), agreements),
     ]
 
 
@@ -221,8 +221,8 @@ def make_checks() -> list[str]:
     seen = SeenInput("sample", "batch×4×h×w", "float32"), SeenSlot("down_block_residual_00", "", "not seen", "conv_in", "")
     fine = Check("u.onnx", "shapecheck", SD15, "given", "", seen[:1], seen[1:], 1, (), None, (), (), (), "")
     sized = replace(fine, naming="shapecheck", fixed=(("batch", 2),), geometry=AT, notes=("a note",), unchecked="too many")
-    broken = onnx_check_report.as_json(replace(fine, mismatches=MISMATCHES), controlnets=["sd15"], misfits=MISMATCHES)
-    return [onnx_check_report.as_json(fine), onnx_check_report.as_json(sized), broken]
+    broken = onnx_check_report.render_json(replace(fine, mismatches=MISMATCHES), controlnets=["sd15"], misfits=MISMATCHES)
+    return [onnx_check_report.render_json(fine), onnx_check_report.render_json(sized), broken]
 
 
 def make_profiles() -> tuple[Profile, ...]:
@@ -241,8 +241,10 @@ OPTIONS = BuildOptions("rtx", 3, 1 << 20, compute_capabilities=("8.9",))
 
 def make_builds() -> list[str]:
     return [
-        build_report.as_json(Built(Path("u.plan"), make_engine(), found=True, seconds=0.0)),
-        build_report.as_json(Built(Path("u.plan"), make_engine(options=OPTIONS), found=False, seconds=3.5, notes=("a note",))),
+        build_report.render_json(Built(Path("u.plan"), make_engine(), found=True, seconds=0.0)),
+        build_report.render_json(
+            Built(Path("u.plan"), make_engine(options=OPTIONS), found=False, seconds=3.5, notes=("a note",))
+        ),
     ]
 
 
@@ -251,14 +253,14 @@ def make_engine_checks() -> list[str]:
     fits, misfit = Fit(AT, 0, (), None, None), Fit(AT, None, ("profile 0: width 42",), AT, SIZES)
     wrong = replace(found, read="record", unread="no GPU", mismatches=MISMATCHES, controlnets=("sd15",), misfits=MISMATCHES)
     asked = [replace(wrong, fit=misfit, weights=Weights("u.onnx", False, "other weights")), replace(found, fit=fits)]
-    return [tensorrt_check_report.as_json(checked) for checked in (found, *asked)]
+    return [tensorrt_check_report.render_json(checked) for checked in (found, *asked)]
 
 
 def make_benches() -> list[str]:
     frame = Frame(5.0, 1.25, 3.75)
     ran = Timing("torch", "torch, float32", (frame, frame), 3 << 20), Timing("ort", "ort, float32", (frame,))
     timings = (*ran, Timing("trt", "", reason="no GPU"))
-    return [bench_report.as_json(Bench("u.onnx", SD15.digest, AT, 2, "cpu, 2 threads", timings, (("torch", "2.13"),)))]
+    return [bench_report.render_json(Bench("u.onnx", SD15.digest, AT, 2, "cpu, 2 threads", timings, (("torch", "2.13"),)))]
 
 
 def make_demos() -> list[str]:
@@ -268,14 +270,14 @@ def make_demos() -> list[str]:
     )  # fmt: skip
     nan = Change(math.nan, math.nan)
     return [
-        demo_report.as_json(made),
-        demo_report.as_json(replace(made, allowed=None, difference=nan, control=nan, backend_seconds=0.0)),
+        demo_report.render_json(made),
+        demo_report.render_json(replace(made, allowed=None, difference=nan, control=nan, backend_seconds=0.0)),
     ]
 
 
 def make_parities() -> list[str]:
     samples = [make() for make in SAMPLES.values()]
-    return [parity_report.as_json(sample) for sample in (*samples, replace(samples[0], contract=FULL))]
+    return [parity_report.render_json(sample) for sample in (*samples, replace(samples[0], contract=FULL))]
 
 
 def make_environments() -> list[str]:
@@ -286,7 +288,7 @@ def make_environments() -> list[str]:
         "3.11.7", "Linux", packages, Driver("580", "13.0"), (Device("NVIDIA L4", "8.9", 24 << 30),), backends
     )
     without = replace(with_gpu, driver=Driver("", "", gap), devices=())
-    return [doctor_report.as_json(with_gpu), doctor_report.as_json(without, ["trt"])]
+    return [doctor_report.render_json(with_gpu), doctor_report.render_json(without, ["trt"])]
 
 
 SERVED = ("profile", "sd15", "--sizes", "384x384:512x512:904x768")
@@ -294,7 +296,7 @@ OUTPUTS = {
     "bench": make_benches,
     "build": make_builds,
     "build-record": lambda: [make_engine().to_json(), make_engine(FULL, OPTIONS).to_json()],
-    "build-refused": lambda: [build_report.refused(ContractError(MISMATCHES, subject="the profiles"), "json")],
+    "build-refused": lambda: [build_report.render_refusal(ContractError(MISMATCHES, subject="the profiles"), "json")],
     "check": make_checks,
     "check-engine": make_engine_checks,
     "demo": make_demos,

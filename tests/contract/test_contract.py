@@ -20,7 +20,7 @@ from shapecheck import Contract, ContractError, Geometry, ShapecheckError, prese
 from shapecheck.contract import Config, Dim, Header
 from shapecheck.contract.dims import constant
 from shapecheck.observe import request as requests
-from shapecheck.observe.report import told
+from shapecheck.observe.report import render_text
 from shapecheck.presets.families import families
 
 ODD = Geometry(2, 13, 21)
@@ -417,7 +417,7 @@ def test_a_contract_without_slots_takes_nothing():
     assert [each.kind for each in empty.mismatches(RIGHT, ODD)] == ["surplus"] * 13
     with pytest.raises(ShapecheckError, match="a contract without slots gives no size to check against; pass geometry="):
         empty.verify(RIGHT)
-    text = told(empty, (), ODD)
+    text = render_text(empty, (), ODD)
     assert "UNET ALONE: 0 slots" in text
     assert "Slots\n\nnone" in text
 

@@ -536,22 +536,22 @@ RUNS HERE: torch, rtx (in part); not: torch-cuda, trt
 
 
 def test_the_report_for_people():
-    assert report.told(ENVIRONMENT) == HUMAN
+    assert report.render_text(ENVIRONMENT) == HUMAN
 
 
 def test_what_was_asked_for_is_the_verdict():
-    text = report.told(ENVIRONMENT, ["trt", "torch"])
+    text = report.render_text(ENVIRONMENT, ["trt", "torch"])
     assert text.startswith(HUMAN.split("To fix")[0])
     assert text.endswith(
         "CANNOT RUN: trt: tensorrt is not installed; no NVIDIA GPU and no driver\nREADY: torch: torch 2.13.0+cpu\n"
     )
     assert "[onnx]" not in text
     assert "[gpu]" in text
-    assert "To fix" not in report.told(ENVIRONMENT, ["torch"])
+    assert "To fix" not in report.render_text(ENVIRONMENT, ["torch"])
 
 
 def test_the_real_report_fits_a_page_and_breaks_no_command(here):
-    text = report.told(here, list(BACKENDS))
+    text = report.render_text(here, list(BACKENDS))
     commands = [line for line in text.splitlines() if line.startswith("    ")]
     for gap in (gap for backend in here.backends for gap in backend.gaps):
         assert any(gap.fix in line for line in commands)
@@ -562,16 +562,16 @@ def test_the_real_report_fits_a_page_and_breaks_no_command(here):
 def test_a_gpu_is_shown_with_what_it_can():
     device = Device("NVIDIA H100", "9.0", 85017493504)
     environment = Environment("3.11", "Linux", (), Driver("580.159.04", "13.0"), (device, device), ())
-    text = report.told(environment)
+    text = report.render_text(environment)
     assert "driver    580.159.04, for CUDA up to 13.0\n" in text
     assert text.count("GPU       NVIDIA H100, compute capability 9.0, 79.2 GiB\n") == 2
 
 
 def test_the_report_for_machines():
-    record = json.loads(report.as_json(ENVIRONMENT, ["trt"]))
+    record = json.loads(report.render_json(ENVIRONMENT, ["trt"]))
     assert (record["required"], record["verdict"]) == (["trt"], "cannot run")
-    assert json.loads(report.as_json(ENVIRONMENT, ["torch"]))["verdict"] == "ready"
-    assert json.loads(report.as_json(ENVIRONMENT))["verdict"] is None
+    assert json.loads(report.render_json(ENVIRONMENT, ["torch"]))["verdict"] == "ready"
+    assert json.loads(report.render_json(ENVIRONMENT))["verdict"] is None
     backends = {each["name"]: each for each in record["backends"]}
     assert (backends["trt"]["runs"], backends["trt"]["reason"]) == (
         False,

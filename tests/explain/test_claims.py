@@ -16,10 +16,11 @@ from shapecheck.cli import main
 from shapecheck.contract.naming import SCHEMES
 from shapecheck.explain.judge_mapping import judge_claim
 from shapecheck.explain.mapping_parser import FORMS, read_claim
-from shapecheck.explain.mapping_report import judged
+from shapecheck.explain.mapping_report import list_judgement
 from shapecheck.explain.mapping_values import side
 from shapecheck.explain.residual_table import Table
 from shapecheck.explain.size import Size
+from shapecheck.report.document import Document
 
 SD15 = presets.contract("sd15")
 AT = Geometry(2, 64, 96)
@@ -252,7 +253,7 @@ def test_a_list_of_shapes_is_the_table(file):
         note = f"SHAPES (line {1 + text.count('import')}) of the file is read as the table"
         assert found.is_right, text
         assert found.notes == (() if "residuals" in text else (note,)), text
-        assert ("note: SHAPES" in "\n".join(judged(found, "human"))) is bool(found.notes), text
+        assert ("note: SHAPES" in Document("", [*list_judgement(found)]).render("human")) is bool(found.notes), text
 
 
 REFUSED_PYTHON = {
@@ -413,8 +414,8 @@ def test_names_may_count_from_one():
     found = judgement(json.dumps(dict(zip(names, FLAT, strict=True))))
     assert found.is_right
     assert found.notes == ("the names count from one: number 1 is taken for slot 0, number 12 for slot 11",)
-    assert "note: the names count from one" in "\n".join(judged(found, "human"))
-    assert "- the names count from one" in "\n".join(judged(found, "markdown"))
+    assert "note: the names count from one" in Document("", [*list_judgement(found)]).render("human")
+    assert "- the names count from one" in Document("", [*list_judgement(found)]).render("markdown")
 
 
 def test_names_that_leave_out_the_first_slot_do_not_count_from_one():

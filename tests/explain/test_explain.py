@@ -533,7 +533,7 @@ def test_what_a_text_names_is_told_by_name(text, kind, where):
     causes = [cause for reading in diagnosis.found for cause in reading.causes]
     cause = next(cause for cause in causes if cause.kind == kind)
     assert where in (cause.where, *cause.slots)
-    assert re.search(rf"^cause +{re.escape(cause.told[:40])}", report.told(diagnosis), re.MULTILINE)
+    assert re.search(rf"^cause +{re.escape(cause.told[:40])}", report.render_text(diagnosis), re.MULTILINE)
 
 
 def test_what_a_text_names_is_told_of_every_preset_by_the_command():

@@ -13,7 +13,7 @@ import pytest
 
 from shapecheck import Contract, Geometry, Mismatch, presets
 from shapecheck.observe import request as requests
-from shapecheck.observe.report import as_json, told, verdict
+from shapecheck.observe.report import judge_probe, render_json, render_text
 
 ROOT = Path(__file__).parents[2]
 PROBES = sorted((ROOT / "probes").glob("*.toml"))
@@ -41,7 +41,7 @@ def test_every_preset_is_probed_and_every_report_has_its_probe():
 
 
 def test_a_person_s_terminal_is_wide_enough():
-    text = told(presets.contract("sd15"), (), Geometry(1, 64, 64))
+    text = render_text(presets.contract("sd15"), (), Geometry(1, 64, 64))
     assert max(map(len, text.splitlines())) <= 101
     assert "added at       unet_2d_condition.py:" in text
     title, verdict_line = text.split("\n\n")[:2]
@@ -54,7 +54,7 @@ def test_sites_that_differ_slot_by_slot_have_their_column(moved):
     contract = presets.contract("sd15")
     slots = [replace(slot, adds=(replace(slot.adds[0], file="a.py", line=7),)) for slot in contract.slots]
     slots[moved] = replace(slots[moved], adds=(replace(slots[moved].adds[0], line=9),))
-    text = told(replace(contract, slots=tuple(slots)), (), Geometry(1, 64, 64))
+    text = render_text(replace(contract, slots=tuple(slots)), (), Geometry(1, 64, 64))
     assert ("added at       a.py:7 (down), :9 (mid)" in text) is (moved == 12)
     assert (" added at " in text) is (moved == 0)
 
@@ -63,26 +63,26 @@ def test_mismatches_name_their_controlnet_and_module_where_that_says_something()
     one = Mismatch("size", "down_block_residual_03", (1, 2, 3, 4), (1, 2, 3, 5), controlnet_module="controlnet_down_blocks.3")
     two = replace(one, controlnet="ControlNet 2", cause="because " * 20)
     contract, at = presets.contract("sd15"), Geometry(1, 64, 64)
-    usual = told(contract, (one, one), at)
+    usual = render_text(contract, (one, one), at)
     assert "controlnet_down_blocks" not in usual
     assert "ControlNet  " not in usual
-    assert "ControlNet module" in told(contract, (one,), at, form="markdown")
-    assert "controlnet_down_blocks.3" in told(contract, (replace(one, where="mid_block_residual"),), at)
-    several = told(contract, (replace(one, controlnet="ControlNet 1"), two), at)
+    assert "ControlNet module" in render_text(contract, (one,), at, form="markdown")
+    assert "controlnet_down_blocks.3" in render_text(contract, (replace(one, where="mid_block_residual"),), at)
+    several = render_text(contract, (replace(one, controlnet="ControlNet 1"), two), at)
     assert "ControlNet 1" in several
     assert max(map(len, several.splitlines())) < 160
 
 
 def test_the_cause_all_share_is_told_under_the_title():
     found = [Mismatch("size", name, (1,), (2,), cause=f"made for X; {name}") for name in ("a", "b")]
-    text = told(presets.contract("sd15"), found, Geometry(1, 64, 64))
+    text = render_text(presets.contract("sd15"), found, Geometry(1, 64, 64))
     assert text.split("\n\n")[1] == "MISMATCH: 2 places; likely cause: made for X"
 
 
 @pytest.mark.parametrize(("claim", "expected"), [(False, "unet alone"), (True, "agree")])
 def test_one_verdict_for_all(claim, expected):
     contract = presets.contract("koala-700m")
-    assert verdict(contract, (), claim) == expected
-    report = json.loads(as_json(contract, (), Geometry(1, 64, 64), claim=claim))["report"]
+    assert judge_probe(contract, (), claim) == expected
+    report = json.loads(render_json(contract, (), Geometry(1, 64, 64), claim=claim))["report"]
     assert (report["verdict"], report["claim"]) == (expected, claim)
-    assert expected.upper() in told(contract, (), Geometry(1, 64, 64), claim=claim)
+    assert expected.upper() in render_text(contract, (), Geometry(1, 64, 64), claim=claim)

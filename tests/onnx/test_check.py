@@ -109,7 +109,7 @@ def test_the_plan_that_faults_are_planted_in_is_fine(drawn):
 def test_the_preset_that_fits_is_found(name, tmp_path):
     checked = check(files.plan(tmp_path / "plan.onnx", presets.contract(name)))
     assert (checked.basis, checked.mismatches) == ("preset", ())
-    assert name in json.loads(report.as_json(checked))["presets"]
+    assert name in json.loads(report.render_json(checked))["presets"]
 
 
 # planted faults, each with its finding
@@ -382,7 +382,7 @@ def test_a_controlnet_is_held_to_its_own_contract(controlnet, drawn):
     path = controlnet[0]
     checked = check(path)
     assert (checked.basis, checked.mismatches) == ("inside", ())
-    assert report.told(checked).endswith("FINE: 5 outputs and 7 base inputs\n")
+    assert report.render_text(checked).endswith("FINE: 5 outputs and 7 base inputs\n")
     assert check(path, drawn[1]).mismatches == ()
     assert ("down_block_residual_07", "missing") in told(check(path, presets.contract("sd15")))
 
@@ -484,8 +484,8 @@ def test_operators_nobody_knows_hide_sizes_and_that_is_told(plant):
     assert checked.mismatches == ()
     assert [each.skip for each in checked.slots] == ["not seen"] * 5
     assert checked.unchecked == "sizes could not be followed through OddConv: only names and structure were checked"
-    assert report.told(checked).endswith(f"NOT CHECKED: {checked.unchecked}\n")
-    assert json.loads(report.as_json(checked))["verdict"] == "not checked"
+    assert report.render_text(checked).endswith(f"NOT CHECKED: {checked.unchecked}\n")
+    assert json.loads(report.render_json(checked))["verdict"] == "not checked"
 
 
 @pytest.mark.parametrize("opset", [18, 21])
@@ -682,7 +682,7 @@ def test_no_name_in_a_file_can_forge_a_line_of_the_report(inside, drawn, tmp_pat
     shown = r"evil\x1b[2J\nFINE: 13 slots\u202e\x9b"
     assert {(shown, "name"), (f"{shown}2", "name")} <= set(told(checked))
     assert checked.slots[0].skip == "batch×8×h×w"
-    for text in (report.told(checked), report.told(checked, form="markdown"), "\n".join(checked.notes)):
+    for text in (report.render_text(checked), report.render_text(checked, form="markdown"), "\n".join(checked.notes)):
         assert all(line.isprintable() and not line.startswith("FINE") for line in text.split("\n"))
     assert checked.unchecked.startswith(f"sizes could not be followed through {shown}: ")
 
@@ -829,10 +829,10 @@ def test_markdown_and_json_say_the_same(drawn, tmp_path):
 def test_the_report_tells_of_controlnets_apart_from_the_file(drawn):
     checked = check(*drawn)
     misfit = Mismatch("channels", "mid_block_residual", (1, 8, 9, 9), (1, 16, 9, 9))
-    text = report.told(checked, controlnets=["mine"], misfits=[misfit])
+    text = report.render_text(checked, controlnets=["mine"], misfits=[misfit])
     assert text.endswith("FINE: 5 slots and 5 base inputs\nCONTROLNET: mine does not fit: 1 place\n")
-    assert json.loads(report.as_json(checked, controlnets=["mine"], misfits=[misfit]))["verdict"] == "broken"
-    assert report.told(checked, controlnets=["mine"]).endswith("CONTROLNET: mine fits\n")
+    assert json.loads(report.render_json(checked, controlnets=["mine"], misfits=[misfit]))["verdict"] == "broken"
+    assert report.render_text(checked, controlnets=["mine"]).endswith("CONTROLNET: mine fits\n")
 
 
 @pytest.mark.parametrize(

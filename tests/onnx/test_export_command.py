@@ -82,11 +82,11 @@ def test_json_says_the_same_to_machines():
         Agreement("out_sample", Geometry(2, 17, 25), 3e-7, 1e-5),
         Agreement("out_sample", Geometry(1, 8, 9), math.nan, 1e-5),
     )
-    told = json.loads(report.as_json(copied, found))
+    told = json.loads(report.render_json(copied, found))
     assert told["files"] == ["u.onnx", "u.onnx.data"]
     assert (told["weights"], told["reason"], told["slots"], told["verified"]) == ("copy", None, 13, False)
     assert [each["difference"] for each in told["agreements"]] == [3e-7, None]
-    assert json.loads(report.as_json(copied))["verified"] is None
+    assert json.loads(report.render_json(copied))["verified"] is None
 
 
 @pytest.mark.full
@@ -280,7 +280,7 @@ def test_a_file_says_no_more_of_a_path_than_the_models_folder(saved):
 def test_an_infinite_allowance_allows_nothing():
     for difference in (math.inf, 5.0, 0.0):
         assert not Agreement("out_sample", Geometry(1, 8, 8), difference, math.inf).agrees
-    assert "out_sample" in report.told(SAMPLE, [Agreement("out_sample", Geometry(1, 8, 8), 0.0, 0.0)])
+    assert "out_sample" in report.render_text(SAMPLE, [Agreement("out_sample", Geometry(1, 8, 8), 0.0, 0.0)])
 
 
 def test_linking_from_elsewhere_is_refused_with_a_path_that_works(folder, tmp_path):

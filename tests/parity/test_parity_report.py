@@ -22,11 +22,11 @@ import pytest
 from parity_samples import HOSTILE, SAMPLES
 
 from shapecheck import Contract, presets
-from shapecheck.parity.drawing import Told, draw
-from shapecheck.parity.page import page
-from shapecheck.parity.report import as_json, told
+from shapecheck.parity.drawing import draw_unet
+from shapecheck.parity.page import render_page
+from shapecheck.parity.report import render_json, render_text
 from shapecheck.parity.results import Check, Parity, Result
-from shapecheck.report.numbers import written
+from shapecheck.report.numbers import format_number
 
 ROOT = Path(__file__).parents[2]
 UNETS = [name for name in presets.names() if presets.load(name).kind == "unet"]
@@ -36,7 +36,7 @@ each_sample = pytest.mark.parametrize("name", SAMPLES)
 @cache
 def page_of(name: str) -> str:
     """Return a sample's page, made once."""
-    return page(SAMPLES[name]())
+    return render_page(SAMPLES[name]())
 
 
 def strict(text: str):
@@ -87,7 +87,7 @@ def spaced(text: str) -> str:
 @each_sample
 def test_json_is_strict_and_holds_every_number(name):
     parity = SAMPLES[name]()
-    read = strict(as_json(parity))
+    read = strict(render_json(parity))
     assert read["shapecheck_parity"] == 1
     assert (read["verdict"], read["model"], read["seed"]) == (parity.verdict.lower(), parity.model, 0)
     assert read["contract_digest"] == parity.contract.digest
@@ -127,7 +127,7 @@ def check_result(result: Result, found: dict):
 
 
 def test_json_names_what_is_no_number():
-    read = strict(as_json(samples.hostile()))
+    read = strict(render_json(samples.hostile()))
     effect = read["sides"][0]["results"][-1]["effect"]
     assert (effect["strength"], effect["cosine"]) == ("Infinity", "-Infinity")
     with pytest.raises(AssertionError, match="NaN is no JSON"):
@@ -143,13 +143,13 @@ def test_the_ratio_to_an_own_error_of_nothing(own, difference, expected):
     result = Result(Check("ort", "case", "x"), "failed", "x: too far", verdict=verdict)
     parity = samples.healthy()
     parity = replace(parity, sides=(replace(parity.sides[0], results=(result,)),))
-    assert strict(as_json(parity))["sides"][0]["results"][0]["verdict"]["times_own"] == expected
+    assert strict(render_json(parity))["sides"][0]["results"][0]["verdict"]["times_own"] == expected
 
 
 def test_half_a_surrogate_pair_can_be_stored():
     parity = samples.parity(presets.contract("sd15"), model="a\udcff")
-    assert strict(as_json(parity).encode().decode())["model"] == "a\udcff"
-    assert "a\\udcff" in page(parity).encode().decode()
+    assert strict(render_json(parity).encode().decode())["model"] == "a\udcff"
+    assert "a\\udcff" in render_page(parity).encode().decode()
 
 
 # text
@@ -213,7 +213,7 @@ down_block_residual_10  0.000     NaN       15.5%   batch 2, latent 9×11  FAILE
 
 
 def test_a_broken_run_as_people_read_it():
-    text = told(samples.broken())
+    text = render_text(samples.broken())
     assert text.startswith(BROKEN)
     assert WHY in text
     assert set(ROWS.splitlines()) <= set(text.splitlines())
@@ -223,10 +223,10 @@ def test_a_broken_run_as_people_read_it():
 def test_a_run_whose_file_is_cut_off_is_not_taken_for_a_healthy_one():
     for name, start in SAMPLES.items():
         parity = start()
-        lines = told(parity).split("\n\n")
+        lines = render_text(parity).split("\n\n")
         assert lines[1].rstrip() == lines[-1].rstrip(), name
         assert lines[-1].startswith(f"{parity.verdict}: "), name
-        assert told(parity, "markdown").split("\n\n")[1].startswith(f"**{parity.verdict}: "), name
+        assert render_text(parity, "markdown").split("\n\n")[1].startswith(f"**{parity.verdict}: "), name
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_run_whose_file_is_cut_off_is_not_taken_for_a_healthy_one():
 )
 def test_the_verdict_line(name, line):
     parity = SAMPLES[name]()
-    assert spaced(told(parity).split("\n\n")[1]) == line
+    assert spaced(render_text(parity).split("\n\n")[1]) == line
     assert spaced(line.partition(": ")[2]) in Text(page_of(name)).text
 
 
@@ -251,7 +251,7 @@ def test_a_side_on_which_nothing_was_checked_is_broken():
     whole = samples.healthy()
     unrun = Result(Check("ort", "slot", "down_block_residual_00"), "not run", "the provider fell back")
     parity = replace(whole, sides=(replace(whole.sides[0], results=(unrun,)),))
-    assert told(parity).split("\n\n")[1] == "BROKEN: ort: nothing was checked (the provider fell back)"
+    assert render_text(parity).split("\n\n")[1] == "BROKEN: ort: nothing was checked (the provider fell back)"
 
 
 def as_told(text: str, form: str) -> str:
@@ -269,7 +269,7 @@ def reasons(source: str) -> str:
 @pytest.mark.parametrize("form", ["human", "markdown", "html"])
 def test_every_failure_is_told_with_its_reason(name, form):
     parity = SAMPLES[name]()
-    text = Text(reasons(page_of(name))).text if form == "html" else spaced(told(parity, form))
+    text = Text(reasons(page_of(name))).text if form == "html" else spaced(render_text(parity, form))
     for side in parity.sides:
         for result in side.results:
             if result.status != "passed":
@@ -281,13 +281,13 @@ def test_every_failure_is_told_with_its_reason(name, form):
 def test_a_failure_without_a_reason_says_so():
     whole = samples.healthy()
     parity = replace(whole, sides=(replace(whole.sides[0], results=(Result(Check("ort", "weights", ""), "failed"),)),))
-    assert "\nweights: no reason was given\n" in told(parity)
+    assert "\nweights: no reason was given\n" in render_text(parity)
 
 
 def test_hostile_names_steer_neither_terminal_nor_markdown():
-    text = told(samples.hostile())
+    text = render_text(samples.hostile())
     assert all(each.isprintable() or each == "\n" for each in text)
-    lines = told(samples.hostile(), "markdown").splitlines()
+    lines = render_text(samples.hostile(), "markdown").splitlines()
     assert not [line for line in lines if re.search(r"(?<!\\)<", line) and not line.startswith("    ")]
     assert HOSTILE not in "\n".join(lines)
     rows = [line for line in lines if line.startswith("|")]
@@ -306,7 +306,7 @@ def test_hostile_names_steer_neither_terminal_nor_markdown():
     ],
 )  # fmt: skip
 def test_how_a_number_is_written(value, style, text):
-    assert written(value, style) == text
+    assert format_number(value, style) == text
 
 
 # the drawing
@@ -316,14 +316,12 @@ def test_how_a_number_is_written(value, style, text):
 def test_the_drawing_of_every_preset(name):
     contract = presets.contract(name)
     words = "changes nothing " * 30
-    failed = {
-        slot.name: Told("failed", "x", Result(Check("ort", "slot", slot.name), "failed", words)) for slot in contract.slots
-    }
-    drawing = draw(contract, failed)
+    failed = {slot.name: Result(Check("ort", "slot", slot.name), "failed", words) for slot in contract.slots}
+    drawing = draw_unet(contract, failed)
     assert drawing is not None
-    assert sorted(slot.name for slot in drawing.slots) == sorted(slot.name for slot in contract.slots)
+    assert sorted(drawn.slot.name for drawn in drawing.slots) == sorted(slot.name for slot in contract.slots)
     boxes = [slot.box for slot in drawing.slots]
-    strips = [slot.reason.strip for slot in drawing.slots]
+    strips = [slot.strip for slot in drawing.slots]
     for one, other in combinations([*boxes, *strips, *drawing.ups], 2):
         assert not (one.x < other.right and other.x < one.right and one.y < other.bottom and other.y < one.bottom), (one, other)
     for box in (*boxes, *strips, *drawing.ups, *drawing.levels):
@@ -340,7 +338,7 @@ def test_the_drawing_of_every_preset(name):
 
 
 def test_more_channels_are_wider_and_deeper_levels_further_in():
-    drawing = draw(presets.contract("sd15"), {})
+    drawing = draw_unet(presets.contract("sd15"), {})
     by_label = {slot.box.label: slot.box.width for slot in drawing.slots[:-1]}
     assert by_label["320"] < by_label["640"] < by_label["1280"]
     starts = [slot.box.x for slot in drawing.slots[:-1]]
@@ -350,7 +348,7 @@ def test_more_channels_are_wider_and_deeper_levels_further_in():
 
 def test_what_is_drawn_of_each_slot_is_what_its_check_came_to():
     parity = samples.broken()
-    groups = [attributes for tag, attributes in Text(page(parity)).tags if "data-slot" in attributes]
+    groups = [attributes for tag, attributes in Text(render_page(parity)).tags if "data-slot" in attributes]
     drawn = {each["data-slot"]: each["data-status"] for each in groups}
     assert drawn == {each.check.where: each.status for each in parity.sides[0].results if each.check.kind == "slot"}
     assert list(drawn.values()).count("failed") == 4
@@ -363,7 +361,7 @@ def test_a_slot_that_fails_at_one_size_is_drawn_as_failed_and_one_nobody_tried_a
     again = Result(Check("ort", "slot", "down_block_residual_00"), "failed", "down_block_residual_00: too far")
     kept = tuple(each for each in side.results if each.check.where != "down_block_residual_01")
     for results in ((*kept, again), (again, *kept)):
-        source = page(replace(whole, sides=(replace(side, results=results),)))
+        source = render_page(replace(whole, sides=(replace(side, results=results),)))
         assert 'data-slot="down_block_residual_00" data-status="failed"' in source
         assert 'data-slot="down_block_residual_01" data-status="not run"' in source
 
@@ -389,7 +387,7 @@ def test_the_page_holds_nothing_that_loads_or_runs(name):
 
 
 def test_each_backend_has_its_section_and_a_link_to_it():
-    tags = Text(page(samples.two_backends())).tags
+    tags = Text(render_page(samples.two_backends())).tags
     links = [attributes["href"] for tag, attributes in tags if tag == "a"]
     assert links == [f"#{attributes['id']}" for tag, attributes in tags if tag == "section"] == ["#backend-0", "#backend-1"]
 
@@ -498,7 +496,7 @@ def seldom(*names: str) -> list:
 def test_in_a_browser_the_page_is_silent_and_its_numbers_are_those_of_the_json(looked_at, name):
     parity, seen = SAMPLES[name](), looked_at(name)
     assert (seen.requests, seen.complaints) == ([], [])
-    values = strict(as_json(parity))
+    values = strict(render_json(parity))
     assert strict(seen.value["embedded"]) == values
     assert wrong_numbers(seen.value, values) == []
     shown = {each["path"] for each in seen.value["numbers"]}
@@ -542,7 +540,7 @@ def test_in_a_browser_no_label_lies_on_another(looked_at, name):
 
 
 def test_what_would_load_or_complain_is_seen(browser, tmp_path):
-    source = page(samples.without_slots())
+    source = render_page(samples.without_slots())
     planted = '<img src="http://127.0.0.1:18/x.png"><script>console.warn("a"); throw Error("b")</script>'
     seen = opened(browser, tmp_path, source.replace("<main>", f"<main>{planted}"))
     assert seen.requests == ["http://127.0.0.1:18/x.png"]
@@ -555,7 +553,7 @@ def test_what_would_load_or_complain_is_seen(browser, tmp_path):
 
 def test_a_number_that_is_not_the_json_s_is_seen(browser, tmp_path):
     parity = samples.broken()
-    values, source = strict(as_json(parity)), page(parity)
+    values, source = strict(render_json(parity)), render_page(parity)
     planted = {
         'data-style="difference">2.88e-06<': 'data-style="difference">2.89e-06<',
         'data-value="0.02"': 'data-value="0.021"',

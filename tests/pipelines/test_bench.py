@@ -75,7 +75,7 @@ def test_the_report_compares_with_the_first_that_ran():
     found = told(
         Timing("torch", "", reason="out of memory", asked=False), timing("torch-compile", 40, memory=3 << 20), timing("ort", 10)
     )
-    text = report.told(found)
+    text = report.render_text(found)
     rows = [re.split(r"  +", line.strip()) for line in text.splitlines() if "×" in line and "%" in line]
     assert rows == [
         ["torch-compile", "40.00", "40.00", "25.00", "1.00×", "3", "50.0%", "12.5%", "37.5%"],
@@ -83,14 +83,14 @@ def test_the_report_compares_with_the_first_that_ran():
     ]
     assert "note: torch did not run: out of memory" in text
     assert "ControlNets    2, in PyTorch" in text
-    assert report.told(found, "markdown").startswith("# Frames of unet.onnx\n\n- device: cpu, 2 threads\n")
+    assert report.render_text(found, "markdown").startswith("# Frames of unet.onnx\n\n- device: cpu, 2 threads\n")
     assert found.ran
     assert not replace(found, timings=(*found.timings, Timing("trt", "", reason="no GPU"))).ran
     assert not told(Timing("torch", "", reason="no memory", asked=False)).ran
 
 
 def test_json_holds_every_frame():
-    values = json.loads(report.as_json(told(timing("ort", 10, 30), Timing("trt", "", reason="no GPU"))))
+    values = json.loads(report.render_json(told(timing("ort", 10, 30), Timing("trt", "", reason="no GPU"))))
     first, second = values["timings"]
     assert (values["shapecheck_bench"], values["geometry"]["width"], values["controlnets"]) == (1, 17, 2)
     assert first["frames"] == [{"controlnet": n / 2, "handover": n / 8, "unet": n * 3 / 8} for n in (10, 30)]

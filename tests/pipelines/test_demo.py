@@ -34,7 +34,7 @@ from shapecheck.pipelines import accelerate, export_cache, pictures
 from shapecheck.pipelines import demo as road
 from shapecheck.pipelines import tiny_pipeline as parts_of
 from shapecheck.pipelines.demo_record import Change, Demo, Picture
-from shapecheck.pipelines.demo_report import as_json, page, told
+from shapecheck.pipelines.demo_report import render_json, render_page, render_text
 
 PICTURES = ["pytorch.png", "ort.png", "difference.png", "depth.png", "without.png", "effect.png"]
 SIZE = (104, 72)
@@ -331,15 +331,15 @@ HALF = {"allowed": None, "precision": "float16", "backend": "trt"}
 def test_the_verdict_follows_from_the_numbers(changes, verdict, words):
     found = sample(**changes)
     assert (found.verdict, found.passes) == (verdict, verdict != "BROKEN")
-    text = " ".join(told(found).split())
+    text = " ".join(render_text(found).split())
     assert f"{verdict}: " in text and words in text
-    assert f"**{verdict}: " in told(found, "markdown")
+    assert f"**{verdict}: " in render_text(found, "markdown")
     assert ("nothing is judged" in text or "not judged" in text) == (found.allowed is None)
 
 
 def test_json_is_the_record_and_what_follows_from_it():
     found = sample(difference=NAN)
-    read = json.loads(as_json(found), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    read = json.loads(render_json(found), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     expected = json.loads(json.dumps(asdict(replace(found, difference=Change(0, 0)))))
     expected |= {"difference": {"largest": "NaN", "mean": "NaN"}, "versions": {"torch": "2.13"}}
     assert read == {"shapecheck_demo": 1, "verdict": "broken", "passes": False, "times_faster": 2.0} | expected
@@ -401,7 +401,7 @@ class Tags(HTMLParser):
 
 
 def rendered(found: Demo) -> str:
-    return page(found, {each.file: b"\x89PNG" + each.file.encode() for each in found.pictures})
+    return render_page(found, {each.file: b"\x89PNG" + each.file.encode() for each in found.pictures})
 
 
 def test_the_page_needs_nothing_but_itself(shown):
@@ -423,11 +423,11 @@ def test_text_from_outside_is_no_markup():
     found = sample(prompt=hostile, model=hostile, controlnet=hostile, artefact=hostile)
     harmless = Tags(rendered(sample())).tags
     assert [tag for tag, _ in Tags(rendered(found)).tags] == [tag for tag, _ in harmless]
-    for text in (told(found), told(found, "markdown")):
+    for text in (render_text(found), render_text(found, "markdown")):
         assert "\x1b" not in text
         assert not [line for line in text.splitlines() if line == "# a"]
-    assert not re.search(r"(?<!\\)<", told(found, "markdown"))
-    assert json.loads(as_json(found))["prompt"] == hostile
+    assert not re.search(r"(?<!\\)<", render_text(found, "markdown"))
+    assert json.loads(render_json(found))["prompt"] == hostile
 
 
 def test_small_pictures_are_not_blurred():

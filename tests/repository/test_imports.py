@@ -396,7 +396,7 @@ def test_using_it_imports_torch_so_that_the_test_above_can_fail():
 
 
 def test_listing_presets_needs_no_torch():
-    libraries = import_afresh("from shapecheck.report import presets; presets.told('human')")
+    libraries = import_afresh("from shapecheck.report import presets; presets.render('human')")
     assert "tabulate" in libraries
     assert libraries <= {"tabulate", "wcwidth"}  # tabulate takes wcwidth if it is there
 
