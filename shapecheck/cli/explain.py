@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shapecheck.contract import Contract
     from shapecheck.explain.diagnosis import Diagnosis
     from shapecheck.explain.judge_mapping import Judgement
-    from shapecheck.explain.size import Size
+    from shapecheck.explain.residual_table import RequestedSize
 
 _FILE_NAME = re.compile(r"""[^\s"'()]{0,1000}(?:[\\/][^\s"'()]{0,1000}|\.(?:txt|log|out|err|md|json))""")
 """Words that can only be meant as the name of a file."""
@@ -46,7 +46,7 @@ _KEPT = 2**20
     "--mapping",
     metavar="TABLE|FILE",
     help="The shapes that were given: channels@HxW in latent cells (320,640,1280,1280@64; mid:1280@8 for mid), whole shapes "
-    "(input_control_00:2x320x64x96,…), a list of shapes, a .json, .toml, .py or .txt file of these, or a saved contract.",
+    "(input_control_00:2x320x64x96,…), a list of shapes, a .json or .txt file of these, or a saved contract.",
 )
 @offline_option
 @format_option
@@ -81,66 +81,70 @@ def explain(
     """
     from shapecheck.explain.diagnosis import Diagnosis
     from shapecheck.explain.explain_text import explain_text
+    from shapecheck.explain.json_record import judge_diagnosis
 
     if output is not None:
         refuse_unwritable(output)
-    said = _text(text, others=bool(mapping or controlnets))
+    message = _read_message(text, others=bool(mapping or controlnets))
     if mapping and controlnets:
         raise ShapecheckError("--mapping and --controlnet both say what was given; give one of them")
-    models = _models(model, offline)
-    asked = _size(size, latent, batch, models)
+    models = _find_models(model, offline)
+    requested = _parse_size(size, latent, batch, models)
     if model is not None:
-        models[model].require(asked.usual(models[model]))
-    judgements = _judgements(mapping, controlnets, model, models, asked, offline)
-    diagnosis = explain_text(said, models, asked) if said is not None else Diagnosis((), tuple(models))
-    return _write(diagnosis, judgements, form, output)
+        models[model].require(requested.complete(models[model]))
+    judgements = _judge(mapping, controlnets, model, models, requested, offline)
+    diagnosis = explain_text(message, models, requested) if message is not None else Diagnosis((), tuple(models))
+    write(_render(diagnosis, judgements, form), output)
+    is_diagnosed = judge_diagnosis(diagnosis, judgements[0] if judgements else None) == "diagnosis"
+    return 0 if is_diagnosed else ContractError.exit_status
 
 
-def _write(diagnosis: Diagnosis, judgements: list[Judgement], form: Form, output: Path | None) -> int:
-    """Write the report, and give the exit status."""
+def render_mapping(judgement: Judgement, form: Form) -> str:
+    """Render a table alone, as `explain --mapping` does."""
+    from shapecheck.explain.diagnosis import Diagnosis
+
+    return _render(Diagnosis((), judgement.models), [judgement], form)
+
+
+def _render(diagnosis: Diagnosis, judgements: list[Judgement], form: Form) -> str:
     from shapecheck.explain import json_record as record
     from shapecheck.explain import report
 
     first, others = (judgements[0], judgements[1:]) if judgements else (None, [])
-    as_asked = (
-        record.render_json(diagnosis, first, others)
-        if form == "json"
-        else report.render_text(diagnosis, first, others, form=form)
-    )
-    write(as_asked, output)
-    return 0 if record.judge_diagnosis(diagnosis, first) == "diagnosis" else ContractError.exit_status
+    if form == "json":
+        return record.render_json(diagnosis, first, others)
+    return report.render_text(diagnosis, first, others, form=form)
 
 
-def _text(text: str | None, *, others: bool) -> str | None:
-    """The text to explain. None where a table is to be explained alone."""
+def _read_message(text: str | None, *, others: bool) -> str | None:
+    """Read the text to explain. Returns None if a table is to be explained alone."""
     if text is None:
         if others:
             return None
         raise click.UsageError("give an error TEXT, a FILE or - for standard input; or --mapping, or --controlnet")
     if text == "-":
-        return _bounded(sys.stdin.buffer)
+        return _read_ends(sys.stdin.buffer)
     if not (os.path.exists(text) or _FILE_NAME.fullmatch(text)):  # noqa: PTH110  # Path.exists raises on names too long
         return text
     try:
         with open(text, "rb") as file:  # noqa: PTH123
-            return _bounded(file)
+            return _read_ends(file)
     except OSError as error:
         raise ShapecheckError(
             f"cannot read {text}: {error.strerror or error}; give an error text in quotation marks, a file, or -"
         ) from None
 
 
-def _bounded(stream: IO[bytes]) -> str:
-    """The start and the end of a log of any length, as text of any kind."""
+def _read_ends(stream: IO[bytes]) -> str:
+    """Read the start and the end of a log of any length, as text of any kind."""
     start, end = stream.read(_KEPT), b""
     while more := stream.read(_KEPT):
         end = (end + more)[-_KEPT:]
-    joint = b"\n" if end else b""
-    return (start + joint + end).decode("utf-8", "replace")
+    return (start + (b"\n" if end else b"") + end).decode("utf-8", "replace")
 
 
-def _models(model: str | None, offline: bool) -> Mapping[str, Contract]:
-    """The UNets to try, by name."""
+def _find_models(model: str | None, offline: bool) -> Mapping[str, Contract]:
+    """Return the UNets to try, by name."""
     from shapecheck import presets
 
     if model is None:
@@ -158,45 +162,43 @@ def _models(model: str | None, offline: bool) -> Mapping[str, Contract]:
     return {model: contract}
 
 
-def _size(size: str | None, latent: str | None, batch: int | None, models: Mapping[str, Contract]) -> Size:
+def _parse_size(size: str | None, latent: str | None, batch: int | None, models: Mapping[str, Contract]) -> RequestedSize:
     from shapecheck.contract import Geometry
-    from shapecheck.explain.size import Size
+    from shapecheck.explain.residual_table import RequestedSize
 
     if size and latent:
         raise ShapecheckError("a size in pixels and one in latent cells were given; give one of them")
     if size:
         factor = next(iter(models.values())).header.vae_factor if len(models) == 1 else 8
         at = Geometry.from_px(*parse_pair(size, "WxH in pixels"), vae_factor=factor)
-        return Size((at.height, at.width), batch)
-    return Size(parse_pair(latent, "HxW in latent cells") if latent else None, batch)
+        return RequestedSize((at.height, at.width), batch)
+    return RequestedSize(parse_pair(latent, "HxW in latent cells") if latent else None, batch)
 
 
-def _judgements(
+def _judge(
     mapping: str | None,
     controlnets: tuple[str, ...],
     model: str | None,
     models: Mapping[str, Contract],
-    size: Size,
+    size: RequestedSize,
     offline: bool,
 ) -> list[Judgement]:
-    """What was given, held against every UNet; the one it fits best first."""
-    from shapecheck.explain.explain_text import alike_models
-    from shapecheck.explain.judge_mapping import best, judge_given
-    from shapecheck.explain.mapping_parser import read_claim
+    """Hold what was given against every UNet; the one it fits best comes first."""
+    from shapecheck.explain.explain_text import group_models
+    from shapecheck.explain.judge_mapping import judge_given, judge_on_all
+    from shapecheck.explain.mapping_parser import parse_mapping
 
     if mapping:
-        claim = read_claim(mapping, size.usual(next(iter(models.values()))))
-        return best(claim, alike_models(models), models, size)
+        claim = parse_mapping(mapping, size.complete(next(iter(models.values()))))
+        return judge_on_all(claim, group_models(models), models, size)
     if not controlnets:
         return []
     if model is None:
         raise ShapecheckError("--controlnet: name the UNet it is used with, with --model")
-    from shapecheck.explain.controlnet_shapes import emitted
+    from shapecheck.explain.controlnet_shapes import observe_emitted
 
     contract = models[model]
-    at = size.usual(contract)
+    at = size.complete(contract)
     with progress() as steps:
-        return [
-            judge_given(given, (model,), contract, at)
-            for given in emitted(model, controlnets, contract, at, offline=offline, progress=steps)
-        ]
+        tables = observe_emitted(controlnets, at, offline=offline, progress=steps)
+    return [judge_given(table, (model,), contract, at) for table in tables]

@@ -63,13 +63,20 @@ def probe(
     request = request_for(model, controlnets, size, latent, batch, adapter)
     if output is not None:
         refuse_unwritable(output)
+    if request.mapping is not None:
+        from shapecheck.cli.explain import render_mapping
+        from shapecheck.explain.judge_mapping import judge_mapping
+
+        with progress() as steps:
+            judgement = judge_mapping(request, offline=offline, progress=steps)
+        write(render_mapping(judgement, form), output)
+        return ContractError.exit_status if judgement.mismatches else 0
     with progress() as steps:
         finding = requests.carry_out(request, offline=offline, progress=steps)
-    claim = request.claim is not None
     if form == "json":
-        text = report.render_json(finding.contract, finding.mismatches, finding.geometry, claim=claim)
+        text = report.render_json(finding.contract, finding.mismatches, finding.geometry)
     else:
-        text = report.render_text(finding.contract, finding.mismatches, finding.geometry, form=form, claim=claim)
+        text = report.render_text(finding.contract, finding.mismatches, finding.geometry, form=form)
     write(text, output)
     return ContractError.exit_status if finding.mismatches else 0
 

@@ -13,7 +13,7 @@ from shapecheck.contract.dims import Dim, Shape
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
 from shapecheck.contract.mismatch import compare
-from shapecheck.contract.naming import SHAPECHECK, detect
+from shapecheck.contract.naming import SHAPECHECK, detect, name_residuals
 from shapecheck.contract.records import Header, Input, Mismatch, Role, Slot
 
 Residuals = Mapping[str, Any] | Sequence[Any] | Any
@@ -157,9 +157,8 @@ def _made_again(kind: type[ContractError], args: tuple[Any, ...]) -> ContractErr
 
 def _by_name(shapes: Residuals) -> dict[str, Shape]:
     """Slot name → shape, from any of the forms `Contract.mismatches` takes."""
-    downs = getattr(shapes, "down_block_res_samples", None)
-    if downs is not None:
-        shapes = (downs, getattr(shapes, "mid_block_res_sample", None))
+    if getattr(shapes, "down_block_res_samples", None) is not None:  # which is a mapping too
+        shapes = name_residuals(shapes)
     named = shapes if isinstance(shapes, Mapping) else _named(shapes)
     return {name: _shape(name, value) for name, value in named.items() if value is not None}
 
@@ -171,7 +170,7 @@ def _named(shapes: Any) -> dict[str, Any]:
             f"not as {type(shapes).__name__}"
         )
     downs, mid = shapes if _is_pair(shapes) else (shapes[:-1], shapes[-1] if shapes else None)
-    return {SHAPECHECK.down(index): value for index, value in enumerate(downs or ())} | {SHAPECHECK.mid: mid}
+    return name_residuals((downs or (), mid))
 
 
 def _is_pair(shapes: Sequence[Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from shapecheck.contract.errors import ShapecheckError
 
@@ -44,6 +45,16 @@ SCHEMES = (
     Naming("comfyui", "output_control_", 1, "middle_control_0", "ComfyUI_TensorRT, pull request 90"),
     Naming("optimum-neuron", "down_block_additional_residuals_", 1, "mid_block_additional_residual", "optimum-neuron"),
 )
+
+
+def name_residuals(output: Any) -> dict[str, Any]:
+    """Return slot name → residual of what a ControlNet returns, its output or (downs, mid); empty for anything else."""
+    downs, mid = (getattr(output, name, None) for name in ("down_block_res_samples", "mid_block_res_sample"))
+    if downs is None and isinstance(output, (list, tuple)) and len(output) > 1:
+        downs, mid = output[:2]
+    if not isinstance(downs, (list, tuple)):
+        return {}
+    return {SHAPECHECK.down(index): residual for index, residual in enumerate(downs)} | {SHAPECHECK.mid: mid}
 
 
 def feature(index: int) -> str:

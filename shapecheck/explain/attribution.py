@@ -1,24 +1,24 @@
-"""Whether residuals that are wrong explain the very exception that was raised: much that is wrong is added in silence."""
+"""Decide whether wrong residuals explain the very exception that was raised: much that is wrong is added in silence."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from shapecheck.contract import Contract, Geometry, Mismatch, Shape
+from shapecheck.contract import Contract, Geometry, Mismatch
 from shapecheck.contract.records import MismatchKind
-from shapecheck.explain.matching import gives, slot_of
-from shapecheck.explain.parse_text import symptoms
-from shapecheck.explain.residual_table import Given, Table, right
-from shapecheck.explain.simulate import outcome
+from shapecheck.explain.matching import find_slot, reproduces
+from shapecheck.explain.parse_text import read_symptoms
+from shapecheck.explain.residual_table import ResidualShapes, ResidualTable, right_shapes
+from shapecheck.explain.simulate import simulate_call
 from shapecheck.explain.symptom import Symptom, SymptomKind
-from shapecheck.explain.torch_messages import eager, meta
+from shapecheck.explain.torch_messages import say_eager, say_meta
 from shapecheck.explain.traceback_calls import Traced
-from shapecheck.explain.unet_layout import anatomy
+from shapecheck.explain.unet_layout import lay_out_unet
 from shapecheck.runtime.unet_call import DOWNS, FEATURES, Call
 
 Reason = Literal["shape", "dtype", "device", "container", "value", "mid", "name"]
@@ -47,33 +47,41 @@ _OF_MEMORY = re.compile(r"out of memory|can't allocate memory|bad_alloc")
 
 
 def is_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: no residual explains that."""
+    """Tell if memory ran out: no residual explains that."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(_OF_MEMORY.search(str(error)))
 
 
-def reasons(traced: Traced, call: Call, contract: Contract, geometry: Geometry, found: Sequence[Mismatch]) -> set[Reason]:
-    """What of the residuals explains the exception that came through this call; empty where `found` does not explain it."""
-    if is_of_memory(traced.error) or (call.downs is None and call.features is None) or _is_before(traced, call, contract):
+def find_reasons(
+    traced: Traced, call: Call, contract: Contract, geometry: Geometry, mismatches: Sequence[Mismatch]
+) -> set[Reason]:
+    """Return what of the residuals explains the exception that came through this call; nothing if `mismatches` do not."""
+    error, text = traced.error, str(traced.error)
+    if is_of_memory(error) or (call.downs is None and call.features is None) or _is_before(traced, call, contract):
         return set()
-    text = str(traced.error)
-    told = symptoms(text)
-    kinds = {each.kind for each in found}
-    at_fault = {each.where for each in found}
-    is_of_type = isinstance(traced.error, (TypeError, AttributeError))
+    symptoms = read_symptoms(text)
+    kinds = {mismatch.kind for mismatch in mismatches}
+    at_fault = {mismatch.where for mismatch in mismatches}
+    of_dtypes = isinstance(error, (RuntimeError, TypeError)) and bool(_OF_DTYPES.search(text))
+    of_type = isinstance(error, (TypeError, AttributeError)) and not traced.inside
+    if DOWNS in at_fault:
+        has_no_tensor = not isinstance(call.downs, Tensor) or not call.downs.dim()
+    else:
+        given = (*(call.downs or ()), *(() if call.mid is None else (call.mid,))) if of_type else ()
+        has_no_tensor = not all(isinstance(residual, Tensor) for residual in given)
     holds: dict[Reason, bool] = {
-        "shape": bool(kinds & _SHAPES or DOWNS in at_fault) and _is_foretold(text, told, call, contract, geometry),
-        "dtype": "dtype" in kinds and _is_of_dtypes(traced.error, told),
+        "shape": bool(kinds & _SHAPES or DOWNS in at_fault) and _is_foretold(text, symptoms, call, contract, geometry),
+        "dtype": "dtype" in kinds and (of_dtypes or any(symptom.kind == "dtype" for symptom in symptoms)),
         "device": "device" in kinds and bool(_OF_DEVICES.search(text)),
         "container": FEATURES in at_fault and "has no attribute 'pop'" in text,
-        "value": is_of_type and not traced.inside and _is_no_tensor(call, at_fault),
+        "value": of_type and has_no_tensor,
         "mid": call.mid is None and call.downs is not None and contract.slots[-1].name in at_fault,
-        "name": any(slot_of(name, contract) in at_fault for each in told for name in each.names),
+        "name": any(find_slot(name, contract) in at_fault for symptom in symptoms for name in symptom.names),
     }
     return {reason for reason in get_args(Reason) if holds[reason]}
 
 
 def _is_before(traced: Traced, call: Call, contract: Contract) -> bool:
-    """Whether it was raised by a module that runs before any residual is added.
+    """Tell if it was raised by a module that runs before any residual is added.
 
     A ControlNet's are added after the way down and after mid; only the modules of the way up, and those after it, take them.
     """
@@ -84,43 +92,28 @@ def _is_before(traced: Traced, call: Call, contract: Contract) -> bool:
     return top in before or top.endswith(("_embedding", "_proj"))
 
 
-def _is_foretold(text: str, told: Iterable[Symptom], call: Call, contract: Contract, geometry: Geometry) -> bool:
-    """Whether residuals of these shapes fail so; where nothing can be foretold, whether the text is of shapes at all."""
+def _is_foretold(text: str, symptoms: Iterable[Symptom], call: Call, contract: Contract, geometry: Geometry) -> bool:
+    """Tell if residuals of these shapes fail so; if nothing can be foretold, whether the text is of shapes at all."""
     if call.downs is None:
         return False
-    unet, given = anatomy(contract, geometry), _shapes_of(call, contract, geometry)
+    unet, given = lay_out_unet(contract, geometry), _find_shapes(call, contract, geometry)
     if unet is None or given is None:
-        return any(each.kind in _OF_SHAPES for each in told)
-    failure = outcome(unet, given)
+        return any(symptom.kind in _OF_SHAPES for symptom in symptoms)
+    failure = simulate_call(unet, given)
     if failure is None:
         return False
-    if any(words in text for words in (eager(failure), meta(failure)) if words):
+    if any(words in text for words in (say_eager(failure), say_meta(failure)) if words):
         return True
-    table = Table.of(contract, geometry)
-    return any(gives(each, failure, table) for each in told)
+    table = ResidualTable.of(contract, geometry)
+    return any(reproduces(symptom, failure, table) for symptom in symptoms)
 
 
-def _shapes_of(call: Call, contract: Contract, geometry: Geometry) -> Given | None:
-    """The shapes that are added, a right one in place of what is no tensor; None where these are not known any more."""
+def _find_shapes(call: Call, contract: Contract, geometry: Geometry) -> ResidualShapes | None:
+    """Return the shapes that are added, a right one in place of what is no tensor; None if these are not known any more."""
     if not isinstance(call.downs, (list, tuple)) and not (isinstance(call.downs, Tensor) and call.downs.dim()):
         return None
-    wanted, count = right(contract, geometry), len(call.downs)
-    own = (*wanted.downs, *((),) * count)[:count]  # what is surplus is never added
-    downs = tuple(_shape_of(value, shape) for value, shape in zip(call.downs, own, strict=True))
-    return Given(downs, None if call.mid is None else _shape_of(call.mid, wanted.mid or ()))
-
-
-def _shape_of(value: Any, otherwise: Shape) -> Shape:
-    return tuple(value.shape) if isinstance(value, Tensor) else otherwise
-
-
-def _is_of_dtypes(error: BaseException, told: Iterable[Symptom]) -> bool:
-    if any(each.kind == "dtype" for each in told):
-        return True
-    return isinstance(error, (RuntimeError, TypeError)) and bool(_OF_DTYPES.search(str(error)))
-
-
-def _is_no_tensor(call: Call, at_fault: set[str]) -> bool:
-    if DOWNS in at_fault:
-        return not isinstance(call.downs, Tensor) or not call.downs.dim()
-    return not all(isinstance(each, Tensor) for each in (*(call.downs or ()), *(() if call.mid is None else (call.mid,))))
+    right, count = right_shapes(contract, geometry), len(call.downs)
+    own = (*right.downs, *((),) * count)[:count]  # what is surplus is never added
+    pairs = zip((*call.downs, call.mid), (*own, right.mid or ()), strict=True)
+    flat = [tuple(value.shape) if isinstance(value, Tensor) else shape for value, shape in pairs]
+    return ResidualShapes(tuple(flat[:-1]), None if call.mid is None else flat[-1])

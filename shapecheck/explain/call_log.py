@@ -5,23 +5,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shapecheck.contract import ShapecheckError
 from shapecheck.explain.traceback_calls import Traced
+from shapecheck.runtime.controlnet_emissions import Emission, watch_controlnet
 from shapecheck.runtime.unet_call import Call, call_of, inner, places_of
 
 
-class Emission(NamedTuple):
-    """The residuals that a ControlNet returned, mid last."""
+class Returned(NamedTuple):
+    """The residuals that a ControlNet returned, and which it is."""
 
     place: str
     """Where the ControlNet stands in what was given to be watched, as Python writes it; empty where it is the only one."""
     class_name: str
-    residuals: tuple[Tensor, ...]
+    residuals: Emission
 
     @property
     def name(self) -> str:
@@ -40,18 +42,20 @@ class Watched:
             raise ShapecheckError(f"explained takes a UNet, not a {type(unet).__name__}; of a pipeline give pipeline.unet")
         self._unet = unet
         self._places = places_of(inner(unet))
-        self._controlnets = dict(_several(controlnet))
+        self._controlnets: dict[nn.Module, str] = {}
+        for place, module in _several(controlnet):
+            self._controlnets.setdefault(module, place)
         self._calls: dict[int, tuple[Mapping[str, Any], Call]] = {}
-        self._emitted: dict[tuple[int, int], Emission] = {}
+        self._emitted: dict[tuple[int, int], Returned] = {}
 
     def install(self, hooks: ExitStack) -> None:
         """Set a hook on each; the stack removes those that are set, also where one of them cannot be."""
         # kept out of graphs that torch.compile makes, which would freeze what they saw when it was traced
-        before, after, returned = map(torch.compiler.disable, (self._before, self._after, self._returned))
+        before, after = map(torch.compiler.disable, (self._before, self._after))
         hooks.callback(self._unet.register_forward_pre_hook(before, with_kwargs=True).remove)
         hooks.callback(self._unet.register_forward_hook(after).remove)
-        for each in self._controlnets.values():
-            hooks.callback(each.register_forward_hook(returned).remove)
+        for controlnet, place in self._controlnets.items():
+            hooks.callback(watch_controlnet(controlnet, partial(self._receive, inner(controlnet), place)))
 
     def is_unet(self, module: nn.Module) -> bool:
         """Whether this is the watched UNet, or what torch.compile made of it."""
@@ -61,11 +65,11 @@ class Watched:
         """The arguments of this very call before it ran, in whichever thread; None where it was not seen."""
         return next((call for kwargs, call in list(self._calls.values()) if kwargs is traced.kwargs), None)
 
-    def emissions(self) -> list[Emission]:
+    def emissions(self) -> list[Returned]:
         """What each ControlNet returned last in each thread, the latest last."""
         return list(self._emitted.values())
 
-    def emissions_of(self, modules: Sequence[nn.Module]) -> list[Emission]:
+    def emissions_of(self, modules: Sequence[nn.Module]) -> list[Returned]:
         """What these returned in this thread, up to the one that ran last, in their order; empty where any is not watched."""
         keys = [(threading.get_ident(), id(inner(each))) for each in modules]
         ran = [key for key in list(self._emitted) if key in keys]
@@ -80,12 +84,11 @@ class Watched:
     def _after(self, *_: object) -> None:
         self._calls.pop(threading.get_ident(), None)
 
-    def _returned(self, module: nn.Module, args: object, output: Any) -> None:
-        place = next((place for place, each in self._controlnets.items() if inner(each) is inner(module)), "")
-        key = threading.get_ident(), id(inner(module))
+    def _receive(self, controlnet: nn.Module, place: str, emission: Emission) -> None:
+        key = threading.get_ident(), id(controlnet)
         self._emitted.pop(key, None)  # so that the latest is last
-        if residuals := _residuals(output):
-            self._emitted[key] = Emission(place, type(inner(module)).__name__, residuals)
+        if emission:
+            self._emitted[key] = Returned(place, type(controlnet).__name__, emission)
 
 
 def _several(controlnet: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -104,17 +107,6 @@ def _several(controlnet: Any) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(inside, nn.ModuleList):
             yield from ((f"{place}.nets[{at}]", net) for at, net in enumerate(inside))
         yield place if several and len(given) > 1 else "", each
-
-
-def _residuals(output: Any) -> tuple[Tensor, ...]:
-    """The residuals in what a ControlNet returned, mid last; none where these are none."""
-    if isinstance(output, tuple):
-        downs, mid = output[:2] if len(output) > 1 else (None, None)
-    else:
-        downs, mid = (getattr(output, name, None) for name in ("down_block_res_samples", "mid_block_res_sample"))
-    if not isinstance(downs, (list, tuple)) or not all(isinstance(each, Tensor) for each in (*downs, mid)):
-        return ()
-    return (*downs, mid)
 
 
 def _copied(value: Any) -> Any:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shapecheck.contract import Contract, Geometry
-from shapecheck.explain.residual_table import Given
+from shapecheck.contract import Geometry
+from shapecheck.explain.residual_table import ResidualShapes, right_shapes
 from shapecheck.models import lookup
 from shapecheck.progress import Progress
 
 
-def emitted(
-    model: str, controlnets: Sequence[str], contract: Contract, geometry: Geometry, *, offline: bool = False, progress: Progress
-) -> list[Given]:
-    """What each of these ControlNets emits at that geometry, observed on the meta device.
+def observe_emitted(
+    controlnets: Sequence[str], geometry: Geometry, *, offline: bool = False, progress: Progress
+) -> list[ResidualShapes]:
+    """Observe on the meta device what each of these ControlNets emits at that geometry.
 
-    A UNet preset's name stands for the ControlNet made for it. Raises ShapecheckError where one cannot be had or run.
+    A UNet preset's name stands for the ControlNet made for it. Raises ShapecheckError if one cannot be had or run.
     """
     for name in controlnets:
         lookup.find(name, "controlnet", offline=offline)
@@ -26,7 +26,5 @@ def emitted(
     tables = []
     for net in build_controlnets(controlnets, offline):
         progress(f"observing {net.name}")
-        shapes = probe_controlnet(net.module).shapes(geometry)
-        *downs, mid = shapes.values()
-        tables.append(Given(tuple(downs), mid))
+        tables.append(right_shapes(probe_controlnet(net.module), geometry))
     return tables

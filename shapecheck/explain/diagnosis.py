@@ -7,7 +7,7 @@ from typing import Literal
 
 from shapecheck.contract import Contract, Geometry, Shape
 from shapecheck.explain.fault import Fault
-from shapecheck.explain.residual_table import Given
+from shapecheck.explain.residual_table import ResidualShapes
 from shapecheck.explain.simulate import Stage
 from shapecheck.explain.symptom import Symptom
 
@@ -39,7 +39,7 @@ class Candidate:
         return self.faults[0]
 
     @property
-    def table(self) -> Given:
+    def table(self) -> ResidualShapes:
         """The residuals that give the text, at the first geometry."""
         return self.fault.given
 

@@ -6,21 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from shapecheck.contract import Contract, Geometry, ShapecheckError
-from shapecheck.explain import causes
-from shapecheck.explain.candidate_sizes import geometries
+from shapecheck.explain.candidate_sizes import candidate_geometries
+from shapecheck.explain.causes import list_causes
 from shapecheck.explain.diagnosis import Answer, Candidate, Diagnosis, Reading
 from shapecheck.explain.fault import Fault
-from shapecheck.explain.fault_catalogue import mistakes
+from shapecheck.explain.fault_catalogue import list_faults
 from shapecheck.explain.hints import Hints
-from shapecheck.explain.matching import gives, is_of_slot, slot_of
-from shapecheck.explain.parse_text import flattened, symptoms_in
-from shapecheck.explain.prefilter import may_give
-from shapecheck.explain.residual_table import Table
-from shapecheck.explain.simulate import Failure, Stage, outcome
-from shapecheck.explain.size import Size
+from shapecheck.explain.matching import find_slot, is_of_slot, reproduces
+from shapecheck.explain.parse_text import find_symptoms, flatten_text
+from shapecheck.explain.residual_table import RequestedSize, ResidualTable
+from shapecheck.explain.simulate import Failure, Stage, simulate_call
 from shapecheck.explain.symptom import Symptom
-from shapecheck.explain.unet_layout import Anatomy, anatomy
-from shapecheck.explain.unrelated import unrelated
+from shapecheck.explain.unet_layout import UNetLayout, lay_out_unet
+from shapecheck.explain.unrelated import find_other_subject
 
 _MOST, _MOST_PLAYED, _MOST_SIZES = 12, 4, 4
 """Symptoms of one text that are looked into, those of them for which every fault is played through, and at how many sizes
@@ -41,131 +39,116 @@ Sizes = Mapping[tuple[str, ...], tuple[Geometry, ...]]
 """Where to look, by models that treat residuals alike."""
 
 
-def explain_text(text: str, models: Mapping[str, Contract], size: Size) -> Diagnosis:
-    """What a text comes to on these UNets, by name. Raises ShapecheckError where one of them refuses the size asked for."""
-    flat = flattened(text)
-    told = symptoms_in(flat)
-    if reason := unrelated(flat, told):
+def explain_text(text: str, models: Mapping[str, Contract], size: RequestedSize) -> Diagnosis:
+    """Explain a text on these UNets, by name. Raises ShapecheckError if one of them refuses the requested size."""
+    flat = flatten_text(text)
+    symptoms = find_symptoms(flat)
+    if reason := find_other_subject(flat, symptoms):
         return Diagnosis((), tuple(models), reason)
-    told = tuple(symptom for symptom in told if not symptom.elsewhere)
-    diagnosis = Diagnosis(tuple(_readings(told[:_MOST], models, size)), tuple(models))
+    symptoms = tuple(symptom for symptom in symptoms if not symptom.elsewhere)
+    diagnosis = Diagnosis(tuple(_explain_symptoms(symptoms[:_MOST], models, size)), tuple(models))
     return diagnosis if diagnosis.found else replace(diagnosis, reason=_NOTHING_FITS)
 
 
-def _readings(told: Sequence[Symptom], models: Mapping[str, Contract], size: Size) -> Iterator[Reading]:
-    """Every size is looked at for the first symptom that is played; for those after it, the sizes at which that one arises."""
+def _explain_symptoms(symptoms: Sequence[Symptom], models: Mapping[str, Contract], size: RequestedSize) -> Iterator[Reading]:
+    """Look at every size for the first symptom that is played; for those after it, at the sizes at which that one arises."""
     sizes: Sizes | None = None
     left = _MOST_PLAYED
-    for symptom in told:
+    for symptom in symptoms:
         answers: tuple[Answer, ...] = ()
         if symptom.kind in _PLAYED and left:
             left -= 1
-            answers = tuple(_answer(symptom, names, models[names[0]], size, sizes) for names in alike_models(models))
-            sizes = sizes or {answer.models: _arises_at(answer) for answer in answers}
-        direct = tuple(causes.causes(symptom, models))
-        yield Reading(symptom, tuple(answer for answer in answers if answer.candidates), direct)
+            answers = tuple(_play_faults(symptom, names, models[names[0]], size, sizes) for names in group_models(models))
+            sizes = sizes or {answer.models: _list_sizes(answer) for answer in answers}
+        causes = tuple(list_causes(symptom, models))
+        yield Reading(symptom, tuple(answer for answer in answers if answer.candidates), causes)
 
 
-def _arises_at(answer: Answer) -> tuple[Geometry, ...]:
-    """The usual size, and those at which a candidate gives the text, whole multiples of the deepest stride first."""
+def _list_sizes(answer: Answer) -> tuple[Geometry, ...]:
+    """Return the usual size, and those at which a candidate gives the text, whole multiples of the deepest stride first."""
     deepest = max(slot.stride for slot in answer.contract.slots)
     found = dict.fromkeys(at for candidate in answer.candidates for at in candidate.geometries)
     whole_first = sorted(found, key=lambda at: bool(at.height % deepest or at.width % deepest))
     return tuple(dict.fromkeys((answer.geometry, *whole_first)))[:_MOST_SIZES]
 
 
-def alike_models(models: Mapping[str, Contract]) -> list[tuple[str, ...]]:
-    """Names of models that treat residuals alike."""
+def group_models(models: Mapping[str, Contract]) -> list[tuple[str, ...]]:
+    """Group the names of models that treat residuals alike."""
     groups: dict[object, list[str]] = {}
+    keys = ("block_out_channels", "down_block_types", "up_block_types", "norm_num_groups")
     for name, contract in models.items():
-        config = contract.config
-        built = tuple(
-            config.get(key) for key in ("block_out_channels", "down_block_types", "up_block_types", "norm_num_groups")
-        )
+        built = tuple(contract.config.get(key) for key in keys)
         slots = tuple((slot.skip, slot.up_block, slot.producer) for slot in contract.slots)
         groups.setdefault((slots, contract.divisor, built), []).append(name)
     return [tuple(sorted(names, key=lambda name: (len(name), name))) for names in groups.values()]
 
 
-def _answer(symptom: Symptom, names: tuple[str, ...], contract: Contract, size: Size, sizes: Sizes | None) -> Answer:
-    told = size.latent is not None, size.batch is not None
-    at = sizes[names] if sizes else geometries(symptom, contract, size.usual(contract), size_known=told[0], batch_known=told[1])
+def _play_faults(
+    symptom: Symptom, names: tuple[str, ...], contract: Contract, size: RequestedSize, sizes: Sizes | None
+) -> Answer:
+    if sizes:
+        at = sizes[names]
+    else:
+        known = {"size_known": size.latent is not None, "batch_known": size.batch is not None}
+        at = candidate_geometries(symptom, contract, size.complete(contract), **known)
     found: dict[tuple[str, str], Candidate] = {}
     for geometry in at:
-        for candidate in _candidates(symptom, contract, geometry):
+        for candidate in _play_faults_at(symptom, contract, geometry):
             key = (candidate.slot, candidate.fault.told)
-            known = found.get(key)
-            found[key] = replace(known, geometries=(*known.geometries, geometry)) if known else candidate
-    return Answer(names, contract, at[0], tuple(sorted(found.values(), key=lambda each: _position(each, contract, at[0]))))
+            known_one = found.get(key)
+            found[key] = replace(known_one, geometries=(*known_one.geometries, geometry)) if known_one else candidate
+
+    # those at the usual size first; then in slot order, within a slot as they are told
+    order = {slot.name: number for number, slot in enumerate(contract.slots)}
+    first = sorted(found.values(), key=lambda one: (at[0] not in one.geometries, order.get(one.slot, len(order))))
+    return Answer(names, contract, at[0], tuple(first))
 
 
-def _position(candidate: Candidate, contract: Contract, usual: Geometry) -> tuple[bool, int]:
-    """Those at the usual size first; then in slot order, within a slot as they are told."""
-    names = [slot.name for slot in contract.slots]
-    place = names.index(candidate.slot) if candidate.slot in names else len(names)
-    return usual not in candidate.geometries, place
-
-
-def _candidates(symptom: Symptom, contract: Contract, geometry: Geometry) -> Iterator[Candidate]:
-    unet = anatomy(contract, geometry)
+def _play_faults_at(symptom: Symptom, contract: Contract, geometry: Geometry) -> Iterator[Candidate]:
+    unet = lay_out_unet(contract, geometry)
     if unet is None:
         raise ShapecheckError("this contract does not say how its UNet is built: give the model itself with --model")
-    if not may_give(unet, symptom):
-        return
-    table = Table.of(contract, geometry)
-    for faults in mistakes(table, _hints(symptom)):
-        for failure in _failures(symptom, unet, table, faults[0]):
+    table = ResidualTable.of(contract, geometry)
+    for faults in list_faults(table, _find_hints(symptom)):
+        for failure in _find_failures(symptom, unet, table, faults[0]):
             yield Candidate(failure.slot, failure.module, failure.stage, failure.wanted, failure.given, faults, (geometry,))
 
 
-def _hints(symptom: Symptom) -> Hints:
-    """What the text says that residuals had."""
-    if symptom.kind == "unequal":
-        return Hints(symptom.given_shape, tuple((None, each) for each in symptom.given_shape), symptom.given_shape)
-    if symptom.kind in ("concat", "attention"):
-        return _hints_of_concat(symptom)
-    if symptom.kind == "reshape":
+def _find_hints(symptom: Symptom) -> Hints:
+    """Return what the text says that residuals had."""
+    kind, axis, wanted, given, shape = symptom.kind, symptom.axis, symptom.wanted, symptom.given, symptom.given_shape
+    if kind == "unequal":
+        return Hints(shape, tuple((None, size) for size in shape), shape)
+    if kind in ("concat", "attention"):  # a residual of a larger batch shows only beside a skip of one image
+        met = sorted(size for size in (wanted, given) if size)
+        return Hints(batches=tuple(met[1:])) if met[:1] == [1] and axis in (None, 0) else Hints()
+    if kind == "reshape":
         return Hints(batches=symptom.wanted_shape[:1])
-    if symptom.kind not in ("broadcast", "pair", "dimensions"):
+    if kind not in ("broadcast", "pair", "dimensions"):
         return Hints()
-    if len(symptom.given_shape) == 3 and symptom.kind == "broadcast":  # attention, which folds images and cells
-        return Hints(batches=symptom.given_shape[:1])
-    if len(symptom.given_shape) == 4:
-        return Hints.of_shapes([symptom.given_shape])
-    if symptom.axis is not None and symptom.axis < 4 and symptom.given is not None:
-        return _hints_of_axis(symptom.axis, symptom.wanted, symptom.given)
-    return Hints(tuple(width for width in symptom.given_shape[1:2] if width > 0))
-
-
-def _hints_of_concat(symptom: Symptom) -> Hints:
-    """A residual of a larger batch shows only beside a skip of one image."""
-    met = sorted(size for size in (symptom.wanted, symptom.given) if size)
-    return Hints(batches=tuple(met[1:])) if met[:1] == [1] and symptom.axis in (None, 0) else Hints()
-
-
-def _hints_of_axis(axis: int, wanted: int | None, given: int) -> Hints:
+    if len(shape) == 3 and kind == "broadcast":  # attention, which folds images and cells
+        return Hints(batches=shape[:1])
+    if len(shape) == 4:
+        return Hints.of_shapes([shape])
+    if axis is None or axis >= 4 or given is None:
+        return Hints(tuple(width for width in shape[1:2] if width > 0))
     hints = Hints.of_axis(axis, given)
     if axis == 1 and wanted and given and wanted % given == 0:  # attention again
         return replace(hints, batches=(wanted // given,))
     return hints
 
 
-def _failures(symptom: Symptom, unet: Anatomy, table: Table, fault: Fault) -> Iterator[Failure]:
-    """Where this fault gives the text: at the first failure; where inputs are checked one by one, at the slot that is named."""
-    if symptom.kind == "dimensions":
-        slot = slot_of(symptom.names[0], table.contract)
-        if slot and is_of_slot(symptom, table, fault.given, slot):
-            producer = next(each.producer for each in unet.slots if each.name == slot)
-            stage: Stage = "mid" if slot == table.names[-1] else "down"
-            yield Failure(stage, "broadcast", slot, producer, table.right.named[slot], fault.given.named[slot])
-    elif symptom.kind == "pair":
-        yield from _pairs(symptom, unet, fault)
-    elif (failure := outcome(unet, fault.given)) and gives(symptom, failure, table):
+def _find_failures(symptom: Symptom, unet: UNetLayout, table: ResidualTable, fault: Fault) -> Iterator[Failure]:
+    """Yield where this fault gives the text: at the first failure; if inputs are checked one by one, at the slot it names."""
+    if symptom.kind == "pair":  # ComfyUI leaves out what does not fit, and goes on
+        for slot, skip in zip(unet.slots, (*unet.skips, unet.mid), strict=True):
+            if skip == symptom.wanted_shape and fault.given.named.get(slot.name) == symptom.given_shape:
+                yield Failure("down", "broadcast", slot.name, slot.producer, skip, symptom.given_shape)
+    elif symptom.kind == "dimensions":
+        name = find_slot(symptom.names[0], table.contract)
+        if name and is_of_slot(symptom, table, fault.given, name):
+            producer = next(slot.producer for slot in unet.slots if slot.name == name)
+            stage: Stage = "mid" if name == table.names[-1] else "down"
+            yield Failure(stage, "broadcast", name, producer, table.right.named[name], fault.given.named[name])
+    elif (failure := simulate_call(unet, fault.given)) and reproduces(symptom, failure, table):
         yield failure
-
-
-def _pairs(symptom: Symptom, unet: Anatomy, fault: Fault) -> Iterator[Failure]:
-    """Every slot where these two shapes meet: ComfyUI leaves out what does not fit, and goes on."""
-    for slot, skip in zip(unet.slots, (*unet.skips, unet.mid), strict=True):
-        if skip == symptom.wanted_shape and fault.given.named.get(slot.name) == symptom.given_shape:
-            yield Failure("down", "broadcast", slot.name, slot.producer, skip, symptom.given_shape)

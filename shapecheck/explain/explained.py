@@ -11,14 +11,14 @@ from typing import Any
 from torch import nn
 
 from shapecheck.contract import Contract, ContractError, Mismatch, ShapecheckError
-from shapecheck.explain.attribution import Reason, is_of_memory, reasons
-from shapecheck.explain.call_log import Emission, Watched
+from shapecheck.explain.attribution import Reason, find_reasons, is_of_memory
+from shapecheck.explain.call_log import Returned, Watched
 from shapecheck.explain.explain_text import explain_text
 from shapecheck.explain.explained_error import ExplainedError, last_line, subject
-from shapecheck.explain.multi_controlnet import explained_sum
-from shapecheck.explain.size import Size
-from shapecheck.explain.tensor_identity import judged
-from shapecheck.explain.traceback_calls import Traced, calls, chain
+from shapecheck.explain.multi_controlnet import explain_sum
+from shapecheck.explain.residual_table import RequestedSize
+from shapecheck.explain.tensor_identity import judge_call
+from shapecheck.explain.traceback_calls import Traced, find_calls, follow_causes
 from shapecheck.runtime.residual_checks import feature_faults, geometry_of, residual_faults
 from shapecheck.runtime.unet_call import DOWNS, MID, Call, call_of, inner, places_of
 
@@ -62,33 +62,33 @@ def explained(
             yield
         except Exception as error:
             hooks.close()  # the UNet may be observed now
-            told = _explanation(unet, error, watched, contract)
-            if told is None:
+            explained_error = _explain_error(error, watched, contract, unet)
+            if explained_error is None:
                 raise
-            raise told from error
+            raise explained_error from error
 
 
-def _explanation(unet: nn.Module, error: Exception, watched: Watched, contract: Contract | None) -> ExplainedError | None:
-    """The error that says more, where residuals explain this one."""
-    if any(isinstance(each, ContractError) or is_of_memory(each) for each in chain(error)):
+def _explain_error(error: Exception, watched: Watched, contract: Contract | None, unet: nn.Module) -> ExplainedError | None:
+    """Return the error that says more, if residuals explain this one."""
+    if any(isinstance(cause, ContractError) or is_of_memory(cause) for cause in follow_causes(error)):
         return None
     known = cache(lambda: contract or contract_of_live(inner(unet)))
     try:
-        for each in chain(error):
-            for traced in calls(each, watched.is_unet):
+        for cause in follow_causes(error):
+            for traced in find_calls(cause, watched.is_unet):
                 if call := watched.call_of(traced):
-                    return explained_call(traced, call, known(), watched.emissions()) or _by_its_text(each, known())
-            if told := explained_sum(each, watched, known):
-                return told
+                    return explain_call(traced, call, known(), watched.emissions()) or _explain_by_text(cause, known())
+            if explained_error := explain_sum(cause, watched, known):
+                return explained_error
     except Exception as failure:  # the user's own error must not be lost over ours
         error.add_note(f"shapecheck.explained has no explanation: {type(failure).__name__}: {failure}")
     return None
 
 
-def explained_call(
-    traced: Traced, call: Call, contract: Contract, emitted: Sequence[Emission] = (), *, popped: bool = False
+def explain_call(
+    traced: Traced, call: Call, contract: Contract, emitted: Sequence[Returned] = (), *, popped: bool = False
 ) -> ExplainedError | None:
-    """What is wrong with the residuals of a call that failed; None where that does not explain how it failed.
+    """Say what is wrong with the residuals of a call that failed; None if that does not explain how it failed.
 
     `popped`: the list of down residuals is shorter than it was given.
     """
@@ -96,17 +96,17 @@ def explained_call(
     if isinstance(geometry, Mismatch):
         return None
     order = [slot.name for slot in contract.slots]
-    found = [*feature_faults(call.features, (None, 0))]
+    mismatches = [*feature_faults(call.features, (None, 0))]
     if call.downs is not None or call.mid is not None:
-        found += residual_faults(contract, call, geometry, moved=False)
+        mismatches += residual_faults(contract, call, geometry, moved=False)
     if popped:
-        found = [each for each in found if each.where == order[-1]]
-    why = reasons(traced, call, contract, geometry, found) if found else ()
-    if not why:
+        mismatches = [mismatch for mismatch in mismatches if mismatch.where == order[-1]]
+    reasons = find_reasons(traced, call, contract, geometry, mismatches) if mismatches else ()
+    if not reasons:
         return None
-    judgement = None if popped or _OF_SHAPES.isdisjoint(why) else judged(call, contract, geometry, emitted)
-    found.sort(key=lambda each: order.index(each.where) if each.where in order else len(order))
-    return ExplainedError(subject(contract, traced.error, judgement), tuple(found), contract, judgement)
+    judgement = None if popped or _OF_SHAPES.isdisjoint(reasons) else judge_call(call, contract, geometry, emitted)
+    mismatches.sort(key=lambda mismatch: order.index(mismatch.where) if mismatch.where in order else len(order))
+    return ExplainedError(subject(contract, traced.error, judgement), tuple(mismatches), contract, judgement)
 
 
 def explained_traceback(error: BaseException) -> ExplainedError | None:
@@ -115,14 +115,14 @@ def explained_traceback(error: BaseException) -> ExplainedError | None:
     None where no UNet is on the way, or what is wrong with them does not explain the exception. A list that diffusers has
     popped from tells of the mid residual alone.
     """
-    found = None if is_of_memory(error) else next(iter(calls(error, _takes_residuals)[::-1]), None)
+    found = None if is_of_memory(error) else next(iter(find_calls(error, _takes_residuals)[::-1]), None)
     if found is None:
         return None
     call = call_of(places_of(found.module), found.args, found.kwargs)
     if isinstance(call.features, list):  # popped from: what was in it is not known any more
         call = call._replace(features=None)
     popped = call.mid is None and isinstance(call.downs, list)
-    return explained_call(found, call, contract_of_live(found.module), popped=popped)
+    return explain_call(found, call, contract_of_live(found.module), popped=popped)
 
 
 def _takes_residuals(module: Any) -> bool:
@@ -144,9 +144,9 @@ def contract_of_live(unet: nn.Module) -> Contract:
     return probe(diffusers_models.build(ModelSource("the UNet", "the live UNet's config", "UNet2DConditionModel", config)))
 
 
-def _by_its_text(error: BaseException, contract: Contract) -> ExplainedError | None:
+def _explain_by_text(error: BaseException, contract: Contract) -> ExplainedError | None:
     """What the text of an exception says by itself, where it names an input: those of ONNX Runtime and TensorRT do."""
-    diagnosis = explain_text(str(error)[:100_000], {"this UNet": contract}, Size())
+    diagnosis = explain_text(str(error)[:100_000], {"this UNet": contract}, RequestedSize())
     causes = [cause for reading in diagnosis.found if reading.symptom.names for cause in reading.causes]
     if not causes:
         return None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from shapecheck.explain.residual_table import Given
+from shapecheck.explain.residual_table import ResidualShapes
 
 FaultKind = Literal[
     "blocks", "layers", "family", "mid", "drop", "shift", "reverse", "constant", "floor", "transpose", "channels", "swap",
@@ -24,15 +23,6 @@ class Fault:
     """What was done, in words."""
     change: str
     """What to do instead."""
-    given: Given
+    given: ResidualShapes
     slots: tuple[str, ...] = ()
-    """The slots whose residuals were touched; empty where it is the whole table."""
-
-
-def alike(faults: Iterable[Fault]) -> list[tuple[Fault, ...]]:
-    """Faults that lead to one and the same table together, since no shape can tell them apart, in the order they are told."""
-    tables: dict[Given, list[Fault]] = {}
-    order = get_args(FaultKind)
-    for fault in sorted(faults, key=lambda each: order.index(each.kind)):
-        tables.setdefault(fault.given, []).append(fault)
-    return [tuple(each) for each in tables.values()]
+    """The slots whose residuals were touched; empty if it is the whole table."""

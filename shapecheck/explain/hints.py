@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from shapecheck.contract import Shape
-from shapecheck.explain.residual_table import Given
+from shapecheck.explain.residual_table import ResidualShapes, Size
 
 _LARGEST = 2**20
 """Of any axis of a tensor that anybody has."""
@@ -40,15 +40,13 @@ class Hints:
         return [cls(batches=(size,)), cls(widths=(size,)), cls(sizes=((size, None),)), cls(sizes=((None, size),))][axis]
 
     @classmethod
-    def of_given(cls, given: Given) -> Hints:
+    def of_given(cls, given: ResidualShapes) -> Hints:
         """Those of a whole table."""
         return cls.of_shapes((*given.downs, given.mid or ()))
 
 
-def completed(
-    rows: int | None, columns: int | None, own: tuple[int, int], latent: tuple[int, int]
-) -> Iterator[tuple[int, int]]:
-    """Sizes of which a side may be unknown: that side is then in the proportions of `latent`, or `own`'s."""
+def complete_size(rows: int | None, columns: int | None, own: Size, latent: Size) -> Iterator[Size]:
+    """Yield sizes of which a side may be unknown: that side is then in the proportions of `latent`, or `own`'s."""
     if rows is not None and columns is not None:
         yield rows, columns
     elif rows is not None:

@@ -6,37 +6,37 @@ from collections.abc import Iterator, Mapping
 
 from shapecheck.contract import Contract, show
 from shapecheck.explain.diagnosis import Cause
-from shapecheck.explain.matching import residual_index, slot_of
+from shapecheck.explain.matching import find_slot, residual_index
 from shapecheck.explain.symptom import Symptom
 
 Models = Mapping[str, Contract]
 
 
-_CHECK = "shapecheck check FILE.onnx --model MODEL"
+CHECK = "shapecheck check FILE.onnx --model MODEL"
 
 
 _LATENTS = "sample"
 
 
-def missing(symptom: Symptom, models: Models) -> Iterator[Cause]:
-    """Inputs the file takes and was not given."""
+def explain_missing(symptom: Symptom, models: Models) -> Iterator[Cause]:
+    """Explain inputs that the file takes and was not given."""
     if symptom.source == "StreamDiffusion":
-        yield from _unsized(symptom, models)
+        yield from _explain_unsized(symptom, models)
         return
-    slots, others = _sorted_names(symptom, models)
+    slots, others = _sort_names(symptom, models)
     if slots:
         many = "residuals that were" if len(slots) > 1 else "residual that was"
-        told = f"the file takes {len(slots)} {many} not given: {_listed(slots)}"
+        told = f"the file takes {len(slots)} {many} not given: {_list_names(slots)}"
         change = (
             "give every slot at every call, zeros of its shape where control is off: `shapecheck.load(FILE)` does so; "
             "or export once more with --no-control"
         )
-        yield Cause("missing", "", told, change, _CHECK, tuple(slots.values()))
+        yield Cause("missing", "", told, change, CHECK, tuple(slots.values()))
     if known := [name for name in others if _is_base_input(name, models)]:
-        yield Cause("missing", ", ".join(known), "the file takes it and it was not given", "give it at every call", _CHECK)
+        yield Cause("missing", ", ".join(known), "the file takes it and it was not given", "give it at every call", CHECK)
 
 
-def _unsized(symptom: Symptom, models: Models) -> Iterator[Cause]:
+def _explain_unsized(symptom: Symptom, models: Models) -> Iterator[Cause]:
     """StreamDiffusion sizes the buffers of inputs that it does not know by the engine's -1."""
     width = symptom.given_shape[1] if len(symptom.given_shape) == 4 else None
     slots = {slot.name: None for contract in models.values() for slot in contract.slots if slot.channels == width}
@@ -46,35 +46,35 @@ def _unsized(symptom: Symptom, models: Models) -> Iterator[Cause]:
         yield Cause("missing", "", told, change, "shapecheck check ENGINE.plan --model MODEL", tuple(slots))
 
 
-def unknown(symptom: Symptom, models: Models) -> Iterator[Cause]:
-    """Inputs that were given and the file does not have."""
-    slots, others = _sorted_names(symptom, models)
+def explain_unknown(symptom: Symptom, models: Models) -> Iterator[Cause]:
+    """Explain inputs that were given and the file does not have."""
+    slots, others = _sort_names(symptom, models)
     surplus = [name for name in others if residual_index(name) is not None]
     if slots:
         told = (
-            f"the file has no input of that name: {_listed(slots)}. It was exported without control, or calls its slots "
+            f"the file has no input of that name: {_list_names(slots)}. It was exported without control, or calls its slots "
             "otherwise"
         )
         change = "export with control inputs, and with the names that the caller gives: --naming says whose"
-        yield Cause("unknown", "", told, change, _CHECK, tuple(slots.values()))
+        yield Cause("unknown", "", told, change, CHECK, tuple(slots.values()))
     if surplus:
-        told = f"the file has no input of that name, and the UNet no such slot: {_listed(dict.fromkeys(surplus))}"
+        told = f"the file has no input of that name, and the UNet no such slot: {_list_names(dict.fromkeys(surplus))}"
         change = (
             "give as many residuals as the UNet has slots: this ControlNet is made for another one, or mid is numbered as a "
             "down residual"
         )
-        yield Cause("unknown", "", told, change, _CHECK)
+        yield Cause("unknown", "", told, change, CHECK)
     if known := [name for name in others if _is_base_input(name, models)]:
         told = "the file has no input of that name: it was baked in, or the file is of another family"
-        yield Cause("unknown", ", ".join(known), told, "export again with shapecheck export, which keeps every input", _CHECK)
+        yield Cause("unknown", ", ".join(known), told, "export again with shapecheck export, which keeps every input", CHECK)
 
 
-def out_of_range(symptom: Symptom, models: Models) -> Iterator[Cause]:
-    """A size that no profile of an engine holds."""
+def explain_range(symptom: Symptom, models: Models) -> Iterator[Cause]:
+    """Explain a size that no profile of an engine holds."""
     name = symptom.names[0] if symptom.names else ""
     low, high = symptom.bounds
     asked = show(symptom.given_shape) if symptom.given_shape else "this size"
-    slot = _slot(name, models)
+    slot = _slot_called(name, models)
     if name and not slot and not name.startswith("bindings[") and not _is_base_input(name, models):
         return
     between = f", built for {low} to {high}" if low and low != high else f", built for {low}" if low else ""
@@ -97,18 +97,18 @@ def _is_latent(symptom: Symptom, models: Models) -> bool:
     return len(shape) == 4 and shape[1] in channels and min(shape) > 0
 
 
-def dimensions(symptom: Symptom, models: Models) -> Iterator[Cause]:
-    """An input of another shape than the file takes."""
+def explain_dimensions(symptom: Symptom, models: Models) -> Iterator[Cause]:
+    """Explain an input of another shape than the file takes."""
     name = symptom.names[0]
-    wrong = _wrong_axes(symptom)
-    if slot := _slot(name, models):
+    wrong = _list_wrong_axes(symptom)
+    if slot := _slot_called(name, models):
         told = f"{name}: {wrong}"
-        yield Cause("dimensions", slot, told, "give this slot the shape of its row in the table", _CHECK, (slot,))
+        yield Cause("dimensions", slot, told, "give this slot the shape of its row in the table", CHECK, (slot,))
     elif _is_base_input(name, models):
-        yield Cause("input", name, wrong, "the file and what is given are of different models or sizes", _CHECK)
+        yield Cause("input", name, wrong, "the file and what is given are of different models or sizes", CHECK)
 
 
-def _wrong_axes(symptom: Symptom) -> str:
+def _list_wrong_axes(symptom: Symptom) -> str:
     """Which axes differ, in words."""
     if symptom.axis is None and symptom.given is not None:
         return f"{symptom.given} axes were given, {symptom.wanted} are taken"
@@ -123,15 +123,15 @@ def _wrong_axes(symptom: Symptom) -> str:
     return "; ".join(wrong) or f"{show(symptom.given_shape)} was given, {show(symptom.wanted_shape)} is taken"
 
 
-def _sorted_names(symptom: Symptom, models: Models) -> tuple[dict[str, str], list[str]]:
+def _sort_names(symptom: Symptom, models: Models) -> tuple[dict[str, str], list[str]]:
     """Names that are slots' with our names of them, and the others."""
-    known = {name: slot for name in symptom.names if (slot := _slot(name, models))}
+    known = {name: slot for name in symptom.names if (slot := _slot_called(name, models))}
     return known, [name for name in symptom.names if name not in known]
 
 
-def _slot(name: str, models: Models) -> str | None:
+def _slot_called(name: str, models: Models) -> str | None:
     """Our name of the slot that is called so, on any of the models."""
-    found = (slot_of(name, contract) for contract in models.values())
+    found = (find_slot(name, contract) for contract in models.values())
     return next(filter(None, found), None)
 
 
@@ -139,6 +139,6 @@ def _is_base_input(name: str, models: Models) -> bool:
     return any(name == each.name for contract in models.values() for each in contract.inputs)
 
 
-def _listed(names: Mapping[str, object]) -> str:
+def _list_names(names: Mapping[str, object]) -> str:
     given = list(names)
     return ", ".join(given) if len(given) <= 4 else f"{given[0]}, {given[1]}, … {given[-1]}"

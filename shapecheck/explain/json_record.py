@@ -10,8 +10,8 @@ from shapecheck.explain.diagnosis import Candidate, Diagnosis, Reading
 from shapecheck.explain.fault import Fault
 from shapecheck.explain.judge_mapping import Judgement
 from shapecheck.explain.report import explain_symptom, name_certain_command
-from shapecheck.explain.residual_table import Given, Table
-from shapecheck.explain.torch_messages import eager
+from shapecheck.explain.residual_table import ResidualShapes, ResidualTable
+from shapecheck.explain.torch_messages import say_eager
 from shapecheck.report.numbers import dump_json
 
 
@@ -26,7 +26,7 @@ def render_json(diagnosis: Diagnosis, judgement: Judgement | None = None, others
         "tried": list(diagnosis.tried),
         "symptoms": [_record_reading(reading) for reading in diagnosis.readings],
         "mapping": None if judgement is None else _record_judgement(judgement),
-        "mapping_gives_text": None if judgement is None else judgement.gives(diagnosis),
+        "mapping_gives_text": None if judgement is None else judgement.reproduces(diagnosis),
         "mapping_elsewhere": [
             {"models": list(other.models), "right": other.is_right, "mismatches": len(other.mismatches)} for other in others
         ],
@@ -50,7 +50,7 @@ def _record_reading(reading: Reading) -> dict[str, Any]:
                 "certain": name_certain_command(answer),
                 "slots": list(dict.fromkeys(candidate.slot for candidate in answer.candidates)),
                 "candidates": [_record_candidate(candidate) for candidate in answer.candidates],
-                "right": Table.of(answer.contract, answer.geometry).right.named,
+                "right": ResidualTable.of(answer.contract, answer.geometry).right.named,
             }
             for answer in reading.answers
         ],
@@ -78,7 +78,7 @@ def _record_fault(fault: Fault) -> dict[str, Any]:
     return {"fault": fault.kind, "told": fault.told, "change": fault.change, "touched": list(fault.slots)}
 
 
-def _record_shapes(given: Given) -> dict[str, Any]:
+def _record_shapes(given: ResidualShapes) -> dict[str, Any]:
     return {"down": given.downs, "mid": given.mid}
 
 
@@ -87,11 +87,11 @@ def _record_judgement(judgement: Judgement) -> dict[str, Any]:
         "models": list(judgement.models),
         "geometry": asdict(judgement.geometry),
         "verdict": "right" if judgement.is_right else "silent" if judgement.is_silent else "raises",
-        "text": eager(judgement.failure) if judgement.failure else None,
+        "text": say_eager(judgement.failure) if judgement.failure else None,
         "slot": judgement.failure.slot if judgement.failure else None,
         "mismatches": [asdict(mismatch) for mismatch in judgement.mismatches],
         "faults": [_record_fault(fault) | {"differs": match.differs} for match in judgement.matches for fault in match.faults],
         "notes": list(judgement.notes),
         "given": _record_shapes(judgement.given),
-        "right": Table.of(judgement.contract, judgement.geometry).right.named,
+        "right": ResidualTable.of(judgement.contract, judgement.geometry).right.named,
     }

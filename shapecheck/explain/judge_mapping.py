@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from shapecheck.artefact import contract_of
 from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError
 from shapecheck.contract.mismatch import compare
 from shapecheck.explain.diagnosis import Diagnosis
 from shapecheck.explain.fault import Fault
-from shapecheck.explain.fault_catalogue import mistakes
+from shapecheck.explain.fault_catalogue import list_faults
 from shapecheck.explain.hints import Hints
 from shapecheck.explain.mapping import MID, Claim
-from shapecheck.explain.matching import gives
-from shapecheck.explain.residual_table import Given, Table
-from shapecheck.explain.simulate import Failure, outcome
-from shapecheck.explain.size import Size
-from shapecheck.explain.unet_layout import anatomy
+from shapecheck.explain.mapping_parser import parse_value
+from shapecheck.explain.matching import reproduces
+from shapecheck.explain.residual_table import RequestedSize, ResidualShapes, ResidualTable
+from shapecheck.explain.simulate import Failure, simulate_call
+from shapecheck.explain.unet_layout import lay_out_unet
+from shapecheck.observe.request import Request, geometry_of
+from shapecheck.progress import Progress, silent
 
 _NEAREST = 3
 
@@ -44,7 +47,7 @@ class Judgement:
     models: tuple[str, ...]
     contract: Contract
     geometry: Geometry
-    given: Given
+    given: ResidualShapes
     mismatches: tuple[Mismatch, ...]
     """Every slot that is wrong, missing or surplus."""
     failure: Failure | None
@@ -65,12 +68,12 @@ class Judgement:
         """Whether something is wrong and PyTorch says nothing."""
         return bool(self.mismatches) and self.failure is None
 
-    def gives(self, diagnosis: Diagnosis) -> bool | None:
+    def reproduces(self, diagnosis: Diagnosis) -> bool | None:
         """Whether this table gives a text that was explained: one of its symptoms. None where that has none."""
         if not diagnosis.readings:
             return None
-        failure, table = self.failure, Table.of(self.contract, self.geometry)
-        return failure is not None and any(gives(each.symptom, failure, table) for each in diagnosis.readings)
+        failure, table = self.failure, ResidualTable.of(self.contract, self.geometry)
+        return failure is not None and any(reproduces(each.symptom, failure, table) for each in diagnosis.readings)
 
     @property
     def distance(self) -> tuple[bool, int, int]:
@@ -79,115 +82,108 @@ class Judgement:
         return not self.is_right, nearest, len(self.mismatches)
 
 
-def judge_given(given: Given, models: tuple[str, ...], contract: Contract, geometry: Geometry) -> Judgement:
-    """What is wrong with residuals that a UNet was given at this geometry.
+def judge_given(given: ResidualShapes, models: tuple[str, ...], contract: Contract, geometry: Geometry) -> Judgement:
+    """Judge residuals that a UNet was given at this geometry. Raises ShapecheckError if the UNet refuses the geometry."""
+    return _judge(given, given.named, ResidualTable.of(contract, geometry), models)
 
-    Raises ShapecheckError where the UNet refuses the geometry.
+
+def judge_claim(claim: Claim, models: tuple[str, ...], contract: Contract, size: RequestedSize) -> Judgement:
+    """Judge a claimed table at the requested size, else at the one where least is wrong.
+
+    Raises ShapecheckError if the UNet refuses every size it can be about.
     """
-    table = Table.of(contract, geometry)
-    return _judged(given, given.named, table, models)
+    usual = size.complete(contract)
+    usual = replace(usual, batch=size.batch or claim.batch or usual.batch)
+    sizes = [(usual.height, usual.width)]
+    if size.latent is None and (claimed := claim.sizes()):  # the largest, the model's own, and every other that it names
+        largest = max(height for height, _ in claimed), max(width for _, width in claimed)
+        sizes = [largest, *sizes, *claimed[:_MOST_SIZES]]
 
-
-def judge_claim(claim: Claim, models: tuple[str, ...], contract: Contract, size: Size) -> Judgement:
-    """What is wrong with a claimed table, at the size asked for, else at the one where least is.
-
-    Raises ShapecheckError where the UNet refuses every size it can be about.
-    """
-    judged: list[Judgement] = []
+    judgements: list[Judgement] = []
     refused: ShapecheckError | None = None
-    for geometry in _geometries(claim, contract, size):
+    for height, width in dict.fromkeys(sizes):
         try:
-            table = Table.of(contract, geometry)
+            table = ResidualTable.of(contract, replace(usual, height=height, width=width))
         except ShapecheckError as error:
             refused = error
             continue
-        judged += _readings(claim, table, models, sized=size.latent is not None)
-    if not judged:
+        judgements += _judge_meanings(claim, table, models, sized=size.latent is not None)
+    if not judgements:
         raise refused or ShapecheckError(f"{claim.origin}: no size to hold it against; give --size")
-    return min(judged, key=lambda each: each.distance)
+    return min(judgements, key=lambda judgement: judgement.distance)
 
 
-def best(claim: Claim, groups: Sequence[tuple[str, ...]], models: Mapping[str, Contract], size: Size) -> list[Judgement]:
-    """On each group of UNets that treat residuals alike, the nearest first."""
-    judged = []
+def judge_on_all(
+    claim: Claim, groups: Sequence[tuple[str, ...]], models: Mapping[str, Contract], size: RequestedSize
+) -> list[Judgement]:
+    """Judge it on each group of UNets that treat residuals alike, the nearest first."""
+    judgements = []
     for names in groups:
         try:
-            judged.append(judge_claim(claim, names, models[names[0]], size))
+            judgements.append(judge_claim(claim, names, models[names[0]], size))
         except ShapecheckError:
             if len(groups) == 1:
                 raise
-    return sorted(judged, key=lambda each: each.distance)
+    return sorted(judgements, key=lambda judgement: judgement.distance)
 
 
-def _readings(claim: Claim, table: Table, models: tuple[str, ...], *, sized: bool) -> Iterator[Judgement]:
+def _judge_meanings(claim: Claim, table: ResidualTable, models: tuple[str, ...], *, sized: bool) -> Iterator[Judgement]:
+    """Judge everything that the claim can mean at this geometry."""
     claim = claim.from_zero(len(table.downs))
-    if claim.gaps:
-        yield replace(_with_gaps(claim, table, models, sized=sized), notes=claim.notes)
+    tables = list(claim.tables(table))
+    if not claim.gaps:
+        for number, given in enumerate(tables):
+            tells_mid = claim.tells_mid or given.mid != table.mid or (number == 0 and len(claim.downs) > len(table.downs))
+            judgement = _judge(given, given.named, table, models, sized=sized)
+            yield replace(judgement, tells_mid=tells_mid, notes=claim.notes)
         return
-    for number, given in enumerate(claim.tables(table)):
-        tells_mid = claim.tells_mid or given.mid != table.mid or (number == 0 and len(claim.downs) > len(table.downs))
-        judged = _judged(given, given.named, table, models, sized=sized)
-        yield replace(judged, tells_mid=tells_mid, notes=claim.notes)
 
-
-def _with_gaps(claim: Claim, table: Table, models: tuple[str, ...], *, sized: bool) -> Judgement:
-    """Residuals by name, some of them left out: that first, then what is wrong with the others."""
-    given = next(iter(claim.tables(table)))
-    judged = _judged(given, claim.named_shapes(table), table, models, sized=sized)
-    others = _matches(claim.completed(table), table, sized)
-    names = "their names" if len(claim.gaps) > 1 else "its name"
-    rest = "" if others else ", the others are in place"
-    told = f"{_slots(claim.gaps)} left out under {names}{rest}"
-    slots = tuple(table.names[index] for index in claim.gaps if index < len(table.names))
-    fault = Fault("drop", told, "give every slot", given, slots)
-    return replace(judged, matches=(Match((fault,), others[0].differs if others else 0), *others))
-
-
-def _slots(numbers: tuple[int, ...]) -> str:
-    """`slot 3 is`, `slots 3, 4 and mid are`, `mid is`."""
-    downs = [str(number) for number in numbers if number != MID]
+    # residuals by name, some of them left out: that is told first, then what is wrong with the others
+    judgement = _judge(tables[0], claim.named_shapes(table), table, models, sized=sized)
+    others = _match_faults(claim.completed(table), table, sized)
+    downs = [str(number) for number in claim.gaps if number != MID]
     parts = [f"slot{'s' * (len(downs) > 1)} {', '.join(downs)}"] if downs else []
-    return f"{' and '.join([*parts, *['mid'] * (MID in numbers)])} {'is' if len(numbers) == 1 else 'are'}"
+    which = " and ".join([*parts, *["mid"] * (MID in claim.gaps)])
+    verb, names = ("is", "its name") if len(claim.gaps) == 1 else ("are", "their names")
+    told = f"{which} {verb} left out under {names}{'' if others else ', the others are in place'}"
+    slots = tuple(table.names[index] for index in claim.gaps if index < len(table.names))
+    fault = Fault("drop", told, "give every slot", tables[0], slots)
+    yield replace(judgement, matches=(Match((fault,), others[0].differs if others else 0), *others), notes=claim.notes)
 
 
-def _judged(
-    given: Given, named: Mapping[str, Shape], table: Table, models: tuple[str, ...], *, sized: bool = True
+def _judge(
+    given: ResidualShapes, named: Mapping[str, Shape], table: ResidualTable, models: tuple[str, ...], *, sized: bool = True
 ) -> Judgement:
     mismatches = compare(table.contract.slots, table.geometry, named)
-    unet = anatomy(table.contract, table.geometry)
-    failure = outcome(unet, given) if unet else None
-    matches = _matches(given, table, sized)
-    return Judgement(models, table.contract, table.geometry, given, mismatches, failure, matches)
+    unet = lay_out_unet(table.contract, table.geometry)
+    failure = simulate_call(unet, given) if unet else None
+    return Judgement(models, table.contract, table.geometry, given, mismatches, failure, _match_faults(given, table, sized))
 
 
-def _matches(given: Given, table: Table, sized: bool) -> tuple[Match, ...]:
-    """The mistakes that lead to this table; where there are none, those that come nearest.
+def _match_faults(given: ResidualShapes, table: ResidualTable, sized: bool) -> tuple[Match, ...]:
+    """Return the mistakes that lead to this table; if there are none, those that come nearest.
 
     `sized`: the size is known to be the UNet's, so that a whole table of another size is a mistake too.
     """
     if given == table.right:
         return ()
-    known = mistakes(table, Hints.of_given(given))
-    if not sized:
-        known = [kept for each in known if (kept := tuple(fault for fault in each if fault.kind != "size"))]
-    counted = sorted((Match(each, _differences(each[0].given, given)) for each in known), key=lambda match: match.differs)
-    exact = tuple(match for match in counted if match.differs == 0)
-    return exact or tuple(counted[:_NEAREST])
+    matches = []
+    for faults in list_faults(table, Hints.of_given(given)):
+        if kept := tuple(fault for fault in faults if sized or fault.kind != "size"):
+            matches.append(Match(kept, _count_differences(kept[0].given, given)))  # noqa: PERF401
+    matches.sort(key=lambda match: match.differs)
+    return tuple(match for match in matches if match.differs == 0) or tuple(matches[:_NEAREST])
 
 
-def _differences(one: Given, other: Given) -> int:
-    """Places at which two tables differ."""
+def _count_differences(one: ResidualShapes, other: ResidualShapes) -> int:
+    """Count the places at which two tables differ."""
     both = zip(one.downs, other.downs, strict=False)
     return sum(a != b for a, b in both) + abs(len(one.downs) - len(other.downs)) + (one.mid != other.mid)
 
 
-def _geometries(claim: Claim, contract: Contract, size: Size) -> tuple[Geometry, ...]:
-    """Sizes a claim can be about: the one asked for; else its largest, the model's own, and every other it names."""
-    usual = size.usual(contract)
-    usual = replace(usual, batch=size.batch or claim.batch or usual.batch)
-    if size.latent is not None:
-        return (usual,)
-    told = claim.sizes()
-    largest = [(max(height for height, _ in told), max(width for _, width in told))] if told else []
-    sizes = [*largest, (usual.height, usual.width), *told[:_MOST_SIZES]]
-    return tuple(dict.fromkeys(replace(usual, height=height, width=width) for height, width in sizes))
+def judge_mapping(request: Request, *, offline: bool = False, progress: Progress = silent) -> Judgement:
+    """Hold the mapping of a request against its model. Raises ShapecheckError if the model or the size cannot be had."""
+    contract = contract_of(request.model, offline=offline, progress=progress)
+    at = geometry_of(request, contract.header.vae_factor) or Geometry(request.batch, *contract.header.usual)
+    claim = parse_value(request.mapping, "`mapping`", at)
+    return judge_claim(claim, (request.model,), contract, RequestedSize((at.height, at.width), at.batch))

@@ -7,43 +7,28 @@ from dataclasses import dataclass, replace
 
 from shapecheck.contract import Shape
 from shapecheck.contract.naming import SHAPECHECK
-from shapecheck.explain.residual_table import Given, Table
+from shapecheck.explain.residual_table import ResidualShapes, ResidualTable
 
 MID = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One residual as it is claimed; what is not said is None."""
+    """One residual as it is claimed; None for what is not said."""
 
     channels: int
-    size: tuple[int | None, int | None] = (None, None)
+    size: tuple[int, int] | None = None
     """Height and width in cells."""
-    stride: int | None = None
     batch: int | None = None
     shape: Shape | None = None
-    """The whole shape, where it has not four axes."""
+    """The whole shape, if it has not four axes."""
 
-    def at(self, table: Table, index: int) -> Shape:
-        """Its shape at the table's geometry; what is not said is taken to be right for that slot, mid at -1."""
+    def shape_at(self, table: ResidualTable, index: int) -> Shape:
+        """Return its shape at the table's geometry, with what is not said taken from that slot; mid is at -1."""
         if self.shape is not None:
             return self.shape
-        sides = (own if told is None else told for told, own in zip(self.size, self._size(table, index), strict=True))
-        return (self.batch or table.geometry.batch, self.channels, *sides)
-
-    def _size(self, table: Table, index: int) -> tuple[int, int]:
-        if self.stride is not None:
-            known = {level.stride: level.size for level in table.levels}
-            height, width = table.latent
-            return known.get(self.stride, (-(-height // self.stride), -(-width // self.stride)))
-        flat = table.mid if index == MID or index >= len(table.downs) else table.downs[index]
-        return flat[2], flat[3]
-
-    @property
-    def told_size(self) -> tuple[int, int] | None:
-        """Height and width in cells, where both are said."""
-        height, width = self.shape[-2:] if self.shape else self.size
-        return None if height is None or width is None else (height, width)
+        right = table.mid if index == MID or index >= len(table.downs) else table.downs[index]
+        return (self.batch or table.geometry.batch, self.channels, *(self.size or right[2:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +46,12 @@ class Claim:
 
     @property
     def downs(self) -> tuple[tuple[int, Entry], ...]:
-        """In order, as a list would hold them, each with its number."""
+        """The down residuals in order, as a list would hold them, each with its number."""
         return tuple((index, entry) for index, entry in self.entries if index != MID)
 
     @property
     def mid(self) -> Entry | None:
-        """The mid residual, where it is told apart."""
+        """The mid residual, if it is told apart."""
         return next((entry for index, entry in self.entries if index == MID), None)
 
     @property
@@ -78,7 +63,7 @@ class Claim:
         return (*(index for index in range(max(numbers)) if index not in numbers), *((MID,) if self.mid is None else ()))
 
     def from_zero(self, downs: int) -> Claim:
-        """Itself; where the names count one to `downs`, with the numbers of the slots."""
+        """Return it with the numbers of the slots, if its names count from one to `downs`; else itself."""
         numbers = [index for index, _ in self.downs]
         if not self.named or downs < 1 or numbers != list(range(1, downs + 1)):
             return self
@@ -86,40 +71,44 @@ class Claim:
         note = f"the names count from one: number 1 is taken for slot 0, number {downs} for slot {downs - 1}"
         return replace(self, entries=moved, notes=(*self.notes, note))
 
-    def tables(self, table: Table) -> Iterator[Given]:
-        """What it can mean, the likelier first."""
+    def tables(self, table: ResidualTable) -> Iterator[ResidualShapes]:
+        """Yield what it can mean, the likelier first."""
         downs = self.downs
         if self.tells_mid:
-            yield _given(downs, self.mid, table)
+            yield _make_shapes(downs, self.mid, table)
             return
-        whole = _given(downs, None, table)
-        with_mid = Given(whole.downs, table.mid)  # a list of down residuals alone says nothing of mid
-        split = _given(downs[:-1], downs[-1][1], table) if downs else whole
+        whole = _make_shapes(downs, None, table)
+        with_mid = ResidualShapes(whole.downs, table.mid)  # a list of down residuals alone says nothing of mid
+        split = _make_shapes(downs[:-1], downs[-1][1], table) if downs else whole
         yield from (split, with_mid, whole) if len(downs) > len(table.downs) else (with_mid, split, whole)
 
-    def named_shapes(self, table: Table) -> dict[str, Shape]:
-        """Slot name → shape, as they are claimed."""
+    def named_shapes(self, table: ResidualTable) -> dict[str, Shape]:
+        """Return slot name → shape, as they are claimed."""
         return {
-            SHAPECHECK.mid if index == MID else SHAPECHECK.down(index): entry.at(table, index) for index, entry in self.entries
+            SHAPECHECK.mid if index == MID else SHAPECHECK.down(index): entry.shape_at(table, index)
+            for index, entry in self.entries
         }
 
-    def completed(self, table: Table) -> Given:
-        """With what is right in every gap."""
+    def completed(self, table: ResidualTable) -> ResidualShapes:
+        """Return it with what is right in every gap."""
         right = {index: shape for index, shape in enumerate(table.downs) if index in self.gaps}
-        told = {index: entry.at(table, index) for index, entry in self.entries}
-        downs = right | told
-        return Given(tuple(downs[index] for index in sorted(downs) if index != MID), told.get(MID, table.mid))
+        claimed = {index: entry.shape_at(table, index) for index, entry in self.entries}
+        downs = right | claimed
+        return ResidualShapes(tuple(downs[index] for index in sorted(downs) if index != MID), claimed.get(MID, table.mid))
 
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Every height and width that is said."""
-        return tuple(dict.fromkeys(size for _, entry in self.entries if (size := entry.told_size)))
+        """Return every height and width that is said."""
+        sizes = (entry.shape[-2:] if entry.shape else entry.size for _, entry in self.entries)
+        return tuple(dict.fromkeys((size[0], size[1]) for size in sizes if size))
 
     @property
     def batch(self) -> int | None:
         """The batch most entries say."""
-        told = [entry.batch for _, entry in self.entries if entry.batch]
-        return max(set(told), key=told.count) if told else None
+        batches = [entry.batch for _, entry in self.entries if entry.batch]
+        return max(set(batches), key=batches.count) if batches else None
 
 
-def _given(downs: tuple[tuple[int, Entry], ...], mid: Entry | None, table: Table) -> Given:
-    return Given(tuple(entry.at(table, index) for index, entry in downs), None if mid is None else mid.at(table, MID))
+def _make_shapes(downs: tuple[tuple[int, Entry], ...], mid: Entry | None, table: ResidualTable) -> ResidualShapes:
+    return ResidualShapes(
+        tuple(entry.shape_at(table, index) for index, entry in downs), None if mid is None else mid.shape_at(table, MID)
+    )

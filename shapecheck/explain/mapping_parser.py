@@ -1,38 +1,31 @@
-"""Claimed tables as people write them: 320,640@64; a list of shapes; names in JSON, TOML or Python; a saved contract."""
+"""Parse a claimed table: channels@size, a list of shapes, shapes by name, down and mid, or a saved contract."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shapecheck.contract import Contract, Geometry, ShapecheckError
+from shapecheck.contract.naming import SCHEMES
 from shapecheck.explain.mapping import MID, Claim, Entry
-from shapecheck.explain.mapping_python import read_python
-from shapecheck.explain.mapping_values import (
-    checked,
-    entry_of,
-    is_list_of_shapes,
-    is_one_shape,
-    is_pair,
-    side,
-    slot_number,
-    written_axes,
-)
+from shapecheck.explain.matching import residual_index
 
 FORMS = (
     "320,640,1280,1280@64 (channels@HxW in cells: 320@64x96 is height 64, width 96; mid:1280@8 for the mid residual), shapes "
-    "such as 2x320x64x96 or [[2, 320, 64, 96], …], or a .json, .toml, .py or .txt file with these, with names such as "
+    "such as 2x320x64x96 or [[2, 320, 64, 96], …], or a .json or .txt file with these, with names such as "
     "input_control_00, with down and mid, or a saved contract"
 )
 
 
 _LARGEST_FILE = 2**22
+
+
+_LONGEST_NAME = 4096
 
 
 _MOST_ENTRIES = 512
@@ -41,15 +34,32 @@ _MOST_ENTRIES = 512
 _DEEPEST = 8
 
 
+_LARGEST = 2**20
+"""Of any axis."""
+
+
+_FEWEST_CHANNELS, _LARGEST_SIDE = 32, 256
+"""Where plain numbers can be widths or one shape: channels are at least so many, sides in cells at most so many."""
+
+
+_UNREAD = (".yaml", ".yml", ".toml", ".py")
+
+
 _CHANNELS = re.compile(r"(\d{1,9})(?:@(\d{1,9})(?:[xX×](\d{1,9}))?)?")
 
 
-_LONGEST_NAME = 4096
+_CROSSED = re.compile(r"\d{1,9}(?:[xX×]\d{1,9}){2,5}")
 
 
-def read_claim(text: str, geometry: Geometry) -> Claim:
-    """The claim written out, or in the file of that name. `geometry` is what names such as `height` in a Python file stand for,
-    and where a saved contract is read.
+_NAMED = re.compile(r"(?:[\"']?([^\"']{1,200}?)[\"']?[:=])?([^:=]+)")
+
+
+_SIDE_WORD = re.compile("blocks?|res|residuals?|samples?|shapes?|slots?|outputs?|additional|controls?|controlnet|given")
+"""What a name of one of the two sides has beside `down` or `mid`."""
+
+
+def parse_mapping(text: str, geometry: Geometry) -> Claim:
+    """Parse a table that is written out, or in the file of that name. A saved contract is read at `geometry`.
 
     Raises ShapecheckError saying what was expected.
     """
@@ -58,25 +68,15 @@ def read_claim(text: str, geometry: Geometry) -> Claim:
         is_file = path.is_file()
     except (OSError, ValueError):  # too long for a name, or no name at all
         is_file = False
-    if is_file:
-        return _from_file(path, geometry)
-    if _is_file_name(text):
-        raise ShapecheckError(f"--mapping: there is no file {text}")
-    return _from_text(text, "--mapping", geometry)
+    if not is_file:
+        if _is_file_name(text):
+            raise ShapecheckError(f"--mapping: there is no file {text}")
+        return _parse_text(text, "--mapping", geometry)
 
-
-def _is_file_name(text: str) -> bool:
-    """Whether this is the name of a file, and no table."""
-    if len(text) > _LONGEST_NAME or "\n" in text or text[:1] in ("[", "(", "{") or re.search(r":\d", text):
-        return False
-    return "/" in text or "\\" in text or re.search(r"\.[A-Za-z][A-Za-z0-9]{0,14}$", text) is not None
-
-
-def _from_file(path: Path, geometry: Geometry) -> Claim:
-    """The claim in a file, by its suffix."""
     suffix, origin = path.suffix.lower(), f"--mapping: {path}"
-    if suffix in (".yaml", ".yml"):
-        raise ShapecheckError(f"{origin}: YAML is not read; save the same as .json")
+    if suffix in _UNREAD:
+        kind = {".py": "Python"}.get(suffix, "TOML" if suffix == ".toml" else "YAML")
+        raise ShapecheckError(f"{origin}: {kind} is not read; save the same as .json: {FORMS}")
     try:
         with path.open("rb") as file:
             text = file.read(_LARGEST_FILE + 1).decode("utf-8-sig")
@@ -84,193 +84,159 @@ def _from_file(path: Path, geometry: Geometry) -> Claim:
         raise ShapecheckError(f"--mapping: cannot read {path} as text: {error}") from None
     if len(text) > _LARGEST_FILE:
         raise ShapecheckError(f"{origin} is larger than {_LARGEST_FILE // 2**20} MiB, which no table of residuals is")
-    if suffix == ".py":
-        value, note = read_python(text, origin, geometry)
-        claim = _from_value(value, origin, geometry)
-        return replace(claim, notes=(note,)) if note else claim
-    if suffix not in (".json", ".toml"):
-        return _from_text(text, origin, geometry)
+    if suffix != ".json":
+        return _parse_text(text, origin, geometry)
     try:
-        value = tomllib.loads(text) if suffix == ".toml" else json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
     except (ValueError, RecursionError) as error:
-        raise ShapecheckError(f"{origin} is no {suffix[1:].upper()}: {error}") from None
-    return _from_value(value, origin, geometry)
+        raise ShapecheckError(f"{origin} is no JSON: {error}") from None
+    return parse_value(value, origin, geometry)
 
 
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, where no key stands twice."""
-    found: dict[str, Any] = {}
+def _is_file_name(text: str) -> bool:
+    """Tell the name of a file that does not exist from a table."""
+    if len(text) > _LONGEST_NAME or "\n" in text or text[:1] in ("[", "(", "{") or re.search(r":\d", text):
+        return False
+    return "/" in text or "\\" in text or re.search(r"\.[A-Za-z][A-Za-z0-9]{0,14}$", text) is not None
+
+
+def _refuse_duplicate_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in table:
             raise ShapecheckError(f"--mapping: {name!r:.60} stands twice in one table; keep the one that was given")
-        found[name] = value
-    return found
+        table[name] = value
+    return table
 
 
-def _from_text(text: str, origin: str, geometry: Geometry) -> Claim:
-    """A claim in the forms of the command line."""
+def _parse_text(text: str, origin: str, geometry: Geometry) -> Claim:
+    """Parse a table as it is typed, or pasted from JSON or what Python printed."""
     text = re.sub(r"(?:torch\.)?Size\((\[[^\[\]]{0,200}\])\)", r"\1", text.strip())
-    if sized := re.fullmatch(r"[\[(]([\d, ]{1,4000})[\])]@([\dxX×]{1,20})", text):
-        return _from_words(f"{sized[1]}@{sized[2]}", origin)
-    if text[:1] in ("[", "(", "{"):
-        return _from_value(_literal(text, origin), origin, geometry)
-    return _from_words(text, origin)
-
-
-def _literal(text: str, origin: str) -> Any:
-    """A value as JSON or Python writes it; lists on lines of their own are a list of them."""
+    text = re.sub(r"[\[(]([\d, ]{1,4000})[\])]@", r"\1@", text)
+    if text[:1] not in ("[", "(", "{"):
+        return _parse_words(text, origin)
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
     except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(re.sub(r"(?<=[\])])\s+(?=[\[(])", ",", text))
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise ShapecheckError(f"{origin}: {text[:60]!r} is no list of shapes; expected {FORMS}") from None
+        try:
+            # shapes printed on lines of their own are a list of them
+            value = ast.literal_eval(re.sub(r"(?<=[\])])\s+(?=[\[(])", ",", text))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise ShapecheckError(f"{origin}: {text[:60]!r} is no list of shapes; expected {FORMS}") from None
+    return parse_value(value, origin, geometry)
 
 
-def _from_words(text: str, origin: str) -> Claim:
-    """Channels with a size, or shapes; after a name and a colon as in trtexec's options, else in slot order."""
+def _parse_words(text: str, origin: str) -> Claim:
+    """Parse channels with a size, or shapes; after a name and a colon, else in slot order."""
     for line in text.splitlines():
         if re.fullmatch(r"[\d,;\s]+", line):
-            _refuse_one_shape([int(each) for each in re.findall(r"\d{1,9}", line)], origin)
-    words = [_split(word, origin) for word in filter(None, re.split(r"[,;\s]+", _joined(text)))]
+            _refuse_one_shape([int(number) for number in re.findall(r"\d{1,9}", line)], origin)
+    # every residual becomes one word: `name: [2, 320, 64, 64]` is name:2x320x64x64
+    text = re.sub(r"([:=])\s+", r"\1", text)
+    text = re.sub(r"(?<=[:=])[\[(]([^\[\]()]{1,200})[\])]", lambda match: "x".join(re.findall(r"[^,\s]+", match[1])), text)
+    words: list[tuple[str, str]] = []
+    for word in filter(None, re.split(r"[,;\s]+", text)):
+        match = _NAMED.fullmatch(word)
+        if match is None:
+            raise ShapecheckError(f"{origin}: {word[:40]!r} is no channels@size; expected {FORMS}")
+        words.append((match[1] or "", match[2]))
+
     names = {name for name, _ in words}
     if not names <= {"", "mid"}:
         if "" in names:
-            bare = next(value for name, value in words if not name)
+            bare = next(word for name, word in words if not name)
             raise ShapecheckError(f"{origin}: {bare[:40]!r} has no name, and others have one; name every residual, or none")
-        known = [(name, value) for name, value in words if slot_number(name, ()) is not None]
-        return _named([(name, _word(value, f"{origin}: {name}")) for name, value in known], origin)
-    mids = [value for name, value in words if name]
+        known = [(name, word) for name, word in words if slot_number(name) is not None]
+        return _claim_by_name([(name, _parse_word(word, f"{origin}: {name}")) for name, word in known], origin)
+    mids = [word for name, word in words if name]
     if len(mids) > 1:
         raise ShapecheckError(f"{origin}: two residuals for mid, {mids[0][:40]!r} and {mids[1][:40]!r}; give one")
-    downs = _spread([(value, _word(value, origin)) for name, value in words if not name])
-    entries = [*enumerate(downs), *((MID, _word(value, origin)) for value in mids)]
-    return _claim(entries, False, bool(mids), origin)
+
+    downs: list[Entry] = []
+    size: tuple[int, int] | None = None
+    for word, entry in reversed([(word, _parse_word(word, origin)) for name, word in words if not name]):
+        size = entry.size if "@" in word else size  # it stands for the channels before it that have none, too
+        downs.insert(0, replace(entry, size=size) if word.isdigit() else entry)
+    return _make_claim([*enumerate(downs), *((MID, _parse_word(word, origin)) for word in mids)], False, bool(mids), origin)
 
 
-def _joined(text: str) -> str:
-    """Each residual as one word: `name: [2, 320, 64, 64]` is name:2x320x64x64; of trtexec's options only the shapes."""
-    options = re.findall(r"--(opt|)[sS]hapes[=\s]+[\"']?([^\s\"']+)", text)
-    if options:
-        wanted = "opt" if any(kind == "opt" for kind, _ in options) else ""
-        text = ",".join(shapes for kind, shapes in options if kind == wanted)
-    text = re.sub(r"([:=])\s+", r"\1", text.replace("+", ",mid:"))
-    return re.sub(r"(?<=[:=])[\[(]([^\[\]()]{1,200})[\])]", lambda match: "x".join(re.findall(r"[^,\s]+", match[1])), text)
-
-
-def _split(word: str, origin: str) -> tuple[str, str]:
-    """A name, empty where there is none, and what stands for the shape."""
-    match = re.fullmatch(r"(?:[\"']?([^\"']{1,200}?)[\"']?[:=])?([^:=]+)", word)
-    if match is None:
-        raise ShapecheckError(f"{origin}: {word[:40]!r} is no channels@size; expected {FORMS}")
-    return match[1] or "", match[2]
-
-
-def _word(word: str, origin: str) -> Entry:
-    if axes := written_axes(word):
-        return entry_of(axes, origin)
+def _parse_word(word: str, origin: str) -> Entry:
+    if _CROSSED.fullmatch(word):
+        return _parse_entry([int(axis) for axis in re.split("[xX×]", word)], origin)
     match = _CHANNELS.fullmatch(word)
     if match is None:
         raise ShapecheckError(f"{origin}: {word[:40]!r} is no channels@size; expected {FORMS}")
     channels, height, width = match.groups()
-    size = (int(height), int(width or height)) if height else (None, None)
-    return checked(Entry(int(channels), size), origin, word)
+    size = (int(height), int(width or height)) if height else None
+    return _check_sizes(Entry(int(channels), size), origin, word)
 
 
-def _spread(words: list[tuple[str, Entry]]) -> Iterator[Entry]:
-    """A size stands for itself and the channels before it that have none."""
-    found: list[Entry] = []
-    size: tuple[int | None, int | None] = (None, None)
-    for word, entry in reversed(words):
-        size = entry.size if "@" in word else size
-        found.append(replace(entry, size=size) if word.isdigit() else entry)
-    return reversed(found)
+def parse_value(value: Any, origin: str, geometry: Geometry) -> Claim:
+    """Parse a table read from JSON: shapes in a list, in a pair (downs, mid), by name, or under down and mid at any depth.
 
-
-def _from_value(value: Any, origin: str, geometry: Geometry) -> Claim:
-    """A table in a value read from JSON, TOML or Python."""
+    Raises ShapecheckError, which begins with `origin`, if there is none or there are several.
+    """
     if isinstance(value, Mapping) and "shapecheck_contract" in value:
         shapes = Contract.from_json(json.dumps(value)).shapes(geometry)
-        return _named([(name, entry_of(list(shape), origin)) for name, shape in shapes.items()], origin)
-    if is_pair(value):
-        return _from_sides({"down": value[0], "mid": value[1]}, origin)
+        return _claim_by_name([(name, _parse_entry(shape, origin)) for name, shape in shapes.items()], origin)
     if isinstance(value, (list, tuple)):
-        if value and all(isinstance(each, Mapping) and isinstance(each.get("name"), str) for each in value):
-            return _from_names([(each["name"], each) for each in value], origin)
-        return _claim(_listed(value, origin, "entry"), False, False, origin)
-    tables = {where: table for where, table in _tables(value) if _kind(table)}
-    if len(tables) > 1 and any(table != next(iter(tables.values())) for table in tables.values()):
+        if len(value) == 2 and isinstance(value[0], (list, tuple)) and all(map(_is_shape, value[0])) and _is_shape(value[1]):
+            return _claim_by_side({"down": value[0], "mid": value[1]}, origin)
+        return _make_claim(_parse_list(value, origin, "entry"), False, False, origin)
+    tables = dict(_find_tables(value))
+    if not tables:
+        raise ShapecheckError(f"{origin}: no residuals in it; expected {FORMS}")
+    table = next(iter(tables.values()))
+    if any(other != table for other in tables.values()):
         raise ShapecheckError(f"{origin}: several tables in it, under {' and '.join(tables)}; keep the one that was given")
-    for table in tables.values():
-        return _from_sides(table, origin) if _kind(table) == "sides" else _from_names(list(table.items()), origin)
-    raise ShapecheckError(f"{origin}: no residuals in it; expected {FORMS}")
+    if any(side_of(name) == "down" for name in table):
+        return _claim_by_side(table, origin)
+    known = [(name, shape) for name, shape in table.items() if shape is not None and slot_number(name) is not None]
+    return _claim_by_name([(name, _parse_entry(shape, f"{origin}: {name}")) for name, shape in known], origin)
 
 
-def _tables(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every mapping in a value with its place, but none inside one that is a table."""
-    if depth > _DEEPEST:
+def _find_tables(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield every table of residuals with its place, but none inside another."""
+    if not isinstance(value, Mapping) or depth > _DEEPEST:
         return
-    if isinstance(value, Mapping):
-        table = {str(key): each for key, each in value.items()}
+    table = {str(name): child for name, child in value.items()}
+    shaped = (name for name, child in table.items() if child is None or type(child) is int or isinstance(child, (list, tuple)))
+    if any(side_of(name) == "down" or slot_number(name) is not None for name in shaped):
         yield where or "the top", table
-        if _kind(table):
-            return
-    children = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        yield from _tables(child, f"{where}.{key}".lstrip(".")[:60], depth + 1)
+        return
+    for name, child in table.items():
+        yield from _find_tables(child, f"{where}.{name}".lstrip(".")[:60], depth + 1)
 
 
-def _kind(table: Mapping[str, Any]) -> str:
-    """`sides`, `names`, or nothing."""
-    numbers = [number for name, each in table.items() if (number := slot_number(name, each)) is not None]
-    if any(side(name) == "down" for name in table) or (set(numbers) == {MID} and any(map(is_list_of_shapes, table.values()))):
-        return "sides"
-    return "names" if numbers else ""
-
-
-def _from_names(table: Sequence[tuple[str, Any]], origin: str) -> Claim:
-    known = [(name, each) for name, each in table if each is not None and slot_number(name, each) is not None]
-    return _named([(name, entry_of(each, f"{origin}: {name}")) for name, each in known], origin)
-
-
-def _named(entries: Sequence[tuple[str, Entry]], origin: str) -> Claim:
-    """A claim of residuals by name."""
+def _claim_by_name(entries: Sequence[tuple[str, Entry]], origin: str) -> Claim:
     owners: dict[int, str] = {}
-    found: list[tuple[int, Entry]] = []
+    numbered: list[tuple[int, Entry]] = []
     for name, entry in entries:
-        index = slot_number(name, ())
+        index = slot_number(name)
         assert index is not None
         if index in owners:
             slot = "mid" if index == MID else f"slot {index}"
             raise ShapecheckError(f"{origin}: {owners[index]} and {name} both name the residual of {slot}; keep the one given")
         owners[index] = name
-        found.append((index, entry))
-    return _claim(found, True, True, origin)
+        numbered.append((index, entry))
+    return _make_claim(numbered, True, True, origin)
 
 
-def _from_sides(table: Mapping[str, Any], origin: str) -> Claim:
-    """Lists of shapes under a name for the down residuals, and a shape under one for mid."""
-    downs = [name for name in table if side(name) == "down"] or [name for name in table if is_list_of_shapes(table[name])]
-    mids = [name for name in table if side(name) == "mid"]
+def _claim_by_side(table: Mapping[str, Any], origin: str) -> Claim:
+    """Make a claim of a list of shapes under a name for the down residuals, and a shape under one for mid."""
+    downs, mids = ([name for name in table if side_of(name) == side] for side in ("down", "mid"))
     for names in (downs, mids):
         if len(names) > 1:
             raise ShapecheckError(f"{origin}: {names[0]} and {names[1]} both name one side; keep the one that was given")
     if not isinstance(table[downs[0]], (list, tuple)):
         raise ShapecheckError(f"{origin}: `{downs[0]}` must be a list of shapes; expected {FORMS}")
-    entries = _listed(table[downs[0]], origin, downs[0])
+    entries = _parse_list(table[downs[0]], origin, downs[0])
     if mids and table[mids[0]] is not None:
-        entries.append((MID, entry_of(table[mids[0]], f"{origin}: {mids[0]}")))
-    return _claim(entries, False, True, origin) if entries else Claim((), False, True, origin)
+        entries.append((MID, _parse_entry(table[mids[0]], f"{origin}: {mids[0]}")))
+    return _make_claim(entries, False, True, origin) if entries else Claim((), False, True, origin)
 
 
-def _listed(values: Sequence[Any], origin: str, name: str) -> list[tuple[int, Entry]]:
-    _refuse_one_shape(values, origin)
-    return [(index, entry_of(each, f"{origin}: {name} {index}")) for index, each in enumerate(values)]
-
-
-def _claim(entries: list[tuple[int, Entry]], named: bool, tells_mid: bool, origin: str) -> Claim:
+def _make_claim(entries: list[tuple[int, Entry]], named: bool, tells_mid: bool, origin: str) -> Claim:
     if not entries:
         raise ShapecheckError(f"{origin}: no residuals in it; expected {FORMS}")
     if len(entries) > _MOST_ENTRIES:
@@ -278,9 +244,61 @@ def _claim(entries: list[tuple[int, Entry]], named: bool, tells_mid: bool, origi
     return Claim(tuple(sorted(entries, key=lambda pair: (pair[0] == MID, pair[0]))), named, tells_mid, origin)
 
 
+def side_of(name: str) -> Literal["down", "mid"] | None:
+    """Return the side that a name stands for, in any case: down_shapes, DOWNS, mid_block_res_sample; None for others."""
+    rest = [word for word in re.split(r"[_\-. ]", name.lower()) if not _SIDE_WORD.fullmatch(word)]
+    if rest in (["down"], ["downs"]):
+        return "down"
+    return "mid" if rest in (["mid"], ["middle"]) else None
+
+
+def slot_number(name: str) -> int | None:
+    """Return the number of the slot that a name stands for, -1 for mid; None for any other name."""
+    if side := side_of(name):
+        return MID if side == "mid" else None
+    indices = (scheme.index(name.lower()) for scheme in SCHEMES)
+    known = next((index for index in indices if index is not None), None)
+    return residual_index(name) if known is None else known
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and 3 <= len(value) <= 6 and all(type(axis) is int for axis in value)
+
+
+def _parse_list(values: Sequence[Any], origin: str, name: str) -> list[tuple[int, Entry]]:
+    _refuse_one_shape(values, origin)
+    return [(index, _parse_entry(value, f"{origin}: {name} {index}")) for index, value in enumerate(values)]
+
+
 def _refuse_one_shape(values: Sequence[Any], origin: str) -> None:
-    if is_one_shape(values):
+    """Refuse a plain list that is the shape of one residual, and not the widths of several."""
+    if not _is_shape(values) or len(values) > 4:
+        return
+    first, *rest = values
+    if first < _FEWEST_CHANNELS or (len(values) == 3 and max(rest) <= _LARGEST_SIDE and max(rest) < first):
         raise ShapecheckError(
             f"{origin}: {list(values)} reads as the shape of one residual; a list of shapes is expected, such as "
             f"[{list(values)}, …], or channels such as 320,640,1280,1280@64"
         )
+
+
+def _parse_entry(value: Any, where: str) -> Entry:
+    """Parse a number of channels or a shape. Raises ShapecheckError, which begins with `where`, on anything else."""
+    if type(value) is int:
+        return _check_sizes(Entry(value), where, value)
+    if not _is_shape(value):
+        raise ShapecheckError(
+            f"{where}: expected (channels, height, width) or (batch, channels, height, width), got {str(value)[:60]!r}"
+        )
+    if len(value) > 4:
+        return _check_sizes(Entry(value[0], shape=tuple(value)), where, value)
+    *batch, channels, height, width = value
+    return _check_sizes(Entry(channels, (height, width), batch=batch[0] if batch else None), where, value)
+
+
+def _check_sizes(entry: Entry, where: str, written: Any) -> Entry:
+    """Return the entry. Raises ShapecheckError, which begins with `where` and shows what was written, if a size cannot be."""
+    for size in (entry.channels, *(entry.size or ()), entry.batch, *(entry.shape or ())):
+        if size is not None and not 0 < size <= _LARGEST:
+            raise ShapecheckError(f"{where}: sizes go from 1 to {_LARGEST}, got {str(written)[:60]}")
+    return entry

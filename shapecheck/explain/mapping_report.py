@@ -8,7 +8,7 @@ from shapecheck.contract import show
 from shapecheck.contract.records import shape_or_words
 from shapecheck.explain.diagnosis import Diagnosis
 from shapecheck.explain.judge_mapping import Judgement
-from shapecheck.explain.torch_messages import eager
+from shapecheck.explain.torch_messages import say_eager
 from shapecheck.report.document import Cell, Facts, Heading, Paragraph, Part, Points, Table
 from shapecheck.report.numbers import format_count
 
@@ -21,7 +21,7 @@ def list_judgement(judgement: Judgement) -> Iterator[Part]:
     yield Heading(f"The table given, on {name_models(judgement.models)}, {judgement.geometry}", 1)
     yield Paragraph(_describe_verdict(judgement))
     if judgement.failure is not None:
-        yield Facts([("PyTorch says", eager(judgement.failure) or "an error that is not known here")])
+        yield Facts([("PyTorch says", say_eager(judgement.failure) or "an error that is not known here")])
     if judgement.matches:
         exact = judgement.matches[0].differs == 0
         rows = [(fault.kind, fault.told, str(match.differs or "")) for match in judgement.matches for fault in match.faults]
@@ -39,7 +39,7 @@ def list_judgement(judgement: Judgement) -> Iterator[Part]:
 
 def describe_agreement(diagnosis: Diagnosis, judgement: Judgement) -> list[Part]:
     """Return whether the table gives the text, if both were given."""
-    gives = judgement.gives(diagnosis)
+    gives = judgement.reproduces(diagnosis)
     if gives is None:
         return []
     wrong = "this table does not give the text above: that comes from other residuals"

@@ -6,10 +6,10 @@ import re
 
 from shapecheck.contract import Contract, Shape
 from shapecheck.contract.naming import SCHEMES, SHAPECHECK, is_feature
-from shapecheck.explain.residual_table import Given, Table
+from shapecheck.explain.residual_table import ResidualShapes, ResidualTable
 from shapecheck.explain.simulate import Failure
 from shapecheck.explain.symptom import Symptom
-from shapecheck.explain.torch_messages import merged
+from shapecheck.explain.torch_messages import merge_axes
 
 _UP = re.compile(r"up_blocks[._](\d+)")
 
@@ -17,29 +17,36 @@ _UP = re.compile(r"up_blocks[._](\d+)")
 _NUMBERED = re.compile(r"down\D{0,40}?(\d{1,3})$|(?:control|residual)\D{0,20}?(\d{1,3})$")
 
 
-def gives(symptom: Symptom, failure: Failure, table: Table) -> bool:
-    """Whether PyTorch, or a graph made of it, would say exactly this of that failure."""
+def reproduces(symptom: Symptom, failure: Failure, table: ResidualTable) -> bool:
+    """Tell if PyTorch, or a graph made of it, would say exactly this of that failure."""
     if symptom.stage not in (None, failure.stage):
         return False
-    if symptom.kind == "unequal":
-        return _unequal(symptom, failure)
-    if symptom.kind != failure.kind:
-        return False
-    if symptom.kind in ("norm", "groups", "output", "upsample"):
-        wanted = symptom.wanted in failure.wanted if symptom.kind == "groups" else symptom.wanted_shape == failure.wanted
-        return wanted and symptom.given_shape == failure.given
-    if symptom.kind == "rank":
-        return (symptom.wanted, symptom.given) == (len(failure.wanted), len(failure.given))
-    if symptom.kind == "reshape":
-        return (symptom.wanted_shape, (symptom.given,)) == (failure.wanted, failure.given)
-    if symptom.kind == "attention":
-        return (symptom.wanted, symptom.given) == (failure.wanted[0], failure.given[0])
-    if symptom.kind in ("broadcast", "concat"):
-        return _sizes(symptom, failure, table) and _placed(symptom, failure)
-    return True
+    wanted, given = failure.wanted, failure.given
+    match symptom.kind:
+        case "unequal":
+            return _fits_unequal(symptom, failure)
+        case kind if kind != failure.kind:
+            return False
+        case "groups":
+            return symptom.wanted in wanted and symptom.given_shape == given
+        case "norm" | "output" | "upsample":
+            return (symptom.wanted_shape, symptom.given_shape) == (wanted, given)
+        case "rank":
+            return (symptom.wanted, symptom.given) == (len(wanted), len(given))
+        case "reshape":
+            return (symptom.wanted_shape, (symptom.given,)) == (wanted, given)
+        case "attention":
+            return (symptom.wanted, symptom.given) == (wanted[0], given[0])
+        case "broadcast" | "concat":
+            # the node that a text names may be in the block that fails
+            block = next((match for name in symptom.names if (match := _UP.search(name))), None)
+            in_block = block is None or failure.module == f"up_blocks.{block[1]}"
+            return in_block and _fits_sizes(symptom, failure, table)
+        case _:
+            return True
 
 
-def slot_of(name: str, contract: Contract) -> str | None:
+def find_slot(name: str, contract: Contract) -> str | None:
     """Our name of the slot that somebody's input is; None where it is none of this UNet."""
     index = residual_index(name)
     if index is None:
@@ -56,7 +63,7 @@ def residual_index(name: str) -> int | None:
     return known[0] if known else _guessed(name)
 
 
-def is_of_slot(symptom: Symptom, table: Table, given: Given, slot: str) -> bool:
+def is_of_slot(symptom: Symptom, table: ResidualTable, given: ResidualShapes, slot: str) -> bool:
     """Whether this table gives that slot what a text says it was given, and that is the first that is wrong.
 
     Inputs are taken to be given in slot order, and graphs to know the channels of each.
@@ -76,7 +83,7 @@ def _fills(told: Shape, own: Shape) -> bool:
     return len(told) <= len(own) and all(size in (-1, mine) for size, mine in zip(told, own, strict=False))
 
 
-def _channels_fit(table: Table, given: Given, *, before: str) -> bool:
+def _channels_fit(table: ResidualTable, given: ResidualShapes, *, before: str) -> bool:
     """Whether every slot before this one is given as many channels as it takes."""
     earlier = table.names[: table.names.index(before)]
     return all(given.named[name][-3:-2] == table.right.named[name][1:2] for name in earlier if name in given.named)
@@ -94,35 +101,25 @@ def _guessed(name: str) -> int | None:
     return int(match[1] or match[2]) if match else None
 
 
-def _same(told: Shape, real: Shape) -> bool:
-    return not told or told == real
-
-
-def _sizes(symptom: Symptom, failure: Failure, table: Table) -> bool:
+def _fits_sizes(symptom: Symptom, failure: Failure, table: ResidualTable) -> bool:
     wanted, given = failure.sizes
     if symptom.axis not in (None, failure.axis):
         return False
     if symptom.stride is not None:  # told as a formula: on a spatial axis, of a slot with that stride
-        slot = next((slot for slot in table.contract.slots if slot.name == failure.slot), None)
-        if failure.axis < 2 or slot is None or slot.stride != symptom.stride:
+        strides = [slot.stride for slot in table.contract.slots if slot.name == failure.slot]
+        if failure.axis < 2 or strides != [symptom.stride]:
             return False
     elif symptom.wanted not in (None, wanted):
         return False
     if symptom.given not in (None, given):
         return False
-    if failure.kind == "broadcast":
-        return _same(symptom.wanted_shape, merged(failure)) and _same(symptom.given_shape, failure.given)
-    return True
+    if failure.kind != "broadcast":
+        return True
+    return symptom.wanted_shape in ((), merge_axes(failure)) and symptom.given_shape in ((), failure.given)
 
 
-def _placed(symptom: Symptom, failure: Failure) -> bool:
-    """Whether the node that a text names may be in the block that fails."""
-    block = next((match for name in symptom.names if (match := _UP.search(name))), None)
-    return block is None or failure.module == f"up_blocks.{block[1]}"
-
-
-def _unequal(symptom: Symptom, failure: Failure) -> bool:
-    """ONNX Runtime's text of an addition: two sizes, the smaller first, and the name of a node."""
+def _fits_unequal(symptom: Symptom, failure: Failure) -> bool:
+    """Tell if ONNX Runtime says this of an addition: two sizes, the smaller first, and the name of a node."""
     if failure.kind != "broadcast" or failure.stage not in ("down", "mid"):
         return False
     if tuple(sorted(failure.sizes)) != symptom.given_shape or (symptom.axis == 3) != (failure.axis == 3):

@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from shapecheck.explain import patterns_pytorch, patterns_runtimes, raise_site
+from shapecheck.explain import patterns_pytorch, patterns_runtimes
 from shapecheck.explain.pattern import Pattern
+from shapecheck.explain.raise_site import find_place
 from shapecheck.explain.symptom import Symptom
 
 _LONGEST = 2**19
@@ -39,36 +40,35 @@ _NOISE = re.compile(r"\x1b\[[0-9;]{0,20}[A-Za-z]|^[EWI][0-9]{4} [0-9:.]{5,20} +[
 _SPACES = re.compile(r"\s+")
 
 
-def symptoms(text: str) -> tuple[Symptom, ...]:
-    """Everything the text says that this tool knows the meaning of, in the order of the text, each once."""
-    return symptoms_in(flattened(text))
+def read_symptoms(text: str) -> tuple[Symptom, ...]:
+    """Return what `find_symptoms` finds in a text of any number of lines."""
+    return find_symptoms(flatten_text(text))
 
 
-def symptoms_in(flat: str) -> tuple[Symptom, ...]:
-    """The same of a text that is flattened already."""
-    found = [
-        (match.start(), match.end(), pattern.build(match))
+def find_symptoms(flat: str) -> tuple[Symptom, ...]:
+    """Return everything that a flattened text says and this tool knows the meaning of, in the order of the text, each once."""
+    matches = [
+        (match.start(), match.end(), pattern.make_symptom(match))
         for pattern in (*patterns_pytorch.PATTERNS, *patterns_runtimes.PATTERNS)
-        for match in _matches(pattern, flat)
+        for match in _find_matches(pattern, flat)
     ]
-    told: dict[Symptom, list[tuple[int, int, Symptom]]] = {}
-    for start, end, symptom in sorted(found, key=lambda each: each[0]):
-        told.setdefault(replace(symptom, line=""), []).append((start, end, symptom))
-    return tuple(_placed(each[:_PLACES], flat) for each in list(told.values())[:_DIFFERENT])
+    groups: dict[Symptom, list[tuple[int, int, Symptom]]] = {}
+    for start, end, symptom in sorted(matches, key=lambda match: match[0]):
+        groups.setdefault(replace(symptom, line=""), []).append((start, end, symptom))
+
+    found = []
+    for group in list(groups.values())[:_DIFFERENT]:
+        symptom = group[0][2]
+        if symptom.source in _OF_PYTHON:  # a log may tell it several times: one of them may show its place in the UNet
+            places = [find_place(flat, start, end, symptom.kind) for start, end, _ in group[:_PLACES]]
+            best = max(places, key=lambda place: (place.stage is not None, bool(place.elsewhere)))
+            symptom = replace(symptom, stage=best.stage, elsewhere=best.elsewhere)
+        found.append(symptom)
+    return tuple(found)
 
 
-def _placed(told: list[tuple[int, int, Symptom]], text: str) -> Symptom:
-    """One symptom, which a log may tell several times: at its place in the UNet, if one of them shows it."""
-    symptom = told[0][2]
-    if symptom.source not in _OF_PYTHON:
-        return symptom
-    places = [raise_site.place(text, start, end, symptom.kind) for start, end, _ in told]
-    best = max(places, key=lambda each: (each.stage is not None, bool(each.elsewhere)))
-    return replace(symptom, stage=best.stage, elsewhere=best.elsewhere)
-
-
-def _matches(pattern: Pattern, text: str) -> Iterator[re.Match[str]]:
-    """The pattern around each occurrence of its marker; every search begins and ends near it."""
+def _find_matches(pattern: Pattern, text: str) -> Iterator[re.Match[str]]:
+    """Yield the pattern around each occurrence of its marker; every search begins and ends near it."""
     at = done = 0
     for _ in range(_MOST):
         at = text.find(pattern.marker, at)
@@ -81,8 +81,8 @@ def _matches(pattern: Pattern, text: str) -> Iterator[re.Match[str]]:
         at = max(done, at + len(pattern.marker))
 
 
-def flattened(text: str) -> str:
-    """On one line, without colours and log prefixes, the middle of what is absurdly long left out."""
+def flatten_text(text: str) -> str:
+    """Bring a text to one line, without colours and log prefixes, and leave out the middle of what is absurdly long."""
     if len(text) > 2 * _LONGEST:
         text = f"{text[:_LONGEST]} … {text[-_LONGEST:]}"
     return _SPACES.sub(" ", _NOISE.sub("", text))

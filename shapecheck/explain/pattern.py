@@ -1,4 +1,4 @@
-"""What a pattern is: fixed words, an expression around them, and the symptom that it comes to; and what most are made with."""
+"""Describe what a tool prints: fixed words, an expression around them whose groups name facts, and the symptom they make."""
 
 from __future__ import annotations
 
@@ -9,88 +9,76 @@ from typing import NamedTuple
 from shapecheck.contract import Shape
 from shapecheck.explain.symptom import Symptom, SymptomKind
 
-SHAPE = r"[\[(]([-\d, ]{1,200})[\])]"
+# Groups of a pattern: each is named after the fact of the symptom that it holds; low and high are its bounds.
+WANTED, GIVEN, AXIS = r"(?P<wanted>\d+)", r"(?P<given>\d+)", r"(?P<axis>\d)"
 
 
-NAME = r"([\w./:-]{1,200}\w)"
+WANTED_SHAPE, GIVEN_SHAPE = (rf"[\[(](?P<{shape}>[-\d, ]{{1,200}})[\])]" for shape in ("wanted_shape", "given_shape"))
 
 
-DTYPE = r"([\w.:]{1,40}\w)"
+NAME = r"(?P<name>[\w./:-]{1,200}\w)"
 
 
-Build = Callable[[re.Match[str]], Symptom]
+GIVEN_DTYPE, WANTED_DTYPE = (rf"(?P<{bound}>[\w.:]{{1,40}}\w)" for bound in ("low", "high"))
 
 
 class Pattern(NamedTuple):
-    """How one thing that is said is recognised."""
+    """One thing that is said."""
 
+    kind: SymptomKind
+    source: str
     marker: str
     """Words that must be there, looked for first."""
     regex: re.Pattern[str]
-    build: Build
+    complete: Callable[[Symptom, re.Match[str]], Symptom] | None = None
+    """Adds what no group holds as it stands."""
+
+    def make_symptom(self, match: re.Match[str]) -> Symptom:
+        """Make the symptom of what was found."""
+        groups = {name: text for name, text in match.groupdict().items() if text is not None}
+        symptom = Symptom(
+            self.kind,
+            self.source,
+            match[0],
+            axis=int(groups["axis"]) if "axis" in groups else None,
+            wanted=parse_size(groups.get("wanted", "")),
+            given=parse_size(groups.get("given", "")),
+            wanted_shape=parse_shape(groups.get("wanted_shape", "")),
+            given_shape=parse_shape(groups.get("given_shape", "")),
+            names=(groups["name"],) if "name" in groups else _find_names(groups.get("names", "")),
+            bounds=(groups.get("low", ""), groups.get("high", "")),
+        )
+        return self.complete(symptom, match) if self.complete else symptom
 
 
-def pattern(regex: str, build: Build, marker: str) -> Pattern:
-    """A pattern that is looked for around `marker`."""
-    return Pattern(marker, re.compile(regex), build)
+def pattern(
+    kind: SymptomKind,
+    source: str,
+    marker: str,
+    regex: str = "",
+    complete: Callable[[Symptom, re.Match[str]], Symptom] | None = None,
+) -> Pattern:
+    """Make a pattern that is looked for around `marker`; without an expression it is the marker alone."""
+    return Pattern(kind, source, marker, re.compile(regex or re.escape(marker)), complete)
 
 
-def size_of(text: str) -> int | None:
-    """A size, as far as it is one that a tensor may have."""
+def parse_size(text: str) -> int | None:
+    """Return a size, as far as it is one that a tensor may have."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
-def shape_of(text: str) -> Shape:
-    """The sizes of a shape, -1 for one that is free; nothing where one is no number."""
+def parse_shape(text: str) -> Shape:
+    """Return the sizes of a shape, -1 for one that is free; nothing if one is no number."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(re.fullmatch(r"-?\d{1,9}", part) for part in parts) or len(parts) > 8:
         return ()
     return tuple(map(int, parts))
 
 
-def names_in(text: str) -> tuple[str, ...]:
-    """Names between quotation marks, in the order of the numbers in them."""
-    return tuple(sorted(re.findall(r"'([^']{1,200})'", text), key=_numbered))
+def _find_names(text: str) -> tuple[str, ...]:
+    """Return the names between quotation marks by the numbers in them: down_block_2 before down_block_10."""
 
+    def numbers(name: str) -> tuple[object, ...]:
+        return tuple((int(part[:9]), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name))
 
-def _numbered(name: str) -> tuple[object, ...]:
-    """Names by the numbers in them: down_block_2 before down_block_10."""
-    return tuple((int(part[:9]), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name))
-
-
-def sizes(kind: SymptomKind, source: str) -> Build:
-    """Two sizes: the model's own, what was given."""
-    return lambda match: Symptom(kind, source, match[0], None, size_of(match[1]), size_of(match[2]))
-
-
-def shapes(kind: SymptomKind, source: str) -> Build:
-    """Two shapes: the model's own, what was given."""
-    return lambda match: Symptom(
-        kind,
-        source,
-        match[0],
-        wanted_shape=shape_of(match[1]),
-        given_shape=shape_of(match[2]),
-    )
-
-
-def plain(kind: SymptomKind, source: str) -> Build:
-    """The words alone."""
-    return lambda match: Symptom(kind, source, match[0])
-
-
-def dtype(source: str, given: int, wanted: int) -> Build:
-    """The groups that hold the dtype given and the one wanted; 0 for none."""
-    return lambda match: Symptom(
-        "dtype", source, match[0], bounds=(match[given] if given else "", match[wanted] if wanted else "")
-    )
-
-
-def named(kind: SymptomKind, source: str) -> Build:
-    """The name of one input."""
-    return lambda match: Symptom(kind, source, match[0], names=(match[1],))
-
-
-def several(kind: SymptomKind, source: str) -> Build:
-    """The names of several inputs."""
-    return lambda match: Symptom(kind, source, match[0], names=names_in(match[1]))
+    return tuple(sorted(re.findall(r"'([^']{1,200})'", text), key=numbers))

@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 
-from shapecheck.explain.pattern import DTYPE, SHAPE, Build, dtype, pattern, plain, shape_of, shapes, size_of, sizes
+from shapecheck.explain.pattern import (
+    AXIS,
+    GIVEN,
+    GIVEN_DTYPE,
+    GIVEN_SHAPE,
+    WANTED,
+    WANTED_DTYPE,
+    WANTED_SHAPE,
+    parse_size,
+    pattern,
+)
 from shapecheck.explain.symptom import Symptom
 
 
-def _broadcast(match: re.Match[str]) -> Symptom:
-    wanted, given, axis = match.groups()
-    halvings = wanted.count("//2")
-    stride = None if size_of(wanted) is not None else 2**halvings if halvings < 16 else None
-    return Symptom("broadcast", "PyTorch", match[0], int(axis), size_of(wanted), size_of(given), stride=stride)
+def _add_stride(symptom: Symptom, match: re.Match[str]) -> Symptom:
+    """Read the stride of a size that torch.export tells as a formula."""
+    halvings = match["wanted"].count("//2")
+    return symptom if symptom.wanted is not None or halvings >= 16 else replace(symptom, stride=2**halvings)
 
 
-def _broadcast_meta(match: re.Match[str]) -> Symptom:
-    length, axis, given, wanted = match.groups()
-    given_shape, wanted_shape = shape_of(given or ""), shape_of(wanted or "")
-    rank = max(len(given_shape), len(wanted_shape)) or 4
-    return Symptom("broadcast", "PyTorch", match[0], rank + int(axis), None, size_of(length), wanted_shape, given_shape)
+def _count_axis(symptom: Symptom, match: re.Match[str]) -> Symptom:
+    """Count the axis, which is told from the last, from the first."""
+    rank = max(len(symptom.given_shape), len(symptom.wanted_shape)) or 4
+    return replace(symptom, axis=rank + int(match["axis"]))
 
 
-def _concat(match: re.Match[str]) -> Symptom:
-    wanted, axis, given = match.groups()
-    return Symptom("concat", "PyTorch", match[0], int(axis) if axis else None, size_of(wanted), size_of(given))
+def _add_matrices(symptom: Symptom, match: re.Match[str]) -> Symptom:
+    """Add the shapes of text and weights: tokens × width, width × channels."""
+    tokens, channels = parse_size(match["tokens"]) or 0, parse_size(match["channels"]) or 0
+    return replace(symptom, wanted_shape=(symptom.wanted or 0, channels), given_shape=(tokens, symptom.given or 0))
 
 
-def _groups(match: re.Match[str]) -> Symptom:
-    return Symptom("groups", "PyTorch", match[0], wanted=size_of(match[2]), given_shape=shape_of(match[1]))
+def _name(reason: str) -> Callable[[Symptom, re.Match[str]], Symptom]:
+    return lambda symptom, match: replace(symptom, names=(reason,))
 
 
-def _multiplied(match: re.Match[str]) -> Symptom:
-    """Text by a layer's weights: tokens × width, width × channels."""
-    tokens, given, wanted, channels = map(size_of, match.groups())
-    return Symptom(
-        "text width", "PyTorch", match[0], None, wanted, given, (wanted or 0, channels or 0), (tokens or 0, given or 0)
-    )
+def _add_argument(symptom: Symptom, match: re.Match[str]) -> Symptom:
+    return replace(symptom, names=match.group("who", "argument"))
 
 
-def _from_unet(what: str) -> Build:
-    return lambda match: Symptom("from_unet", "diffusers", match[0], names=(what,))
+_SIZES = "Sizes of tensors must match except"
 
 
 _ON_DEVICE = r"torch\.cuda\.|torch\.(?!cuda)|MPS"
@@ -49,147 +55,128 @@ _ON_DEVICE = r"torch\.cuda\.|torch\.(?!cuda)|MPS"
 PATTERNS = (
     # PyTorch, real tensors; under torch.export with formulas for sizes
     pattern(
-        r"(?:The )?size of tensor a \((.{1,200}?)\) must match the size of tensor b \((.{1,200}?)\) "
-        r"at non-singleton dimension (\d)",
-        _broadcast,
-        "must match the size of tensor b",
+        "broadcast", "PyTorch", "must match the size of tensor b",
+        r"(?:The )?size of tensor a \((?P<wanted>.{1,200}?)\) must match the size of tensor b \((?P<given>.{1,200}?)\) "
+        rf"at non-singleton dimension {AXIS}", _add_stride,
     ),
     pattern(
-        r"Sizes of tensors must match except in dimension 1\. "
-        r"Expected(?: size)? (\d+)(?: in dimension (\d))? but got(?: size)? (\d+)",
-        _concat,
-        "Sizes of tensors must match except",
+        "concat", "PyTorch", _SIZES,
+        rf"{_SIZES} in dimension 1\. Expected(?: size)? {WANTED}(?: in dimension {AXIS})? but got(?: size)? {GIVEN}",
     ),
-    pattern(r"(?<!dimension \d\. )Expected size (\d+)() but got size (\d+)", _concat, "Expected size "),
+    pattern("concat", "PyTorch", "Expected size ", rf"(?<!dimension \d\. )Expected size {WANTED} but got size {GIVEN}"),
+    pattern("concat", "PyTorch", _SIZES, rf"{_SIZES} in dimension 1\. Got {WANTED} and {GIVEN} in dimension \d"),
     pattern(
-        r"Sizes of tensors must match except in dimension 1\. Got (\d+)() and (\d+) in dimension \d",
-        _concat,
-        "Sizes of tensors must match except",
+        "attention", "PyTorch", _SIZES,
+        rf"{_SIZES} in dimension 2\. Expected(?: size)? (?P<wanted>1)(?: in dimension 0)? but got(?: size)? {GIVEN}",
     ),
     pattern(
-        r"Sizes of tensors must match except in dimension 2\. "
-        r"Expected(?: size)? (1)(?: in dimension 0)? but got(?: size)? (\d+)",
-        sizes("attention", "PyTorch"),
-        "Sizes of tensors must match except",
+        "rank", "PyTorch", "same number of dimensions",
+        r"Tensors must have same number of dimensions: got (?P<wanted>\d) and (?P<given>\d)",
     ),
     pattern(
-        r"Tensors must have same number of dimensions: got (\d) and (\d)",
-        sizes("rank", "PyTorch"),
-        "same number of dimensions",
-    ),
-    pattern(
+        "norm", "PyTorch", "and input of shape",
         r"(?:Expected weight to be a vector of size equal to the number of channels in input, but )?"
-        rf"got weight of shape {SHAPE} and input of shape {SHAPE}",
-        shapes("norm", "PyTorch"),
-        "and input of shape",
+        rf"got weight of shape {WANTED_SHAPE} and input of shape {GIVEN_SHAPE}",
     ),
     pattern(
-        rf"divisible by num_groups, but got input of shape {SHAPE} and num_groups=(\d{{1,9}})",
-        _groups,
-        "divisible by num_groups",
+        "groups", "PyTorch", "divisible by num_groups",
+        rf"divisible by num_groups, but got input of shape {GIVEN_SHAPE} and num_groups=(?P<wanted>\d{{1,9}})",
     ),
     pattern(
-        rf"output with shape {SHAPE} doesn't match the broadcast shape {SHAPE}",
-        shapes("output", "PyTorch"),
-        "the broadcast shape",
+        "output", "PyTorch", "the broadcast shape",
+        rf"output with shape {WANTED_SHAPE} doesn't match the broadcast shape {GIVEN_SHAPE}",
     ),
     pattern(
-        rf"got input with spatial dimensions of {SHAPE} and output size of torch\.Size\({SHAPE}\)",
-        shapes("upsample", "PyTorch"),
-        "with spatial dimensions of",
+        "upsample", "PyTorch", "with spatial dimensions of",
+        rf"got input with spatial dimensions of {WANTED_SHAPE} and output size of torch\.Size\({GIVEN_SHAPE}\)",
     ),
     pattern(
-        rf"shape '{SHAPE}' is invalid for input of size (\d{{1,12}})",
-        lambda match: Symptom("reshape", "PyTorch", match[0], given=size_of(match[2]), wanted_shape=shape_of(match[1])),
-        "is invalid for input of size",
+        "reshape", "PyTorch", "is invalid for input of size",
+        rf"shape '{WANTED_SHAPE}' is invalid for input of size (?P<given>\d{{1,12}})",
     ),
-    pattern(r"tuple index out of range", plain("index", "PyTorch"), "tuple index out of range"),
+    pattern("index", "PyTorch", "tuple index out of range"),
     # PyTorch, tensors without values
     pattern(
-        r"(?:Attempting to )?broadcast a dimension of length (\d+) at (-\d)!"
-        rf"(?: Mismatching argument at index 1 had torch\.Size\({SHAPE}\); "
-        rf"but expected shape should be broadcastable to {SHAPE})?",
-        _broadcast_meta,
-        "to broadcast a dimension of length",
+        "broadcast", "PyTorch", "to broadcast a dimension of length",
+        rf"(?:Attempting to )?broadcast a dimension of length {GIVEN} at (?P<axis>-\d)!"
+        rf"(?: Mismatching argument at index 1 had torch\.Size\({GIVEN_SHAPE}\); "
+        rf"but expected shape should be broadcastable to {WANTED_SHAPE})?", _count_axis,
     ),
     pattern(
-        r"Number of dimensions of tensors must match\. Expected (\d)-D tensors, but got (\d)-D",
-        sizes("rank", "PyTorch"),
-        "Number of dimensions of tensors must match",
+        "rank", "PyTorch", "Number of dimensions of tensors must match",
+        r"Number of dimensions of tensors must match\. Expected (?P<wanted>\d)-D tensors, but got (?P<given>\d)-D",
     ),
     # dtypes, text and latents
     pattern(
-        rf"Input type \((?!{_ON_DEVICE}){DTYPE}\) and (?:bias|weight) type \((?!{_ON_DEVICE}){DTYPE}\) should be the same",
-        dtype("PyTorch", 1, 2),
+        "dtype", "PyTorch", "should be the same",
+        rf"Input type \((?!{_ON_DEVICE}){GIVEN_DTYPE}\) and (?:bias|weight) type \((?!{_ON_DEVICE}){WANTED_DTYPE}\) "
         "should be the same",
     ),
     pattern(  # of older releases, which name the device too
-        rf"Input type \(({_ON_DEVICE}){DTYPE}\) and (?:bias|weight) type \(\1(?!cuda){DTYPE}\) should be the same",
-        dtype("PyTorch", 2, 3),
-        "should be the same",
+        "dtype", "PyTorch", "should be the same",
+        rf"Input type \((?P<device>{_ON_DEVICE}){GIVEN_DTYPE}\) and (?:bias|weight) type "
+        rf"\((?P=device)(?!cuda){WANTED_DTYPE}\) should be the same",
     ),
-    pattern(rf"expected scalar type {DTYPE} but found {DTYPE}", dtype("PyTorch", 2, 1), "expected scalar type"),
-    pattern(rf"mixed dtype \(CPU\): expect parameter to have scalar type of {DTYPE}", dtype("PyTorch", 1, 0), "mixed dtype"),
+    pattern("dtype", "PyTorch", "expected scalar type", rf"expected scalar type {WANTED_DTYPE} but found {GIVEN_DTYPE}"),
     pattern(
-        rf"expected m1 and m2 to have the same dtype, but got: {DTYPE} != {DTYPE}",
-        dtype("PyTorch", 1, 2),
-        "to have the same dtype",
+        "dtype", "PyTorch", "mixed dtype", rf"mixed dtype \(CPU\): expect parameter to have scalar type of {GIVEN_DTYPE}"
     ),
     pattern(
-        rf"mat1 and mat2 must have the same dtype, but got {DTYPE} and {DTYPE}",
-        dtype("PyTorch", 1, 2),
-        "must have the same dtype",
+        "dtype", "PyTorch", "to have the same dtype",
+        rf"expected m1 and m2 to have the same dtype, but got: {GIVEN_DTYPE} != {WANTED_DTYPE}",
     ),
     pattern(
-        rf"to have the same type as tensor for argument #\d 'z'; but type {DTYPE} does not equal {DTYPE}",
-        dtype("PyTorch", 2, 1),
-        "to have the same type as",
+        "dtype", "PyTorch", "must have the same dtype",
+        rf"mat1 and mat2 must have the same dtype, but got {GIVEN_DTYPE} and {WANTED_DTYPE}",
     ),
     pattern(
-        r"(?:mat1 and mat2|input and weight\.T) shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x(\d+)\)",
-        _multiplied,
-        "shapes cannot be multiplied",
+        "dtype", "PyTorch", "to have the same type as",
+        rf"to have the same type as tensor for argument #\d 'z'; but type {WANTED_DTYPE} does not equal {GIVEN_DTYPE}",
     ),
-    pattern(r"to have (\d+) channels, but got (\d+) channels instead", sizes("sample channels", "PyTorch"), "channels instead"),
+    pattern(
+        "text width", "PyTorch", "shapes cannot be multiplied",
+        rf"(?:mat1 and mat2|input and weight\.T) shapes cannot be multiplied \((?P<tokens>\d+)x{GIVEN} and "
+        rf"{WANTED}x(?P<channels>\d+)\)", _add_matrices,
+    ),
+    pattern("sample channels", "PyTorch", "channels instead", rf"to have {WANTED} channels, but got {GIVEN} channels instead"),
     # diffusers
-    pattern(r"'tuple' object has no attribute 'pop'", plain("pop", "diffusers"), "has no attribute 'pop'"),
+    pattern("pop", "diffusers", "has no attribute 'pop'", r"'tuple' object has no attribute 'pop'"),
     pattern(
+        "deprecated", "diffusers", "Passing intrablock residual",
         r"Passing intrablock residual connections with `down_block_additional_residuals` is deprecated",
-        plain("deprecated", "diffusers"),
-        "Passing intrablock residual",
     ),
     pattern(
+        "keyword", "diffusers", "keyword argument 'additional_residuals'",
         r"unexpected keyword argument 'additional_residuals'",
-        plain("keyword", "diffusers"),
-        "keyword argument 'additional_residuals'",
     ),
     pattern(
-        r"(\w{1,80})(?:\.forward|\.__call__)?\(\) got an unexpected keyword argument "
-        r"'((?:down|mid)_(?:intra)?block_additional_residuals?)'",
-        lambda match: Symptom("argument", "diffusers", match[0], names=(match[1], match[2])),
-        "got an unexpected keyword argument",
+        "argument", "diffusers", "got an unexpected keyword argument",
+        r"(?P<who>\w{1,80})(?:\.forward|\.__call__)?\(\) got an unexpected keyword argument "
+        r"'(?P<argument>(?:down|mid)_(?:intra)?block_additional_residuals?)'", _add_argument,
     ),
     pattern(
-        r"unsupported operand type\(s\) for \+=?: '(?:Tensor|FakeTensor)' and '(\w{1,60})'",
-        lambda match: Symptom("value", "PyTorch", match[0], names=(match[1],)),
-        "unsupported operand type(s) for +",
-    ),
-    pattern(r"unknown mid_block_type : \w{1,60}", _from_unet("mid"), "unknown mid_block_type"),
-    pattern(r"can't multiply sequence by non-int of type 'list'", _from_unet("layers"), "can't multiply sequence by"),
-    pattern(
-        r'for TimestepEmbedding: Unexpected key\(s\) in state_dict: "cond_proj\.weight"',
-        _from_unet("cond_proj"),
-        "cond_proj.weight",
+        "value", "PyTorch", "unsupported operand type(s) for +",
+        r"unsupported operand type\(s\) for \+=?: '(?:Tensor|FakeTensor)' and '(?P<name>\w{1,60})'",
     ),
     pattern(
+        "from_unet", "diffusers", "unknown mid_block_type", r"unknown mid_block_type : \w{1,60}", _name("mid")
+    ),
+    pattern(
+        "from_unet", "diffusers", "can't multiply sequence by", r"can't multiply sequence by non-int of type 'list'",
+        _name("layers"),
+    ),
+    pattern(
+        "from_unet", "diffusers", "cond_proj.weight",
+        r'for TimestepEmbedding: Unexpected key\(s\) in state_dict: "cond_proj\.weight"', _name("cond_proj"),
+    ),
+    pattern(
+        "from_unet", "diffusers", "`encoder_hid_dim` has to be",
         r"`encoder_hid_dim` has to be defined when `encoder_hid_dim_type` is set to ip_image_proj",
-        _from_unet("adapter"),
-        "`encoder_hid_dim` has to be",
+        _name("adapter"),
     ),
     # ComfyUI: what is added to, what was given
     pattern(
-        rf"control could not be applied torch\.Size\({SHAPE}\) torch\.Size\({SHAPE}\)",
-        shapes("pair", "ComfyUI"),
-        "control could not be applied",
+        "pair", "ComfyUI", "control could not be applied",
+        rf"control could not be applied torch\.Size\({WANTED_SHAPE}\) torch\.Size\({GIVEN_SHAPE}\)",
     ),
-)
+)  # fmt: skip

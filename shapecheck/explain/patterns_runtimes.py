@@ -3,202 +3,154 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-from shapecheck.explain.pattern import DTYPE, NAME, SHAPE, Build, dtype, named, pattern, plain, several, shape_of, size_of
+from shapecheck.explain.pattern import (
+    AXIS,
+    GIVEN,
+    GIVEN_DTYPE,
+    GIVEN_SHAPE,
+    NAME,
+    WANTED,
+    WANTED_DTYPE,
+    WANTED_SHAPE,
+    parse_shape,
+    parse_size,
+    pattern,
+)
 from shapecheck.explain.symptom import Symptom
 
 
-def _ort_dimensions(match: re.Match[str]) -> Symptom:
-    wrong = [
-        (int(at), int(got), int(want))
-        for at, got, want in re.findall(r"index: (\d) Got: (\d{1,9}) Expected: (\d{1,9})(?!\d)", match[2])
-    ]
-    last = max((at for at, _, _ in wrong), default=-1)
-    given, wanted = ([-1] * (last + 1) for _ in range(2))
-    for at, got, want in wrong:
-        given[at], wanted[at] = got, want
-    return Symptom(
-        "dimensions", "ONNX Runtime", match[0], names=(match[1],), wanted_shape=tuple(wanted), given_shape=tuple(given)
-    )
+def _add_indices(symptom: Symptom, match: re.Match[str]) -> Symptom:
+    """Add the sizes of the axes that ONNX Runtime lists; -1 for those it does not."""
+    found = re.findall(r"index: (\d) Got: (\d{1,9}) Expected: (\d{1,9})(?!\d)", match["indices"])
+    wrong = [tuple(map(int, numbers)) for numbers in found]
+    count = max((axis for axis, _, _ in wrong), default=-1) + 1
+    given, wanted = [-1] * count, [-1] * count
+    for axis, actual, expected in wrong:
+        given[axis], wanted[axis] = actual, expected
+    return replace(symptom, wanted_shape=tuple(wanted), given_shape=tuple(given))
 
 
-def _named_rank(source: str) -> Build:
-    return lambda match: Symptom("dimensions", source, match[0], None, size_of(match[3]), size_of(match[2]), names=(match[1],))
+def _add_unequal(symptom: Symptom, match: re.Match[str]) -> Symptom:
+    """Add two sizes of which nobody says whose is whose; the last axis is told by the place in ONNX Runtime."""
+    numbers = tuple(filter(None, map(parse_size, match.group("small", "large"))))
+    return replace(symptom, axis=3 if match["method"] == "Init" else None, given_shape=numbers)
 
 
-def _ort_add(match: re.Match[str]) -> Symptom:
-    name, method, small, large = match.groups()
-    numbers = tuple(filter(None, (size_of(small), size_of(large))))
-    return Symptom("unequal", "ONNX Runtime", match[0], 3 if method == "Init" else None, given_shape=numbers, names=(name,))
+def _add_lowest(symptom: Symptom, match: re.Match[str]) -> Symptom:
+    return replace(symptom, given=parse_size(match["low"]))
 
 
-def _ort_concat(match: re.Match[str]) -> Symptom:
-    name, axis, given, wanted = match.groups()  # the second operand, the skip, is told first
-    return Symptom("concat", "ONNX Runtime", match[0], int(axis), size_of(wanted), size_of(given), names=(name,))
+def _add_bounded(symptom: Symptom, match: re.Match[str]) -> Symptom:
+    parts = match["bounded"].split(",")
+    return replace(symptom, wanted_shape=parse_shape(", ".join(part if part.strip().isdigit() else "-1" for part in parts)))
 
 
-def _trt_static(match: re.Match[str]) -> Symptom:
-    return Symptom(
-        "dimensions", "TensorRT", match[0], names=(match[1],), given_shape=shape_of(match[2]), wanted_shape=shape_of(match[3])
-    )
+_ORT, _TRT, _POLYGRAPHY, _STREAM = "ONNX Runtime", "TensorRT", "Polygraphy", "StreamDiffusion"
 
 
-def _trt_range(match: re.Match[str]) -> Symptom:
-    given, name, low, high = match.groups()
-    return Symptom("range", "TensorRT", match[0], names=(name,), given_shape=shape_of(given), bounds=(low or "", high or ""))
+_RUNNING = r"node\. Name:'(?P<name>[^']{1,300})' Status Message: .{1,300}?"
 
 
-def _trt_range_old(match: re.Match[str]) -> Symptom:
-    shape, binding, axis, high, low, given = match.groups()
-    return Symptom(
-        "range",
-        "TensorRT",
-        match[0],
-        int(axis),
-        None,
-        size_of(given),
-        (),
-        shape_of(shape),
-        names=(binding,),
-        bounds=(low, high),
-    )
+_LISTED = r"\{(?P<names>[^{}]{1,4000})\}"
 
 
-def _trt_profile(match: re.Match[str]) -> Symptom:
-    name, axis, low, high, wanted = match.groups()
-    return Symptom(
-        "dimensions", "TensorRT", match[0], int(axis), size_of(wanted), size_of(low), names=(name,), bounds=(low, high)
-    )
-
-
-def _trt_concat(match: re.Match[str]) -> Symptom:
-    axis, wanted, given = match.groups()
-    return Symptom("concat", "TensorRT", match[0], int(axis), size_of(wanted), size_of(given))
-
-
-def _negative(match: re.Match[str]) -> Symptom:
-    return Symptom("missing", "StreamDiffusion", match[0], given_shape=shape_of(match[1]))
-
-
-def _poly_shape(match: re.Match[str]) -> Symptom:
-    name, given, wanted = match.groups()
-    free = ", ".join(part if part.strip().isdigit() else "-1" for part in wanted.split(","))
-    return Symptom(
-        "dimensions", "Polygraphy", match[0], names=(name,), given_shape=shape_of(given), wanted_shape=shape_of(free)
-    )
+_RANGE = r": \[(?P<low>[-\d, ]{1,200})\]\.\.\[(?P<high>[-\d, ]{1,200})\]"
 
 
 PATTERNS = (
     # ONNX Runtime
     pattern(
-        rf"Got invalid dimensions for input: {NAME} for the following indices((?: index: \d Got: \d+ Expected: \d+){{1,8}})",
-        _ort_dimensions,
-        "Got invalid dimensions for input",
-    ),
-    pattern(rf"Invalid rank for input: {NAME} Got: (\d) Expected: (\d)", _named_rank("ONNX Runtime"), "Invalid rank for input"),
-    pattern(
-        rf"Unexpected input data type\. Actual: \(tensor\({DTYPE}\)\) ?, expected: \(tensor\({DTYPE}\)\)",
-        dtype("ONNX Runtime", 1, 2),
-        "Unexpected input data type",
+        "dimensions", _ORT, "Got invalid dimensions for input",
+        rf"Got invalid dimensions for input: {NAME} for the following indices"
+        r"(?P<indices>(?: index: \d Got: \d+ Expected: \d+){1,8})", _add_indices,
     ),
     pattern(
-        r"Required inputs \(\[([^\[\]]{1,4000})\]\) are missing from(?: the)? input feed",
-        several("missing", "ONNX Runtime"),
-        "are missing from",
-    ),
-    pattern(rf"Missing Input: {NAME}", named("missing", "ONNX Runtime"), "Missing Input: "),
-    pattern(rf"Invalid (?:input name|Feed Input Name): ?{NAME}", named("unknown", "ONNX Runtime"), "Invalid "),
-    pattern(rf"Failed to find NodeArg with name: {NAME} in", named("unknown", "ONNX Runtime"), "Failed to find NodeArg"),
-    pattern(
-        r"running (?:Add|Sum) node\. Name:'([^']{1,300})' Status Message: .{1,300}?BroadcastIterator::(\w{4,6})\(.{1,300}?"
-        r"by a dimension other than 1\. (\d+) by (\d+)",
-        _ort_add,
-        "by a dimension other than 1",
+        "dimensions", _ORT, "Invalid rank for input",
+        rf"Invalid rank for input: {NAME} Got: (?P<given>\d) Expected: (?P<wanted>\d)",
     ),
     pattern(
-        r"running Concat node\. Name:'([^']{1,300})' Status Message: .{1,300}?"
-        r"Axis (\d) has mismatched dimensions of (\d+) and (\d+)",
-        _ort_concat,
-        "has mismatched dimensions of",
+        "dtype", _ORT, "Unexpected input data type",
+        rf"Unexpected input data type\. Actual: \(tensor\({GIVEN_DTYPE}\)\) ?, expected: \(tensor\({WANTED_DTYPE}\)\)",
+    ),
+    pattern(
+        "missing", _ORT, "are missing from",
+        r"Required inputs \(\[(?P<names>[^\[\]]{1,4000})\]\) are missing from(?: the)? input feed",
+    ),
+    pattern("missing", _ORT, "Missing Input: ", f"Missing Input: {NAME}"),
+    pattern("unknown", _ORT, "Invalid ", f"Invalid (?:input name|Feed Input Name): ?{NAME}"),
+    pattern("unknown", _ORT, "Failed to find NodeArg", f"Failed to find NodeArg with name: {NAME} in"),
+    pattern(
+        "unequal", _ORT, "by a dimension other than 1",
+        rf"running (?:Add|Sum) {_RUNNING}BroadcastIterator::(?P<method>\w{{4,6}})\(.{{1,300}}?"
+        r"by a dimension other than 1\. (?P<small>\d+) by (?P<large>\d+)", _add_unequal,
+    ),
+    pattern(  # the second operand, the skip, is told first
+        "concat", _ORT, "has mismatched dimensions of",
+        rf"running Concat {_RUNNING}Axis {AXIS} has mismatched dimensions of {GIVEN} and {WANTED}",
     ),
     # TensorRT, running
     pattern(
-        rf"while setting input shape for {NAME}\. Set dimensions are {SHAPE}\. Expected dimensions are {SHAPE}",
-        _trt_static,
-        "while setting input shape for",
+        "dimensions", _TRT, "while setting input shape for",
+        rf"while setting input shape for {NAME}\. Set dimensions are {GIVEN_SHAPE}\. Expected dimensions are {WANTED_SHAPE}",
     ),
     pattern(
-        rf"Set dimension {SHAPE} for tensor {NAME} does not satisfy any optimization profiles\.?"
-        r"(?: Valid range for profile \d+: \[([-\d, ]{1,200})\]\.\.\[([-\d, ]{1,200})\])?",
-        _trt_range,
-        "does not satisfy any optimization profiles",
+        "range", _TRT, "does not satisfy any optimization profiles",
+        rf"Set dimension {GIVEN_SHAPE} for tensor {NAME} does not satisfy any optimization profiles\.?"
+        rf"(?: Valid range for profile \d+{_RANGE})?",
     ),
     pattern(
-        rf"Supplied binding dimension {SHAPE} for (bindings\[\d+\]) exceed min ~ max range at index (\d), "
-        r"maximum dimension in profile is (\d+), minimum dimension in profile is (\d+), but supplied dimension is (-?\d+)",
-        _trt_range_old,
-        "Supplied binding dimension",
+        "range", _TRT, "Supplied binding dimension",
+        rf"Supplied binding dimension {GIVEN_SHAPE} for (?P<name>bindings\[\d+\]) exceed min ~ max range at index {AXIS}, "
+        r"maximum dimension in profile is (?P<high>\d+), minimum dimension in profile is (?P<low>\d+), "
+        r"but supplied dimension is (?P<given>-?\d+)",
     ),
     pattern(
-        r"Runtime dimension does not satisfy any optimization profile",
-        plain("range", "TensorRT"),
-        "Runtime dimension does not satisfy",
+        "range", _TRT, "Runtime dimension does not satisfy", r"Runtime dimension does not satisfy any optimization profile"
     ),
-    pattern(r"No valid profile found\. Please go to the TensorRT tab", plain("range", "TensorRT"), "No valid profile found"),
-    pattern(
-        rf"Address is not set for input tensor {NAME}", named("missing", "TensorRT"), "Address is not set for input tensor"
-    ),
-    pattern(
-        rf"(?:Cannot|Can not) find binding of given name: {NAME}", named("unknown", "TensorRT"), "find binding of given name"
-    ),
-    pattern(rf"[Gg]iven invalid tensor name: {NAME}", named("unknown", "TensorRT"), "iven invalid tensor name"),
+    pattern("range", _TRT, "No valid profile found", r"No valid profile found\. Please go to the TensorRT tab"),
+    pattern("missing", _TRT, "Address is not set for input tensor", f"Address is not set for input tensor {NAME}"),
+    pattern("unknown", _TRT, "find binding of given name", f"(?:Cannot|Can not) find binding of given name: {NAME}"),
+    pattern("unknown", _TRT, "iven invalid tensor name", f"[Gg]iven invalid tensor name: {NAME}"),
     # TensorRT, building
     pattern(
-        rf"Dynamic input tensor {NAME} is missing dimensions in profile",
-        named("missing", "TensorRT"),
-        "is missing dimensions in profile",
+        "missing", _TRT, "is missing dimensions in profile", f"Dynamic input tensor {NAME} is missing dimensions in profile"
     ),
     pattern(
-        rf"Dimension mismatch for tensor {NAME} and profile \d+\. "
-        r"At dimension axis (\d), profile has min=(\d+), opt=\d+, max=(\d+) but tensor has (\d+)",
-        _trt_profile,
-        "Dimension mismatch for tensor",
+        "dimensions", _TRT, "Dimension mismatch for tensor",
+        rf"Dimension mismatch for tensor {NAME} and profile \d+\. At dimension axis {AXIS}, "
+        rf"profile has min=(?P<low>\d+), opt=\d+, max=(?P<high>\d+) but tensor has {WANTED}", _add_lowest,
     ),
     pattern(
-        r"axis (\d) dimensions must be equal for concatenation on axis 1\. "
-        r"(?:Dimensions are|Condition '==' violated:) (\d+) (?:and|!=) (\d+)",
-        _trt_concat,
-        "dimensions must be equal for concatenation",
+        "concat", _TRT, "dimensions must be equal for concatenation",
+        rf"axis {AXIS} dimensions must be equal for concatenation on axis 1\. "
+        rf"(?:Dimensions are|Condition '==' violated:) {WANTED} (?:and|!=) {GIVEN}",
     ),
     # Polygraphy
+    pattern("missing", _POLYGRAPHY, "were not found in input data", f"inputs were not found in input data: {_LISTED}"),
+    pattern("unknown", _POLYGRAPHY, "Extra inputs in input data", f"Extra inputs in input data: {_LISTED}"),
     pattern(
-        r"inputs were not found in input data: \{([^{}]{1,4000})\}",
-        several("missing", "Polygraphy"),
-        "were not found in input data",
-    ),
-    pattern(r"Extra inputs in input data: \{([^{}]{1,4000})\}", several("unknown", "Polygraphy"), "Extra inputs in input data"),
-    pattern(
-        r"Invalid inputs were provided to the optimization profile: \{([^{}]{1,4000})\}",
-        several("unknown", "Polygraphy"),
-        "provided to the optimization profile",
+        "unknown", _POLYGRAPHY, "provided to the optimization profile",
+        f"Invalid inputs were provided to the optimization profile: {_LISTED}",
     ),
     pattern(
-        rf"Input tensor: {NAME} \| Received incompatible shape: \(([-\d, ]{{1,200}})\)\. "
-        r"Note: Expected a shape compatible with: BoundedShape\(\[(.{1,200}?)\]",
-        _poly_shape,
-        "Received incompatible shape",
+        "dimensions", _POLYGRAPHY, "Received incompatible shape",
+        rf"Input tensor: {NAME} \| Received incompatible shape: \((?P<given_shape>[-\d, ]{{1,200}})\)\. "
+        r"Note: Expected a shape compatible with: BoundedShape\(\[(?P<bounded>.{1,200}?)\]", _add_bounded,
     ),
     pattern(
-        rf"Input tensor: {NAME} \| Received unexpected dtype: {DTYPE}\. Note: Expected type: {DTYPE}",
-        lambda match: Symptom("dtype", "Polygraphy", match[0], names=(match[1],), bounds=(match[2], match[3])),
-        "Received unexpected dtype",
+        "dtype", _POLYGRAPHY, "Received unexpected dtype",
+        rf"Input tensor: {NAME} \| Received unexpected dtype: {GIVEN_DTYPE}\. Note: Expected type: {WANTED_DTYPE}",
     ),
     # StreamDiffusion's engines
-    pattern(r"create tensor with negative dimension -1: \[([-\d, ]{1,100})\]", _negative, "with negative dimension -1"),
     pattern(
-        r"KeyError: '((?:input|output|middle)_control\w{0,60}|"
-        r"(?:down|mid)_block\w{0,60}?(?:residuals?|samples?|_\d{1,3})(?:_\d{1,3})?)'",
-        named("unknown", "StreamDiffusion"),
-        "KeyError: '",
+        "missing", _STREAM, "with negative dimension -1",
+        r"create tensor with negative dimension -1: \[(?P<given_shape>[-\d, ]{1,100})\]",
     ),
-)
+    pattern(
+        "unknown", _STREAM, "KeyError: '",
+        r"KeyError: '(?P<name>(?:input|output|middle)_control\w{0,60}|"
+        r"(?:down|mid)_block\w{0,60}?(?:residuals?|samples?|_\d{1,3})(?:_\d{1,3})?)'",
+    ),
+)  # fmt: skip

@@ -6,7 +6,7 @@ from shapecheck.contract import Shape
 from shapecheck.explain.simulate import Failure
 
 
-def eager(failure: Failure) -> str:
+def say_eager(failure: Failure) -> str:
     """The text of the exception where tensors are real. Empty where it is not known."""
     wanted, given = failure.wanted, failure.given
     match failure.kind:
@@ -30,7 +30,7 @@ def eager(failure: Failure) -> str:
             return _alike(failure)
 
 
-def meta(failure: Failure) -> str:
+def say_meta(failure: Failure) -> str:
     """The text of the exception where tensors have no values: on the meta device, under torch.export and torch.compile."""
     wanted, given = failure.wanted, failure.given
     match failure.kind:
@@ -38,7 +38,7 @@ def meta(failure: Failure) -> str:
             return (
                 f"Attempting to broadcast a dimension of length {failure.sizes[1]} at {failure.axis - _rank(failure)}! "
                 f"Mismatching argument at index 1 had torch.Size({_listed(given)}); "
-                f"but expected shape should be broadcastable to {_listed(merged(failure))}"
+                f"but expected shape should be broadcastable to {_listed(merge_axes(failure))}"
             )
         case "concat":
             a, b = failure.sizes
@@ -92,7 +92,7 @@ def _alike(failure: Failure) -> str:
             return ""
 
 
-def merged(failure: Failure) -> Shape:
+def merge_axes(failure: Failure) -> Shape:
     """The UNet's tensor as PyTorch tells it: the axes after the one that fails are broadcast already."""
     rank = _rank(failure)
     wanted, given = (((1,) * (rank - len(shape)) + shape) for shape in (failure.wanted, failure.given))

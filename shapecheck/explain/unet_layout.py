@@ -50,7 +50,7 @@ class DownBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class Anatomy:
+class UNetLayout:
     """A UNet2DConditionModel at one geometry, as far as residuals are concerned."""
 
     slots: tuple[Slot, ...]
@@ -64,7 +64,7 @@ class Anatomy:
     """Whether each up block doubles the size; else it takes that of the skip to come."""
 
 
-def anatomy(contract: Contract, geometry: Geometry) -> Anatomy | None:
+def lay_out_unet(contract: Contract, geometry: Geometry) -> UNetLayout | None:
     """None where the contract does not say how its UNet is built: a file of others, without a config.
 
     Raises ShapecheckError where the UNet refuses the geometry.
@@ -76,7 +76,7 @@ def anatomy(contract: Contract, geometry: Geometry) -> Anatomy | None:
         return None
     *skips, mid = (tuple(dim.at(geometry.sizes) for dim in slot.skip) for slot in slots)
     factor = 2 ** (len(widths) - 1)
-    return Anatomy(
+    return UNetLayout(
         slots,
         tuple(skips),
         mid,

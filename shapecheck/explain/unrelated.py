@@ -33,10 +33,7 @@ _DEVICES = (
 
 
 _ABOUT: tuple[tuple[str, str], ...] = (
-    (
-        _NO_MEMORY,
-        "memory ran out",
-    ),
+    (_NO_MEMORY, "memory ran out"),
     (_NO_FILE, "a file is missing"),
     (
         r"size mismatch for |Missing key\(s\) in state_dict|Unexpected key\(s\) in state_dict",
@@ -49,10 +46,7 @@ _ABOUT: tuple[tuple[str, str], ...] = (
         "something could not be downloaded",
     ),
     (_IMAGE, "the ControlNet's image is not of the latents' size: give it one of the size that is drawn"),
-    (
-        _DEVICES,
-        "models or inputs lie on different devices: move them to one",
-    ),
+    (_DEVICES, "models or inputs lie on different devices: move them to one"),
     (r"CUDA error|CUDA driver|cuDNN|CUBLAS", "the GPU or its driver failed"),
     (r"PermissionError|Permission denied", "a file may not be read or written"),
 )
@@ -66,7 +60,7 @@ _SIZES = ("broadcast", "output", "concat", "rank", "norm", "groups", "index", "a
 _NOTHING = "this text says nothing of residuals, or in words that are not known here"
 
 
-def unrelated(text: str, told: Sequence[Symptom]) -> str:
+def find_other_subject(text: str, told: Sequence[Symptom]) -> str:
     """What a text on one line is about, where that is nothing of residuals; empty where it may be.
 
     It is unrelated where all that it tells was raised in other code than that which adds residuals.

@@ -24,15 +24,13 @@ def render_text(
     *,
     form: Format = "human",
     lines: bool = True,
-    claim: bool = False,
 ) -> str:
     """Return the whole report.
 
     `lines=False` leaves out what moves with the libraries' releases: line numbers and versions.
-    `claim`: the mismatches are those of claimed shapes, not of the ControlNet the contract was observed with.
     """
     header = contract.header
-    nets = "claimed shapes" if claim else " + ".join(net.source for net in header.controlnets) or "no ControlNet"
+    nets = " + ".join(net.source for net in header.controlnets) or "no ControlNet"
     title = f"{header.source} with {nets}" + (f" + {header.adapter}" if header.adapter else "")
     shared_sites = _find_shared_sites(contract, lines)
     feature_sites = dict.fromkeys(_format_site(add, lines) for slot in contract.features for add in slot.adds)
@@ -58,23 +56,23 @@ def render_text(
     if mismatches:
         featured = {is_feature(mismatch.where) for mismatch in mismatches}
         giver = "given" if len(featured) > 1 else "adapter gives" if featured == {True} else "ControlNet gives"
-        parts += [Heading("Mismatches"), *list_mismatches(mismatches, "claimed" if claim else giver)]
+        parts += [Heading("Mismatches"), *list_mismatches(mismatches, giver)]
     parts.append(Points(header.notes, "note: "))
-    return Document(title, parts, [_describe_verdict(contract, mismatches, claim)]).render(form)
+    return Document(title, parts, [_describe_verdict(contract, mismatches)]).render(form)
 
 
-def judge_probe(contract: Contract, mismatches: Sequence[Mismatch], claim: bool = False) -> Verdict:
-    """Return the verdict of a probe; `claim` as in `render_text`."""
+def judge_probe(contract: Contract, mismatches: Sequence[Mismatch]) -> Verdict:
+    """Return the verdict of a probe."""
     if mismatches:
         return "mismatch"
-    return "agree" if contract.slots and (claim or contract.header.controlnets) else "unet alone"
+    return "agree" if contract.slots and contract.header.controlnets else "unet alone"
 
 
-def render_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Geometry, *, claim: bool = False) -> str:
+def render_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Geometry) -> str:
     """Return the contract, as `Contract.from_json` reads it, and under `report` what this run found."""
     report: dict[str, Any] = {
-        "verdict": judge_probe(contract, mismatches, claim),
-        "claim": claim,
+        "verdict": judge_probe(contract, mismatches),
+        "claim": False,  # of claimed shapes explain speaks
         "families": list(families(contract)),
         "geometry": asdict(geometry),
         "shapes": {slot.name: slot.shape_at(geometry) for slot in contract.residuals},
@@ -141,11 +139,11 @@ def _find_shared_sites(contract: Contract, lines: bool) -> str:
     return f"{down} (down), {mid.removeprefix(file) if mid.startswith(f'{file}:') else mid} (mid)"
 
 
-def _describe_verdict(contract: Contract, mismatches: Sequence[Mismatch], claim: bool) -> str:
+def _describe_verdict(contract: Contract, mismatches: Sequence[Mismatch]) -> str:
     slots = f"{len(contract.slots)} slots" + (f" and {len(contract.features)} features" if contract.features else "")
-    verdict = judge_probe(contract, mismatches, claim)
+    verdict = judge_probe(contract, mismatches)
     if verdict == "mismatch":
         return f"MISMATCH: {count_mismatches(mismatches, 'place')}"
     if verdict == "unet alone":
         return f"UNET ALONE: {slots} observed, no ControlNet to compare"
-    return f"AGREE: the claimed shapes are those of the {slots}" if claim else f"AGREE: {slots}, both sides observed"
+    return f"AGREE: {slots}, both sides observed"

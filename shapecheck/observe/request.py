@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import gc
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, Shape, ShapecheckError
+from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.contract.geometry import parse_pair
 from shapecheck.models import hub, lookup
-from shapecheck.progress import Progress, silent
+from shapecheck.progress import Progress
 
 _MOST_IN_BATCH = 65_536
 
 
 _KEYS = {"story", "model", "controlnet", "adapter", "size", "latent", "batch", "mapping", "expect"}
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Residual shapes somebody says a UNet takes, (channels, height, width) each, in place of a ControlNet's."""
-
-    downs: tuple[Shape, ...]
-    mid: Shape | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +34,8 @@ class Request:
     latent: tuple[int, int] | None = None
     """Height, width."""
     batch: int = 1
-    claim: Claim | None = None
+    mapping: Mapping[str, Any] | None = None
+    """Residual shapes somebody says the UNet takes, under `down` and `mid`, in place of a ControlNet's."""
     story: str = ""
     expect: Mapping[str, Any] = field(default_factory=dict)
 
@@ -56,58 +49,32 @@ class Finding:
     geometry: Geometry
 
 
-class Observations:
-    """Remember what models were observed to do, so that requests that differ in their claim alone observe them once.
+def carry_out(request: Request, *, offline: bool = False, progress: Progress) -> Finding:
+    """Observe the model and the ControlNets of a request. Mismatches are part of the finding; its `mapping` is not looked at.
 
-    Keep an instance no longer than the models stay unchanged: a folder is known by its name.
+    Everything that can be refused by reading configurations is refused before torch is imported. Raises ShapecheckError if it
+    cannot be done.
     """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], Finding] = {}
-
-    def observe(self, request: Request, *, offline: bool = False, progress: Progress = silent) -> Finding:
-        """Return what the model and the ControlNets of a request come to, whatever it claims. Raises as `carry_out` does."""
-        key = request.model, request.controlnets, request.adapter, request.size_px, request.latent, request.batch, offline
-        if key not in self._known:
-            self._known[key] = _observe(request, offline, progress)
-        return self._known[key]
-
-
-def carry_out(
-    request: Request, *, offline: bool = False, progress: Progress, observations: Observations | None = None
-) -> Finding:
-    """Probe what is asked for. Raises ShapecheckError where it cannot be done; mismatches are part of the finding.
-
-    Everything that can be refused by reading configurations is refused before torch is imported.
-    `observations` are those of earlier requests, which are not made again.
-    """
-    finding = (observations or Observations()).observe(request, offline=offline, progress=progress)
-    if request.claim is None:
-        return finding
-    return replace(finding, mismatches=finding.contract.mismatches(_residuals(request.claim, request.batch), finding.geometry))
-
-
-def _observe(request: Request, offline: bool, progress: Progress) -> Finding:
     source = lookup.find(request.model, "unet", offline=offline)
     for name in request.controlnets:
         lookup.find(name, "controlnet", offline=offline)
     if request.adapter is not None:
         lookup.find(request.adapter, "adapter", offline=offline)
-    asked = geometry_of(request, source.vae_factor)
+    requested = geometry_of(request, source.vae_factor)
     progress("importing torch and diffusers")
     with _no_collection():
         from shapecheck.observe.probe import probe
     try:
         nets = list(request.controlnets) or None
-        contract = probe(request.model, nets, adapter=request.adapter, geometry=asked, offline=offline, progress=progress)
-        found: tuple[Mismatch, ...] = ()
+        contract = probe(request.model, nets, adapter=request.adapter, geometry=requested, offline=offline, progress=progress)
+        mismatches: tuple[Mismatch, ...] = ()
     except ContractError as error:
         if error.contract is None:
             raise
-        contract, found = error.contract, error.mismatches
-    if asked is not None:
-        contract.require(asked)
-    return Finding(contract, found, asked or Geometry(request.batch, *contract.header.usual))
+        contract, mismatches = error.contract, error.mismatches
+    if requested is not None:
+        contract.require(requested)
+    return Finding(contract, mismatches, requested or Geometry(request.batch, *contract.header.usual))
 
 
 def read(path: Path) -> Request:
@@ -142,7 +109,7 @@ def _request(record: Mapping[str, Any]) -> Request:
         size_px=parse_pair(_text(record, "size"), "WxH") if "size" in record else None,
         latent=parse_pair(_text(record, "latent"), "HxW") if "latent" in record else None,
         batch=checked_batch(record.get("batch", 1), "`batch`"),
-        claim=_claim(record["mapping"]) if "mapping" in record else None,
+        mapping=_checked_mapping(record["mapping"]) if "mapping" in record else None,
         story=_text(record, "story") if "story" in record else "",
         expect=expect,
     )
@@ -170,19 +137,15 @@ def geometry_of(request: Request, vae_factor: int) -> Geometry | None:
     return Geometry(request.batch, *request.latent) if request.latent is not None else None
 
 
-def _claim(record: Any) -> Claim:
+def _checked_mapping(record: Any) -> dict[str, Any]:
     downs, mid = (record.get("down"), record.get("mid")) if isinstance(record, dict) else (None, None)
     if not isinstance(downs, list) or not all(map(_is_shape, downs)) or not (mid is None or _is_shape(mid)):
         raise ShapecheckError("`mapping` must have `down`, a list of [channels, height, width], and may have `mid`")
-    return Claim(tuple(map(tuple, downs)), tuple(mid) if mid else None)
+    return {"down": downs, "mid": mid}
 
 
 def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(type(size) is int and size > 0 for size in value)
-
-
-def _residuals(claim: Claim, batch: int) -> tuple[list[Shape], Shape | None]:
-    return [(batch, *shape) for shape in claim.downs], (batch, *claim.mid) if claim.mid else None
 
 
 @contextmanager
@@ -196,27 +159,18 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def carried_out(path: Path, observations: Observations | None = None) -> tuple[Request, Finding]:
-    """The request in a `probes/*.toml` file, and what it came to. Raises ShapecheckError where it cannot be carried out.
-
-    A model that is among `observations` is not observed again.
-    """
-    request = read(path)
-    return request, carry_out(request, progress=silent, observations=observations)
-
-
-def surprises(request: Request, finding: Finding, verdict: str) -> tuple[str, ...]:
-    """In what a probe came to something else than its `[expect]` says; `verdict` is the report's."""
-    found = {
+def surprises(request: Request, mismatches: Sequence[Mismatch], verdict: str) -> tuple[str, ...]:
+    """Return in what a probe came to something else than its `[expect]` says; `verdict` is the report's."""
+    actual = {
         "verdict": verdict,
-        "wrong": [f"{each.where} {each.kind}" for each in finding.mismatches],
-        "cause": sorted({each.cause.split(";")[0] for each in finding.mismatches}),
+        "wrong": [f"{mismatch.where} {mismatch.kind}" for mismatch in mismatches],
+        "cause": sorted({mismatch.cause.split(";")[0] for mismatch in mismatches}),
     }
     expected = {"wrong": []} | dict(request.expect)
     if "cause" in expected:
         expected["cause"] = [expected["cause"]]
     return tuple(
-        f"{key}: expected {wanted!r}, got {found.get(key, 'nothing')!r}"
-        for key, wanted in expected.items()
-        if found.get(key) != wanted
+        f"{key}: expected {value!r}, got {actual.get(key, 'nothing')!r}"
+        for key, value in expected.items()
+        if actual.get(key) != value
     )

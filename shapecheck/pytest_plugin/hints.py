@@ -34,8 +34,8 @@ def _is_of_unet(error: BaseException) -> bool:
 def _of_input(text: str) -> str:
     from shapecheck import presets
     from shapecheck.explain.explain_text import explain_text
-    from shapecheck.explain.size import Size
+    from shapecheck.explain.residual_table import RequestedSize
 
-    diagnosis = explain_text(text, presets.contracts(), Size())
+    diagnosis = explain_text(text, presets.contracts(), RequestedSize())
     causes = [cause for reading in diagnosis.found for cause in reading.causes if cause.slots]
     return "\n".join(f"{', '.join(cause.slots[:4])}: {cause.told}\n  change: {cause.change}" for cause in causes)

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 _STUCK = pytest.StashKey[dict[str, str]]()
 """Why nothing of a backend can be computed, told once."""
-_OBSERVATIONS = pytest.StashKey[Any]()
-"""Observations of this session: probes that share a model observe it once."""
 
 
 class CheckError(Exception):
@@ -99,19 +97,26 @@ class ProbeItem(Told):
 
     def runtest(self) -> None:
         """Carry it out; fail where it comes to something else than it expects, or than was said of it before."""
-        from shapecheck.observe.report import judge_probe, render_text
-        from shapecheck.observe.request import Observations, carried_out, surprises
+        from shapecheck.explain import report as explain_report
+        from shapecheck.explain.diagnosis import Diagnosis
+        from shapecheck.explain.judge_mapping import judge_mapping
+        from shapecheck.observe import report
+        from shapecheck.observe import request as requests
+        from shapecheck.observe.request import surprises
+        from shapecheck.progress import silent
 
-        stash = self.config.stash
-        request, finding = carried_out(self.path, stash.setdefault(_OBSERVATIONS, Observations()))
-        claim = request.claim is not None
-        wrong = surprises(request, finding, judge_probe(finding.contract, finding.mismatches, claim))
-        if wrong:
+        request = requests.read(self.path)
+        if request.mapping is not None:
+            judgement = judge_mapping(request)
+            mismatches, verdict = judgement.mismatches, "mismatch" if judgement.mismatches else "agree"
+            text = explain_report.render_text(Diagnosis((), judgement.models), judgement, form="markdown")
+        else:
+            finding = requests.carry_out(request, progress=silent)
+            mismatches, verdict = finding.mismatches, report.judge_probe(finding.contract, finding.mismatches)
+            text = report.render_text(finding.contract, finding.mismatches, finding.geometry, form="markdown", lines=False)
+        if wrong := surprises(request, mismatches, verdict):
             raise CheckError("; ".join(wrong))
         if folder := option(self.config, "reports"):
-            text = render_text(
-                finding.contract, finding.mismatches, finding.geometry, form="markdown", lines=False, claim=claim
-            )
             self._hold(self.config.rootpath / folder / f"{self.path.stem}.md", f"> {request.story}\n\n{text}")
 
     def _hold(self, path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shapecheck.contract import Mismatch
-from shapecheck.contract.naming import SHAPECHECK
+from shapecheck.contract.naming import name_residuals
 
 Emission = Mapping[str, Tensor]
 """What one call of a ControlNet emitted, by slot name."""
@@ -34,6 +34,17 @@ _TELL = "the shapes are equal, so PyTorch adds it in silence"
 _ZEROS = "its control is lost; to switch control off give the ControlNet conditioning_scale=0.0, or the UNet None for both"
 
 
+def watch_controlnet(controlnet: nn.Module, receive: Callable[[Emission], None]) -> Callable[[], None]:
+    """Hand `receive` what a ControlNet returns at each call, nothing if these are no residuals; return what ends it."""
+
+    def hand_over(module: nn.Module, args: object, output: Any) -> None:
+        receive({name: value for name, value in name_residuals(output).items() if isinstance(value, Tensor)})
+
+    # kept out of graphs that torch.compile makes, which would freeze what the hook saw when it was traced
+    hook: Callable[..., None] = torch.compiler.disable(hand_over)  # type: ignore[no-untyped-call]
+    return controlnet.register_forward_hook(hook).remove
+
+
 class Watch:
     """Remembers the last two emissions of each ControlNet, and recognises in a call what is not where it belongs."""
 
@@ -42,7 +53,7 @@ class Watch:
 
     def install(self) -> list[Callable[[], None]]:
         """Set a hook on each ControlNet; returns what removes them."""
-        return [each.register_forward_hook(source.hook()).remove for each, source in self._sources]
+        return [watch_controlnet(controlnet, source.receive) for controlnet, source in self._sources]
 
     def forget(self) -> None:
         """Let go of every tensor."""
@@ -85,13 +96,11 @@ class _Source:
         """Whether the UNet was called while `before` was the last. If not, it may still be waiting for its call."""
         self.used = False
 
-    def hook(self) -> Callable[..., None]:
-        """The forward hook, kept out of graphs that torch.compile makes, as the guard's own is."""
-        return torch.compiler.disable(self._emitted)  # type: ignore[no-any-return, no-untyped-call]
-
-    def _emitted(self, module: nn.Module, args: Any, output: Any) -> None:
+    def receive(self, emission: Emission) -> None:
+        """Keep an emission without its graph, which would keep the activations of the whole ControlNet."""
         self.before, self.spent = self.last, self.used
-        self.last, self.used = _by_name(output), False
+        self.last = {name: value.detach() if value.requires_grad else value for name, value in emission.items()}
+        self.used = False
 
     def gave(self, name: str, value: Tensor) -> bool:
         """Whether this is the very tensor emitted for the slot."""
@@ -162,21 +171,6 @@ def _suspects(emitted: _Emitted, name: str, value: Tensor, own: list[_Seen]) -> 
     for form in emitted.stale(name, value):
         cause = "the ControlNet has run again since; give what it returned last"
         yield Mismatch("order", name, "what the ControlNet gave for an earlier call", name, cause=cause), form
-
-
-def _by_name(output: Any) -> dict[str, Tensor]:
-    """Slot name → tensor, from (downs, mid) or an output with those attributes; empty where it is neither."""
-    downs = getattr(output, "down_block_res_samples", None)
-    mid = getattr(output, "mid_block_res_sample", None)
-    if downs is None and isinstance(output, (list, tuple)) and len(output) == 2:
-        downs, mid = output
-    if not isinstance(downs, (list, tuple)):
-        return {}
-    named = {SHAPECHECK.down(index): value for index, value in enumerate(downs)} | {SHAPECHECK.mid: mid}
-    # without its graph, which would keep the activations of the whole ControlNet
-    return {
-        name: value.detach() if value.requires_grad else value for name, value in named.items() if isinstance(value, Tensor)
-    }
 
 
 def _arrivals(emissions: Sequence[Emission], name: str, like: Tensor) -> list[_Seen]:

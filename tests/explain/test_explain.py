@@ -24,15 +24,14 @@ from shapecheck import Geometry, presets, probe
 from shapecheck.cli import main
 from shapecheck.explain import report
 from shapecheck.explain.explain_text import explain_text
-from shapecheck.explain.fault_catalogue import mistakes
+from shapecheck.explain.fault_catalogue import list_faults
 from shapecheck.explain.hints import Hints
 from shapecheck.explain.judge_mapping import judge_given
-from shapecheck.explain.parse_text import symptoms
-from shapecheck.explain.residual_table import Given, Table, right
-from shapecheck.explain.simulate import outcome
-from shapecheck.explain.size import Size
-from shapecheck.explain.torch_messages import eager, meta
-from shapecheck.explain.unet_layout import anatomy
+from shapecheck.explain.parse_text import read_symptoms
+from shapecheck.explain.residual_table import RequestedSize, ResidualShapes, ResidualTable, right_shapes
+from shapecheck.explain.simulate import simulate_call
+from shapecheck.explain.torch_messages import say_eager, say_meta
+from shapecheck.explain.unet_layout import lay_out_unet
 
 ROOT = Path(__file__).parents[2]
 XL = {
@@ -71,13 +70,13 @@ class Lab:
         self.config = dict(self.real.config)
         self.at = Geometry(2, 24, 16, 7) if name == "kandinsky" else AT
 
-    def says(self, given: Given, at: Geometry | None = None, *, on: str = "real") -> str | None:
+    def says(self, given: ResidualShapes, at: Geometry | None = None, *, on: str = "real") -> str | None:
         at = at or self.at
         return text_of(getattr(self, on), at.batch, at.height, at.width, given.downs, given.mid)
 
     def explained(self, text: str, at: Geometry | None = None):
         at = at or self.at
-        return explain_text(text, {"it": self.contract}, Size((at.height, at.width), at.batch))
+        return explain_text(text, {"it": self.contract}, RequestedSize((at.height, at.width), at.batch))
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +97,17 @@ LARGER = tuple((4, *shape) for shape in ((8, 24, 20), (8, 24, 20), (8, 12, 10), 
 CELL = Geometry(1, 4, 4, 7)
 LARGER_CELL = tuple((4, *shape) for shape in ((8, 4, 4), (8, 4, 4), (8, 2, 2), (16, 2, 2), (16, 1, 1), (24, 1, 1)))
 RAISED = {
-    "batch on the way up": (ONE, Given(LARGER, (4, 24, 6, 5)), {"batch"}),
-    "batch at one cell": (CELL, Given(LARGER_CELL, (4, 24, 1, 1)), {"batch"}),
-    "rank": (ONE, Given(tuple((1, 1, *shape[1:]) for shape in LARGER), (1, 1, 24, 6, 5)), {"rank"}),
+    "batch on the way up": (ONE, ResidualShapes(LARGER, (4, 24, 6, 5)), {"batch"}),
+    "batch at one cell": (CELL, ResidualShapes(LARGER_CELL, (4, 24, 1, 1)), {"batch"}),
+    "rank": (ONE, ResidualShapes(tuple((1, 1, *shape[1:]) for shape in LARGER), (1, 1, 24, 6, 5)), {"rank"}),
     "rank of one": (
         Geometry(1, 6, 7, 7),
-        Given(((1, 8, 6, 7), (1, 1, 8, 6, 7), (1, 8, 3, 4), (1, 16, 3, 4), (1, 16, 2, 2), (1, 24, 2, 2)), (1, 24, 2, 2)),
+        ResidualShapes(
+            ((1, 8, 6, 7), (1, 1, 8, 6, 7), (1, 8, 3, 4), (1, 16, 3, 4), (1, 16, 2, 2), (1, 24, 2, 2)), (1, 24, 2, 2)
+        ),
         {"rank"},
     ),
-    "batch as a feature": (ONE, Given(((4, 8, 12, 10), (4, 16, 6, 5), (4, 24, 6, 5)), None), set()),
+    "batch as a feature": (ONE, ResidualShapes(((4, 8, 12, 10), (4, 16, 6, 5), (4, 24, 6, 5)), None), set()),
 }
 """For the thin UNet: tables that fail as none of the mistakes does that are made of its right one, and the kind of their fault;
 the last has two, which no candidate has."""
@@ -116,10 +117,13 @@ the last has two, which no candidate has."""
 def failures(lab):
     """By kind and stage of a failure: the size, the table that fails so, the kinds of its faults, and the failure."""
     it = lab("thin")
-    made = [(it.at, faults[0].given, {fault.kind for fault in faults}) for faults in mistakes(Table.of(it.contract, it.at))]
+    made = [
+        (it.at, faults[0].given, {fault.kind for fault in faults})
+        for faults in list_faults(ResidualTable.of(it.contract, it.at))
+    ]
     found = {}
     for at, table, kinds in (*made, *RAISED.values()):
-        if (failure := outcome(anatomy(it.contract, at), table)) is not None:
+        if (failure := simulate_call(lay_out_unet(it.contract, at), table)) is not None:
             found.setdefault((failure.kind, failure.stage), (at, table, kinds, failure))
     return found
 
@@ -132,9 +136,9 @@ def test_every_kind_of_failure_is_foretold_word_by_word(lab, failures):
         ("output", "feature"),
     }
     for kind, (at, table, _, failure) in failures.items():
-        assert eager(failure) == it.says(table, at), kind
+        assert say_eager(failure) == it.says(table, at), kind
         if kind != ("output", "feature"):  # on the meta device PyTorch writes these shapes otherwise, which is not foretold
-            assert meta(failure) == it.says(table, at, on="meta"), kind
+            assert say_meta(failure) == it.says(table, at, on="meta"), kind
 
 
 def check_what_is_foretold(it, search, on):
@@ -145,9 +149,9 @@ def check_what_is_foretold(it, search, on):
     def check(data):
         at = Geometry(data.draw(st.integers(1, 2)), data.draw(st.integers(4, 21)), data.draw(st.integers(4, 21)), 7)
         fault = data.draw(spoilt(it.config, at.batch, at.height, at.width, tuple(set(KINDS) - {"swap", "stride"})))
-        failure = outcome(anatomy(it.contract, at), Given(fault.downs, fault.mid))
-        told = None if failure is None else (eager if on == "real" else meta)(failure)
-        assert told == it.says(Given(fault.downs, fault.mid), at, on=on)
+        failure = simulate_call(lay_out_unet(it.contract, at), ResidualShapes(fault.downs, fault.mid))
+        told = None if failure is None else (say_eager if on == "real" else say_meta)(failure)
+        assert told == it.says(ResidualShapes(fault.downs, fault.mid), at, on=on)
 
     check()
 
@@ -165,10 +169,10 @@ def test_outcome_and_words_are_those_of_a_unet_without_values(lab, search):
 @pytest.mark.parametrize("batch", [2, 3])
 def test_a_batch_larger_than_the_text_s_is_foretold_too(lab, batch):
     it, at = lab("thin"), Geometry(1, 24, 20, 7)
-    given = right(it.contract, Geometry(batch, 24, 20, 7))
-    failure = outcome(anatomy(it.contract, at), given)
+    given = right_shapes(it.contract, Geometry(batch, 24, 20, 7))
+    failure = simulate_call(lay_out_unet(it.contract, at), given)
     text = it.says(given, at)
-    assert (failure.stage, eager(failure)) == ("up", text)
+    assert (failure.stage, say_eager(failure)) == ("up", text)
     assert any(each.table == given for each in candidates(it.explained(text, at)))
 
 
@@ -182,9 +186,9 @@ def candidates(diagnosis):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=LAYERS.get(name, pytest.mark.full)) for name in TOPOLOGIES])
 def test_the_candidates_are_exactly_the_faults_that_give_the_text(lab, name):
     it = lab(name)
-    table = Table.of(it.contract, it.at)
+    table = ResidualTable.of(it.contract, it.at)
     given_by = defaultdict(set)
-    for faults in mistakes(table, Hints((640,), (), (3,))):
+    for faults in list_faults(table, Hints((640,), (), (3,))):
         given_by[it.says(faults[0].given)].add(faults[0].given)
     assert len(given_by.pop(None)) >= 3
     assert len(given_by) > 20
@@ -202,26 +206,28 @@ def test_the_true_fault_is_among_the_candidates_at_its_slot(lab, search):
     @given(data=st.data())
     def check(data):
         fault = data.draw(spoilt(it.config, AT.batch, AT.height, AT.width, KINDS))
-        text = it.says(Given(fault.downs, fault.mid))
+        text = it.says(ResidualShapes(fault.downs, fault.mid))
         assume(text is not None)
         true = [each for each in candidates(it.explained(text)) if fault.kind in {one.kind for one in each.faults}]
-        assert any(each.table == Given(fault.downs, fault.mid) or fault.kind in ("stride", "width") for each in true)
+        assert any(each.table == ResidualShapes(fault.downs, fault.mid) or fault.kind in ("stride", "width") for each in true)
 
     check()
 
 
 def kinds_of(text, it):
     """The kinds of the faults that are found for a text where no size is known."""
-    return {fault.kind for found in candidates(explain_text(text, {"it": it.contract}, Size())) for fault in found.faults}
+    return {
+        fault.kind for found in candidates(explain_text(text, {"it": it.contract}, RequestedSize())) for fault in found.faults
+    }
 
 
 def test_without_a_size_every_size_is_looked_at(lab, failures):
     it = lab("thin")
     for kind, (_, _, kinds, failure) in failures.items():
-        assert kinds <= kinds_of(eager(failure), it), kind
+        assert kinds <= kinds_of(say_eager(failure), it), kind
     for kind in (("broadcast", "down"), ("broadcast", "up"), ("concat", "up")):
         _, _, kinds, failure = failures[kind]
-        assert kinds <= kinds_of(meta(failure), it), kind
+        assert kinds <= kinds_of(say_meta(failure), it), kind
 
 
 def test_without_a_size_a_text_from_an_odd_size_is_explained_too(lab):
@@ -239,7 +245,7 @@ def test_without_a_size_the_true_fault_is_found(lab, search, on):
     def check(data):
         at = Geometry(data.draw(st.integers(1, 3)), *data.draw(st.sampled_from([(24, 20), (17, 25), (9, 33), (16, 16)])), 7)
         fault = data.draw(spoilt(it.config, at.batch, at.height, at.width, KINDS))
-        text = it.says(Given(fault.downs, fault.mid), at, on=on)
+        text = it.says(ResidualShapes(fault.downs, fault.mid), at, on=on)
         assume(text is not None)
         assert fault.kind in kinds_of(text, it)
 
@@ -248,8 +254,8 @@ def test_without_a_size_the_true_fault_is_found(lab, search, on):
 
 def test_a_traceback_narrows_to_its_place(lab):
     it = lab("thin")
-    downs, mid = right(it.contract, AT).downs, right(it.contract, AT).mid
-    text = it.says(Given(downs, (*mid[:1], 8, *mid[2:])))
+    downs, mid = right_shapes(it.contract, AT).downs, right_shapes(it.contract, AT).mid
+    text = it.says(ResidualShapes(downs, (*mid[:1], 8, *mid[2:])))
     alone = candidates(it.explained(text))
     lines = {
         "down": "down_block_res_sample = down_block_res_sample + down_block_additional_residual",
@@ -265,7 +271,7 @@ def test_a_traceback_narrows_to_its_place(lab):
 
 
 def test_the_famous_text_is_slots_0_to_3_of_sd15():
-    diagnosis = explain_text(FAMOUS, {"sd15": presets.contract("sd15")}, Size())
+    diagnosis = explain_text(FAMOUS, {"sd15": presets.contract("sd15")}, RequestedSize())
     (reading,) = diagnosis.found
     (answer,) = reading.answers
     shown = {(each.slot, each.fault.kind) for each in answer.candidates}
@@ -283,11 +289,11 @@ def test_the_famous_text_is_foretold_at_real_size():
     contract = presets.contract("sd15")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(presets.load("sd15").config)).eval()
-    (answer,) = explain_text(FAMOUS, {"sd15": contract}, Size()).found[0].answers
+    (answer,) = explain_text(FAMOUS, {"sd15": contract}, RequestedSize()).found[0].answers
     for each in answer.candidates:
         table = each.table
         said = text_of(unet, 1, 64, 64, table.downs, table.mid, text_width=768)
-        assert said == meta(outcome(anatomy(contract, Geometry(1, 64, 64)), table))
+        assert said == say_meta(simulate_call(lay_out_unet(contract, Geometry(1, 64, 64)), table))
         assert "of length 640 at -3" in said
 
 
@@ -322,7 +328,7 @@ def test_other_texts_are_answered_so(text, about):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_has_an_answer(name):
     """How soon is measured by bench/explain.py."""
-    diagnosis = explain_text(HOSTILE[name], {"sd15": presets.contract("sd15")}, Size())
+    diagnosis = explain_text(HOSTILE[name], {"sd15": presets.contract("sd15")}, RequestedSize())
     assert diagnosis.found or diagnosis.reason
 
 
@@ -334,7 +340,7 @@ def test_any_text_has_an_answer(search):
     @search
     @given(st.text() | st.lists(st.sampled_from(PARTS)).map("".join))
     def check(text):
-        diagnosis = explain_text(text, {"sd15": presets.contract("sd15")}, Size((8, 8), 1))
+        diagnosis = explain_text(text, {"sd15": presets.contract("sd15")}, RequestedSize((8, 8), 1))
         assert diagnosis.found or diagnosis.reason
 
     check()
@@ -357,12 +363,12 @@ def test_the_true_fault_of_a_table_is_first(lab, search):
     @given(data=st.data())
     def check(data):
         fault = data.draw(spoilt(it.config, AT.batch, AT.height, AT.width, KINDS))
-        table = Given(fault.downs, fault.mid)
+        table = ResidualShapes(fault.downs, fault.mid)
         judgement = judge_given(table, ("it",), it.contract, AT)
         said = it.says(table)
-        assert judgement.is_silent == (said is None and table != right(it.contract, AT))
+        assert judgement.is_silent == (said is None and table != right_shapes(it.contract, AT))
         if judgement.failure is not None:
-            assert eager(judgement.failure) == said
+            assert say_eager(judgement.failure) == said
         if not judgement.is_right:
             assert judgement.matches[0].differs == 0
             assert fault.kind in {each.kind for each in judgement.matches[0].faults}
@@ -379,7 +385,7 @@ def test_the_true_fault_of_a_preset_s_table_is_first(search):
         contract = presets.contract(name)
         at = Geometry(data.draw(st.integers(1, 3)), data.draw(st.integers(9, 130)), data.draw(st.integers(9, 130)))
         fault = data.draw(spoilt(dict(contract.config), at.batch, at.height, at.width, KINDS))
-        judgement = judge_given(Given(fault.downs, fault.mid), (name,), contract, at)
+        judgement = judge_given(ResidualShapes(fault.downs, fault.mid), (name,), contract, at)
         assert judgement.is_right or fault.kind in {each.kind for each in judgement.matches[0].faults}
 
     check()
@@ -388,7 +394,7 @@ def test_the_true_fault_of_a_preset_s_table_is_first(search):
 @pytest.mark.parametrize(("unet", "given_of"), [("sd15", "sdxl"), ("sdxl", "sd15"), ("koala-700m", "sdxl-refiner")])
 def test_another_family_s_table_is_named(unet, given_of):
     at = Geometry(1, 72, 56)
-    judgement = judge_given(right(presets.contract(given_of), at), (unet,), presets.contract(unet), at)
+    judgement = judge_given(right_shapes(presets.contract(given_of), at), (unet,), presets.contract(unet), at)
     assert judgement.matches[0].fault.kind == "family"
     assert given_of in judgement.matches[0].fault.told
 
@@ -529,7 +535,7 @@ NAMED = (
 
 @pytest.mark.parametrize(("text", "kind", "where"), NAMED)
 def test_what_a_text_names_is_told_by_name(text, kind, where):
-    diagnosis = explain_text(text, {"sd15": presets.contract("sd15")}, Size())
+    diagnosis = explain_text(text, {"sd15": presets.contract("sd15")}, RequestedSize())
     causes = [cause for reading in diagnosis.found for cause in reading.causes]
     cause = next(cause for cause in causes if cause.kind == kind)
     assert where in (cause.where, *cause.slots)
@@ -545,18 +551,18 @@ def test_what_a_text_names_is_told_of_every_preset_by_the_command():
 
 
 def test_symptoms_carry_what_is_said():
-    (one,) = symptoms(f"{FAMOUS}\n{FAMOUS}")
+    (one,) = read_symptoms(f"{FAMOUS}\n{FAMOUS}")
     assert (one.kind, one.axis, one.wanted, one.given) == ("broadcast", 1, 320, 640)
-    (formula,) = symptoms(
+    (formula,) = read_symptoms(
         "The size of tensor a ((((s18 - 1)//2)) + 1) must match the size of tensor b (s45) at non-singleton dimension 3)"
     )
     assert (formula.stride, formula.wanted, formula.given) == (2, None, None)
-    (pair,) = symptoms("warning control could not be applied torch.Size([8, 1280, 12, 8]) torch.Size([8, 1280, 24, 16])")
+    (pair,) = read_symptoms("warning control could not be applied torch.Size([8, 1280, 12, 8]) torch.Size([8, 1280, 24, 16])")
     assert (pair.wanted_shape, pair.given_shape) == ((8, 1280, 12, 8), (8, 1280, 24, 16))
 
 
 def test_comfyui_s_warning_is_every_slot_where_the_two_shapes_meet():
     text = "warning control could not be applied torch.Size([2, 640, 32, 32]) torch.Size([2, 640, 64, 64])"
-    found = candidates(explain_text(text, {"sd15": presets.contract("sd15")}, Size((64, 64))))
+    found = candidates(explain_text(text, {"sd15": presets.contract("sd15")}, RequestedSize((64, 64))))
     assert {each.slot for each in found} == {"down_block_residual_04", "down_block_residual_05"}
     assert {"constant", "stride"} <= {each.fault.kind for each in found}

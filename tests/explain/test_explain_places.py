@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from shapecheck import presets
 from shapecheck.cli import main
 from shapecheck.explain.explain_text import explain_text
-from shapecheck.explain.size import Size
+from shapecheck.explain.residual_table import RequestedSize
 
 MODELS = {name: presets.contract(name) for name in ("sd15", "sdxl", "sdxl-refiner")}
 SUM = "RuntimeError: The size of tensor a (320) must match the size of tensor b (640) at non-singleton dimension 1"
@@ -81,7 +81,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_the_same_words_from_other_code_are_no_matter_of_residuals(name):
     text, file = ELSEWHERE[name]
-    diagnosis = explain_text(text, MODELS, Size())
+    diagnosis = explain_text(text, MODELS, RequestedSize())
     assert diagnosis.found == ()
     assert diagnosis.reason == f"it was raised in {file}, where no residual is added"
 
@@ -111,7 +111,7 @@ OURS = {
 @pytest.mark.parametrize("name", OURS)
 def test_what_a_unet_says_is_explained_in_every_form(name):
     text, stage = OURS[name]
-    (reading,) = explain_text(text, MODELS, Size()).found
+    (reading,) = explain_text(text, MODELS, RequestedSize()).found
     slots = {each.slot for answer in reading.answers if "sd15" in answer.models for each in answer.candidates}
     assert reading.symptom.stage == stage
     assert slots == {f"down_block_residual_{number:02d}" for number in range(4)}
@@ -119,27 +119,29 @@ def test_what_a_unet_says_is_explained_in_every_form(name):
 
 def test_one_exception_elsewhere_does_not_hide_another():
     other = SUM.replace("320", "1280").replace("640", "320")
-    diagnosis = explain_text(HEAD + frame("train.py", "y = a + b") + SUM + ONE_MORE + HEAD + UNET + other, MODELS, Size())
+    diagnosis = explain_text(
+        HEAD + frame("train.py", "y = a + b") + SUM + ONE_MORE + HEAD + UNET + other, MODELS, RequestedSize()
+    )
     assert [(reading.symptom.wanted, reading.symptom.given) for reading in diagnosis.found] == [(1280, 320)]
 
 
 def test_a_dtype_of_the_unet_or_its_controlnet_is_told():
     for file in ("unets/unet_2d_condition.py", "controlnets/controlnet.py"):
         text = HEAD + frame(f"diffusers/models/{file}") + frame("diffusers/models/attention_processor.py") + MODULE + HALF
-        (reading,) = explain_text(text, MODELS, Size()).found
+        (reading,) = explain_text(text, MODELS, RequestedSize()).found
         assert [cause.kind for cause in reading.causes] == ["dtype"]
 
 
 def test_a_runtime_s_own_call_is_no_other_code():
     run = frame("run.py", "session.run(None, feed)") + frame("onnxruntime/capi/onnxruntime_inference_collection.py", "return x")
     text = "Got invalid dimensions for input: input_control_03 for the following indices index: 1 Got: 640 Expected: 320"
-    (reading,) = explain_text(HEAD + run + text, MODELS, Size()).found
+    (reading,) = explain_text(HEAD + run + text, MODELS, RequestedSize()).found
     assert {slot for cause in reading.causes for slot in cause.slots} == {"down_block_residual_03"}
 
 
 def nets(axis: int, one: int, other: int):
     text = f"The size of tensor a ({one}) must match the size of tensor b ({other}) at non-singleton dimension {axis}"
-    (reading,) = explain_text(HEAD + NETS + text, MODELS, Size()).found
+    (reading,) = explain_text(HEAD + NETS + text, MODELS, RequestedSize()).found
     (cause,) = reading.causes
     assert reading.answers == ()
     assert cause.kind == "nets"
@@ -175,7 +177,7 @@ def test_two_controlnets_that_cannot_be_added_are_told():
     ],
 )
 def test_words_alike_are_no_diagnosis(text):
-    assert explain_text(text, presets.contracts(), Size()).found == ()
+    assert explain_text(text, presets.contracts(), RequestedSize()).found == ()
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_words_alike_are_no_diagnosis(text):
     ],
 )
 def test_a_call_that_cannot_be_is_told(text, kind, said):
-    (reading,) = explain_text(text, MODELS, Size()).found
+    (reading,) = explain_text(text, MODELS, RequestedSize()).found
     (cause,) = reading.causes
     assert cause.kind == kind
     assert cause.told.startswith(said)

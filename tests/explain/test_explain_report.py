@@ -9,14 +9,13 @@ import pytest
 from tabulate import tabulate
 
 from shapecheck import Geometry, presets
-from shapecheck.explain.explain_text import alike_models, explain_text
-from shapecheck.explain.fault_catalogue import mistakes
+from shapecheck.explain.explain_text import explain_text, group_models
+from shapecheck.explain.fault_catalogue import list_faults
 from shapecheck.explain.judge_mapping import judge_given
-from shapecheck.explain.residual_table import Table
-from shapecheck.explain.simulate import outcome
-from shapecheck.explain.size import Size
-from shapecheck.explain.torch_messages import eager
-from shapecheck.explain.unet_layout import anatomy
+from shapecheck.explain.residual_table import RequestedSize, ResidualTable
+from shapecheck.explain.simulate import simulate_call
+from shapecheck.explain.torch_messages import say_eager
+from shapecheck.explain.unet_layout import lay_out_unet
 
 REPORT = Path(__file__).parents[2] / "reports" / "explain.md"
 AT = Geometry(2, 72, 56)
@@ -39,17 +38,17 @@ and not ordered to do well here. Silent: faults that PyTorch runs with.
 def ranked(name: str):
     """Per way of asking: how many are first, in the first three, and what the bound allows; then the table's own."""
     contract = presets.contract(name)
-    unet, table = anatomy(contract, AT), Table.of(contract, AT)
+    unet, table = lay_out_unet(contract, AT), ResidualTable.of(contract, AT)
     silent, texts, by_table = 0, defaultdict(list), 0
-    faults = mistakes(table)
+    faults = list_faults(table)
     for each in faults:
-        failure = outcome(unet, each[0].given)
+        failure = simulate_call(unet, each[0].given)
         judged = judge_given(each[0].given, (name,), contract, AT)
         by_table += judged.matches[0].differs == 0 and set(each) <= set(judged.matches[0].faults)
         if failure is None:
             silent += 1
         else:
-            texts[eager(failure), failure.stage].append(each[0].given)
+            texts[say_eager(failure), failure.stage].append(each[0].given)
     alone = defaultdict(list)
     for (text, _), tables in texts.items():
         alone[text] += tables
@@ -63,7 +62,7 @@ def ranked(name: str):
 def _row(way: str, asked, name: str, contract):
     first = three = count = bound = bound_three = 0
     for text, tables in asked.values():
-        (answer,) = explain_text(text, {name: contract}, Size((AT.height, AT.width), AT.batch)).found[0].answers
+        (answer,) = explain_text(text, {name: contract}, RequestedSize((AT.height, AT.width), AT.batch)).found[0].answers
         order = [each.table for each in answer.candidates]
         assert set(tables) <= set(order), text
         count += len(tables)
@@ -77,7 +76,7 @@ def _row(way: str, asked, name: str, contract):
 @pytest.mark.full
 def test_the_report_is_what_is_computed_today(update_reports):
     rows = []
-    for names in alike_models({name: presets.contract(name) for name in presets.contracts()}):
+    for names in group_models({name: presets.contract(name) for name in presets.contracts()}):
         contract = presets.contract(names[0])
         if AT.height % contract.divisor or AT.width % contract.divisor:
             continue

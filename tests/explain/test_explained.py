@@ -23,12 +23,13 @@ import shapecheck
 from shapecheck import ContractError, Geometry, ShapecheckError, explained, presets, probe
 from shapecheck.contract import Mismatch
 from shapecheck.contract.config import Config
-from shapecheck.explain.call_log import Emission, Watched
+from shapecheck.contract.naming import name_residuals
+from shapecheck.explain.call_log import Returned, Watched
 from shapecheck.explain.explained_error import ExplainedError, subject
 from shapecheck.explain.fault import Fault
 from shapecheck.explain.judge_mapping import Match, judge_given
-from shapecheck.explain.residual_table import Given
-from shapecheck.explain.tensor_identity import judged
+from shapecheck.explain.residual_table import ResidualShapes
+from shapecheck.explain.tensor_identity import judge_call
 from shapecheck.runtime.unet_call import Call
 
 pytest_plugins = ["pytester"]
@@ -364,7 +365,7 @@ def test_a_mid_of_another_batch_is_not_told_as_forgotten(unet, net, contract, ba
 
 def test_a_mid_of_batch_one_is_told_as_such(contract):
     right = [*contract.shapes(AT).values()]
-    given = Given(tuple(right[:-1]), (1, *right[-1][1:]))
+    given = ResidualShapes(tuple(right[:-1]), (1, *right[-1][1:]))
     judgement = judge_given(given, ("small",), contract, AT)
     assert [each.where for each in judgement.mismatches] == ["mid_block_residual"]
     assert "batch" in {fault.kind for fault in judgement.matches[0].faults}
@@ -386,7 +387,7 @@ def test_mistakes_that_no_shape_tells_apart_are_all_listed(unet, net, contract):
 
 
 def test_at_most_four_of_them_are_listed(contract):
-    given = Given((), None)
+    given = ResidualShapes((), None)
     judgement = judge_given(given, ("small",), contract, AT)
     several = tuple(Fault("drop", f"way {number}", "give all" if number else "take more", given) for number in range(6))
     text = subject(contract, RuntimeError("no"), replace(judgement, matches=(Match(several, 0),)))
@@ -448,7 +449,9 @@ def test_a_controlnet_that_ran_elsewhere_is_told_so(unet, net, contract):
 def test_the_family_of_its_table_is_named():
     *downs, mid = [torch.empty(shape, device="meta") for shape in presets.contract("sdxl").shapes(Geometry(2, 64, 64)).values()]
     sample, contract = torch.empty(2, 4, 64, 64, device="meta"), presets.contract("sd15")
-    judgement = judged(Call(sample, downs, mid, None), contract, Geometry(2, 64, 64), [Emission("", "Net", (*downs, mid))])
+    judgement = judge_call(
+        Call(sample, downs, mid, None), contract, Geometry(2, 64, 64), [Returned("", "Net", name_residuals((downs, mid)))]
+    )
     told = judgement.matches[0].fault.told
     assert told.startswith("this ControlNet (Net) is made for another UNet: this is the table of ")
     assert "sdxl" in told

@@ -11,8 +11,7 @@ import pytest
 from shapecheck import presets
 from shapecheck.explain.explain_text import explain_text
 from shapecheck.explain.judge_mapping import judge_given
-from shapecheck.explain.residual_table import Given
-from shapecheck.explain.size import Size
+from shapecheck.explain.residual_table import RequestedSize, ResidualShapes
 
 FILES = sorted(incidents.FOLDER.glob("*.toml"))
 ALL = [incidents.read(path) for path in FILES]
@@ -71,7 +70,7 @@ def test_files_say_nothing_else():
 
 @pytest.mark.parametrize("incident", TOLD, ids=lambda each: each.name)
 def test_the_text_once_reported_is_diagnosed(incident):
-    diagnosis = explain_text(incident.text, {incident.model: presets.contract(incident.model)}, Size())
+    diagnosis = explain_text(incident.text, {incident.model: presets.contract(incident.model)}, RequestedSize())
     holds(diagnosis, incident.expect | {"faults": incident.expect.get("text_faults", incident.expect.get("faults", []))})
 
 
@@ -87,7 +86,7 @@ def test_acted_out_today_it_is_diagnosed(incident, folder):
 
 def check(incident, acted):
     """What was really said is diagnosed as the incident expects."""
-    size = Size((acted.at.height, acted.at.width), acted.at.batch)
+    size = RequestedSize((acted.at.height, acted.at.width), acted.at.batch)
     expect = incident.expect
     if not expect.get("silent"):
         assert acted.text, "nothing was raised"
@@ -99,7 +98,7 @@ def check(incident, acted):
             assert narrowed <= told
             assert expect["slot"] in {slot for slot, _ in narrowed}
     if acted.given is not None and "fault" in expect:
-        judgement = judge_given(Given(*acted.given), ("it",), acted.contract, acted.at)
+        judgement = judge_given(ResidualShapes(*acted.given), ("it",), acted.contract, acted.at)
         assert expect["fault"] in {fault.kind for fault in judgement.matches[0].faults}
         assert judgement.is_silent is expect.get("silent", False)
 

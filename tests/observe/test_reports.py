@@ -12,6 +12,7 @@ import artefacts
 import pytest
 
 from shapecheck import Contract, Geometry, Mismatch, presets
+from shapecheck.contract.records import ControlNetInfo
 from shapecheck.observe import request as requests
 from shapecheck.observe.report import judge_probe, render_json, render_text
 
@@ -79,10 +80,14 @@ def test_the_cause_all_share_is_told_under_the_title():
     assert text.split("\n\n")[1] == "MISMATCH: 2 places; likely cause: made for X"
 
 
-@pytest.mark.parametrize(("claim", "expected"), [(False, "unet alone"), (True, "agree")])
-def test_one_verdict_for_all(claim, expected):
+NET = ControlNetInfo("mine", "ControlNetModel", 320, 768, False)
+
+
+@pytest.mark.parametrize(("nets", "expected"), [((), "unet alone"), ((NET,), "agree")])
+def test_one_verdict_for_all(nets, expected):
     contract = presets.contract("koala-700m")
-    assert judge_probe(contract, (), claim) == expected
-    report = json.loads(render_json(contract, (), Geometry(1, 64, 64), claim=claim))["report"]
-    assert (report["verdict"], report["claim"]) == (expected, claim)
-    assert expected.upper() in render_text(contract, (), Geometry(1, 64, 64), claim=claim)
+    contract = replace(contract, header=replace(contract.header, controlnets=nets))
+    assert judge_probe(contract, ()) == expected
+    report = json.loads(render_json(contract, (), Geometry(1, 64, 64)))["report"]
+    assert (report["verdict"], report["claim"]) == (expected, False)
+    assert expected.upper() in render_text(contract, (), Geometry(1, 64, 64))
