@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -14,25 +14,21 @@ from shapecheck.contract import ShapecheckError
 
 _LONG_AGO = 3 * 24 * 3600
 """Seconds; no build takes days between two writes."""
+_LOCK = ".shapecheck.lock"
+"""It stays: removing it would give two processes the same lock."""
 _numbers = count()
 """So that no two files are written under one name."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Alone in a folder, among those who ask; where the system has no such lock, not."""
-    try:
-        import fcntl
+    """Keep out of a folder everybody else who asks; nobody, if the folder cannot be written or the system has no locks."""
+    from filelock import FileLock
 
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # not on Windows, nor where the folder may not be read
+    with ExitStack() as stack:
+        with suppress(OSError, NotImplementedError):
+            stack.enter_context(FileLock(folder / _LOCK, mode=0o666))  # other users lock the same file
         yield
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -29,3 +30,17 @@ def quiet(library: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def hide_progress_bars(*libraries: str) -> Iterator[None]:
+    """Hide the progress bars of diffusers or transformers for a while."""
+    loaded = [sys.modules[name] for library in libraries if (name := f"{library}.utils.logging") in sys.modules]
+    shown = [module for module in loaded if module.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in shown:
+            module.enable_progress_bar()

@@ -18,20 +18,26 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-class Steps:
-    """Tells what is being done, one line overwritten; a bar of bytes where it is known how many there are."""
+class ProgressLine:
+    """Shows the current step in one line that is overwritten, with a bar if the number of bytes is known."""
 
     def __init__(self) -> None:
         self._step = ""
         self._bar: tqdm[Never] | None = None
 
     def __call__(self, step: str, done: int = 0, total: int = 0, /) -> None:
-        """Begin a step, or go on with it."""
+        """Begin a step, or continue it."""
         if not sys.stderr.isatty():
             return
         if step != self._step:
             self.close()
-            self._step, self._bar = step, _bar(step, total)
+            from tqdm import tqdm
+
+            self._step = step
+            if total:
+                self._bar = tqdm(desc=step, total=total, unit="B", unit_scale=True, leave=False, file=sys.stderr)
+            else:
+                self._bar = tqdm(desc=f"{step} …", bar_format="{desc}", leave=False, file=sys.stderr)
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
 
@@ -43,33 +49,21 @@ class Steps:
 
 
 @contextmanager
-def progress() -> Iterator[Steps]:
-    """Progress for as long as the block runs."""
-    steps = Steps()
+def progress() -> Iterator[ProgressLine]:
+    """Show progress while the block runs."""
+    line = ProgressLine()
     try:
-        yield steps
+        yield line
     finally:
-        steps.close()
+        line.close()
 
 
 def write(text: str, output: Path | None) -> None:
-    """To stdout, or to a file that appears under its name only when it is whole."""
-    if output is None:
-        _say(text)
+    """Write to stdout, or to a file that appears under its name only when it is whole."""
+    if output is not None:
+        with whole(output) as partial:
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         return
-    with whole(output) as partial:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def drop_stdout() -> None:
-    """What stdout still holds could not be written: the interpreter must not try again when it ends, and fail."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (AttributeError, OSError, ValueError):  # no stdout, or one that is no file
-        return
-
-
-def _say(text: str) -> None:
     if sys.stdout is None:
         raise ShapecheckError("cannot write to standard output: it is closed; -o FILE writes to a file")
     try:
@@ -79,9 +73,9 @@ def _say(text: str) -> None:
         raise ShapecheckError(f"cannot write to standard output: {error.strerror or error}") from None
 
 
-def _bar(step: str, total: int) -> tqdm[Never]:
-    from tqdm import tqdm
-
-    if total:
-        return tqdm(desc=step, total=total, unit="B", unit_scale=True, leave=False, file=sys.stderr)
-    return tqdm(desc=f"{step} …", bar_format="{desc}", leave=False, file=sys.stderr)
+def drop_stdout() -> None:
+    """Discard what stdout still holds and cannot be written, or the interpreter would try again at its end, and fail."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (AttributeError, OSError, ValueError):  # no stdout, or one that is no file
+        return

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from shapecheck import ShapecheckError
-from shapecheck.cli.options import format_option, offline_option, output_option
-from shapecheck.contract.geometry import parse_pair
-from shapecheck.files import refuse_unwritable
+from shapecheck.cli.options import Form, read_names, read_size, result_options
 from shapecheck.terminal import progress, write
 
 _KNOWN = "torch, torch-compile, ort, ort-cuda, ort-trt, trt"
@@ -22,9 +21,10 @@ _KNOWN = "torch, torch-compile, ort, ort-cuda, ort-trt, trt"
     "--backends",
     metavar="NAMES",
     default="",
+    callback=read_names,
     help=f"What to time, with commas: {_KNOWN}.  [default: torch, torch-compile, and what ARTEFACT is for]",
 )
-@click.option("--size", metavar="WxH", help="Image size in pixels.  [default: the model's own]")
+@click.option("--size", "size_px", metavar="WxH", callback=read_size, help="Image size in pixels.  [default: the model's own]")
 @click.option("--batch", type=click.IntRange(1, 1024), default=1, show_default=True, help="2 for guidance with one image.")
 @click.option(
     "--controlnets",
@@ -33,22 +33,8 @@ _KNOWN = "torch, torch-compile, ort, ort-cuda, ort-trt, trt"
 )
 @click.option("--frames", type=click.IntRange(1, 100_000), default=20, show_default=True, help="How many are timed.")
 @click.option("--warm-up", type=click.IntRange(1, 1000), default=3, show_default=True, help="How many are played before.")
-@offline_option
-@format_option
-@output_option
-def bench(
-    artefact: str,
-    model: str | None,
-    backends: str,
-    size: str | None,
-    batch: int,
-    controlnets: int | None,
-    frames: int,
-    warm_up: int,
-    offline: bool,
-    form: str,
-    output: Path | None,
-) -> int:
+@result_options
+def bench(artefact: str, form: Form, output: Path | None, **options: Any) -> int:
     """Time frames of ARTEFACT beside PyTorch: median, 95th percentile, memory, and which part takes what share.
 
     ARTEFACT is an ONNX file or an engine of a UNet; or a model, which is timed in PyTorch alone, without its weights. A frame
@@ -64,19 +50,9 @@ def bench(
       shapecheck bench unet.onnx --backends torch,ort-cuda,ort-trt --frames 100
     """
     from shapecheck.pipelines import bench_report as report
-    from shapecheck.pipelines.bench import Request
-    from shapecheck.pipelines.bench import bench as timed
+    from shapecheck.pipelines.bench import bench as time_frames
 
-    if output is not None:
-        refuse_unwritable(output)
-    names = tuple(each.strip() for each in backends.split(",") if each.strip())
-    pixels = parse_pair(size, "WxH in pixels") if size is not None else None
     with progress() as tell:
-        found = timed(Request(artefact, model, names, pixels, batch, controlnets, frames, warm_up, offline), tell)
-    text = (
-        report.render_json(found)
-        if form == "json"
-        else report.render_text(found, "markdown" if form == "markdown" else "human")
-    )
-    write(text, output)
+        found = time_frames(artefact, **options, progress=tell)
+    write(report.render_json(found) if form == "json" else report.render_text(found, form), output)
     return 0 if found.ran else ShapecheckError.exit_status

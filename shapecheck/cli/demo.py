@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import Any, get_args
 
 import click
 
-from shapecheck import ContractError
-from shapecheck.cli.options import Form, format_option, offline_option
-from shapecheck.contract.geometry import parse_pair
+from shapecheck import ContractError, Geometry, ShapecheckError
+from shapecheck.cli.options import Form, format_option, offline_option, read_size
 from shapecheck.files import make_folder
-from shapecheck.pipelines.demo_record import PROMPT, DemoBackend, DemoRequest
+from shapecheck.pipelines.demo_record import DemoBackend
 from shapecheck.terminal import progress, write
-
-if TYPE_CHECKING:
-    from shapecheck.pipelines.demo_record import Demo
 
 
 @click.command()
@@ -35,7 +31,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="A control image.  [default: a depth map that is made]",
 )
-@click.option("--prompt", metavar="TEXT", default=PROMPT, show_default=True, help="What to draw.")
+@click.option("--prompt", metavar="TEXT", default="a red chair by the window", show_default=True, help="What to draw.")
 @click.option(
     "--backend",
     type=click.Choice(get_args(DemoBackend)),
@@ -43,7 +39,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="What runs the UNet; all but ort on a GPU, in float16.",
 )
-@click.option("--size", metavar="WxH", help="Pixels, multiples of 8.  [default: 136x104, or the model's own]")
+@click.option(
+    "--size",
+    "size_px",
+    metavar="WxH",
+    callback=read_size,
+    help="Pixels, multiples of 8.  [default: 136x104, or the model's own]",
+)
 @click.option("--steps", type=click.IntRange(2, 1000), default=8, show_default=True, help="Of the scheduler.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the noise to begin with.")
 @click.option("--variant", metavar="NAME", help="Which of MODEL's files, such as fp16.")
@@ -53,15 +55,11 @@ def demo(
     folder: Path,
     model: str | None,
     controlnet: str | None,
-    image: Path | None,
     prompt: str,
-    backend: DemoBackend,
-    size: str | None,
-    steps: int,
-    seed: int,
+    size_px: tuple[int, int] | None,
     variant: str | None,
-    offline: bool,
     form: Form,
+    **options: Any,
 ) -> int:
     """Draw one picture in PyTorch, and again with the UNet exported and exchanged; compare, and show both on a page.
 
@@ -78,21 +76,34 @@ def demo(
       shapecheck demo --out demo --backend trt
       shapecheck demo --out demo --model ./sd15 --controlnet ./my-controlnet --image depth.png --prompt "a red chair"
     """
-    size_px = parse_pair(size, "WxH in pixels") if size is not None else None
-    request = DemoRequest(model, controlnet, image, prompt, backend, size_px, steps, seed, offline, variant)
+    if (model is None) != (controlnet is None):
+        given, absent = ("--model", "--controlnet") if controlnet is None else ("--controlnet", "--model")
+        raise ShapecheckError(f"{given} without {absent}: give both, or neither for a small model with random weights")
+    if variant is not None and model is None:
+        raise ShapecheckError("--variant says which files of --model are read: give --model and --controlnet too")
+    if size_px is not None:
+        Geometry.from_px(*size_px)  # raises if pixels do not fill whole latent cells
+    try:
+        prompt.encode()  # a command line may hold bytes that are not text, and no tokenizer takes them
+    except UnicodeEncodeError:
+        raise ShapecheckError(f"the prompt is no text in UTF-8: {prompt!a:.80}") from None
     make_folder(folder)
     with progress() as tell:
         tell("importing torch and diffusers")
-        from shapecheck.pipelines.demo import run
+        from shapecheck.pipelines import demo_report as report
+        from shapecheck.pipelines.demo import draw_demo
         from shapecheck.pipelines.demo_report import write_all
 
-        found = run(request, folder, tell)
+        found = draw_demo(
+            folder,
+            model=model,
+            controlnet=controlnet,
+            prompt=prompt,
+            size_px=size_px,
+            variant=variant,
+            progress=tell,
+            **options,
+        )
     write_all(found, folder)
-    write(_told(found, form), None)
+    write(report.render_json(found) if form == "json" else report.render_text(found, form), None)
     return 0 if found.passes else ContractError.exit_status
-
-
-def _told(found: Demo, form: Form) -> str:
-    from shapecheck.pipelines import demo_report as text
-
-    return text.render_json(found) if form == "json" else text.render_text(found, form)

@@ -7,17 +7,14 @@ from pathlib import Path
 import click
 
 from shapecheck import ContractError
-from shapecheck.cli.options import Form, format_option, offline_option, output_option
-from shapecheck.files import refuse_unwritable
+from shapecheck.cli.options import Form, result_options
 from shapecheck.terminal import progress, write
 
 
 @click.command()
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@offline_option
-@format_option
-@output_option
+@result_options
 def diff(a: str, b: str, offline: bool, form: Form, output: Path | None) -> int:
     """Say everything in which the contracts of A and B differ, and what that means for a ControlNet made for one of them.
 
@@ -36,10 +33,8 @@ def diff(a: str, b: str, offline: bool, form: Form, output: Path | None) -> int:
     from shapecheck import diff as report
     from shapecheck.artefact import contract_of
 
-    if output is not None:
-        refuse_unwritable(output)
     with progress() as tell:
-        sides = [report.Side(each, contract_of(each, offline=offline, progress=tell)) for each in (a, b)]
+        sides = [report.Side(model, contract_of(model, offline=offline, progress=tell)) for model in (a, b)]
     text = report.render_json(*sides) if form == "json" else report.render_text(*sides, form=form)
     write(text, output)
     return 0 if sides[0].contract == sides[1].contract else ContractError.exit_status

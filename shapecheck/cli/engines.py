@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
 from shapecheck import ContractError
 from shapecheck.artefact import contract_of
-from shapecheck.cli.options import control_option, held_to, human_or_json, offline_option, output_option, size_options
+from shapecheck.cli.options import engine_options, find_contract, human_or_json, offline_option, output_option, source_options
 from shapecheck.contract import Contract, ShapecheckError
-from shapecheck.files import refuse_unwritable
 from shapecheck.models.lookup import OtherModelError
 from shapecheck.onnx.records import Check
 from shapecheck.progress import Progress
@@ -74,9 +73,8 @@ def profiles_of(
 
 @click.command()
 @click.argument("model")
-@size_options
-@click.option("--model", "contract", metavar="MODEL", help="The UNet of an ONNX file that holds no contract.")
-@control_option
+@engine_options
+@source_options
 @click.option(
     "--for",
     "tool",
@@ -114,13 +112,11 @@ def profile(
     from shapecheck.tensorrt import profile_report as report
     from shapecheck.tensorrt import source as tensorrt_source
 
-    if output is not None:
-        refuse_unwritable(output)
     wanted = tensorrt_source.Sizes(sizes, batch, tokens)
     try:
         with progress() as tell:
-            held = held_to(contract, offline, tell)
-            made = profiles_of(model, wanted, held, control=control, offline=offline, progress=tell)
+            expected = find_contract(contract, offline, tell)
+            made = profiles_of(model, wanted, expected, control=control, offline=offline, progress=tell)
     except ContractError as error:
         write(engine_report.render_refusal(error, form), None)
         return error.exit_status
@@ -131,12 +127,10 @@ def profile(
         click.echo("every input of this file has one size: it needs no profile", err=True)
     if tool is not None:
         text = report.render_options(made.dynamic, tool, form)
+    elif form == "json":
+        text = report.render_json(made.contract, made.profiles)
     else:
-        text = (
-            report.render_json(made.contract, made.profiles)
-            if form == "json"
-            else report.render_text(made.contract, made.profiles, made.names)
-        )
+        text = report.render_text(made.contract, made.profiles, made.names)
     write(text, output)
     return 0
 
@@ -156,7 +150,7 @@ def profile(
     metavar="FOLDER",
     help="Instead of -o: keep the engine in this folder, under a name made of all that it depends on, or find it there.",
 )
-@size_options
+@engine_options
 @click.option(
     "--profile",
     "profiles",
@@ -164,8 +158,7 @@ def profile(
     metavar="FILE.json",
     help="Profiles that `shapecheck profile --format json` wrote, instead of --sizes.",
 )
-@click.option("--model", "contract", metavar="MODEL", help="The UNet of an ONNX file that holds no contract.")
-@control_option
+@source_options
 @click.option(
     "--target",
     type=click.Choice(get_args(Target)),
@@ -175,14 +168,13 @@ def profile(
 )
 @click.option(
     "--compute-capability",
-    "capabilities",
+    "compute_capabilities",
     multiple=True,
     metavar="N.N",
     help="With --target rtx: a GPU to build for, such as 8.9. Repeatable.  [default: every one it supports but 7.5]",
 )
 @click.option(
     "--optimization-level",
-    "level",
     type=click.IntRange(0, 5),
     help="How long TensorRT searches for fast kernels.  [default: TensorRT's]",
 )
@@ -209,17 +201,12 @@ def build(
     profiles: Path | None,
     contract: str | None,
     control: bool,
-    target: Target,
-    capabilities: tuple[str, ...],
-    level: int | None,
     workspace: int | None,
-    refittable: bool,
-    version_compatible: bool,
-    tf32: bool,
     timing_cache: Path | None,
     force: bool,
     offline: bool,
     form: str,
+    **options: Any,
 ) -> int:
     """Build the TensorRT engine of FILE.onnx, for a range of sizes.
 
@@ -239,13 +226,10 @@ def build(
     from shapecheck.tensorrt import source as tensorrt_source
     from shapecheck.tensorrt.record import BuildOptions
 
-    options = BuildOptions(
-        target, level, workspace << 20 if workspace else None, refittable, version_compatible, tf32, capabilities
-    )
     wanted = tensorrt_source.Sizes(sizes, batch, tokens, profiles)
     try:
         with progress() as tell:
-            source, found = tensorrt_source.examine(file, held_to(contract, offline, tell), tell, control=control)
+            source, found = tensorrt_source.examine(file, find_contract(contract, offline, tell), tell, control=control)
             if source is None:
                 write(check_report.render_json(found) if form == "json" else check_report.render_text(found), None)
                 return ContractError.exit_status
@@ -254,7 +238,7 @@ def build(
                 output,
                 cache=cache,
                 profiles=tensorrt_source.profiles_for(source.contract, wanted, dict(source.names)),
-                options=options,
+                options=BuildOptions(workspace=workspace << 20 if workspace else None, **options),
                 timing_cache=timing_cache,
                 force=force,
                 progress=tell,

@@ -14,7 +14,6 @@ import click
 from shapecheck import ContractError, ShapecheckError
 from shapecheck.cli.options import Form, format_option, offline_option, output_option
 from shapecheck.contract.geometry import parse_pair
-from shapecheck.files import refuse_unwritable
 from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
@@ -83,8 +82,6 @@ def explain(
     from shapecheck.explain.explain_text import explain_text
     from shapecheck.explain.json_record import judge_diagnosis
 
-    if output is not None:
-        refuse_unwritable(output)
     message = _read_message(text, others=bool(mapping or controlnets))
     if mapping and controlnets:
         raise ShapecheckError("--mapping and --controlnet both say what was given; give one of them")

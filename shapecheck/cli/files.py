@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from shapecheck import ContractError, ShapecheckError
-from shapecheck.cli.options import Form, format_option, held_to, human_or_json, offline_option, output_option, request_for
+from shapecheck.cli.options import (
+    Form,
+    find_contract,
+    human_or_json,
+    offline_option,
+    request_for,
+    result_options,
+    variant_option,
+)
 from shapecheck.contract.naming import SCHEMES, SHAPECHECK
-from shapecheck.files import refuse_unwritable
 from shapecheck.tensorrt.record import is_engine, read_engine
 from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
     from shapecheck.observe.request import Request
-    from shapecheck.onnx.records import Agreement, Exported, Weights
+    from shapecheck.onnx.records import Agreement, Exported
 
 
 @click.command()
@@ -51,7 +58,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Whose names for the slots.",
 )
-@click.option("--variant", metavar="NAME", help="Which of a checkpoint's files, such as fp16.")
+@variant_option
 @click.option(
     "--verify/--no-verify",
     default=False,
@@ -60,20 +67,7 @@ if TYPE_CHECKING:
 )
 @offline_option
 @human_or_json
-def export(
-    model: str,
-    output: Path,
-    weights: Weights | None,
-    dtype: str | None,
-    opset: int | None,
-    control: bool,
-    adapter: bool,
-    naming: str,
-    variant: str | None,
-    verify: bool,
-    offline: bool,
-    form: str,
-) -> int:
+def export(model: str, output: Path, verify: bool, form: str, **options: Any) -> int:
     """Write MODEL to an ONNX file that is right at every size, without loading its weights.
 
     MODEL is a diffusers folder, a config.json, a hub id or a preset: of a UNet, which gets one input a slot, or of a
@@ -92,28 +86,18 @@ def export(
     from shapecheck.onnx import export_report as report
 
     if verify:
-        _refuse_unverifiable(dtype, weights)
-    with progress() as steps:
-        done = exporter.export(
-            model,
-            output,
-            weights=weights,
-            dtype=dtype,
-            opset=opset,
-            control=control,
-            adapter=adapter,
-            naming=naming,
-            variant=variant,
-            offline=offline,
-            progress=steps,
-        )
+        from shapecheck.onnx import export_verify
+
+        export_verify.refuse_unverifiable(options["dtype"], options["weights"])
+    with progress() as tell:
+        done = exporter.export(model, output, **options, progress=tell)
     try:
-        agreements = _verified(done, model, variant, offline) if verify else ()
+        agreements = _verify(done, model, options["variant"], options["offline"]) if verify else ()
     except ShapecheckError:  # the file is written all the same
         write(report.render_json(done) if form == "json" else report.render_text(done), None)
         raise
     write(report.render_json(done, agreements) if form == "json" else report.render_text(done, agreements), None)
-    return 0 if all(each.agrees for each in agreements) else ContractError.exit_status
+    return 0 if all(compared.agrees for compared in agreements) else ContractError.exit_status
 
 
 @click.command()
@@ -133,9 +117,7 @@ def export(
 @click.option(
     "--weights", metavar="MODEL", help="Say too whether an engine was built from these: an ONNX file, or a model's folder."
 )
-@offline_option
-@format_option
-@output_option
+@result_options
 def check(
     file: Path,
     model: str | None,
@@ -176,10 +158,8 @@ def check(
     from shapecheck.onnx.contract_metadata import contract_inside
 
     request = request_for("", (), size, latent, batch)
-    if output is not None:
-        refuse_unwritable(output)
     if is_engine(file):
-        return _check_engine(file, model, controlnets, request, (batch, tokens), weights, offline, form, output)
+        return _check_engine(file, model, controlnets, request, batch, tokens, weights, offline, form, output)
     if weights is not None or tokens is not None:
         raise ShapecheckError(
             "--weights and --tokens are for engines; `shapecheck export --verify` compares an ONNX file's numbers"
@@ -205,7 +185,8 @@ def _check_engine(
     model: str | None,
     controlnets: tuple[str, ...],
     request: Request,
-    free: tuple[int | None, int | None],
+    batch: int | None,
+    tokens: int | None,
     weights: str | None,
     offline: bool,
     form: Form,
@@ -215,7 +196,6 @@ def _check_engine(
     from shapecheck.tensorrt import check_report as report
     from shapecheck.tensorrt.check import check_engine
 
-    batch, tokens = free
     if (batch or tokens) and request.size_px is None and request.latent is None:
         raise ShapecheckError("--batch and --tokens go with --size or --latent")
     asked = geometry_of(request, read_engine(file).request.contract.header.vae_factor)
@@ -223,7 +203,7 @@ def _check_engine(
     with progress() as tell:
         checked = check_engine(
             file,
-            held_to(model, offline, tell),
+            find_contract(model, offline, tell),
             controlnets=controlnets,
             asked=asked,
             any_batch=batch is None,
@@ -236,16 +216,10 @@ def _check_engine(
     return 0 if checked.is_fine else ContractError.exit_status
 
 
-def _refuse_unverifiable(dtype: str | None, weights: Weights | None) -> None:
-    from shapecheck.onnx import export_verify
-
-    export_verify.refuse_unverifiable(dtype, weights)
-
-
-def _verified(exported: Exported, model: str, variant: str | None, offline: bool) -> tuple[Agreement, ...]:
+def _verify(exported: Exported, model: str, variant: str | None, offline: bool) -> tuple[Agreement, ...]:
     from shapecheck.onnx import export_verify
 
     needed = export_verify.memory_needed(exported) / 1e9
     click.echo(f"verifying: up to {needed:.1f} GB of memory, PyTorch and ONNX Runtime one after the other", err=True)
-    with progress() as steps:
-        return export_verify.verify(exported, model, variant=variant, offline=offline, progress=steps)
+    with progress() as tell:
+        return export_verify.verify(exported, model, variant=variant, offline=offline, progress=tell)

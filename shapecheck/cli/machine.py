@@ -9,7 +9,6 @@ import click
 from shapecheck import ContractError
 from shapecheck.cli.options import human_or_json, output_option
 from shapecheck.doctor.environment import BACKENDS, check_known
-from shapecheck.files import refuse_unwritable
 from shapecheck.terminal import progress, write
 
 
@@ -39,8 +38,6 @@ def doctor(required: tuple[str, ...], form: str, output: Path | None) -> int:
     from shapecheck.doctor import report
 
     check_known(required)
-    if output is not None:
-        refuse_unwritable(output)
     with progress() as tell:
         environment = examiner.examine(progress=tell)
     text = report.render_json(environment, required) if form == "json" else report.render_text(environment, required)

@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from shapecheck import ContractError
-from shapecheck.cli.options import Form, format_option, offline_option, output_option, request_for
-from shapecheck.files import refuse_unwritable
+from shapecheck.cli.options import Form, format_option, request_for, result_options
 from shapecheck.terminal import progress, write
 
 
@@ -29,9 +28,7 @@ from shapecheck.terminal import progress, write
 @click.option("--size", metavar="WxH", help="Show shapes at this image size in pixels, and observe it too.")
 @click.option("--latent", metavar="HxW", help="The same in latent cells.")
 @click.option("--batch", type=click.IntRange(min=1), help="Batch to show shapes at.  [default: 1]")
-@offline_option
-@format_option
-@output_option
+@result_options
 def probe(
     model: str,
     controlnets: tuple[str, ...],
@@ -61,8 +58,6 @@ def probe(
     from shapecheck.observe import request as requests
 
     request = request_for(model, controlnets, size, latent, batch, adapter)
-    if output is not None:
-        refuse_unwritable(output)
     if request.mapping is not None:
         from shapecheck.cli.explain import render_mapping
         from shapecheck.explain.judge_mapping import judge_mapping

@@ -11,51 +11,92 @@ import click
 
 from shapecheck import ShapecheckError
 from shapecheck.contract.geometry import parse_pair
+from shapecheck.files import refuse_unwritable
 from shapecheck.tensorrt.size_ranges import USUAL_TOKENS
-from shapecheck.terminal import Steps
+from shapecheck.terminal import ProgressLine
 
 if TYPE_CHECKING:
     from shapecheck.contract import Contract
     from shapecheck.observe.request import Request
 
 Form = Literal["human", "json", "markdown"]
-format_option = click.option(
-    "--format", "form", type=click.Choice(get_args(Form)), default="human", show_default=True, help="How to print."
-)
-human_or_json = click.option(
-    "--format", "form", type=click.Choice(["human", "json"]), default="human", show_default=True, help="How to print."
-)
+Command = Callable[..., int]
+
+
+def read_size(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """Read an image size, as the callback of an option."""
+    return parse_pair(text, "WxH in pixels") if text is not None else None
+
+
+def read_names(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
+    """Read names with commas between them, as the callback of an option."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _check_output(_context: click.Context, _option: click.Parameter, output: Path | None) -> Path | None:
+    """Refuse a file that cannot be written before any work is done for it."""
+    if output is not None:
+        refuse_unwritable(output)
+    return output
+
+
+def choose_format(*forms: str) -> Callable[[Command], Command]:
+    """Return the option for the format of the result."""
+    return click.option("--format", "form", type=click.Choice(forms), default="human", show_default=True, help="How to print.")
+
+
+format_option, human_or_json = choose_format(*get_args(Form)), choose_format("human", "json")
 offline_option = click.option("--offline", is_flag=True, help="Never ask the hub; use its local cache only.")
-control_option = click.option(
-    "--control/--no-control",
-    default=True,
-    help="--no-control: the UNet is taken without its slots, as `export --no-control` does.",
-)
 output_option = click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file instead of stdout."
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_check_output,
+    help="Write to this file instead of stdout.",
 )
+variant_option = click.option("--variant", metavar="NAME", help="Which of a checkpoint's files, such as fp16.")
 
 
-def size_options(command: Callable[..., int]) -> Callable[..., int]:
-    """The options that give the sizes of an engine."""
-    for option in (
-        click.option("--tokens", metavar="MIN:OPT:MAX", help=f"Text tokens, or one number.  [default: {USUAL_TOKENS}]"),
-        click.option(
-            "--batch",
-            multiple=True,
-            metavar="MIN:OPT:MAX",
-            help="Batch, or one number; 2 for one image with classifier-free guidance. Once for all --sizes, or once "
-            "for each.  [default: 1]",
-        ),
-        click.option(
-            "--sizes",
-            multiple=True,
-            metavar="MIN:OPT:MAX",
-            help="Image sizes, WxH in pixels each, or one size that never changes. Repeat for further profiles.",
-        ),
-    ):
-        command = option(command)
-    return command
+def use_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Return the decorator that gives a command several options, in that order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+engine_options = use_options(
+    click.option(
+        "--sizes",
+        multiple=True,
+        metavar="MIN:OPT:MAX",
+        help="Image sizes, WxH in pixels each, or one size that never changes. Repeat for further profiles.",
+    ),
+    click.option(
+        "--batch",
+        multiple=True,
+        metavar="MIN:OPT:MAX",
+        help="Batch, or one number; 2 for one image with classifier-free guidance. Once for all --sizes, or once "
+        "for each.  [default: 1]",
+    ),
+    click.option("--tokens", metavar="MIN:OPT:MAX", help=f"Text tokens, or one number.  [default: {USUAL_TOKENS}]"),
+)
+"""The sizes of an engine."""
+
+
+source_options = use_options(
+    click.option("--model", "contract", metavar="MODEL", help="The UNet of an ONNX file that holds no contract."),
+    click.option(
+        "--control/--no-control",
+        default=True,
+        help="--no-control: the UNet is taken without its slots, as `export --no-control` does.",
+    ),
+)
+"""What an engine is made of."""
+result_options = use_options(offline_option, format_option, output_option)
 
 
 def request_for(
@@ -66,12 +107,12 @@ def request_for(
     batch: int | None,
     adapter: str | None = None,
 ) -> Request:
-    """What to probe, as the command line or a .toml file says it. Raises ShapecheckError where that is no request."""
+    """Return what to probe, as the command line or a .toml file says it. Raises ShapecheckError if that is not a request."""
     from shapecheck.observe import request as requests
 
     path = Path(model)
     if path.suffix == ".toml" and os.path.isfile(path):  # noqa: PTH113  # Path.is_file raises on names too long
-        if controlnets or any(each is not None for each in (size, latent, batch, adapter)):
+        if controlnets or any(value is not None for value in (size, latent, batch, adapter)):
             raise ShapecheckError(
                 f"{path} says itself what to probe and at which size; drop --controlnet, --adapter, --size, --latent, --batch"
             )
@@ -82,8 +123,8 @@ def request_for(
     return requests.Request(model, controlnets, adapter, size_px, cells, number)
 
 
-def held_to(model: str | None, offline: bool, tell: Steps) -> Contract | None:
-    """The contract of the model that an ONNX file is said to be of, if it is said."""
+def find_contract(model: str | None, offline: bool, tell: ProgressLine) -> Contract | None:
+    """Return the contract of the model that a file is said to be of; None if none is named."""
     from shapecheck.artefact import contract_of
 
     return contract_of(model, offline=offline, progress=tell) if model else None

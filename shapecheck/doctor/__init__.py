@@ -1,6 +1,6 @@
-"""What is installed, importable and can really run here, and what puts right what does not.
+"""What is installed, importable and really runs here, and what fixes what does not.
 
-Everything is tried by `probes`, in processes of their own; this file judges what they answer.
+Everything is tried by `probes`, in processes of their own; this file judges the answers.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
+from typing import NamedTuple
 
 from shapecheck.doctor.environment import BACKENDS, RTX_CAPABILITIES, Backend, Device, Driver, Environment, Gap, check_known
 from shapecheck.doctor.packages import (
     CPU,
     INSTALLED,
-    WANTED,
-    Seen,
-    conflicts,
-    lacks,
-    name_of,
-    owners_of,
-    package,
-    shared_tensorrt,
+    REQUIREMENTS,
+    Answers,
+    find_conflicts,
+    find_lacks,
+    list_owners,
+    name_distribution,
+    recommend_tensorrt,
+    summarize_package,
 )
 from shapecheck.doctor.probes import Answer, ask
 
@@ -45,147 +45,122 @@ _CURES = (
 
 def examine(progress: Callable[[str], object] = lambda _: None) -> Environment:
     """Try everything, several at a time; `progress` is told what is still being tried."""
-    seen = _ask_all((*(wanted.probe for wanted in WANTED.values()), *_probes(BACKENDS)), progress)
-    cuda = seen["driver"].facts
+    answers = _ask_all((*(wanted.probe for wanted in REQUIREMENTS.values()), *_list_probes(BACKENDS)), progress)
+    driver = answers["driver"].facts
     return Environment(
         f"{platform.python_version()} ({sys.executable})",
         platform.platform(),
-        tuple(package(module, seen) for module in WANTED),
-        Driver(cuda.get("version", ""), cuda.get("cuda", ""), next(_gpu_gaps(seen), None)),
-        tuple(Device(**each) for each in cuda.get("devices", ())),
-        tuple(judge(seen) for judge, _ in _JUDGES.values()),
+        tuple(summarize_package(module, answers) for module in REQUIREMENTS),
+        Driver(driver.get("version", ""), driver.get("cuda", ""), next(_find_gpu_gaps(answers), None)),
+        tuple(Device(**device) for device in driver.get("devices", ())),
+        tuple(_judge(name, answers) for name in _CHECKS),
     )
 
 
 def backend(name: str) -> Backend:
     """Try one backend of `BACKENDS`, and only what it needs. Raises ShapecheckError for any other name."""
     check_known([name])
-    return _JUDGES[name][0](_ask_all(_probes([name]), lambda _: None))
+    return _judge(name, _ask_all(_list_probes([name]), lambda _: None))
 
 
-def _probes(names: Iterable[str]) -> tuple[str, ...]:
-    return (INSTALLED, *(probe for name in names for probe in _JUDGES[name][1]))
+def _list_probes(names: Iterable[str]) -> tuple[str, ...]:
+    return (INSTALLED, *(probe for name in names for probe in _CHECKS[name].probes))
 
 
-def _ask_all(probes: Iterable[str], progress: Callable[[str], object]) -> Seen:
-    seen = {}
+def _ask_all(probes: Iterable[str], progress: Callable[[str], object]) -> Answers:
+    answers = {}
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        asked = {threads.submit(ask, probe): probe for probe in dict.fromkeys(probes)}
-        for done in as_completed(asked):
-            seen[asked[done]] = done.result()
-            left = [probe.split()[-1] for probe in asked.values() if probe not in seen]
+        running = {threads.submit(ask, probe): probe for probe in dict.fromkeys(probes)}
+        for done in as_completed(running):
+            answers[running[done]] = done.result()
+            left = [probe.split()[-1] for probe in running.values() if probe not in answers]
             progress(f"examining {left[0]}, {len(left)} to go" if left else "judging")
-    return seen
+    return answers
 
 
-def _torch(seen: Seen) -> Backend:
-    answer = seen["torch"]
-    return _verdict("torch", seen, answer, "cpu", f"torch {answer.facts.get('version')}", ["torch"])
+class _Check(NamedTuple):
+    """How a backend is judged."""
+
+    modules: tuple[str, ...]
+    probes: tuple[str, ...]
+    """Its own first, then those that a reason may need."""
+    proof: str
+    """The fact that its probe reports when it really ran."""
+    detail: str
+    """What was then seen to work, with the facts of its probe in braces."""
+    find_gaps: Callable[[Answers, Answer], Iterable[Gap]] = lambda _answers, _answer: ()
+    install: str = ""
+    """The command for its packages, if it is not the usual one."""
 
 
-def _torch_cuda(seen: Seen) -> Backend:
-    answer = seen["torch"]
-    version, cuda = answer.facts.get("version"), answer.facts.get("built_for")
-    hindrances = [*_gpu_gaps(seen)]
-    if version and cuda is None:
-        hindrances.append(Gap(f"torch {version} is built without CUDA", "pip uninstall -y torch && pip install torch"))
-    return _verdict("torch-cuda", seen, answer, "cuda", f"torch {version}, CUDA {cuda}", ["torch"], hindrances)
-
-
-def _ort(seen: Seen) -> Backend:
-    answer = seen[CPU]
-    detail = f"onnxruntime {answer.facts.get('version')}"
-    return _verdict("ort", seen, answer, "result", detail, ["onnxruntime"], conflicts(seen))
-
-
-def _ort_cuda(seen: Seen) -> Backend:
-    answer = seen[_CUDA]
-    hindrances = [*_gpu_gaps(seen), *_provider_gaps(seen, answer, "CUDA")]
-    detail = f"onnxruntime {answer.facts.get('version')}, CUDA {answer.facts.get('built_for')}"
-    return _verdict("ort-cuda", seen, answer, "result", detail, ["onnxruntime"], hindrances, _WITH_CUDA)
-
-
-def _ort_trt(seen: Seen) -> Backend:
-    answer = seen[_TENSORRT]
-    linked, found = answer.facts.get("linked"), answer.facts.get("tensorrt")
-    detail = f"onnxruntime {answer.facts.get('version')}, TensorRT {found or linked}"
-    hindrances = [*_gpu_gaps(seen), *_provider_gaps(seen, answer, "TensorRT")]
-    if linked and found is not None and found.split(".")[0] != linked:
-        other = f"and cannot share an environment with {found}" if found else "which is not importable here"
-        hindrances.append(Gap(f"its TensorRT provider is linked with TensorRT {linked}, {other}", shared_tensorrt(seen)))
-    return _verdict("ort-trt", seen, answer, "result", detail, ["onnxruntime"], hindrances, _WITH_CUDA)
-
-
-def _trt(seen: Seen) -> Backend:
-    answer = seen[WANTED["tensorrt"].probe]
-    detail = f"tensorrt {answer.facts.get('version')}: an engine was built and loaded"
-    return _verdict("trt", seen, answer, "loaded", detail, ["tensorrt", "polygraphy"], _gpu_gaps(seen))
-
-
-def _rtx(seen: Seen) -> Backend:
-    answer = seen[WANTED["tensorrt_rtx"].probe]
-    detail = f"tensorrt-rtx {answer.facts.get('version')}: builds engines"
-    built = _verdict("rtx", seen, answer, "built", detail, ["tensorrt_rtx", "polygraphy"])
-    if not built.runs:
-        return built
-    if answer.facts.get("loaded"):
-        return replace(built, detail=f"{detail} and runs them")
-    gap = next(_gpu_gaps(seen), None) or _capability_gap(seen) or _cured(answer, name_of(seen, "tensorrt_rtx"))
-    return replace(built, detail=f"{detail}, but cannot run them here: {gap.problem}", gaps=(gap,))
-
-
-def _verdict(
-    name: str,
-    seen: Seen,
-    answer: Answer,
-    proof: str,
-    detail: str,
-    modules: Sequence[str],
-    hindrances: Iterable[Gap] = (),
-    install: str = "",
-) -> Backend:
-    """A backend runs where its probe got as far as the proof, whatever else looks wrong, with packages that we support.
-
-    `install` is the command for its packages, where it is another than the usual one.
-    """
-    works = bool(answer.facts.get(proof))
-    gaps = [*lacks(seen, modules, install), *(() if works else hindrances)]
+def _judge(name: str, answers: Answers) -> Backend:
+    """Judge that a backend runs if its probe reached the proof, whatever else looks wrong, with packages that we support."""
+    check = _CHECKS[name]
+    answer = answers[check.probes[0]]
+    works = bool(answer.facts.get(check.proof))
+    gaps = [*find_lacks(answers, check.modules, check.install), *(() if works else check.find_gaps(answers, answer))]
     if not works and not gaps:
-        gaps.append(_cured(answer, name_of(seen, modules[0])))
-    return Backend(name, not gaps, "" if gaps else detail, tuple(gaps))
+        gaps.append(_suggest_cure(answer, name_distribution(answers, check.modules[0])))
+    if gaps:
+        return Backend(name, False, "", tuple(gaps))
+    detail = check.detail.format(**answer.facts, found=answer.facts.get("tensorrt") or answer.facts.get("linked"))
+    if name != "rtx":
+        return Backend(name, True, detail)
+    if answer.facts.get("loaded"):
+        return Backend(name, True, f"{detail} and runs them")
+    # It builds engines on any machine: what keeps it from running them is no reason against it.
+    gap = next(_find_gpu_gaps(answers), None) or _find_capability_gap(answers)
+    gap = gap or _suggest_cure(answer, name_distribution(answers, "tensorrt_rtx"))
+    return Backend(name, True, f"{detail}, but cannot run them here: {gap.problem}", (gap,))
 
 
-def _cured(answer: Answer, distribution: str) -> Gap:
+def _suggest_cure(answer: Answer, distribution: str) -> Gap:
     cure = next(cure for said, cure in _CURES if re.search(said, answer.reason))
     return Gap(answer.problem, cure.format(distribution))
 
 
-def _provider_gaps(seen: Seen, answer: Answer, provider: str) -> Iterator[Gap]:
-    """What keeps ONNX Runtime from using a provider."""
+def _find_torch_cuda_gaps(answers: Answers, answer: Answer) -> Iterator[Gap]:
+    yield from _find_gpu_gaps(answers)
+    version = answer.facts.get("version")
+    if version and answer.facts.get("built_for") is None:
+        yield Gap(f"torch {version} is built without CUDA", "pip uninstall -y torch && pip install torch")
+
+
+def _find_provider_gaps(answers: Answers, answer: Answer, provider: str = "CUDA") -> Iterator[Gap]:
+    """Say what keeps ONNX Runtime from using a provider."""
+    yield from _find_gpu_gaps(answers)
     known = answer.facts.get("providers", ())
     if f"{provider}ExecutionProvider".lower() not in map(str.lower, known):
-        yield from conflicts(seen)
+        yield from find_conflicts(answers)
         if known:
-            command = f"pip uninstall -y {' '.join(owners_of(seen, 'onnxruntime'))} && pip install onnxruntime-gpu"
+            command = f"pip uninstall -y {' '.join(list_owners(answers, 'onnxruntime'))} && pip install onnxruntime-gpu"
             yield Gap(f"onnxruntime {answer.facts['version']} is built without the {provider} provider", command)
-    gone = [each for each in answer.gone if not _NOT_CUDA.match(each)]
+    gone = [library for library in answer.gone if not _NOT_CUDA.match(library)]
     if gone:
         yield Gap(f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} missing", _WITH_CUDA)
 
 
-def _capability_gap(seen: Seen) -> Gap | None:
-    devices = [Device(**each) for each in seen["driver"].facts["devices"]]
-    if any(each.capability.startswith(RTX_CAPABILITIES) for each in devices):
+def _find_ort_trt_gaps(answers: Answers, answer: Answer) -> Iterator[Gap]:
+    yield from _find_provider_gaps(answers, answer, "TensorRT")
+    linked, found = answer.facts.get("linked"), answer.facts.get("tensorrt")
+    if linked and found is not None and found.split(".")[0] != linked:
+        other = f"and cannot share an environment with {found}" if found else "which is not importable here"
+        yield Gap(f"its TensorRT provider is linked with TensorRT {linked}, {other}", recommend_tensorrt(answers))
+
+
+def _find_capability_gap(answers: Answers) -> Gap | None:
+    devices = [Device(**device) for device in answers["driver"].facts["devices"]]
+    if any(device.capability.startswith(RTX_CAPABILITIES) for device in devices):
         return None
-    mine = ", ".join(f"{each.name} has {each.capability}" for each in devices)
-    known = ", ".join(f"{each}x" if each.endswith(".") else each for each in RTX_CAPABILITIES)
+    mine = ", ".join(f"{device.name} has {device.capability}" for device in devices)
+    known = ", ".join(f"{start}x" if start.endswith(".") else start for start in RTX_CAPABILITIES)
     problem = f"it makes engines for compute capability {known}, and {mine}"
     return Gap(problem, "nothing to install: use trt here, or a GeForce RTX or RTX PRO GPU")
 
 
-def _gpu_gaps(seen: Seen) -> Iterator[Gap]:
-    """What keeps every GPU backend from running: no driver, or no GPU that it shows."""
-    answer = seen["driver"]
+def _find_gpu_gaps(answers: Answers) -> Iterator[Gap]:
+    """Say what keeps every GPU backend from running: no driver, or no GPU that it shows."""
+    answer = answers["driver"]
     if answer.facts.get("devices"):
         return
     if answer.facts.get("loaded") or "kind" not in answer.facts:  # else the library could not be loaded
@@ -203,13 +178,26 @@ def _gpu_gaps(seen: Seen) -> Iterator[Gap]:
         yield Gap("there is an NVIDIA GPU, but no driver for it", f"install the NVIDIA driver: {_DRIVER_PAGE}")
 
 
-_JUDGES: dict[str, tuple[Callable[[Seen], Backend], tuple[str, ...]]] = {
-    "torch": (_torch, ("torch",)),
-    "torch-cuda": (_torch_cuda, ("driver", "torch")),
-    "ort": (_ort, (CPU,)),
-    "ort-cuda": (_ort_cuda, ("driver", CPU, _CUDA)),
-    "ort-trt": (_ort_trt, ("driver", CPU, _TENSORRT)),
-    "trt": (_trt, ("driver", CPU, WANTED["tensorrt"].probe, WANTED["polygraphy"].probe)),
-    "rtx": (_rtx, ("driver", WANTED["tensorrt_rtx"].probe, WANTED["polygraphy"].probe)),
+_TRT, _RTX, _POLYGRAPHY = (REQUIREMENTS[module].probe for module in ("tensorrt", "tensorrt_rtx", "polygraphy"))
+_ORT, _ORT_DETAIL = ("onnxruntime",), "onnxruntime {version}"
+_CHECKS = {
+    "torch": _Check(("torch",), ("torch",), "cpu", "torch {version}"),
+    "torch-cuda": _Check(("torch",), ("torch", "driver"), "cuda", "torch {version}, CUDA {built_for}", _find_torch_cuda_gaps),
+    "ort": _Check(_ORT, (CPU,), "result", _ORT_DETAIL, lambda answers, _: find_conflicts(answers)),
+    "ort-cuda": _Check(
+        _ORT, (_CUDA, "driver", CPU), "result", f"{_ORT_DETAIL}, CUDA {{built_for}}", _find_provider_gaps, _WITH_CUDA
+    ),
+    "ort-trt": _Check(
+        _ORT, (_TENSORRT, "driver", CPU), "result", f"{_ORT_DETAIL}, TensorRT {{found}}", _find_ort_trt_gaps, _WITH_CUDA
+    ),
+    "trt": _Check(
+        ("tensorrt", "polygraphy"),
+        (_TRT, "driver", CPU, _POLYGRAPHY),
+        "loaded",
+        "tensorrt {version}: an engine was built and loaded",
+        lambda answers, _: _find_gpu_gaps(answers),
+    ),
+    "rtx": _Check(
+        ("tensorrt_rtx", "polygraphy"), (_RTX, "driver", _POLYGRAPHY), "built", "tensorrt-rtx {version}: builds engines"
+    ),
 }
-"""How each backend is judged, and the probes that takes."""

@@ -39,13 +39,13 @@ class Package:
     """The distribution that installs it; several joined by `+` where they own the same folder."""
     module: str
     version: str
-    """Empty where it is not installed."""
+    """Empty if it is not installed."""
     importable: bool
     gap: Gap | None = None
 
     @property
     def installed(self) -> bool:
-        """Whether there is anything to import; whether that works is another question."""
+        """Say whether there is anything to import, be it broken."""
         return bool(self.version)
 
 
@@ -82,12 +82,12 @@ class Backend:
 
     @property
     def reason(self) -> str:
-        """Why it does not run; empty where it does."""
+        """Say why it does not run; empty if it does."""
         return "" if self.runs else "; ".join(gap.problem for gap in self.gaps)
 
     @property
     def fix(self) -> str:
-        """What makes it run, in one line; empty where it does."""
+        """Say what makes it run, in one line; empty if it does."""
         return "" if self.runs else "; ".join(dict.fromkeys(gap.fix for gap in self.gaps))
 
 
@@ -103,17 +103,17 @@ class Environment:
     backends: tuple[Backend, ...]
 
     def backend(self, name: str) -> Backend:
-        """The backend of that name."""
+        """Return the backend of that name."""
         check_known([name])
         return next(backend for backend in self.backends if backend.name == name)
 
     def failing(self, required: Iterable[str]) -> tuple[Backend, ...]:
-        """Those of the required backends that cannot run."""
+        """Return those of the required backends that cannot run."""
         return tuple(backend for name in dict.fromkeys(required) if not (backend := self.backend(name)).runs)
 
 
 def check_known(names: Iterable[str]) -> None:
-    """Refuse names of backends that are none, with a list of those that are."""
+    """Raise ShapecheckError for a name that is not of a backend."""
     unknown = [name for name in names if name not in BACKENDS]
     if unknown:
         raise ShapecheckError(f"no backend is called {', '.join(map(repr, unknown))}; known: {', '.join(BACKENDS)}")

@@ -1,8 +1,8 @@
 """What `shapecheck doctor` tries, each in a process of its own, because what is loaded may end the interpreter.
 
-`ask("torch")` runs this file as `python probes.py torch`. There it is the standard library only, and not even this
-package: what is examined is imported by name. Standard output gets one JSON object a line, as far as the probe came: `stage`
-says what it was about to do, `problem` what was raised. Whatever libraries print goes to standard error.
+`ask("torch")` runs this file as `python probes.py torch`, with the standard library and without this package: what is
+examined is imported by name. Standard output gets one JSON object a line, as far as the probe came: `stage` says what it was
+about to do, `problem` what was raised. Whatever libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -38,7 +39,7 @@ _LOGGED = (r"\(cudaError \d+: ([^)]+)\)", r"(CUDA failure \d+: [^;\n]+)", r"with
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a probe found as far as it came, and why it came no further."""
+    """What a probe found, and why it found no more."""
 
     facts: Mapping[str, Any]
     reason: str
@@ -47,28 +48,28 @@ class Answer:
 
     @property
     def problem(self) -> str:
-        """What it was about to do, and why that went wrong."""
+        """Say what it was about to do, and why that went wrong."""
         return f"cannot {self.facts.get('stage', 'begin')}: {self.reason or 'no reason was given'}"
 
 
 def ask(probe: str) -> Answer:
-    """Run a probe, its name and arguments given as one text, in a process of its own. Raises nothing when that ends badly."""
+    """Run a probe, given as its name and arguments in one text. Raises nothing if its process ends badly."""
     command = [sys.executable, "-P", __file__, *probe.split()]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT)  # noqa: S603
     except subprocess.TimeoutExpired as late:
-        return _answer(late.stdout, late.stderr, f"no answer within {_TIMEOUT} s")
+        return _read_answer(late.stdout, late.stderr, f"no answer within {_TIMEOUT} s")
     except OSError as error:  # no memory, no processes left
         return Answer({}, f"{command[0]}: {error.strerror}")
     status = done.returncode
     ended = signal.Signals(-status).name if status < 0 else f"status {status:#x}" if status else ""
-    return _answer(done.stdout, done.stderr, f"the interpreter ended with {ended}" if ended else "")
+    return _read_answer(done.stdout, done.stderr, f"the interpreter ended with {ended}" if ended else "")
 
 
-def _answer(told: bytes | None, noise: bytes | None, ended: str) -> Answer:
+def _read_answer(output: bytes | None, noise: bytes | None, ended: str) -> Answer:
     log = re.sub(r"\x1b\[[\d;]*m", "", (noise or b"").decode("utf-8", "replace"))
     facts: dict[str, Any] = {}
-    for line in (told or b"").decode("utf-8", "replace").splitlines(keepends=True):
+    for line in (output or b"").decode("utf-8", "replace").splitlines(keepends=True):
         if line.endswith("\n"):  # else a crash cut it short
             facts |= json.loads(line)
     raised = str(facts.get("problem", ""))
@@ -80,53 +81,50 @@ def _answer(told: bytes | None, noise: bytes | None, ended: str) -> Answer:
     else:
         logged = next((found[1] for pattern in _LOGGED if (found := re.search(pattern, log))), "")
         reason = logged or (raised if " " in raised or not raised else f"{facts['kind']}: {raised}")
-    line = " ".join("".join(each if each.isprintable() else " " for each in reason).split())
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in reason).split())
     return Answer(facts, line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …", gone)
 
 
 def importing(module: str) -> Iterator[Facts]:
     """Import a module."""
     yield {"stage": f"import {module}"}
-    yield {"version": _version(_imported(module))}
+    yield {"version": _read_version(_import(module))}
 
 
 def distributions(*modules: str) -> Iterator[Facts]:
-    """Which installed distributions own these modules, and which others have a name that begins as one of them."""
-    installed: dict[str, str] = {}
-    owners: dict[str, list[str]] = {module: [] for module in modules}
-    starts = ("ort-", *(module.split("_")[0] for module in modules))
-    for each in metadata.distributions():
-        name = re.sub(r"[-_.]+", "-", each.name or "").lower()
-        if name in installed or not name.startswith(starts):
-            continue
-        installed[name] = each.version
-        folders = {file.parts[0] for file in each.files or ()}
-        for module in modules:
-            if module in folders or (each.files is None and name == module.replace("_", "-")):
-                owners[module].append(name)
-    yield {"installed": installed, "owners": owners}
+    """Find which installed distributions own these modules, and the versions of all distributions."""
+
+    def normalize(name: str | None) -> str:
+        return re.sub(r"[-_.]+", "-", name or "").lower()
+
+    brought = metadata.packages_distributions()
+    installed = {normalize(found.name): found.version for found in reversed([*metadata.distributions()])}  # the first wins
+    yield {
+        "installed": installed,
+        "owners": {module: list(dict.fromkeys(map(normalize, brought.get(module, ())))) for module in modules},
+    }
 
 
 def driver() -> Iterator[Facts]:
     """Load the NVIDIA driver and ask it for its GPUs, without any CUDA library."""
     library, management = ("nvcuda.dll", "nvml.dll") if sys.platform == "win32" else ("libcuda.so.1", "libnvidia-ml.so.1")
-    yield {"cards": _cards(), "container": any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv"))}
+    yield {"cards": _count_cards(), "container": any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv"))}
     yield {"stage": f"load {library}"}
     cuda = ctypes.CDLL(library)
-    yield {"loaded": True, "version": _driver_version(management), "stage": "start the NVIDIA driver"}
+    yield {"loaded": True, "version": _read_driver_version(management), "stage": "start the NVIDIA driver"}
     number = ctypes.c_int()
-    _succeed(cuda, cuda.cuInit(0))
-    _succeed(cuda, cuda.cuDriverGetVersion(ctypes.byref(number)))
+    _check_code(cuda, cuda.cuInit(0))
+    _check_code(cuda, cuda.cuDriverGetVersion(ctypes.byref(number)))
     yield {"cuda": f"{number.value // 1000}.{number.value % 1000 // 10}", "stage": "list the GPUs"}
-    _succeed(cuda, cuda.cuDeviceGetCount(ctypes.byref(number)))
-    yield {"devices": [_device(cuda, index) for index in range(number.value)]}
+    _check_code(cuda, cuda.cuDeviceGetCount(ctypes.byref(number)))
+    yield {"devices": [_describe_device(cuda, index) for index in range(number.value)]}
 
 
 def torch() -> Iterator[Facts]:
     """Add two numbers on the CPU, then on the GPU."""
     yield {"stage": "import torch"}
-    library = _imported("torch")
-    yield {"version": _version(library), "built_for": library.version.cuda, "stage": "compute on the CPU"}
+    library = _import("torch")
+    yield {"version": _read_version(library), "built_for": library.version.cuda, "stage": "compute on the CPU"}
     yield {"cpu": float(library.ones(2).sum()) == 2}
     if library.version.cuda is not None:
         yield {"stage": "compute on the GPU"}
@@ -136,39 +134,42 @@ def torch() -> Iterator[Facts]:
 def onnxruntime(provider: str) -> Iterator[Facts]:
     """Run a session on one provider, and on no other: ONNX Runtime falls back to the CPU without an error."""
     yield {"stage": "import onnxruntime"}
-    library = _imported("onnxruntime")
-    yield {"version": _version(library), "providers": library.get_available_providers(), "linked": _linked(library)}
+    library = _import("onnxruntime")
+    yield {"version": _read_version(library), "providers": library.get_available_providers(), "linked": _find_linked(library)}
     yield {"built_for": getattr(library, "cuda_version", ""), "stage": f"start a session with {provider}"}
     if provider not in library.get_available_providers():
         return
     if provider != "CPUExecutionProvider" and hasattr(library, "preload_dlls"):
         library.preload_dlls()  # CUDA as pip installs it is not where the loader looks
     if provider == "TensorrtExecutionProvider":
-        yield {"tensorrt": _loaded_tensorrt()}
+        tensorrt = ""
+        with suppress(ImportError):  # importing it loads its libraries, which the provider then finds
+            tensorrt = _read_version(_import("tensorrt"))
+        yield {"tensorrt": tensorrt}
     session = library.InferenceSession(MODEL, providers=[provider], enable_fallback=0)
     if session.get_providers()[0] != provider:
         return
     yield {"stage": f"compute with {provider}"}
-    given = import_module("numpy").array([1.5], "float32")
-    yield {"result": float(session.run(None, {"x": given})[0][0]) == 3}
+    number = import_module("numpy").array([1.5], "float32")
+    yield {"result": float(session.run(None, {"x": number})[0][0]) == 3}
 
 
 def tensorrt(module: str) -> Iterator[Facts]:
     """Build an engine, then load it as if to run it."""
     yield {"stage": f"import {module}"}
-    trt = _imported(module)
-    yield {"version": _version(trt), "stage": "create a builder"}
+    trt = _import(module)
+    yield {"version": _read_version(trt), "stage": "create a builder"}
     logger = trt.Logger()
     builder = trt.Builder(logger)
     yield {"stage": "build an engine"}
-    plan = _plan(trt, logger, builder)
+    plan = _build(trt, logger, builder)
     if plan is None:
         return
     yield {"built": True, "stage": "load an engine"}
-    loads = _loads(trt, logger, plan)
+    loads = _load(trt, logger, plan)
     capability = getattr(trt, "ComputeCapability", None)
     if not loads and capability is not None:  # what TensorRT for RTX builds unasked leaves old GPUs out
-        loads = _loads(trt, logger, _plan(trt, logger, builder, capability.CURRENT))
+        loads = _load(trt, logger, _build(trt, logger, builder, capability.CURRENT))
     yield {"loaded": loads}
 
 
@@ -191,19 +192,19 @@ def main(name: str, *arguments: str) -> None:
             answer.write(json.dumps({"problem": str(error), "kind": type(error).__name__, "missing": missing}) + "\n")
 
 
-def _imported(name: str) -> Any:
+def _import(name: str) -> Any:
     module = import_module(name)
     if getattr(module, "__file__", None) is None:
         raise ImportError(f"a folder {name} is there, without the package's files")
     return module
 
 
-def _version(module: Any) -> str:
+def _read_version(module: Any) -> str:
     return str(getattr(module, "__version__", "unknown"))
 
 
-def _plan(trt: Any, logger: Any, builder: Any, capability: Any = None) -> Any:
-    """An engine as bytes, for the GPUs of one compute capability if it is given; None where none comes out."""
+def _build(trt: Any, logger: Any, builder: Any, capability: Any = None) -> Any:
+    """Build an engine, for the GPUs of one compute capability if it is given; None if that fails."""
     network, config = builder.create_network(0), builder.create_builder_config()
     if capability is not None:
         config.num_compute_capabilities = 1
@@ -212,65 +213,52 @@ def _plan(trt: Any, logger: Any, builder: Any, capability: Any = None) -> Any:
     return builder.build_serialized_network(network, config) if parser.parse(MODEL) else None
 
 
-def _loads(trt: Any, logger: Any, plan: Any) -> bool:
+def _load(trt: Any, logger: Any, plan: Any) -> bool:
     runtime = trt.Runtime(logger)
     engine = None if plan is None else runtime.deserialize_cuda_engine(plan)
     return engine is not None and engine.create_execution_context() is not None
 
 
-def _linked(library: Any) -> str:
-    """The major version of libnvinfer that ONNX Runtime's TensorRT provider is linked with; empty where it has none."""
+def _find_linked(library: Any) -> str:
+    """Return the major version of libnvinfer that ONNX Runtime's TensorRT provider is linked with, or an empty text."""
     for file in Path(library.__file__).parent.glob("capi/*onnxruntime_providers_tensorrt.*"):
         if found := re.search(rb"nvinfer(?:\.so\.|_)(\d+)", file.read_bytes()):
             return found[1].decode()
     return ""
 
 
-def _loaded_tensorrt() -> str:
-    """TensorRT's version; importing it loads the libraries that pip installed, where the provider then finds them."""
-    try:
-        return _version(_imported("tensorrt"))
-    except ImportError:
-        return ""
+def _count_cards() -> int:
+    """Count NVIDIA's display devices on the PCI bus, with or without a driver."""
+    count = 0
+    for folder in Path("/sys/bus/pci/devices").glob("*"):
+        with suppress(OSError):
+            vendor, kind = ((folder / name).read_text(encoding="ascii").strip() for name in ("vendor", "class"))
+            count += vendor == _NVIDIA and kind.startswith(_DISPLAY)
+    return count
 
 
-def _cards() -> int:
-    """NVIDIA's display devices on the PCI bus, driver or no driver."""
-    folders = Path("/sys/bus/pci/devices").glob("*")
-    return sum(_read(each / "vendor") == _NVIDIA and _read(each / "class").startswith(_DISPLAY) for each in folders)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-def _driver_version(library: str) -> str:
-    try:
-        management = ctypes.CDLL(library)
-    except OSError:
-        return ""
+def _read_driver_version(library: str) -> str:
     text = ctypes.create_string_buffer(96)
-    if management.nvmlInit_v2() or management.nvmlSystemGetDriverVersion(text, len(text)):
-        return ""
-    return text.value.decode("utf-8", "replace")
+    with suppress(OSError):
+        management = ctypes.CDLL(library)
+        if not management.nvmlInit_v2() and not management.nvmlSystemGetDriverVersion(text, len(text)):
+            return text.value.decode("utf-8", "replace")
+    return ""
 
 
-def _device(cuda: Any, index: int) -> Facts:
+def _describe_device(cuda: Any, index: int) -> Facts:
     handle, number, name, memory = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
-    _succeed(cuda, cuda.cuDeviceGet(ctypes.byref(handle), index))
-    _succeed(cuda, cuda.cuDeviceGetName(name, len(name), handle))
-    _succeed(cuda, cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), handle))
+    _check_code(cuda, cuda.cuDeviceGet(ctypes.byref(handle), index))
+    _check_code(cuda, cuda.cuDeviceGetName(name, len(name), handle))
+    _check_code(cuda, cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), handle))
     capability = []
     for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, …_MINOR
-        _succeed(cuda, cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, handle))
+        _check_code(cuda, cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, handle))
         capability.append(str(number.value))
     return {"name": name.value.decode("utf-8", "replace"), "capability": ".".join(capability), "memory": memory.value}
 
 
-def _succeed(cuda: Any, code: int) -> None:
+def _check_code(cuda: Any, code: int) -> None:
     if code:
         text = ctypes.c_char_p()
         cuda.cuGetErrorString(code, ctypes.byref(text))

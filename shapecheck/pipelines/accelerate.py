@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from shapecheck import doctor, extras
-from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.contract import ShapecheckError
 from shapecheck.files import make_folder
 from shapecheck.observe.probe import probe
 from shapecheck.observe.subject import meta_twin
-from shapecheck.pipelines.export_cache import Made
-from shapecheck.pipelines.unet_owner import Owners
+from shapecheck.pipelines.export_cache import ExportCache
+from shapecheck.pipelines.unet_owner import UNetOwners
 from shapecheck.progress import Progress, silent
 from shapecheck.runtime.dropin import DropIn
 from shapecheck.runtime.load import load
@@ -46,7 +46,7 @@ class AccelerationError(ShapecheckError):
 class Accelerated:
     """What `accelerate` did. Call it, or leave its `with` block, to put the PyTorch UNet back."""
 
-    def __init__(self, owners: Owners, backend: str, unet: nn.Module, artefact: Path | None, refusals: Refusals) -> None:
+    def __init__(self, owners: UNetOwners, backend: str, unet: nn.Module, artefact: Path | None, refusals: Refusals) -> None:
         self.backend = backend
         """The one that runs; `torch` where the UNet is in PyTorch."""
         self.unet = unet
@@ -104,71 +104,57 @@ def accelerate(
     """
     if backend not in get_args(Backend) or fallback not in ("log", "error"):
         raise ShapecheckError(f"backend is one of {', '.join(get_args(Backend))}, and fallback log or error")
-    owners, folder = Owners(pipe_or_stream), make_folder(Path(engine_dir))
+    owners, folder = UNetOwners(pipe_or_stream), make_folder(Path(engine_dir))
     progress("observing the contract")
     contract = probe(meta_twin(owners.unet), [meta_twin(net) for net in owners.controlnets] or None)
-    profiles = _profiles(owners, contract, sizes, batch)
-    files = Made(owners.unet, folder, progress)
+    if owners.frame is not None:
+        width, height, number = owners.frame
+        usual_size, usual_batch = f"{width}x{height}", f"{number}"
+    else:
+        usual_size, usual_batch = "{}x{}".format(*contract.header.usual_px), "1:2:2"
+    ranges = parse_ranges(sizes or [usual_size], batch or [usual_batch], vae_factor=contract.header.vae_factor)
+    profiles = tuple(profile_of(contract, each) for each in ranges)
+    files = ExportCache(owners.unet, folder, progress)
     device = next(owners.unet.parameters()).device
-    opened = partial(load, device=device, graphs=graphs, finite=finite, own_outputs=own_outputs)
+    open_file = partial(load, device=device, graphs=graphs, finite=finite, own_outputs=own_outputs)
     refusals: Refusals = ()
-    for each in _LADDER if backend == "auto" else (backend,):
+    for name in _LADDER if backend == "auto" else (backend,):
         try:
-            dropin, artefact = _started(owners.unet, files, each, profiles, opened)
+            dropin, artefact = _start(owners.unet, files, name, profiles, open_file)
         except _CAUGHT as error:
-            refusals += ((each, _reason(error)),)
+            reason = extras.missing(error, "it") if isinstance(error, ModuleNotFoundError) else error
+            refusals += ((name, str(reason)),)
             _log.warning("%s does not run this UNet: %s", *refusals[-1])
             continue
         owners.put(dropin, instead_of=owners.unet)
-        _log.info("%s runs the UNet: %s", each, artefact)
-        return Accelerated(owners, each, dropin, artefact, refusals)
+        _log.info("%s runs the UNet: %s", name, artefact)
+        return Accelerated(owners, name, dropin, artefact, refusals)
     if fallback == "error":
         raise AccelerationError(refusals)
     _log.warning("nothing faster runs here: the UNet stays in PyTorch")
     return Accelerated(owners, "torch", owners.unet, None, refusals)
 
 
-def _profiles(owners: Owners, contract: Contract, sizes: Sequence[str], batch: Sequence[str]) -> tuple[Profile, ...]:
-    """For the sizes that were asked for; else for what a stream was made for, or the model's own."""
-    factor = contract.header.vae_factor
-    if owners.frame is not None:
-        width, height, number = owners.frame
-        usual, together = f"{width}x{height}", f"{number}"
-    else:
-        usual, together = "{}x{}".format(*contract.header.usual_px), "1:2:2"
-    ranges = parse_ranges(sizes or [usual], batch or [together], vae_factor=factor)
-    return tuple(profile_of(contract, each) for each in ranges)
-
-
-def _started(
-    unet: nn.Module, files: Made, backend: Backend, profiles: Sequence[Profile], opened: Callable[..., DropIn]
+def _start(
+    unet: nn.Module, files: ExportCache, backend: Backend, profiles: Sequence[Profile], open_file: Callable[..., DropIn]
 ) -> tuple[DropIn, Path]:
-    """The UNet in that backend. Raises ShapecheckError where it does not run, the PyTorch UNet then back on its device."""
+    """Return the UNet in that backend, and its file. If it raises, the PyTorch UNet is back on its device."""
     device = next(unet.parameters()).device
     if (device.type == "cuda") != (backend != "ort"):
         place = "the CPU" if backend == "ort" else "a GPU"
         raise ShapecheckError(f"it runs on {place} and the UNet is on {device}: move the pipeline first, with pipe.to(…)")
-    if not files.is_exported and not (found := doctor.backend(backend)).runs:  # said before minutes go into an export
-        raise ShapecheckError("; ".join(f"{gap.problem} ({gap.fix})" for gap in found.gaps))
+    if not files.is_exported and not (known := doctor.backend(backend)).runs:  # said before minutes go into an export
+        raise ShapecheckError("; ".join(f"{gap.problem} ({gap.fix})" for gap in known.gaps))
     artefact = files.onnx()
     try:
-        _free(unet)
+        unet.to("cpu")  # leaves the GPU's memory to what takes its place
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         if backend == "trt" or backend == "rtx":
             artefact = files.engine(backend, profiles)
-            return opened(artefact, "trt"), artefact
+            return open_file(artefact, "trt"), artefact
         options = profile_formats.provider_options(profiles) if backend == "ort-trt" else None
-        return opened(artefact, backend, options=options), artefact
+        return open_file(artefact, backend, options=options), artefact
     except BaseException:
         unet.to(device)
         raise
-
-
-def _free(unet: nn.Module) -> None:
-    """Leave the GPU's memory to what takes the UNet's place."""
-    unet.to("cpu")
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _reason(error: BaseException) -> str:
-    return str(extras.missing(error, "it") if isinstance(error, ModuleNotFoundError) else error)

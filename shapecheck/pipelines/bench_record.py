@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shapecheck.contract.geometry import Geometry
@@ -11,54 +11,51 @@ from shapecheck.contract.geometry import Geometry
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame: the ControlNets, what carries their residuals to the UNet, and the UNet. Milliseconds."""
+    """Milliseconds of one frame: the ControlNets, what carries their residuals to the UNet, and the UNet."""
 
     controlnet: float
     handover: float
-    """Summing residuals, checking the call, giving outputs back."""
+    """Summing residuals, checking the call, returning outputs."""
     unet: float
 
     @property
     def total(self) -> float:
-        """Of the whole frame."""
+        """Return the milliseconds of the whole frame."""
         return self.controlnet + self.handover + self.unet
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One backend of a run; without frames it could not run, and `reason` says why."""
+    """One backend of a run. Without frames it could not run, and `reason` says why."""
 
     backend: str
     ran: str
     """What really ran, and in which precision."""
     frames: tuple[Frame, ...] = ()
     memory: int | None = None
-    """Bytes by which loading it and its first frames made the process larger, on a GPU what is taken there; None if unknown."""
+    """Bytes that loading it and its first frames added, to the process or on the GPU; None if unknown."""
     reason: str = ""
     asked: bool = True
-    """Whether somebody named it; else it is there for comparison."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "frames", tuple(self.frames))
+    """Somebody named it, or the artefact is for it; else it is there for comparison."""
 
     @property
     def median(self) -> float:
-        """Milliseconds of half of all frames or fewer."""
-        return statistics.median(each.total for each in self.frames)
+        """Return the median in milliseconds."""
+        return statistics.median(frame.total for frame in self.frames)
 
     @property
     def p95(self) -> float:
-        """Milliseconds that 95 of 100 frames do not exceed."""
-        return percentile([each.total for each in self.frames], 0.95)
+        """Return the shortest frame, in milliseconds, that at least 95 of 100 do not exceed."""
+        return sorted(frame.total for frame in self.frames)[math.ceil(0.95 * len(self.frames)) - 1]
 
     @property
     def rate(self) -> float:
-        """Frames a second, by the median."""
+        """Return frames a second, by the median."""
         return 1000 / self.median
 
     def share(self, part: str) -> float:
-        """What a part, a field of `Frame`, takes of all frames together: 0 to 1."""
-        return float(sum(getattr(each, part) for each in self.frames) / sum(each.total for each in self.frames))
+        """Return what share of all frames a part, a field of `Frame`, takes: 0 to 1."""
+        return float(sum(getattr(frame, part) for frame in self.frames) / sum(frame.total for frame in self.frames))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +71,8 @@ class Bench:
     timings: tuple[Timing, ...]
     versions: tuple[tuple[str, str], ...]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "timings", tuple(self.timings))
-
     @property
     def ran(self) -> bool:
-        """Whether every backend that somebody named ran."""
-        return all(each.frames or not each.asked for each in self.timings) and any(each.frames for each in self.timings)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest of the values that at least that share of them does not exceed.
-
-    >>> percentile([3.0, 1.0, 2.0, 4.0], 0.5), percentile([3.0, 1.0, 2.0, 4.0], 0.95)
-    (2.0, 4.0)
-    """
-    ordered = sorted(values)
-    return next(value for at, value in enumerate(ordered, start=1) if at >= share * len(ordered))
+        """Say whether every backend that somebody named ran, and any at all."""
+        named = all(timing.frames for timing in self.timings if timing.asked)
+        return named and any(timing.frames for timing in self.timings)

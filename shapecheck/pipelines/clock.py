@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shapecheck.contract import Contract
 from shapecheck.runtime.dropin import Session
 
 
@@ -23,66 +23,49 @@ class Clock:
         self._marks: list[Any] = []
 
     def begin(self) -> None:
-        """Forget the last frame; what it left to do is done first."""
+        """Forget the last frame, once all that it left to do is done."""
         self._settle()
         self._marks.clear()
 
     def mark(self) -> None:
-        """Here a part ends and the next begins."""
-        self._marks.append(self._event() if self._on_gpu else time.perf_counter())
+        """End a part and begin the next."""
+        if self._on_gpu:
+            event: Any = torch.cuda.Event
+            self._marks.append(event(enable_timing=True))
+            self._marks[-1].record(torch.cuda.current_stream(self._device))
+        else:
+            self._marks.append(time.perf_counter())
 
     def parts(self) -> list[float]:
-        """Milliseconds between the marks, once all is done."""
+        """Return the milliseconds between the marks, once all is done."""
         self._settle()
-        pairs = zip(self._marks[:-1], self._marks[1:], strict=True)
+        pairs = pairwise(self._marks)
         return [one.elapsed_time(other) if self._on_gpu else (other - one) * 1000 for one, other in pairs]
-
-    def _event(self) -> Any:
-        event: Any = torch.cuda.Event
-        made = event(enable_timing=True)
-        made.record(torch.cuda.current_stream(self._device))
-        return made
 
     def _settle(self) -> None:
         if self._on_gpu:
             torch.cuda.synchronize(self._device)
 
 
-class Marked:
+class MarkedSession:
     """A session whose calls are marked at both ends."""
 
     def __init__(self, session: Session, clock: Clock) -> None:
         self._session, self._clock = session, clock
 
-    @property
-    def contract(self) -> Contract:
-        """The session's own."""
-        return self._session.contract
-
-    @property
-    def device(self) -> torch.device:
-        """The session's own."""
-        return self._session.device
-
-    @property
-    def reuses_outputs(self) -> bool:
-        """The session's own."""
-        return self._session.reuses_outputs
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The session's own outputs."""
+        """Call the session between two marks."""
         self._clock.mark()
-        found = self._session(inputs)
+        outputs = self._session(inputs)
         self._clock.mark()
-        return found
-
-    def close(self) -> None:
-        """Close the session."""
-        self._session.close()
+        return outputs
 
 
-def taken(device: torch.device) -> int | None:
-    """Bytes that are taken: on a GPU by everybody, else by this process in memory; None where the system does not tell."""
+def measure_memory(device: torch.device) -> int | None:
+    """Return the bytes taken, on a GPU by everybody, else by this process; None if the system does not tell."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free

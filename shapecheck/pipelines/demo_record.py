@@ -1,50 +1,13 @@
-"""What `shapecheck demo` is asked for and what it came to: records of numbers and names, no tensors."""
+"""The result of `shapecheck demo`: records of numbers and names, no tensors."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from shapecheck.contract.errors import ShapecheckError
-from shapecheck.contract.geometry import Geometry
-
 DemoBackend = Literal["ort", "ort-cuda", "ort-trt", "trt", "rtx"]
-"""What takes the UNet's place: of `contract.environment.BACKENDS` those that run what `accelerate` makes."""
-
-
-PROMPT = "a red chair by the window"
-
-
-@dataclass(frozen=True, slots=True)
-class DemoRequest:
-    """What to show, as a user says it. Raises ShapecheckError where that cannot be shown."""
-
-    model: str | None = None
-    """A diffusers folder or hub id; None for a small model with random weights."""
-    controlnet: str | None = None
-    """The same of a ControlNet; with a model, never alone."""
-    image: Path | None = None
-    """A control image; None for a depth map that is made."""
-    prompt: str = PROMPT
-    backend: DemoBackend = "ort"
-    size_px: tuple[int, int] | None = None
-    """Width and height; None for the model's own."""
-    steps: int = 8
-    seed: int = 0
-    offline: bool = False
-    variant: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.model is None) != (self.controlnet is None):
-            given, absent = ("--model", "--controlnet") if self.controlnet is None else ("--controlnet", "--model")
-            raise ShapecheckError(f"{given} without {absent}: give both, or neither for a small model with random weights")
-        if self.variant is not None and self.model is None:
-            raise ShapecheckError("--variant says which files of --model are read: give --model and --controlnet too")
-        if self.size_px is not None:
-            Geometry.from_px(*self.size_px)  # raises where pixels fill no whole latent cells
-        _refuse_half_letters(self.prompt)
+"""Those of `contract.environment.BACKENDS` that run what `accelerate` makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +33,7 @@ class Demo:
     model: str
     controlnet: str
     random: bool
-    """Whether the weights are random, so that pictures are textures."""
+    """The pictures are then textures."""
     prompt: str
     size_px: tuple[int, int]
     """Width and height."""
@@ -91,45 +54,32 @@ class Demo:
     control: Change
     """Between PyTorch's picture and the one it gives without the ControlNet."""
     allowed: float | None
-    """The largest difference that passes; None in half precision, where rounding alone moves pictures: nothing is judged."""
+    """The largest difference that passes; None in half precision, where rounding alone moves pictures."""
     torch_seconds: float
-    """Of one step with the UNet in PyTorch, ControlNet included: the median over all steps but the first."""
+    """Median of one step, ControlNet included, without the first, which warms up."""
     backend_seconds: float
-    """The same with the backend in the UNet's place."""
     versions: tuple[tuple[str, str], ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pictures", tuple(self.pictures))
-        object.__setattr__(self, "versions", tuple(self.versions))
 
     @property
     def acted(self) -> bool:
-        """Whether the ControlNet changed more than may differ: else a backend without its slots would pass."""
+        """Say whether the ControlNet changed more than may differ. If it did not, a backend without its slots would pass."""
         return math.isfinite(self.control.largest) and self.control.largest > (self.allowed or 0)
 
     @property
     def passes(self) -> bool:
-        """Whether both pictures are the same and the ControlNet acted; in half precision, whether it did so more."""
+        """Say whether both pictures are the same and the ControlNet acted; in half precision, whether it changed more."""
         if self.allowed is None:
             return math.isfinite(self.difference.largest) and self.difference.mean < self.control.mean and self.acted
         return self.difference.largest <= self.allowed and self.acted
 
     @property
     def verdict(self) -> str:
-        """`PARITY`, `NOT JUDGED` or `BROKEN`."""
+        """Return `PARITY`, `NOT JUDGED` or `BROKEN`."""
         if not self.passes:
             return "BROKEN"
         return "NOT JUDGED" if self.allowed is None else "PARITY"
 
     @property
     def times_faster(self) -> float:
-        """Steps of the backend in the time of one of PyTorch's; NaN where there is no time to tell."""
+        """Return how many steps the backend makes in the time of one of PyTorch's; NaN if no time was measured."""
         return self.torch_seconds / self.backend_seconds if self.backend_seconds > 0 else math.nan
-
-
-def _refuse_half_letters(prompt: str) -> None:
-    """A command line may hold bytes that are no text, which no tokenizer takes."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ShapecheckError(f"the prompt is no text in UTF-8: {prompt!a:.80}") from None

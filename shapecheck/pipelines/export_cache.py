@@ -1,4 +1,4 @@
-"""Files made of a live UNet, and found again where they were made before: an ONNX file, and engines of that."""
+"""Files made of a live UNet and found again: an ONNX file, and engines of that."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -31,50 +30,49 @@ _MAKERS = ("torch", "diffusers", "onnxscript")
 """Another release of these, or of shapecheck, may export another graph."""
 
 
-class Made:
-    """What is made of one live UNet in a folder, each file once."""
+class ExportCache:
+    """The files of one live UNet in a folder, each made once."""
 
     def __init__(self, unet: nn.Module, folder: Path, progress: Progress) -> None:
         self._unet, self._folder, self._progress = unet, folder, progress
 
     @property
     def is_exported(self) -> bool:
-        """Whether the ONNX file is there, whole, from this call or an earlier one."""
-        path = self._place
+        """Say whether the ONNX file is there, whole, from this call or an earlier one."""
+        path = self._path
         try:
             return path.is_file() and path.with_name(f"{path.name}.data").is_file() and contract_inside(path) is not None
         except ShapecheckError:  # damaged: it is exported again
             return False
 
     def onnx(self) -> Path:
-        """The ONNX file, its weights beside it. Raises ShapecheckError where the UNet cannot be exported."""
-        path = self._place
+        """Return the ONNX file, its weights beside it. Raises ShapecheckError if the UNet cannot be exported."""
+        path = self._path
         with locked(self._folder):
             if not self.is_exported:
                 export(self._unet, path, weights="copy", progress=self._progress)
         return path
 
     def engine(self, target: Target, profiles: Sequence[Profile]) -> Path:
-        """The engine of the ONNX file. Raises ShapecheckError where TensorRT is missing or refuses it."""
+        """Return the engine of the ONNX file. Raises ShapecheckError if TensorRT is missing or refuses it."""
         options = BuildOptions(target=target)
-        path = self.onnx()
-        return build_engine(path, cache=self._folder, profiles=profiles, options=options, progress=self._progress).path
+        return build_engine(self.onnx(), cache=self._folder, profiles=profiles, options=options, progress=self._progress).path
 
     @cached_property
-    def _place(self) -> Path:
+    def _path(self) -> Path:
         """Named after all that the file depends on: the modules and how they are set, the weights, and what exports it."""
         subject = take(self._unet)
+        # Settings are no part of a config: FreeU's factors, an attention processor.
+        layers = [
+            (name, type(module).__qualname__, {key: value for key, value in vars(module).items() if _is_setting(key)})
+            for name, module in subject.module.named_modules()
+        ]
+        settings = json.dumps(layers, sort_keys=True, skipkeys=True, default=lambda value: type(value).__qualname__)
         own = weights.digest(subject.live or {}, lambda *bytes_: self._progress("hashing the weights", *bytes_))
         makers = [f"shapecheck {__version__}", *(f"{name} {version(name)}" for name in _MAKERS)]
-        text = "\n".join([_settings(subject.module), own, *makers])
-        return self._folder / f"unet-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}.onnx"
+        digest = hashlib.sha256("\n".join([settings, own, *makers]).encode()).hexdigest()
+        return self._folder / f"unet-{digest[:_DIGITS]}.onnx"
 
 
-def _settings(module: nn.Module) -> str:
-    """Every layer with its settings, those that are no part of a config too: FreeU's factors, an attention processor."""
-    every = [(name, type(each).__qualname__, _public(each)) for name, each in module.named_modules()]
-    return json.dumps(every, sort_keys=True, skipkeys=True, default=lambda value: type(value).__qualname__)
-
-
-def _public(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
+def _is_setting(key: str) -> bool:
+    return not key.startswith("_") and key != "training"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shapecheck.pytest_plugin.options import option, request_of, study_for
+from shapecheck.pytest_plugin.options import build_request, get_study, option
 
 if TYPE_CHECKING:
     from shapecheck.contract import Contract
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def shapecheck_contract(pytestconfig: pytest.Config) -> Contract:
-    """The contract of `--shapecheck-model`, in the precision of the file beside it; skips where no model is given."""
+    """Return the contract of `--shapecheck-model`, in the precision of the file beside it; skip if no model is given."""
     if not option(pytestconfig, "model"):
         pytest.skip("no --shapecheck-model")
-    return study_for(pytestconfig).contract
+    return get_study(pytestconfig).contract
 
 
 @pytest.fixture(scope="session")
 def shapecheck_parity(pytestconfig: pytest.Config) -> Callable[..., Parity]:
-    """A function that compares a model with files made of it: `shapecheck_parity("./sd15", onnx="unet.onnx")`.
+    """Return a function that compares a model with files made of it: `shapecheck_parity("./sd15", onnx="unet.onnx")`.
 
     Keywords are the fields of `shapecheck.parity.request.ParityRequest`; those left out are taken from the command line.
     Returns a `Parity`: `assert parity.passes, str(parity)`; pytest cuts the text of what is no string.
     """
 
-    def compare(model: str | None = None, **given: Any) -> Parity:
+    def compare(model: str | None = None, **fields: Any) -> Parity:
         from dataclasses import replace
 
         from shapecheck import ShapecheckError
@@ -38,16 +38,15 @@ def shapecheck_parity(pytestconfig: pytest.Config) -> Callable[..., Parity]:
 
         if model is None and not option(pytestconfig, "model"):
             raise ShapecheckError("no model: give one, or --shapecheck-model")
-        asked = request_of(pytestconfig, model)
-        changed: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-        return study_of(replace(asked, **changed)).report()
+        changed: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        return study_of(replace(build_request(pytestconfig, model), **changed)).report()
 
     return compare
 
 
 @pytest.fixture(scope="session")
 def shapecheck_require() -> Callable[[str], None]:
-    """A function that skips a test whose backend cannot run here, with the reason: `shapecheck_require("trt")`."""
+    """Return a function that skips a test whose backend cannot run here, with the reason: `shapecheck_require("trt")`."""
 
     def require(name: str) -> None:
         from shapecheck import doctor

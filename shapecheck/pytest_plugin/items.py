@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shapecheck.pytest_plugin.options import option, study_for
+from shapecheck.pytest_plugin.options import get_study, option
 
 if TYPE_CHECKING:
-    from shapecheck.parity.results import Check, Result, Side
+    from shapecheck.parity.results import Check
 
 _STUCK = pytest.StashKey[dict[str, str]]()
 """Why nothing of a backend can be computed, told once."""
@@ -25,12 +25,11 @@ class ParityChecks(pytest.Collector):
 
     def collect(self) -> list[pytest.Item]:
         """One item a check."""
-        study = study_for(self.config)
-        return [CheckItem.from_parent(self, name=str(each), check=each) for each in study.checks]
+        return [CheckItem.from_parent(self, name=str(check), check=check) for check in get_study(self.config).checks]
 
 
-class Told(pytest.Item):
-    """An item whose failure is told by its reason alone: no line of ours helps anybody."""
+class ReasonItem(pytest.Item):
+    """An item that fails with its reason alone: no line of ours helps anybody."""
 
     def __init__(self, **rest: Any) -> None:
         super().__init__(**rest)
@@ -45,7 +44,7 @@ class Told(pytest.Item):
         return super().repr_failure(excinfo, style)
 
 
-class CheckItem(Told):
+class CheckItem(ReasonItem):
     """One parity check."""
 
     def __init__(self, *, check: Check, **rest: Any) -> None:
@@ -53,31 +52,27 @@ class CheckItem(Told):
         self.check = check
 
     def runtest(self) -> None:
-        """Fail with the reason, or be skipped with it."""
-        study, (result, side) = study_for(self.config), self._judged()
+        """Fail with the reason, or skip with it. If nothing can be computed, the first check of the backend fails for all."""
+        from shapecheck import ShapecheckError
+
+        study, stuck, backend = get_study(self.config), self.config.stash.setdefault(_STUCK, {}), self.check.backend
+        if backend in stuck:
+            pytest.skip(f"nothing of {backend} can be computed: {stuck[backend]}")
+        try:
+            result, side = study.result(self.check), study.side(backend)
+        except ShapecheckError as error:
+            stuck[backend] = str(error)
+            raise
         ran = (
             f"{side.ran.provider} on {side.ran.device}, {side.ran.precision}, {side.ran.detail}" if side.ran else "did not run"
         )
-        self.user_properties.append(("shapecheck_ran", f"{side.backend}: {ran}; reference {study.reference}"))
+        self.user_properties.append(("shapecheck_ran", f"{backend}: {ran}; reference {study.reference}"))
         if result.status == "not run":
             pytest.skip(result.reason)
         if result.status == "failed":
             from shapecheck.parity.report import render_failure
 
             raise CheckError(render_failure(result, side))
-
-    def _judged(self) -> tuple[Result, Side]:
-        """What is known of this check; where nothing can be computed, the first check of the backend fails for all."""
-        from shapecheck import ShapecheckError
-
-        study, stuck, backend = study_for(self.config), self.config.stash.setdefault(_STUCK, {}), self.check.backend
-        if backend in stuck:
-            pytest.skip(f"nothing of {backend} can be computed: {stuck[backend]}")
-        try:
-            return study.result(self.check), study.side(backend)
-        except ShapecheckError as error:
-            stuck[backend] = str(error)
-            raise
 
     def reportinfo(self) -> tuple[Path, None, str]:
         """What stands over a failure."""
@@ -92,7 +87,7 @@ class ProbeFile(pytest.File):
         return [ProbeItem.from_parent(self, name="probe")]
 
 
-class ProbeItem(Told):
+class ProbeItem(ReasonItem):
     """A probe carried out."""
 
     def runtest(self) -> None:

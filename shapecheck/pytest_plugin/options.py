@@ -1,9 +1,10 @@
-"""What the options ask for: the request, its backends and its run, each made once a session."""
+"""The options, and what they ask for: the request, its backends and its run."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,23 +50,23 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def option(config: pytest.Config, name: str) -> Any:
-    """The value of one of our options."""
+    """Return the value of one of our options."""
     return config.getoption(f"--shapecheck-{name}")
 
 
-def named(config: pytest.Config) -> tuple[str, ...]:
-    """The backends asked for by name."""
-    return tuple(each.strip() for each in (option(config, "backends") or "").split(",") if each.strip())
+def list_backends(config: pytest.Config) -> tuple[str, ...]:
+    """Return the backends asked for by name."""
+    return tuple(name.strip() for name in (option(config, "backends") or "").split(",") if name.strip())
 
 
-def request_of(config: pytest.Config, model: str | None = None) -> ParityRequest:
-    """What is asked for, of that model or of the one that the options name."""
+def build_request(config: pytest.Config, model: str | None = None) -> ParityRequest:
+    """Return what is asked for, of that model or of the one that the options name."""
     from shapecheck.parity.request import ParityRequest
 
     fields = ("onnx", "engine", "controlnet", "tokens", "seed", "reference", "variant", "offline")
     return ParityRequest(
         model or option(config, "model") or "",
-        backends=named(config),
+        backends=list_backends(config),
         sizes=tuple(option(config, "sizes") or ()),
         batch=tuple(option(config, "batch") or ()),
         times_own=option(config, "times-own"),
@@ -74,35 +75,36 @@ def request_of(config: pytest.Config, model: str | None = None) -> ParityRequest
     )
 
 
-def examined(config: pytest.Config) -> Sequence[Backend]:
-    """The backends asked for, or that the files need, each tried once."""
+def try_backends(config: pytest.Config) -> Sequence[Backend]:
+    """Return the backends asked for, or that the files need, each tried once a session."""
     if _BACKENDS not in config.stash:
-        from shapecheck import ShapecheckError, doctor
+        from shapecheck import doctor
 
-        try:
-            names = request_of(config).what_runs if option(config, "model") else named(config)
-        except ShapecheckError as error:
-            raise usage_error(error) from None
+        with _usage_errors():
+            names = build_request(config).what_runs if option(config, "model") else list_backends(config)
         config.stash[_BACKENDS] = [doctor.backend(name) for name in names]
     return config.stash[_BACKENDS]
 
 
-def study_for(config: pytest.Config) -> Study:
-    """The run of this session, made once."""
+def get_study(config: pytest.Config) -> Study:
+    """Return the run of this session, made once."""
     if STUDY not in config.stash:
-        from shapecheck import ShapecheckError, extras
         from shapecheck.parity.request import study_of
 
-        try:
-            config.stash[STUDY] = study_of(request_of(config))
-        except ModuleNotFoundError as error:
-            raise usage_error(extras.missing(error, "parity")) from None
-        except ShapecheckError as error:
-            raise usage_error(error) from None
+        with _usage_errors():
+            config.stash[STUDY] = study_of(build_request(config))
     return config.stash[STUDY]
 
 
-def usage_error(error: Exception) -> pytest.UsageError:
-    """The same in words of ours: options are called as they are here."""
-    names = "|".join(name for name, _ in OPTIONS)
-    return pytest.UsageError(re.sub(rf"(?<![\w-])--(?=({names})\b)", "--shapecheck-", str(error)))
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Raise errors of the user as pytest's, with options called as they are here."""
+    from shapecheck import ShapecheckError, extras
+
+    try:
+        yield
+    except (ModuleNotFoundError, ShapecheckError) as error:
+        problem = extras.missing(error, "parity") if isinstance(error, ModuleNotFoundError) else error
+        names = "|".join(name for name, _ in OPTIONS)
+        message = re.sub(rf"(?<![\w-])--(?=({names})\b)", "--shapecheck-", str(problem))
+        raise pytest.UsageError(message) from None

@@ -26,10 +26,10 @@ from shapecheck.tensorrt.size_ranges import parse_ranges
 Backend = Literal["auto", "ort", "ort-cuda", "ort-trt", "trt", "torch"]
 
 
-_TAKEN = {"onnx": tuple(PROVIDERS), "engine": ("trt",), "model": ("torch",), "live": ("torch",)}
+_BACKENDS = {"onnx": tuple(PROVIDERS), "engine": ("trt",), "model": ("torch",), "live": ("torch",)}
 
 
-_FORMS = {"onnx": "an ONNX file", "engine": "an engine", "model": "a model in PyTorch", "live": "a live module"}
+_KINDS = {"onnx": "an ONNX file", "engine": "an engine", "model": "a model in PyTorch", "live": "a live module"}
 
 
 _log = logging.getLogger(__name__)
@@ -67,65 +67,60 @@ def load(
     """
     if backend not in get_args(Backend):
         raise ShapecheckError(f"no backend {backend!r}; known: {', '.join(get_args(Backend))}")
-    kind = "live" if isinstance(artefact, nn.Module) else _kind(artefact)
-    chosen = _chosen(backend, kind, artefact, device)
-    if chosen == "torch":
-        return _in_torch(artefact, device, dtype, variant, finite=finite)
-    assert not isinstance(artefact, nn.Module)
-    if chosen == "trt":
-        session: Session = EngineSession.open(artefact, device=device, graphs=graphs)
+    if isinstance(artefact, nn.Module):
+        kind, path = "live", None
     else:
-        session = _in_onnx_runtime(
-            Path(artefact), chosen, contract, device, (sizes, batch), options, auto=backend == "auto", reuse=not own_outputs
-        )
-    made = DropInUNet if session.contract.role == "unet" else DropInControlNet
-    return made(session, finite=finite, own_outputs=own_outputs)
+        path = Path(artefact)
+        kind = "onnx" if path.suffix.lower() == ".onnx" else "engine" if is_engine(path) else "model"
+    if backend != "auto" and backend not in _BACKENDS[kind]:
+        fit = " or ".join(_BACKENDS[kind])
+        raise ShapecheckError(f"backend {backend} does not run {_KINDS[kind]}, {artefact!s:.200}: use {fit}")
+    if path is None or kind == "model":
+        return _load_in_torch(artefact, device, dtype, variant, finite=finite)
+    if kind == "engine":
+        session: Session = EngineSession.open(path, device=device, graphs=graphs)
+    else:
+        session = _open_onnx(path, backend, contract, device, sizes, batch, options, reuse=not own_outputs)
+    drop_in = DropInUNet if session.contract.role == "unet" else DropInControlNet
+    return drop_in(session, finite=finite, own_outputs=own_outputs)
 
 
-def _kind(artefact: str | Path) -> str:
-    path = Path(artefact)
-    return "onnx" if path.suffix.lower() == ".onnx" else "engine" if is_engine(path) else "model"
-
-
-def _chosen(backend: Backend, kind: str, artefact: object, device: torch.device | str | None) -> str:
-    if backend != "auto":
-        if backend not in _TAKEN[kind]:
-            fit = " or ".join(_TAKEN[kind])
-            raise ShapecheckError(f"backend {backend} does not run {_FORMS[kind]}, {artefact!s:.200}: use {fit}")
-        return backend
-    if kind != "onnx":
-        return _TAKEN[kind][0]
-    on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
-    return "ort-cuda" if on_gpu else "ort"
-
-
-def _in_onnx_runtime(
+def _open_onnx(
     path: Path,
-    backend: str,
+    backend: Backend,
     contract: Contract | None,
     device: torch.device | str | None,
-    sizes: tuple[Sequence[str], Sequence[str]],
+    sizes: Sequence[str],
+    batch: Sequence[str],
     options: Mapping[str, str] | None,
     *,
-    auto: bool,
     reuse: bool,
 ) -> ContractSession:
-    where = torch.device(device) if device is not None else torch.device("cpu" if backend == "ort" else "cuda")
-    if (where.type == "cpu") != (backend == "ort"):
-        raise ShapecheckError(f"{backend} does not run on {where}")
-    known = contract or _contract_in(path)
-    if backend == "ort-trt" and sizes[0]:
-        options = {**_profiles(path, known, *sizes), **(options or {})}
+    chosen: str = backend
+    if backend == "auto":
+        on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+        chosen = "ort-cuda" if on_gpu else "ort"
+    where = torch.device(device) if device is not None else torch.device("cpu" if chosen == "ort" else "cuda")
+    if (where.type == "cpu") != (chosen == "ort"):
+        raise ShapecheckError(f"{chosen} does not run on {where}")
+    known = contract or _read_contract(path)
+    if chosen == "ort-trt" and sizes:
+        from shapecheck.onnx.reading import read
+
+        names = names_for(known, [declared.name for declared in read(path).inputs])  # the file's own
+        ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)
+        profiles = profile_formats.provider_options([profile_of(known, each).renamed(names) for each in ranges])
+        options = {**{key: str(value) for key, value in profiles.items()}, **(options or {})}
     try:
-        return ContractSession.open_onnx(path, known, backend=backend, device=where.index or 0, options=options, reuse=reuse)
+        return ContractSession.open_onnx(path, known, backend=chosen, device=where.index or 0, options=options, reuse=reuse)
     except ShapecheckError as error:
-        if not auto or backend == "ort" or device is not None:
+        if backend != "auto" or chosen == "ort" or device is not None:
             raise
         _log.warning("%s runs on the CPU: %s", path, error)
         return ContractSession.open_onnx(path, known, reuse=reuse)
 
 
-def _contract_in(path: Path) -> Contract:
+def _read_contract(path: Path) -> Contract:
     from shapecheck.onnx.contract_metadata import contract_inside
 
     if not path.is_file():
@@ -138,17 +133,7 @@ def _contract_in(path: Path) -> Contract:
     return found
 
 
-def _profiles(path: Path, known: Contract, sizes: Sequence[str], batch: Sequence[str]) -> dict[str, str]:
-    """For ONNX Runtime's TensorRT provider, in the file's own names."""
-    from shapecheck.onnx.reading import read
-
-    names = names_for(known, [each.name for each in read(path).inputs])
-    ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)
-    made = [profile_of(known, each).renamed(names) for each in ranges]
-    return {key: str(value) for key, value in profile_formats.provider_options(made).items()}
-
-
-def _in_torch(
+def _load_in_torch(
     model: str | Path | nn.Module,
     device: torch.device | str | None,
     dtype: torch.dtype | None,

@@ -121,11 +121,11 @@ def test_a_block_puts_it_back_even_when_it_fails(pipe, unet, folder):
 
 
 def test_a_file_is_made_once_and_again_where_it_is_damaged(unet, tmp_path, exports):
-    path = files.Made(unet, tmp_path, lambda *_: None).onnx()
-    assert files.Made(unet, tmp_path, lambda *_: None).onnx() == path
+    path = files.ExportCache(unet, tmp_path, lambda *_: None).onnx()
+    assert files.ExportCache(unet, tmp_path, lambda *_: None).onnx() == path
     assert exports == [path]
     path.write_bytes(path.read_bytes()[:1000])
-    assert files.Made(unet, tmp_path, lambda *_: None).onnx() == path
+    assert files.ExportCache(unet, tmp_path, lambda *_: None).onnx() == path
     assert exports == [path, path]
 
 
@@ -139,7 +139,7 @@ def test_another_file_is_made_where_weights_or_settings_change(unet, tmp_path, m
         asked.append(path)
 
     def take_file():
-        return files.Made(unet, tmp_path, lambda *_: None).onnx()
+        return files.ExportCache(unet, tmp_path, lambda *_: None).onnx()
 
     monkeypatch.setattr(files, "export", export)
     found = [take_file(), take_file()]

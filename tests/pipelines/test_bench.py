@@ -22,7 +22,7 @@ from shapecheck.doctor.environment import Backend, Gap
 from shapecheck.pipelines import bench as benches
 from shapecheck.pipelines import bench_report as report
 from shapecheck.pipelines import clock
-from shapecheck.pipelines.bench import Request, bench
+from shapecheck.pipelines.bench import bench
 from shapecheck.pipelines.bench_record import Bench, Frame, Timing
 from shapecheck.runtime.load import load
 
@@ -102,7 +102,7 @@ def test_json_holds_every_frame():
 @pytest.mark.parametrize("name", ["torch", "ort"])
 def test_parts_lie_between_the_marks(file, ticking, name):
     """Five marks a frame: four parts, one tick each, of which two are the hand-over; as many in PyTorch as in a session."""
-    found = bench(Request(str(file), backends=(name,), size_px=(136, 72), frames=2, warm_up=1))
+    found = bench(str(file), backends=(name,), size_px=(136, 72), frames=2, warm_up=1)
     assert found.timings[0].frames == (Frame(1000.0, 2000.0, 1000.0),) * 2
 
 
@@ -128,22 +128,22 @@ def test_backends_take_turns_and_compute_the_same_call(file, monkeypatch):
 
     monkeypatch.setattr(benches, "load", load_watched)
     monkeypatch.setattr(UNet2DConditionModel, "forward", watch_torch)
-    found = bench(Request(str(file), backends=("torch", "ort"), size_px=(136, 72), batch=3, controlnets=2, frames=3, warm_up=2))
+    found = bench(str(file), backends=("torch", "ort"), size_px=(136, 72), batch=3, controlnets=2, frames=3, warm_up=2)
     slots = len(shapecheck.read_contract(file).slots)
     assert [name for name, *_ in calls] == ["torch"] * 2 + ["ort"] * 2 + ["torch", "torch", "ort", "ort"] * 3
     assert {tuple(rest) for _, *rest in calls} == {((3, 4, 9, 17), slots - 1)}
     assert [len(timing.frames) for timing in found.timings] == [3, 3]
     assert all(part > 0 for timing in found.timings for frame in timing.frames for part in (frame.controlnet, frame.unet))
     calls.clear()
-    bench(Request(str(file), backends=("ort",), size_px=(136, 72), controlnets=0, frames=1, warm_up=1))
+    bench(str(file), backends=("ort",), size_px=(136, 72), controlnets=0, frames=1, warm_up=1)
     assert calls == [("ort", (1, 4, 9, 17), 0)] * 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where it is read off /proc")
 def test_memory_is_what_is_taken():
-    before = clock.taken(torch.device("cpu"))
+    before = clock.measure_memory(torch.device("cpu"))
     kept = torch.ones(16, 2**20)  # 64 MiB
-    assert clock.taken(torch.device("cpu")) - before >= kept.nbytes / 2
+    assert clock.measure_memory(torch.device("cpu")) - before >= kept.nbytes / 2
 
 
 def test_the_command_prints_and_writes(file, tmp_path):
@@ -175,7 +175,7 @@ def test_what_a_compiler_raises_is_told_and_no_failure_where_nobody_asked(file, 
 
     monkeypatch.setattr(torch, "compile", raises)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = bench(Request(str(file), size_px=(136, 72), frames=1, warm_up=1))
+    found = bench(str(file), size_px=(136, 72), frames=1, warm_up=1)
     assert [timing.backend for timing in found.timings if timing.frames] == ["torch", "ort"]
     assert r"no compiler\nis here" in found.timings[1].reason
     assert found.ran
@@ -222,7 +222,7 @@ def test_a_controlnet_or_a_unet_without_slots_says_what_to_give(file, tmp_path):
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # said by torch, of its own compiler
 def test_torch_compile_is_timed_beside_the_file(file):
-    found = bench(Request(str(file), size_px=(136, 72), frames=2, warm_up=1))
+    found = bench(str(file), size_px=(136, 72), frames=2, warm_up=1)
     assert [timing.reason for timing in found.timings] == ["", "", ""]
     ran = [(timing.backend, len(timing.frames)) for timing in found.timings]
     assert ran == [("torch", 2), ("torch-compile", 2), ("ort", 2)]

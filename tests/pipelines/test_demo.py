@@ -106,7 +106,15 @@ def again(shown, tmp_path):
 def test_all_files_are_there_and_the_pictures_are_of_that_size(shown):
     names = {path.name for path in shown.folder.iterdir()}
     (artefact,) = shown.folder.glob("*.onnx")
-    assert names == {*PICTURES, "index.html", "demo.json", "demo.md", artefact.name, f"{artefact.name}.data"}
+    assert names == {
+        *PICTURES,
+        "index.html",
+        "demo.json",
+        "demo.md",
+        artefact.name,
+        f"{artefact.name}.data",
+        ".shapecheck.lock",
+    }
     seen = {}
     for name in PICTURES:
         with Image.open(shown.folder / name) as opened:
@@ -205,7 +213,9 @@ def test_checkpoints_are_loaded_as_the_pipeline_they_are_of(saved, tmp_path):
         (road, "accelerate", take_pipeline),
     ):
         result = show(folder, tmp_path, "--backend", "ort-cuda")
-    assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "error: it went this far")
+    assert (result.exit_code, result.stderr) == (2, "error: it went this far\n"), (
+        "a progress bar of diffusers is no line of ours"
+    )
     *told, pipe = seen
     assert told == ["cuda", torch.float16, "ort-cuda", "128x128"]
     assert type(pipe).__name__ == f"StableDiffusion{'XL' if kind == 'sdxl' else ''}ControlNetPipeline"
@@ -350,14 +360,14 @@ def test_json_is_the_record_and_what_follows_from_it():
 
 @pytest.mark.parametrize(("height", "width"), [(104, 136), (136, 104), (8, 8), (8, 264)])
 def test_the_scene_is_a_depth_map_at_any_size(height, width):
-    scene = pictures.scene(height, width)
+    scene = pictures.draw_scene(height, width)
     assert (scene.shape, scene.dtype) == ((height, width, 3), np.float32)
     assert (scene[..., 0] == scene[..., 2]).all()
     assert (float(scene.min()), float(scene.max())) == (0, 1)
 
 
 def test_the_floor_comes_nearer_and_things_stand_before_the_wall():
-    scene = pictures.scene(400, 600)[..., 0]
+    scene = pictures.draw_scene(400, 600)[..., 0]
     rightmost = scene[:, -1]
     assert rightmost[0] == 0 and (np.diff(rightmost) >= 0).all() and rightmost[-1] > 0.5
     assert scene[200, 150] > scene[200, 450] > scene[200, -1] == 0  # the large ball, the box, the wall
@@ -368,7 +378,7 @@ def test_a_difference_is_amplified_by_a_round_number():
     for largest, factor in {0.0026: 300, 0.3: 3, 1.0: 1, 0.0: 1, 1e-9: 1_000_000, math.nan: 1}.items():
         other = black.copy()
         other[1, 2, 0] = largest
-        shown, told = pictures.amplified(black, other)
+        shown, told = pictures.amplify_difference(black, other)
         assert told == factor
         assert not shown.max() > 1
 
@@ -377,14 +387,14 @@ def test_what_is_no_number_is_black_and_no_small_difference(tmp_path):
     picture = np.full((2, 3, 3), 0.5, dtype=np.float32)
     other = picture.copy()
     other[0, 0, 0] = math.nan
-    assert math.isnan(pictures.change(picture, other).largest)
+    assert math.isnan(pictures.compare(picture, other).largest)
     pictures.save(other, tmp_path / "a.png")
-    assert pictures.read(tmp_path / "a.png").getpixel((0, 0)) == (0, 128, 128)
+    assert pictures.read_image(tmp_path / "a.png").getpixel((0, 0)) == (0, 128, 128)
 
 
 def test_an_image_is_cut_to_the_size_about_its_middle(tmp_path):
     Image.new("L", (40, 10), 255).save(tmp_path / "grey.png")
-    assert pictures.fitted(pictures.read(tmp_path / "grey.png"), 8, 16).shape == (8, 16, 3)
+    assert pictures.fit_image(pictures.read_image(tmp_path / "grey.png"), 8, 16).shape == (8, 16, 3)
 
 
 # the page

@@ -5,7 +5,6 @@ What TensorRT for RTX itself makes of it is in `test_engine_builds.py`.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ import onnx_files
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
+from filelock import FileLock, Timeout
 
 from shapecheck import ContractError, Geometry, ShapecheckError, presets, read_contract
 from shapecheck.cli import main
@@ -399,7 +399,7 @@ def test_what_a_killed_process_left_long_ago_is_swept(deep, tmp_path):
         (tmp_path / f".shapecheck.{name}.partial").write_bytes(b"half")
         os.utime(tmp_path / f".shapecheck.{name}.partial", (time.time() - age,) * 2)
     build_engine(deep[0], tmp_path / "unet.plan", profiles=TINY, options=engines.RTX)
-    assert [each.name for each in tmp_path.glob(".shapecheck.*")] == [".shapecheck.new.partial"]
+    assert [each.name for each in tmp_path.glob(".shapecheck.*.partial")] == [".shapecheck.new.partial"]
 
 
 @pytest.mark.usefixtures("scripted")
@@ -408,19 +408,16 @@ def test_no_other_build_comes_between_an_engine_and_its_record(deep, tmp_path, m
     real = Path.replace
 
     def observed(self, target):
-        handle = os.open(tmp_path, os.O_RDONLY)
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(handle)
+        with pytest.raises(Timeout), FileLock(tmp_path / ".shapecheck.lock", timeout=0):
+            pass
         replaced.append(target.name)
         return real(self, target)
 
     monkeypatch.setattr(Path, "replace", observed)
     build_engine(deep[0], tmp_path / "unet.plan", profiles=TINY, options=engines.RTX)
     assert replaced == ["unet.plan", "unet.plan.shapecheck.json"]
-    handle = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
-    os.close(handle)
+    with FileLock(tmp_path / ".shapecheck.lock", timeout=0):
+        pass  # free again
 
 
 @pytest.mark.usefixtures("scripted")
@@ -428,7 +425,7 @@ def test_a_link_is_written_through_and_the_record_lies_beside_the_file(deep, tmp
     (tmp_path / "real").mkdir()
     (tmp_path / "link.plan").symlink_to(tmp_path / "real" / "unet.plan")
     build_engine(deep[0], tmp_path / "link.plan", profiles=TINY, options=engines.RTX)
-    assert sorted(each.name for each in (tmp_path / "real").iterdir()) == ["unet.plan", "unet.plan.shapecheck.json"]
+    assert sorted(path.name for path in (tmp_path / "real").glob("unet*")) == ["unet.plan", "unet.plan.shapecheck.json"]
     assert read_engine(tmp_path / "link.plan") == read_engine(tmp_path / "real" / "unet.plan")
 
 
