@@ -9,8 +9,8 @@ from typing import Any
 from shapecheck import presets
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.onnx import file as onnx_file
-from shapecheck.onnx.contract_metadata import _ADVICE, _LARGEST_JSON, _LONGEST_BLANK, _parsed, contract_inside
-from shapecheck.onnx.file import CONTRACT
+from shapecheck.onnx.contract_metadata import _ADVICE, _LARGEST_JSON, _LONGEST_BLANK, _read, contract_inside
+from shapecheck.onnx.file import CONTRACT_KEY
 from shapecheck.progress import Progress
 from shapecheck.tensorrt.record import is_engine, record_of
 
@@ -27,7 +27,7 @@ def read_contract(path: str | Path) -> Contract:
     contract = contract_inside(file)
     if contract is None:
         raise ShapecheckError(
-            f"{file} holds no contract (no metadata {CONTRACT!r}): shapecheck did not export it; "
+            f"{file} holds no contract (no metadata {CONTRACT_KEY!r}): shapecheck did not export it; "
             f"`shapecheck check {file}` tells what can be seen in it"
         )
     return contract
@@ -80,9 +80,7 @@ def _from_json(path: Path) -> Contract:
     except (ValueError, RecursionError) as error:
         raise ShapecheckError(f"{path} is not valid JSON: {error}; is it cut short? Otherwise {_ADVICE}") from None
     inner = record.get("contract") if "shapecheck_contract" not in record else None
-    if inner is not None:
-        text = inner if isinstance(inner, str) else json.dumps(inner)
-    return _parsed(path, text)
+    return _read(path, lambda: Contract.from_json(inner) if isinstance(inner, str) else Contract.from_value(inner or record))
 
 
 def _text_in(path: Path) -> str:

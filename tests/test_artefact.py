@@ -10,7 +10,7 @@ import pytest
 
 from shapecheck import ShapecheckError, presets
 from shapecheck.artefact import contract_of, may_hold_contract, read_contract
-from shapecheck.onnx import file as onnx_file
+from shapecheck.onnx.file import CONTRACT_KEY
 
 CONTRACT = presets.contract("sd15")
 
@@ -34,7 +34,7 @@ def test_contracts_are_read_from_json(tmp_path):
 
 def test_contracts_are_read_from_the_metadata_of_an_onnx_file(bare):
     model = onnx.load(bare)
-    model.metadata_props.add(key=onnx_file.CONTRACT, value=CONTRACT.to_json())
+    model.metadata_props.add(key=CONTRACT_KEY, value=CONTRACT.to_json())
     onnx.save(model, bare)
     assert read_contract(bare) == CONTRACT
 

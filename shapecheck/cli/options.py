@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import click
 
 from shapecheck import ShapecheckError
-from shapecheck.contract.geometry import parse_pair
+from shapecheck.contract.geometry import USUAL_TOKENS, parse_pair
 from shapecheck.files import refuse_unwritable
-from shapecheck.tensorrt.size_ranges import USUAL_TOKENS
 from shapecheck.terminal import ProgressLine
 
 if TYPE_CHECKING:

@@ -42,6 +42,13 @@ class Config(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"Config({self._items!r})"
 
+    @classmethod
+    def from_value(cls, value: Any) -> Config:
+        """Read a JSON object. Raises ValueError on anything else."""
+        if not isinstance(value, dict):
+            raise ValueError(f"expected an object, got {value!r:.60}")
+        return cls(value)
+
     def to_json(self) -> dict[str, Any]:
         """A plain mutable copy, lists where the JSON had lists."""
         return json.loads(self._text())  # type: ignore[no-any-return]

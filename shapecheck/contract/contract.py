@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shapecheck.contract import json_codec
 from shapecheck.contract.config import Config
 from shapecheck.contract.dims import Dim, Shape
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
-from shapecheck.contract.mismatch import compare
+from shapecheck.contract.json_codec import OPTIONAL, POSITIVE, TextFormat, decode, decode_record, encode
+from shapecheck.contract.mismatch import Port, compare, compare_inputs
 from shapecheck.contract.naming import SHAPECHECK, detect, name_residuals
 from shapecheck.contract.records import Header, Input, Mismatch, Role, Slot
+
+_FORMAT = TextFormat(
+    "shapecheck_contract",
+    "a contract",
+    writer="`shapecheck probe MODEL --format json`",
+    remedy="probe the model again",
+    largest=4 * 2**20,
+)
+
 
 Residuals = Mapping[str, Any] | Sequence[Any] | Any
 """By slot name, as the pair (downs, mid), flat with mid last, or as diffusers' ControlNetOutput."""
@@ -34,11 +45,11 @@ class Contract:
     inputs: tuple[Input, ...]
     slots: tuple[Slot, ...]
     config: Config
-    divisor: int = 1
+    divisor: int = field(default=1, metadata=POSITIVE)
     """Latent height and width must be multiples of this; 1 where every size runs."""
     header: Header = field(default_factory=Header, compare=False)
     role: Role = "unet"
-    features: tuple[Slot, ...] = ()
+    features: tuple[Slot, ...] = field(default=(), metadata=OPTIONAL)
     """Where a T2I-Adapter's features are added, if one was observed."""
 
     @property
@@ -47,12 +58,39 @@ class Contract:
 
         It covers the whole config: a diffusers release that adds a config key changes it.
         """
-        return json_codec.digest(self)
+        text = json.dumps(self._to_record(compared=True), sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def residuals(self) -> tuple[Slot, ...]:
         """Everything the UNet adds: the slots of a ControlNet's residuals, then those of an adapter's features."""
         return self.slots + self.features
+
+    @property
+    def input_rules(self) -> dict[str, tuple[Dim, ...]]:
+        """The shape of every input the exported model has, by name: base inputs, then a UNet's slots, then features."""
+        rules = {each.name: each.shape for each in self.inputs}
+        return rules | {slot.name: slot.shape for slot in self.residuals} if self.role == "unet" else rules
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the sample, and so of the residuals."""
+        dtypes = {each.name: each.dtype for each in self.inputs}
+        return dtypes.get("sample") or next(iter(dtypes.values()), "float32")
+
+    @property
+    def input_dtypes(self) -> dict[str, str]:
+        """The dtype of every input the exported model has, by name and in the order of `input_rules`."""
+        dtypes = {each.name: each.dtype for each in self.inputs}
+        return {name: dtypes.get(name, self.dtype) for name in self.input_rules}
+
+    def match_names(self, declared: Iterable[str]) -> dict[str, str]:
+        """Return what a file that declares these inputs calls each of ours: base inputs as we do, slots by its own scheme."""
+        names = {name: name for name in self.input_rules}
+        if self.role == "unet" and self.slots:
+            scheme = detect(declared) or SHAPECHECK
+            names |= zip((slot.name for slot in self.slots), scheme.names(len(self.slots) - 1), strict=True)
+        return names
 
     def slot(self, name: str) -> Slot:
         """The slot of that name, of a residual or a feature. Raises ShapecheckError listing the known names."""
@@ -78,8 +116,7 @@ class Contract:
     def input_shapes(self, geometry: Geometry) -> dict[str, Shape]:
         """The shape of every input the exported model has: base inputs first, then a UNet's slots, then features."""
         self.require(geometry)
-        given = {each.name: each.shape_at(geometry) for each in self.inputs}
-        return given | self.shapes(geometry) | self.feature_shapes(geometry) if self.role == "unet" else given
+        return {name: geometry.shape_of(rule) for name, rule in self.input_rules.items()}
 
     def require(self, geometry: Geometry) -> None:
         """Raise ShapecheckError unless the UNet accepts this geometry."""
@@ -87,6 +124,16 @@ class Contract:
             raise ShapecheckError(
                 f"this UNet refuses latents of {geometry.height}×{geometry.width}: both must be multiples of {self.divisor}"
             )
+
+    def compare_inputs(
+        self, declared: Iterable[Port], names: Mapping[str, str] | None = None, *, present: str = ""
+    ) -> tuple[Mismatch, ...]:
+        """Return everything in which the inputs that a file or an engine declares are not ours; `names` is what it calls them.
+
+        `present` is how to tell of one that it has besides; without it the shape is told.
+        """
+        producers = {slot.name: slot.producer for slot in self.residuals}
+        return compare_inputs(self.input_rules, self.input_dtypes, declared, names=names, producers=producers, present=present)
 
     def mismatches(self, shapes: Residuals, geometry: Geometry | None = None) -> tuple[Mismatch, ...]:
         """Every disagreement between given residuals and the slots; empty when all is well.
@@ -107,19 +154,58 @@ class Contract:
             raise ContractError(found, subject="the residuals do not fit this UNet", contract=self)
 
     def to_json(self) -> str:
-        """The contract as JSON text; `from_json` is the inverse."""
-        return json_codec.dumps(self)
+        """Return the contract as JSON text, which `from_json` reads."""
+        return json.dumps(self.to_value(), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Contract:
         """Read `to_json`'s text. Raises ShapecheckError on anything else, an edited file included."""
-        fields, claimed = json_codec.fields(text)
-        contract = cls(**fields)
+        return cls.from_value(_FORMAT.parse(text))
+
+    def to_value(self) -> dict[str, Any]:
+        """Return the contract as JSON values, which `from_value` reads."""
+        start = {_FORMAT.key: _FORMAT.schema, "digest": self.digest, "header": encode(self.header)}
+        return start | self._to_record(compared=False)
+
+    @classmethod
+    def from_value(cls, value: Any) -> Contract:
+        """Read `to_value`'s values. Raises ShapecheckError on anything else, an edited contract included."""
+        record = _FORMAT.check(value)
+        try:
+            contract: Contract = decode_record(cls, record)
+            for slot, entry in zip(contract.residuals, [*record["slots"], *record.get("features", ())], strict=True):
+                if len(slot.skip) != 4 or slot.skip[1].symbol is not None:
+                    raise ValueError(f"slot {slot.name}: a skip is (batch, channels, height, width), got {entry['skip']}")
+                stated = [decode(int, entry.get(key), f"slot {slot.name}: {key}") for key in ("channels", "stride")]
+                if stated != [slot.channels, slot.stride]:
+                    raise ValueError(f"slot {slot.name}: channels and stride do not agree with its shape {entry['skip']}")
+            claimed = decode(str, record.get("digest"), "digest")
+        except (ValueError, RecursionError) as error:
+            raise ShapecheckError(f"a damaged contract: {error}") from None
         if contract.digest != claimed:
             raise ShapecheckError(
                 f"an edited contract: its digest says {claimed}, its contents give {contract.digest}; probe the model again"
             )
         return contract
+
+    def _to_record(self, *, compared: bool) -> dict[str, Any]:
+        """Return all but the header as JSON values; with `compared`, only what counts in equality."""
+        slots, features = (
+            [
+                {"name": slot.name, "channels": slot.channels, "stride": slot.stride} | encode(slot, compared=compared)
+                for slot in slots
+            ]
+            for slots in (self.slots, self.features)
+        )
+        return {
+            "class_name": self.class_name,
+            "role": self.role,
+            "divisor": self.divisor,
+            "inputs": encode(self.inputs),
+            "slots": slots,
+            **({"features": features} if features else {}),
+            "config": self.config.to_json(),
+        }
 
     def _geometry_of(self, given: Mapping[str, Shape]) -> Geometry:
         name = self.slots[0].name if self.slots else "a contract without slots"
@@ -191,28 +277,3 @@ def _shape(name: str, value: Any) -> Shape:
         return tuple(map(operator.index, sizes))
     except TypeError:
         raise ShapecheckError(f"{name}: expected a tensor or a shape such as (2, 320, 64, 64), got {value!r:.60}") from None
-
-
-def rules_of(contract: Contract) -> dict[str, tuple[Dim, ...]]:
-    """The shape of every input the exported model has, by name: base inputs, then a UNet's slots, then features."""
-    rules = {each.name: each.shape for each in contract.inputs}
-    return rules | {slot.name: slot.shape for slot in contract.residuals} if contract.role == "unet" else rules
-
-
-def dtypes_of(contract: Contract) -> dict[str, str]:
-    """The dtype of every input the exported model has; residuals have that of the sample."""
-    dtypes = {each.name: each.dtype for each in contract.inputs}
-    own = dtypes.get("sample") or next(iter(dtypes.values()), "float32")
-    return {name: dtypes.get(name, own) for name in rules_of(contract)}
-
-
-def names_for(contract: Contract, given: Sequence[str]) -> dict[str, str]:
-    """What a file with these input names calls each input of the contract: base inputs as we do, slots by its own scheme.
-
-    Raises ShapecheckError where slots follow no known scheme.
-    """
-    ours = list(rules_of(contract))
-    slots = [slot.name for slot in contract.slots] if contract.role == "unet" else []
-    scheme = detect(given) or SHAPECHECK
-    theirs = dict(zip(slots, scheme.names(len(slots) - 1), strict=True)) if slots else {}
-    return {name: theirs.get(name, name) for name in ours}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 Rounding = Literal["ceil", "floor", "exact"]
 """How one halving treats an odd size. `exact`: no odd size ever reached it, so its rounding is not known."""
@@ -52,17 +52,24 @@ class Dim:
             text = ratio if rounding == "exact" else f"{rounding}({ratio})"
         return text
 
+    to_value = __str__
+
+    @classmethod
+    def from_value(cls, value: Any) -> Dim:
+        """Read a JSON value, which is `str`'s text. Raises ValueError on anything else."""
+        return cls.parse(value)
+
     @classmethod
     def parse(cls, text: str) -> Dim:
-        """The inverse of `str`. Raises ValueError naming the text that is no dimension."""
-        if len(text) <= _LONGEST_TEXT:
+        """Read `str`'s text. Raises ValueError naming the text that is not a dimension."""
+        if isinstance(text, str) and len(text) <= _LONGEST_TEXT:
             if plain := _PLAIN.fullmatch(text):
                 if plain["constant"]:
                     return cls(None, int(plain["constant"]))
                 return cls(plain["symbol"], int(plain["scale"] or 1))
             if halved := _HALVED.fullmatch(text):
                 return cls._parse_halved(halved)
-        raise ValueError(f"not a dimension: {text[:60]!r} (expected forms: 320, h, 8*h, ceil(h/4), ceil(floor(h/2)/2))")
+        raise ValueError(f"not a dimension: {text!r:.60} (expected forms: 320, h, 8*h, ceil(h/4), ceil(floor(h/2)/2))")
 
     @classmethod
     def _parse_halved(cls, match: re.Match[str]) -> Dim:

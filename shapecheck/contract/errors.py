@@ -1,4 +1,4 @@
-"""How a user's request can end badly. Anything else that is raised is a bug of ours."""
+"""How a user's request can end badly, and text from outside in its message. Anything else that is raised is a bug of ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ShapecheckError(Exception):
 
 
 def one_line(value: object, longest: int = 120) -> str:
-    """Text from outside, fit for one line of a terminal."""
+    """Return text from outside, fit for one line of a terminal."""
     text = str(value)[: 2 * longest]
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= longest else f"{text[: longest - 1]}…"

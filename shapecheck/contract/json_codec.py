@@ -1,201 +1,153 @@
-"""A contract as JSON: strict on the way in, so that a contract that loads is one that was saved."""
+"""Records as JSON and back, by the types of their fields: strict on the way in, so that what loads is what was saved.
+
+A record is an object with a key for each field; one with a single field stands for that field alone. A tuple of (text, value)
+pairs is an object too, and every other tuple a list. A class may have a form of its own: `to_value()` and `from_value(value)`.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, get_args
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from shapecheck.contract.config import Config
-from shapecheck.contract.dims import Dim
 from shapecheck.contract.errors import ShapecheckError
-from shapecheck.contract.records import AddSite, ControlNetInfo, Header, Input, Role, Slot, Spatial
 
-if TYPE_CHECKING:
-    from shapecheck.contract.contract import Contract
-
-
-SCHEMA = 1
-
-
-_LARGEST_TEXT = 4 * 2**20
+Limits = tuple[int, float]
+"""The least and the largest whole number that is read."""
+OPTIONAL = {"optional": True}
+"""Metadata of a field that is left out where it is empty, as in files older than it is."""
+POSITIVE = {"limits": (1, math.inf)}
+"""Metadata of a field whose whole numbers are read from 1 on; otherwise they are from 0 on."""
+_EXPECTED = {str: "text", bool: "true or false", dict: "an object", list: "a list"}
 
 
-def identity(contract: Contract) -> dict[str, Any]:
-    """The part that counts in equality, as JSON values."""
-    return _record(contract, sites=False)
+@dataclass(frozen=True, slots=True)
+class TextFormat:
+    """One kind of JSON text that we write: how it is recognized, and what a message says of a text that is not it."""
+
+    key: str
+    """The key that holds the schema."""
+    what: str
+    writer: str
+    """The command that writes it."""
+    remedy: str
+    largest: int
+    """Characters."""
+    schema: int = 1
+
+    def parse(self, text: str) -> dict[str, Any]:
+        """Return the JSON object in a text. Raises ShapecheckError where it is not of this kind."""
+        if not isinstance(text, str):
+            raise ShapecheckError(f"not {self.what}: expected JSON text, got {type(text).__name__}")
+        if len(text) > self.largest:
+            raise ShapecheckError(f"not {self.what}: {len(text)} characters, more than the {self.largest} allowed")
+        try:
+            return self.check(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise ShapecheckError(f"not {self.what}: not JSON ({error})") from None
+
+    def check(self, record: Any) -> dict[str, Any]:
+        """Return the JSON object that a record is. Raises ShapecheckError where it is not of this kind."""
+        if not isinstance(record, dict) or self.key not in record:
+            raise ShapecheckError(f"not {self.what}: no key {self.key!r}; {self.writer} writes one")
+        if type(record[self.key]) is not int or record[self.key] != self.schema:
+            raise ShapecheckError(
+                f"{self.what} of schema {record[self.key]!r:.20}; this release reads schema {self.schema}: {self.remedy}"
+            )
+        return record
 
 
-def _record(contract: Contract, *, sites: bool) -> dict[str, Any]:
-    """What is not the header; features are left out where there are none, as in files older than they are."""
-    features = [_slot(each, sites=sites) for each in contract.features]
-    return {
-        "class_name": contract.class_name,
-        "role": contract.role,
-        "divisor": contract.divisor,
-        "inputs": [_input(each) for each in contract.inputs],
-        "slots": [_slot(each, sites=sites) for each in contract.slots],
-        **({"features": features} if features else {}),
-        "config": contract.config.to_json(),
-    }
+def encode(value: Any, *, compared: bool = False) -> Any:
+    """Return the JSON value of a record; with `compared`, without the fields that do not count in equality."""
+    if hasattr(value, "to_value"):
+        return value.to_value()
+    if not is_dataclass(value):
+        return [encode(member, compared=compared) for member in value] if isinstance(value, (list, tuple)) else value
+    kind: Any = type(value)
+    types, record = _field_types(kind), {}
+    for field in fields(value):
+        held = getattr(value, field.name)
+        if (field.compare or not compared) and (held or "optional" not in field.metadata):
+            record[field.name] = dict(held) if _is_table(types[field.name]) else encode(held, compared=compared)
+    return record if len(types) > 1 else record.popitem()[1]
 
 
-def digest(contract: Contract) -> str:
-    """`sha256:…` of the identity, the same on every machine."""
-    text = json.dumps(identity(contract), sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+def decode(kind: Any, value: Any, where: str = "", limits: Limits = (0, math.inf)) -> Any:
+    """Return the value of type `kind` that a JSON value stands for. Raises ValueError with where and what was expected."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if hasattr(kind, "from_value"):
+        try:
+            return kind.from_value(value)
+        except ValueError as error:
+            raise _error(where, str(error)) from None
+    if is_dataclass(kind):
+        return decode_record(kind, value, where)
+    if origin in (Union, UnionType):  # of something and None
+        return None if value is None else decode(arguments[0], value, where, limits)
+    if origin is tuple:
+        return _decode_tuple(kind, value, where, limits)
+    if origin is Literal:
+        if value not in arguments:
+            raise _error(where, f"{value!r:.60} is none of {', '.join(arguments)}")
+    elif type(value) is not kind or (kind is int and not limits[0] <= value <= limits[1]):
+        least, most = limits
+        whole = f"a whole number {f'of at least {least}' if most == math.inf else f'from {least} to {most}'}"
+        raise _error(where, f"expected {_EXPECTED.get(kind, whole)}, got {value!r:.60}")
+    return value
 
 
-def dumps(contract: Contract) -> str:
-    """JSON text of the whole contract, header included, stable from run to run."""
-    record = {"shapecheck_contract": SCHEMA, "digest": digest(contract), "header": _header(contract.header)}
-    record |= _record(contract, sites=True)
-    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+def decode_record(kind: Any, value: Any, where: str = "") -> Any:
+    """Return the dataclass `kind` that a JSON object stands for; keys that it does not know are ignored."""
+    types, known = _field_types(kind), fields(kind)
+    record = decode(dict, value, where) if len(known) > 1 else {known[0].name: value}
+    held = {}
+    for field in known:
+        if field.name in record:
+            inside = where if len(known) == 1 else f"{where}.{field.name}" if where else field.name
+            limits = field.metadata.get("limits", (0, math.inf))
+            held[field.name] = decode(types[field.name], record[field.name], inside, limits)
+        elif "optional" not in field.metadata:
+            raise _error(where, f"no key {field.name!r}")
+    return kind(**held)
 
 
-def fields(text: str) -> tuple[dict[str, Any], str]:
-    """The arguments of the Contract in `text`, and the digest it claims. Raises ShapecheckError on anything else."""
-    if not isinstance(text, str):
-        raise ShapecheckError(f"not a contract: expected JSON text, got {type(text).__name__}")
-    if len(text) > _LARGEST_TEXT:
-        raise ShapecheckError(f"not a contract: {len(text)} characters, more than the {_LARGEST_TEXT} allowed")
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ShapecheckError(f"not a contract: not JSON ({error})") from None
-    if not isinstance(record, dict) or "shapecheck_contract" not in record:
-        raise ShapecheckError("not a contract: no key 'shapecheck_contract'; `shapecheck probe MODEL --format json` writes one")
-    if type(record["shapecheck_contract"]) is not int or record["shapecheck_contract"] != SCHEMA:
-        raise ShapecheckError(
-            f"contract of schema {record['shapecheck_contract']!r}; this release reads schema {SCHEMA}: probe the model again"
+def refuse_unprintable(value: Any) -> None:
+    """Raise ValueError if text in a JSON value cannot be printed: anybody may have written it, and reports show it."""
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError(f"{value!r:.60} cannot be printed")
+    for member in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        refuse_unprintable(member)
+
+
+def _decode_tuple(kind: Any, value: Any, where: str, limits: Limits) -> tuple[Any, ...]:
+    first, *others = get_args(kind)
+    if _is_table(kind):
+        _, member = get_args(first)
+        return tuple(
+            (key, decode(member, held, f"{where}[{key!r:.60}]", limits)) for key, held in decode(dict, value, where).items()
         )
-    try:
-        return _read(record), _text(record["digest"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise ShapecheckError(f"a damaged contract: {type(error).__name__}: {error}") from None
+    members = decode(list, value, where)
+    kinds = [first] * len(members) if others == [...] else [first, *others]
+    if len(kinds) != len(members):
+        raise _error(where, f"expected a list of {len(kinds)}, got {value!r:.60}")
+    pairs = enumerate(zip(kinds, members, strict=True))
+    return tuple(decode(one, member, f"{where}[{at}]", limits) for at, (one, member) in pairs)
 
 
-def _input(each: Input) -> dict[str, Any]:
-    return {"name": each.name, "shape": list(map(str, each.shape)), "dtype": each.dtype, "argument": each.argument}
+def _is_table(kind: Any) -> bool:
+    """Whether a type is that of (text, value) pairs of any number."""
+    arguments = get_args(kind)
+    return get_origin(kind) is tuple and arguments[1:] == (...,) and get_args(arguments[0])[:1] == (str,)
 
 
-def _slot(slot: Slot, *, sites: bool) -> dict[str, Any]:
-    adds = [asdict(add) if sites else {"owner": add.owner, "function": add.function} for add in slot.adds]
-    return {
-        "name": slot.name,
-        "channels": slot.channels,
-        "stride": slot.stride,
-        "skip": list(map(str, slot.skip)),
-        "spatial": slot.spatial,
-        "producer": slot.producer,
-        "up_block": slot.up_block,
-        "adds": adds,
-    }
+@cache
+def _field_types(kind: Any) -> dict[str, Any]:
+    types = get_type_hints(kind, include_extras=True)
+    return {field.name: types[field.name] for field in fields(kind)}
 
 
-def _header(header: Header) -> dict[str, Any]:
-    record = asdict(header) | {"versions": dict(header.versions)}
-    return record if header.adapter else {key: value for key, value in record.items() if key != "adapter"}
-
-
-def _read(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "class_name": _text(record["class_name"]),
-        "role": _choice(record["role"], Role),
-        "inputs": tuple(map(_read_input, _list(record["inputs"]))),
-        "slots": tuple(map(_read_slot, _list(record["slots"]))),
-        "features": tuple(map(_read_slot, _list(record.get("features", [])))),
-        "config": Config(_table(record["config"])),
-        "divisor": _whole(record["divisor"]),
-        "header": _read_header(_table(record["header"])),
-    }
-
-
-def _read_input(record: Mapping[str, Any]) -> Input:
-    name, dtype, argument = (_text(record[key]) for key in ("name", "dtype", "argument"))
-    return Input(name, _dims(record["shape"]), dtype, argument)
-
-
-def _read_slot(record: Mapping[str, Any]) -> Slot:
-    slot = Slot(
-        name=_text(record["name"]),
-        skip=_dims(record["skip"]),
-        spatial=_choice(record["spatial"], Spatial),
-        producer=_text(record["producer"]),
-        up_block=_text(record["up_block"]),
-        adds=tuple(map(_read_site, _list(record["adds"]))),
-    )
-    if len(slot.skip) != 4 or slot.skip[1].symbol is not None:
-        raise ValueError(f"slot {slot.name}: a skip is (batch, channels, height, width), got {record['skip']}")
-    if (slot.channels, slot.stride) != (_whole(record["channels"]), _whole(record["stride"])):
-        raise ValueError(f"slot {slot.name}: channels and stride do not agree with its shape {record['skip']}")
-    return slot
-
-
-def _read_site(record: Mapping[str, Any]) -> AddSite:
-    owner, function, file = (_text(record[key]) for key in ("owner", "function", "file"))
-    return AddSite(owner, function, file, _whole(record["line"], least=0))
-
-
-def _read_header(record: Mapping[str, Any]) -> Header:
-    native, parameters = record["native"], record["parameters"]
-    return Header(
-        source=_text(record["source"]),
-        vae_factor=_whole(record["vae_factor"]),
-        native=None if native is None else _pair(native),
-        parameters=None if parameters is None else _whole(parameters, least=0),
-        controlnets=tuple(map(_read_controlnet, _list(record["controlnets"]))),
-        adapter=_text(record.get("adapter", "")),
-        handover=tuple(map(_text, _list(record["handover"]))),
-        notes=tuple(map(_text, _list(record["notes"]))),
-        versions=tuple(sorted((package, _text(release)) for package, release in _table(record["versions"]).items())),
-    )
-
-
-def _read_controlnet(record: Mapping[str, Any]) -> ControlNetInfo:
-    width, pooled = record["cross_attention_dim"], record["pooled"]
-    if not isinstance(pooled, bool):
-        raise TypeError(f"expected true or false, got {pooled!r}")
-    source, class_name = _text(record["source"]), _text(record["class_name"])
-    return ControlNetInfo(source, class_name, _whole(record["base_channels"]), None if width is None else _whole(width), pooled)
-
-
-def _dims(texts: Any) -> tuple[Dim, ...]:
-    return tuple(Dim.parse(_text(text)) for text in _list(texts))
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = map(_whole, _list(value))
-    return first, second
-
-
-def _whole(value: Any, least: int = 1) -> int:
-    if type(value) is not int or value < least:
-        raise TypeError(f"expected a whole number of at least {least}, got {value!r:.60}")
-    return value
-
-
-def _choice(value: Any, kinds: Any) -> Any:
-    if value not in get_args(kinds):
-        raise ValueError(f"{value!r:.60} is none of {', '.join(get_args(kinds))}")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"expected a list, got {value!r:.60}")
-    return value
-
-
-def _table(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"expected an object, got {value!r:.60}")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected text, got {value!r:.60}")
-    return value
+def _error(where: str, text: str) -> ValueError:
+    return ValueError(f"{where}: {text}" if where else text)

@@ -1,25 +1,84 @@
-"""Given shapes against the slots that take them: every disagreement at once."""
+"""Given shapes against the slots that take them, and declared inputs against a contract's: every disagreement at once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from shapecheck.contract.dims import Dim, Shape
+from shapecheck.contract.dims import Dim, Shape, show
 from shapecheck.contract.geometry import Geometry
-from shapecheck.contract.records import Mismatch, MismatchKind, Slot
+from shapecheck.contract.records import Input, Mismatch, MismatchKind, Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One input that a file, a network, an engine or another contract declares."""
+
+    name: str
+    dtype: str = ""
+    """Empty where it does not count."""
+    dims: tuple[int | str | Dim | None, ...] | None = None
+    """A number, a name or a rule for each axis, None where it is dynamic and nameless; without axes where none are known."""
+
+    def __str__(self) -> str:
+        if self.dims is None:
+            return "no shape"
+        return "×".join("?" if dim is None else str(dim) for dim in self.dims) or "scalar"
+
+
+def compare_inputs(
+    rules: Mapping[str, tuple[Dim, ...]],
+    dtypes: Mapping[str, str],
+    declared: Iterable[Port],
+    *,
+    names: Mapping[str, str] | None = None,
+    producers: Mapping[str, str] | None = None,
+    absent: str = "no such input",
+    present: str = "",
+    cause: str = "",
+) -> tuple[Mismatch, ...]:
+    """Return everything in which declared inputs are not those of a contract, in its order, surplus inputs last.
+
+    Names, ranks, channels and dtypes count. An axis that the contract leaves open may be fixed or have any name; one that is
+    declared as a rule has to be the same rule. `names` says what the inputs are called where they are declared. `absent` and
+    `present` are the words for one that is missing, with its `cause`, and for one too many; without them its shape is told.
+    """
+    names, producers, table = names or {}, producers or {}, {port.name: port for port in declared}
+    found = []
+    for name, rule in rules.items():
+        port, module = table.pop(names.get(name, name), None), producers.get(name, "")
+        if port is None:
+            found.append(Mismatch("missing", name, absent, show(rule), unet_module=module, cause=cause))
+            continue
+        if kind := _declared_kind(rule, port.dims):
+            found.append(Mismatch(kind, name, str(port), show(rule), unet_module=module))
+        if kind != "rank" and port.dtype and port.dtype != dtypes[name]:
+            found.append(Mismatch("dtype", name, port.dtype, dtypes[name], unet_module=module))
+    return (*found, *(Mismatch("surplus", port.name, present or str(port), "no such input") for port in table.values()))
 
 
 def compare(
-    slots: Sequence[Slot], geometry: Geometry, given: Mapping[str, Shape], *, makers: Mapping[str, str] | None = None
+    slots: Sequence[Slot],
+    geometry: Geometry,
+    given: Mapping[str, Shape],
+    *,
+    makers: Mapping[str, str] | None = None,
+    inputs: Sequence[Input] = (),
 ) -> tuple[Mismatch, ...]:
-    """What is wrong when these residuals meet these slots, in slot order, surplus residuals last.
+    """Return what is wrong when these residuals meet these slots: base inputs, if any, then slots in order, surplus ones last.
 
-    `given` maps slot names to shapes (batch, channels, height, width), height and width in slot cells.
+    `given` maps names to shapes, those of slots (batch, channels, height, width), height and width in slot cells.
     `makers` maps the same names to the paths of the modules that made the residuals, for the report.
     """
     table = {slot.name: slot.shape_at(geometry) for slot in slots}
-    makers = makers or {}
-    found = []
+    makers, found = makers or {}, []
+    for base in inputs:
+        expected, shape = base.shape_at(geometry), given.get(base.name)
+        if shape is None:
+            found.append(Mismatch("missing", base.name, "nothing", expected, geometry))
+        elif shape != expected:
+            kind = _kind_of(base.shape, shape, expected)
+            found.append(Mismatch(kind, base.name, shape, expected, geometry, cause=tell_axes(base.shape)))
     for slot in slots:
         expected, shape = table[slot.name], given.get(slot.name)
         if shape is None:
@@ -31,12 +90,17 @@ def compare(
     surplus = [
         Mismatch("surplus", name, shape, "no such slot", geometry, "", makers.get(name, ""), "the UNet ignores it in silence")
         for name, shape in given.items()
-        if name not in table
+        if name not in table and all(name != base.name for base in inputs)
     ]
     return (*found, *surplus)
 
 
-def kind_of(rule: tuple[Dim, ...], shape: Shape, expected: Shape) -> MismatchKind:
+def tell_axes(rule: tuple[Dim, ...]) -> str:
+    """Return the words for the axes of a shape."""
+    return f"its axes are ({', '.join(map(str, rule))})"
+
+
+def _kind_of(rule: tuple[Dim, ...], shape: Shape, expected: Shape) -> MismatchKind:
     """In what the shape of an input is not what its rule gives."""
     if len(shape) != len(expected):
         return "rank"
@@ -44,6 +108,18 @@ def kind_of(rule: tuple[Dim, ...], shape: Shape, expected: Shape) -> MismatchKin
     if None in wrong:
         return "channels"
     return "batch" if wrong == {"batch"} else "size"
+
+
+def _declared_kind(rule: tuple[Dim, ...], dims: Sequence[int | str | Dim | None] | None) -> MismatchKind | None:
+    """Return in what declared axes are not those of a rule, or None."""
+    if dims is None:
+        return None
+    if len(dims) != len(rule):
+        return "rank"
+    axes = tuple(zip(dims, rule, strict=True))
+    if any(dim.symbol is None and own not in (dim, dim.scale) for own, dim in axes):
+        return "channels" if len(rule) == 4 else "input"
+    return "input" if any(isinstance(own, Dim) and own != dim for own, dim in axes) else None
 
 
 def _diagnosis(expected: Shape, given: Shape, table: Mapping[str, Shape]) -> tuple[MismatchKind, str]:

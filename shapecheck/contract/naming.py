@@ -1,4 +1,4 @@
-"""How slots are called: our own names, and the schemes found in files that others exported."""
+"""How slots and element types are called: our own names, and those found in files that others exported."""
 
 from __future__ import annotations
 
@@ -55,6 +55,18 @@ def name_residuals(output: Any) -> dict[str, Any]:
     if not isinstance(downs, (list, tuple)):
         return {}
     return {SHAPECHECK.down(index): residual for index, residual in enumerate(downs)} | {SHAPECHECK.mid: mid}
+
+
+_TORCH_NAMES = {"float": "float32", "double": "float64", "half": "float16", "bf16": "bfloat16"}
+ONNX_NUMBERS = {
+    "float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "float64": 11, "bfloat16": 16,
+}  # fmt: skip
+"""From PyTorch's name of an element type to ONNX's number."""
+
+
+def torch_name(name: str) -> str:
+    """Return PyTorch's name of an element type for its name in ONNX, ONNX Runtime or TensorRT: `FLOAT`, `double`, `HALF`."""
+    return _TORCH_NAMES.get(name.lower(), name.lower())
 
 
 def feature(index: int) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from shapecheck.contract.dims import Dim, Rounding, Shape, constant, show
 from shapecheck.contract.geometry import Geometry
+from shapecheck.contract.json_codec import OPTIONAL, POSITIVE
 from shapecheck.contract.naming import is_feature
 
 Spatial = Literal["full", "pooled"]
@@ -34,8 +35,8 @@ class Input:
     argument: str
 
     def shape_at(self, geometry: Geometry) -> Shape:
-        """The numbers of the shape at one geometry."""
-        return tuple(dim.at(geometry.sizes) for dim in self.shape)
+        """Return the numbers of the shape at one geometry."""
+        return geometry.shape_of(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +88,8 @@ class Slot:
         return self.skip if self.spatial == "full" else (*self.skip[:2], constant(1), constant(1))
 
     def shape_at(self, geometry: Geometry) -> Shape:
-        """(batch, channels, height, width) of the residual, height and width in slot cells."""
-        return tuple(dim.at(geometry.sizes) for dim in self.shape)
+        """Return (batch, channels, height, width) of the residual, height and width in slot cells."""
+        return geometry.shape_of(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,8 @@ class ControlNetInfo:
 
     source: str
     class_name: str
-    base_channels: int
-    cross_attention_dim: int | None
+    base_channels: int = field(metadata=POSITIVE)
+    cross_attention_dim: int | None = field(metadata=POSITIVE)
     pooled: bool
 
 
@@ -133,13 +134,13 @@ class Header:
     """What was known when the contract was written. Never part of equality or of the digest."""
 
     source: str = ""
-    vae_factor: int = 8
+    vae_factor: int = field(default=8, metadata=POSITIVE)
     """Pixels a latent cell covers along each side."""
-    native: tuple[int, int] | None = None
+    native: tuple[int, int] | None = field(default=None, metadata=POSITIVE)
     """Latent height and width of the model's own `sample_size`."""
     parameters: int | None = None
     controlnets: tuple[ControlNetInfo, ...] = ()
-    adapter: str = ""
+    adapter: str = field(default="", metadata=OPTIONAL)
     """The T2I-Adapter that was observed beside the UNet, if any."""
     handover: tuple[str, ...] = ()
     """What happened to the residuals between the ControlNet and the UNet, in words."""

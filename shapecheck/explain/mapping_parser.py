@@ -177,7 +177,7 @@ def parse_value(value: Any, origin: str, geometry: Geometry) -> Claim:
     Raises ShapecheckError, which begins with `origin`, if there is none or there are several.
     """
     if isinstance(value, Mapping) and "shapecheck_contract" in value:
-        shapes = Contract.from_json(json.dumps(value)).shapes(geometry)
+        shapes = Contract.from_value(value).shapes(geometry)
         return _claim_by_name([(name, _parse_entry(shape, origin)) for name, shape in shapes.items()], origin)
     if isinstance(value, (list, tuple)):
         if len(value) == 2 and isinstance(value[0], (list, tuple)) and all(map(_is_shape, value[0])) and _is_shape(value[1]):

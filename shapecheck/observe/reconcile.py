@@ -192,7 +192,7 @@ def _emitted_at(traces: Sequence[Trace], controlnet: int, at: Geometry) -> dict[
     if any(residual.name not in table for trace in traces for residual in _of(trace, controlnet)):
         return {}
     try:
-        return {name: tuple(dim.at(at.sizes) for dim in shape) for name, shape in table.items()}
+        return {name: at.shape_of(shape) for name, shape in table.items()}
     except ValueError:
         return {}
 

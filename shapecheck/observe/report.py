@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -78,7 +77,7 @@ def render_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Ge
         "shapes": {slot.name: slot.shape_at(geometry) for slot in contract.residuals},
         "mismatches": [asdict(mismatch) for mismatch in mismatches],
     }
-    return dump_json({"report": report} | json.loads(contract.to_json()))
+    return dump_json({"report": report} | contract.to_value())
 
 
 _ROUNDED = {

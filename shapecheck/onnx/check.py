@@ -14,7 +14,7 @@ from shapecheck.onnx import contract_metadata
 from shapecheck.onnx.findings import Case, findings, size_faults
 from shapecheck.onnx.input_roles import Roles, roles_of, sort_out
 from shapecheck.onnx.reading import Reading, Tensor, read
-from shapecheck.onnx.records import Basis, Check, SeenInput, SeenSlot
+from shapecheck.onnx.records import Basis, Check, DeclaredInput, DeclaredSlot
 from shapecheck.onnx.size_sweep import Survey, survey
 from shapecheck.presets.families import architecture
 from shapecheck.progress import Progress, silent
@@ -60,7 +60,7 @@ def check(
         held,
         basis,
         roles.naming.key if roles.naming else "",
-        tuple(SeenInput(each.name, each.rule, each.dtype) for each in roles.base),
+        tuple(DeclaredInput(each.name, each.rule, each.dtype) for each in roles.base),
         _seen_slots(case),
         seen.divisor,
         tuple(sorted(seen.fixed.items())),
@@ -154,7 +154,7 @@ def _unchecked(reading: Reading, case: Case, mismatches: Sequence[Mismatch]) -> 
     return f"sizes could not be followed through {through}: only names and structure were checked"
 
 
-def _seen_slots(case: Case) -> tuple[SeenSlot, ...]:
+def _seen_slots(case: Case) -> tuple[DeclaredSlot, ...]:
     matched = {each.name: slot.name for slot, each in case.matching.slots if each is not None}
     landings = {each.name: each.landings[0] for each in case.roles.added if each.landings}
     rules = case.survey.rules(landing.skip for landing in landings.values())
@@ -162,7 +162,7 @@ def _seen_slots(case: Case) -> tuple[SeenSlot, ...]:
     for each in case.roles.added:
         landing = landings.get(each.name)
         skip = "" if landing is None else show(rules[landing.skip]) if landing.skip in rules else "not seen"
-        seen.append(SeenSlot(each.name, each.rule, skip, landing.module if landing else "", matched.get(each.name, "")))
+        seen.append(DeclaredSlot(each.name, each.rule, skip, landing.module if landing else "", matched.get(each.name, "")))
     return tuple(seen)
 
 

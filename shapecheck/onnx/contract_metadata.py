@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.contract.records import Header
 from shapecheck.onnx import file as onnx_file
-from shapecheck.onnx.file import CONTRACT
+from shapecheck.onnx.file import CONTRACT_KEY
 
 _LARGEST_JSON = 16 * 2**20
 
@@ -31,12 +31,13 @@ def contract_inside(path: Path) -> Contract | None:
 
 def contract_within(path: Path, metadata: Mapping[str, str]) -> Contract | None:
     """The contract in an ONNX file's metadata; None where there is none, ShapecheckError where it is damaged."""
-    return _parsed(path, metadata[CONTRACT]) if CONTRACT in metadata else None
+    return _read(path, lambda: Contract.from_json(metadata[CONTRACT_KEY])) if CONTRACT_KEY in metadata else None
 
 
-def _parsed(path: Path, text: str) -> Contract:
+def _read(path: Path, read: Callable[[], Contract]) -> Contract:
+    """Return the contract that `read` gives, fit to be shown, or raise ShapecheckError naming the file."""
     try:
-        contract = Contract.from_json(text)
+        contract = read()
     except ShapecheckError as error:
         raise ShapecheckError(f"{path}: {one_line(error, _LONGEST_LINE)}") from None
     for name in _names(contract):

@@ -11,24 +11,16 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract, ShapecheckError
-from shapecheck.contract.naming import Naming, scheme
+from shapecheck.contract.naming import ONNX_NUMBERS, Naming, scheme
 from shapecheck.files import refuse_unwritable, whole
 from shapecheck.models import weights as checkpoints
 from shapecheck.models.safetensors import Stored
 from shapecheck.observe.subject import Subject, take
-from shapecheck.onnx import file as onnx_file
 from shapecheck.onnx import postconditions, trace_graph
+from shapecheck.onnx.file import CONTRACT_KEY, WEIGHTS_KEY
 from shapecheck.onnx.records import Exported, Weights
 from shapecheck.progress import Progress, silent
 from shapecheck.version import __version__
-
-ELEMENTS: Mapping[str, ir.DataType] = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
-"""The precisions a graph can have, by their names in PyTorch."""
-
 
 _OLDEST_OPSET = {"float32": 18, "float16": 18, "bfloat16": 22}
 
@@ -119,8 +111,8 @@ def _refuse_unfit(data: Path, mode: Weights) -> None:
 
 
 def _checked_opset(opset: int | None, dtype: str) -> int:
-    if dtype not in ELEMENTS:
-        raise ShapecheckError(f"no dtype {dtype!r}; known: {', '.join(ELEMENTS)}")
+    if dtype not in _OLDEST_OPSET:
+        raise ShapecheckError(f"no dtype {dtype!r}; known: {', '.join(_OLDEST_OPSET)}")
     opset = _USUAL_OPSET[dtype] if opset is None else opset
     if not _OLDEST_OPSET[dtype] <= opset <= _NEWEST_OPSET:
         raise ShapecheckError(f"opset {opset} with {dtype}: expected {_OLDEST_OPSET[dtype]} to {_NEWEST_OPSET}")
@@ -168,7 +160,7 @@ def _bind(model: ir.Model, parameters: list[ir.Value], placed: Mapping[str, Stor
         stored = placed[str(value.name)]
         model.graph.inputs.remove(value)
         value.const_value = ir.ExternalTensor(
-            checkpoints.location(stored, folder), stored.offset, stored.nbytes, ELEMENTS[stored.dtype],
+            checkpoints.location(stored, folder), stored.offset, stored.nbytes, ir.DataType(ONNX_NUMBERS[stored.dtype]),
             shape=ir.Shape(stored.shape), name=str(value.name), base_dir=folder,
         )  # fmt: skip
         model.graph.register_initializer(value)
@@ -185,10 +177,10 @@ def _rename(model: ir.Model, contract: Contract, naming: Naming) -> None:
 def _metadata(contract: Contract, naming: Naming, weights: str) -> dict[str, str]:
     libraries = ("torch", "diffusers", "onnxscript", "onnx", "onnx-ir")
     return {
-        onnx_file.CONTRACT: contract.to_json(),
-        onnx_file.DIGEST: contract.digest,
-        onnx_file.NAMING: naming.key,
-        onnx_file.SIZES: "any" if contract.divisor == 1 else f"multiples of {contract.divisor}",
-        onnx_file.WEIGHTS: weights,
-        onnx_file.VERSIONS: json.dumps({"shapecheck": __version__} | {name: version(name) for name in libraries}),
+        CONTRACT_KEY: contract.to_json(),
+        "shapecheck.digest": contract.digest,
+        "shapecheck.naming": naming.key,
+        "shapecheck.sizes": "any" if contract.divisor == 1 else f"multiples of {contract.divisor}",
+        WEIGHTS_KEY: weights,
+        "shapecheck.versions": json.dumps({"shapecheck": __version__} | {name: version(name) for name in libraries}),
     }

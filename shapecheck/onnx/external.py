@@ -12,21 +12,12 @@ from onnx import TensorProto
 
 from shapecheck.contract import ShapecheckError
 from shapecheck.contract.errors import one_line
+from shapecheck.contract.naming import ONNX_NUMBERS
 from shapecheck.models.safetensors import Stored
 from shapecheck.models.weights import Embedded
 from shapecheck.onnx import file as onnx_file
 
-_DTYPES: dict[int, str] = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.BFLOAT16: "bfloat16",
-    TensorProto.DOUBLE: "float64",
-    TensorProto.INT64: "int64",
-    TensorProto.INT32: "int32",
-    TensorProto.INT8: "int8",
-    TensorProto.UINT8: "uint8",
-    TensorProto.BOOL: "bool",
-}
+_DTYPES = {number: name for name, number in ONNX_NUMBERS.items()}
 
 
 _CHUNK = 2**23

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     import onnx
 
 
+CONTRACT_KEY = "shapecheck.contract"
+"""Key under which an exported file holds its contract, in its metadata_props."""
+
+
+WEIGHTS_KEY = "shapecheck.weights"
+"""Likewise `sha256:…` over the checkpoint that it was exported from; empty if it has no weights."""
+
+
 _LARGEST = 2**31
 """Bytes: protobuf holds no more in one message."""
 
@@ -41,22 +49,3 @@ def load(path: Path) -> onnx.ModelProto:
     if not model.graph.output:
         raise ShapecheckError(f"{path} is no ONNX model: it has no graph; is the file cut short?")
     return model
-
-
-CONTRACT = "shapecheck.contract"
-
-
-DIGEST = "shapecheck.digest"
-
-
-NAMING = "shapecheck.naming"
-
-
-SIZES = "shapecheck.sizes"
-
-
-WEIGHTS = "shapecheck.weights"
-"""`sha256:…` over the checkpoint that it was exported from; empty where it has no weights."""
-
-
-VERSIONS = "shapecheck.versions"

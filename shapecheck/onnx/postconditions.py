@@ -45,9 +45,7 @@ def check(model: ir.Model, contract: Contract) -> None:
 
 
 def _check_inputs(model: ir.Model, contract: Contract) -> None:
-    declared = {each.name: tuple(map(str, each.shape)) for each in contract.inputs}
-    if contract.role == "unet":
-        declared |= {slot.name: tuple(map(str, slot.shape)) for slot in contract.residuals}
+    declared = {name: tuple(map(str, rule)) for name, rule in contract.input_rules.items()}
     values = model.graph.inputs[: len(declared)]
     found = {str(value.name): tuple(str(getattr(dim, "value", dim)) for dim in value.shape or ()) for value in values}
     _same("inputs", list(found.items()), list(declared.items()))
@@ -69,7 +67,7 @@ def _check_shapes(model: ir.Model, contract: Contract, geometry: Geometry) -> No
     if contract.role == "controlnet":
         expected = contract.shapes(geometry)
     else:
-        expected = {f"{slot.producer}.out": tuple(dim.at(geometry.sizes) for dim in slot.skip) for slot in contract.residuals}
+        expected = {f"{slot.producer}.out": geometry.shape_of(slot.skip) for slot in contract.residuals}
         image = (geometry.batch, contract.config["out_channels"], geometry.height, geometry.width)
         expected[str(model.graph.outputs[0].name)] = image
     _same(f"shapes at {geometry}", {name: found.known.get(name) for name in expected}, expected)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.contract.errors import one_line
+from shapecheck.contract.naming import torch_name
 from shapecheck.onnx import file as onnx_file
 from shapecheck.onnx.node_locations import Places, module_in
 from shapecheck.onnx.sanitize import LONGEST_NAME, make_sound
@@ -20,9 +21,6 @@ from shapecheck.progress import quiet
 
 DeclaredDim = int | str | None
 """A number, a name, or nothing where the file gives neither."""
-
-
-_DTYPES = {"FLOAT": "float32", "DOUBLE": "float64"}
 
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -153,7 +151,7 @@ def _tensor(value: ir.Value, live: frozenset[ir.Value], landings: tuple[Landing,
     if value.shape is not None:
         dims = tuple(map(_dim, value.shape))
     measured = any(node.op_type in _SIZE_ONLY for node in value.consumers())
-    return Tensor(_name(value), _DTYPES.get(dtype, dtype.lower()), dims, value in live, landings, measured)
+    return Tensor(_name(value), torch_name(dtype), dims, value in live, landings, measured)
 
 
 def _dim(dim: int | ir.SymbolicDim) -> DeclaredDim:

@@ -16,7 +16,7 @@ Basis = Literal["given", "inside", "preset", "none"]
 
 
 @dataclass(frozen=True, slots=True)
-class SeenInput:
+class DeclaredInput:
     """A base input as the file declares it."""
 
     name: str
@@ -25,7 +25,7 @@ class SeenInput:
 
 
 @dataclass(frozen=True, slots=True)
-class SeenSlot:
+class DeclaredSlot:
     """A residual as the graph has it."""
 
     name: str
@@ -49,8 +49,8 @@ class Check:
     basis: Basis
     naming: str
     """Key of the naming scheme of the slots; empty where they were found by graph walk."""
-    inputs: tuple[SeenInput, ...]
-    slots: tuple[SeenSlot, ...]
+    inputs: tuple[DeclaredInput, ...]
+    slots: tuple[DeclaredSlot, ...]
     divisor: int
     """The graph works at multiples of this; 0 where it worked at no size that was tried."""
     fixed: tuple[tuple[str, int], ...]

@@ -22,9 +22,6 @@ _HALVINGS = 3
 _OTHER_BATCH, _OTHER_TOKENS = 3, 11
 
 
-_FIELDS = {"batch": "batch", "h": "height", "w": "width", "tokens": "tokens"}
-
-
 @dataclass(frozen=True, slots=True)
 class Survey:
     """What was seen at each size."""
@@ -41,7 +38,7 @@ class Survey:
 
     def pinned(self, geometry: Geometry) -> Geometry:
         """The size with what the file fixes."""
-        return _pinned(geometry, self.fixed)
+        return geometry.with_sizes(self.fixed)
 
     def working(self, asked: Geometry | None, divisor: int) -> dict[Geometry, Shapes]:
         """What was seen where the graph works, at multiples of `divisor`; where one size is asked for, there alone."""
@@ -107,7 +104,7 @@ class _Trial:
 
     def first_refusal(self, geometries: Sequence[Geometry]) -> Geometry | None:
         """The first of these sizes, as far as the file leaves them open, at which the graph does not work."""
-        for geometry in dict.fromkeys(_pinned(each, self.fixed) for each in geometries):
+        for geometry in dict.fromkeys(each.with_sizes(self.fixed) for each in geometries):
             if geometry not in self.runs:
                 self._progress(f"following the shapes at {geometry}")
                 run = self._run(geometry)
@@ -146,10 +143,6 @@ class _Trial:
         if len(shape) != 4 or shape[2:] == (geometry.height, geometry.width):
             return ""
         return f"output {output.name}: is {show(shape[2:])} for a sample of {geometry.height}×{geometry.width}"
-
-
-def _pinned(geometry: Geometry, fixed: Mapping[str, int]) -> Geometry:
-    return replace(geometry, **{_FIELDS[symbol]: size for symbol, size in fixed.items()})
 
 
 def _size(dim: DeclaredDim, symbol: str | None, geometry: Geometry) -> int | None:

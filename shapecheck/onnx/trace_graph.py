@@ -14,7 +14,6 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract, Dim, Geometry, Input, Shape, ShapecheckError, Slot
-from shapecheck.contract.contract import rules_of
 from shapecheck.contract.dims import BATCH, HEIGHT, WIDTH, constant
 from shapecheck.contract.errors import one_line
 from shapecheck.contract.naming import is_feature
@@ -85,7 +84,7 @@ def trace_unet(model: nn.Module, contract: Contract, opset: int) -> ir.Model:
     element = next(model.parameters()).dtype
     residuals = [torch.empty((1, slot.channels, 1, 1), device="meta", dtype=element) for slot in contract.residuals]
     graph = _trace(model, contract, residuals, opset)
-    rules = rules_of(contract)
+    rules = contract.input_rules
     for value, (name, shape) in zip(graph.graph.inputs[: len(rules)], rules.items(), strict=True):
         value.name, value.shape = name, _symbolic(shape)
     (output,) = graph.graph.outputs

@@ -11,7 +11,6 @@ from typing import Protocol
 from torch import nn
 
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
-from shapecheck.contract.contract import rules_of
 from shapecheck.contract.naming import detect, is_feature
 from shapecheck.observe.subject import TorchModel
 from shapecheck.onnx import reading, weight_comparison
@@ -73,7 +72,7 @@ class Model:
     @property
     def names(self) -> Mapping[str, str]:
         """Its own."""
-        return {name: name for name in rules_of(self.contract)}
+        return {name: name for name in self.contract.input_rules}
 
     @property
     def names_in_graph(self) -> Mapping[str, str]:
@@ -130,15 +129,7 @@ class OnnxFile:
     def geometries(self, ranges: tuple[Range, ...]) -> tuple[Geometry, ...]:
         """Those of the ranges; without any, three small ones, or as far as the file fixes them, its own."""
         found = geometries_of(self.contract, ranges)
-        if ranges or not self.sizes:
-            return found
-        names = {"batch": "batch", "h": "height", "w": "width", "tokens": "tokens"}
-        fixed = {names[symbol]: size for symbol, size in self.sizes.items()}
-        return tuple(
-            dict.fromkeys(
-                Geometry(**{each: fixed.get(each, getattr(geometry, each)) for each in names.values()}) for geometry in found
-            )
-        )
+        return found if ranges else tuple(dict.fromkeys(geometry.with_sizes(self.sizes) for geometry in found))
 
     def weights(self, module: nn.Module) -> str | None:
         """In what its weights are not the module's; None where no tensor has a name that tells whose it is."""
@@ -150,7 +141,7 @@ class OnnxFile:
 
     def narrower(self) -> tuple[str, ...] | None:
         """Casts, weights and operators of a narrower type than the image that goes in."""
-        return weight_comparison.narrower(self.path, _dtype(self.contract))
+        return weight_comparison.narrower(self.path, self.contract.dtype)
 
 
 @dataclass
@@ -170,7 +161,7 @@ class EngineFile:
     @property
     def names(self) -> Mapping[str, str]:
         """The contract's: a session takes those."""
-        return {name: name for name in rules_of(self.contract)}
+        return {name: name for name in self.contract.input_rules}
 
     @cached_property
     def mismatches(self) -> tuple[Mismatch, ...]:
@@ -205,7 +196,7 @@ def file_for(backend: str, model: TorchModel, onnx: Path | None, engine: Path | 
             raise ShapecheckError(f"{backend} runs engines: give one with --engine (`shapecheck build` makes one)")
         own = read_engine(engine).request.contract
         _refuse_features(engine, [slot.name for slot in own.features])
-        return EngineFile(engine, model.contract(_dtype(own), control=bool(own.slots)), onnx)
+        return EngineFile(engine, model.contract(own.dtype, control=bool(own.slots)), onnx)
     if onnx is None:
         raise ShapecheckError(f"{backend} runs ONNX files: give one with --onnx (`shapecheck export` makes one)")
     return _onnx_file(onnx, model)
@@ -250,10 +241,6 @@ def _refuse_features(path: Path, features: Sequence[str]) -> None:
             f"{path} takes a T2I-Adapter's features ({', '.join(features)}), which a parity run does not give yet; "
             "`shapecheck export --adapter --verify` compares its numbers with PyTorch's"
         )
-
-
-def _dtype(contract: Contract) -> str:
-    return next((each.dtype for each in contract.inputs if each.name == "sample"), "float32")
 
 
 def _several(names: tuple[str, ...]) -> str:

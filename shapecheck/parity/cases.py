@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import Contract, Geometry, Input, ShapecheckError
-from shapecheck.contract.contract import dtypes_of
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.models import diffusers_models, lookup
 from shapecheck.models.inputs import controlled, controlnet_inputs
@@ -57,7 +56,7 @@ class Draws:
 
     def __init__(self, contract: Contract, seed: int, emitted: Emitted | None = None) -> None:
         self._contract, self._seed, self._emitted = contract, seed, emitted
-        self._dtypes = {name: getattr(torch, dtype) for name, dtype in dtypes_of(contract).items()}
+        self._dtypes = {name: getattr(torch, dtype) for name, dtype in contract.input_dtypes.items()}
         self._frames: dict[tuple[Geometry, int], dict[str, Tensor]] = {}
 
     def __call__(self, call: Call, *, expanded: bool = True) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from typing import Any
@@ -30,7 +29,7 @@ def record_parity(parity: Parity) -> dict[str, Any]:
         "geometries": [asdict(geometry) for geometry in parity.geometries],
         "sides": [_record_side(side) for side in parity.sides],
         "versions": dict(parity.versions),
-        "contract": json.loads(parity.contract.to_json()),
+        "contract": parity.contract.to_value(),
     }
     return encode_nonfinite(values)  # type: ignore[no-any-return]
 

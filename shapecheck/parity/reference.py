@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract, ShapecheckError
-from shapecheck.contract.contract import dtypes_of
 from shapecheck.observe.subject import Precision, TorchModel
 from shapecheck.parity.cases import Call, Draws
 from shapecheck.progress import Progress
@@ -58,7 +57,7 @@ def computed(
 
     `look` is given the model in the contract's precision, while it is loaded.
     """
-    own = dtypes_of(contract)["sample"]
+    own = contract.dtype
     precision = model.reference(wanted, contract.header.parameters or 0)
 
     def images(dtype: str) -> dict[Call, Tensor]:
@@ -94,7 +93,7 @@ class Lazily:
     def session(self) -> TorchSession:
         """The model, loaded."""
         if self._session is None:
-            self._session = TorchSession(placed(self._model.load(dtypes_of(self._contract)["sample"])), self._contract)
+            self._session = TorchSession(placed(self._model.load(self._contract.dtype)), self._contract)
         return self._session
 
 

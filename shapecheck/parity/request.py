@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shapecheck.contract import ContractError, ShapecheckError
+from shapecheck.contract.geometry import USUAL_TOKENS
 from shapecheck.models import lookup
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.profiles import Range
 from shapecheck.tensorrt.record import read_engine
-from shapecheck.tensorrt.size_ranges import USUAL_TOKENS, parse_ranges
+from shapecheck.tensorrt.size_ranges import parse_ranges
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,7 +98,7 @@ def _ranges(request: ParityRequest) -> tuple[Range, ...]:
         return ()
     named = isinstance(request.model, str | Path)
     factor = lookup.find(str(request.model), "unet", offline=request.offline).vae_factor if named else 8
-    return parse_ranges(request.sizes, request.batch or ("1",), request.tokens or USUAL_TOKENS, vae_factor=factor)
+    return parse_ranges(request.sizes, request.batch or ("1",), request.tokens or str(USUAL_TOKENS), vae_factor=factor)
 
 
 def _usual(request: ParityRequest) -> tuple[str, ...]:

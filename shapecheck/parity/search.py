@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import ShapecheckError
-from shapecheck.contract.contract import dtypes_of
 from shapecheck.observe.subject import TorchModel
 from shapecheck.parity.artefacts import File
 from shapecheck.parity.cases import Call, Draws
@@ -96,7 +95,7 @@ class Search:
     def _first(self, call: Call, backend: str, run: Run | None) -> Divergence | None:
         contract, path = self.file.contract, self.file.graph
         assert path is not None
-        own = dtypes_of(contract)["sample"]
+        own = contract.dtype
         given = self.draws(call, expanded=False)
 
         def source(precision: str) -> Source:

@@ -13,7 +13,6 @@ import torch
 from shapecheck import doctor, extras
 from shapecheck.artefact import contract_of
 from shapecheck.contract import Contract, Geometry, ShapecheckError
-from shapecheck.contract.contract import dtypes_of
 from shapecheck.contract.errors import one_line
 from shapecheck.doctor.environment import BACKENDS
 from shapecheck.onnx.contract_metadata import contract_inside
@@ -114,7 +113,7 @@ def bench(
             for run in runs.values():
                 if run.play is not None:
                     run.frames.append(_time_frame(run.play, clock))
-    precision = dtypes_of(contract)["sample"]
+    precision = contract.dtype
     timings = [
         Timing(
             name,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract, Geometry
-from shapecheck.contract.contract import dtypes_of
 from shapecheck.models import diffusers_models
 from shapecheck.models.forward_call import arguments
 from shapecheck.models.lookup import ModelSource
@@ -34,7 +33,7 @@ class Stage:
     def __init__(self, contract: Contract, geometry: Geometry, device: torch.device, controlnets: int) -> None:
         """Raises ShapecheckError if diffusers cannot build the UNet, or the ControlNet it implies."""
         self._contract, self._device = contract, device
-        draw, dtypes = torch.Generator().manual_seed(0), dtypes_of(contract)
+        draw, dtypes = torch.Generator().manual_seed(0), contract.input_dtypes
         self._dtype: torch.dtype = getattr(torch, dtypes["sample"])
         base = {
             given.name: torch.rand(given.shape_at(geometry), generator=draw).to(device, getattr(torch, dtypes[given.name]))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError, show
-from shapecheck.contract.contract import dtypes_of
 from shapecheck.contract.naming import SHAPECHECK, feature
 from shapecheck.runtime.binding import CallError
 
@@ -54,7 +53,7 @@ class Arguments:
     def __init__(self, contract: Contract, device: torch.device) -> None:
         self._contract, self._device = contract, device
         self._names = {each.argument: each.name for each in contract.inputs}
-        self._dtypes = {name: getattr(torch, dtype) for name, dtype in dtypes_of(contract).items()}
+        self._dtypes = {name: getattr(torch, dtype) for name, dtype in contract.input_dtypes.items()}
         self._slots = [slot.name for slot in contract.slots] if contract.role == "unet" else []
         self._downs = self._slots[:-1]
         self._features = [slot.name for slot in contract.features]

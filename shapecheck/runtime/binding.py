@@ -9,21 +9,14 @@ from functools import lru_cache, partial
 from typing import Protocol
 
 from shapecheck.contract import Contract, ContractError, Dim, Geometry, Mismatch, Shape, ShapecheckError, show
-from shapecheck.contract.contract import dtypes_of, rules_of
-from shapecheck.contract.mismatch import compare, kind_of
+from shapecheck.contract.geometry import AXES, USUAL_TOKENS
+from shapecheck.contract.mismatch import compare, tell_axes
 from shapecheck.tensorrt import profile_check
 from shapecheck.tensorrt.profiles import Profile, choose, range_of, refusals
 from shapecheck.tensorrt.size_ranges import written
 
 Given = tuple[Shape, str, str]
 """A tensor as it is before it is bound: shape, dtype, device."""
-
-
-_SYMBOLS = ("batch", "h", "w", "tokens")
-
-
-_USUAL_TOKENS = Geometry(1, 1, 1).tokens
-"""Also of a geometry where no input has any."""
 
 
 _KEPT = 64
@@ -102,7 +95,7 @@ class Binding:
     """
 
     def __init__(self, taken: Taken, device: str) -> None:
-        names, rules = dict(taken.names), rules_of(taken.contract)
+        names, rules = dict(taken.names), taken.contract.input_rules
         if names.keys() != rules.keys() or len(set(names.values())) != len(taken.names):
             raise ShapecheckError("the engine's record does not name each input of its contract once; build the engine again")
         if taken.profiles is not None:
@@ -144,7 +137,7 @@ def serving_at(taken: Taken, device: str, sizes: tuple[int, ...]) -> Serving | N
     profile = choose(taken.profiles, shapes) if taken.profiles is not None else 0
     if profile is None:
         return None
-    dtypes, names = dtypes_of(contract), dict(taken.names)
+    dtypes, names = contract.input_dtypes, dict(taken.names)
     return Serving(
         geometry,
         profile,
@@ -157,7 +150,7 @@ def serving_at(taken: Taken, device: str, sizes: tuple[int, ...]) -> Serving | N
 def refusal(taken: Taken, device: str, given: Mapping[str, Given]) -> CallError:
     """What to raise for a call that cannot be served: every reason at once, and what to do."""
     contract = taken.contract
-    rules = rules_of(contract)
+    rules = contract.input_rules
     sizes = _sizes(_places(rules), given)
     found: list[Mismatch] = []
     refused: tuple[str, ...] = ()
@@ -172,7 +165,9 @@ def refusal(taken: Taken, device: str, given: Mapping[str, Given]) -> CallError:
     if geometry is None:
         found += _unplaced(rules, given)
     else:
-        found += _misshapen(contract, geometry, given)
+        slots = contract.residuals if contract.role == "unet" else ()
+        shapes = {name: tuple(shape) for name, (shape, _, _) in given.items() if name in rules}
+        found += compare(slots, geometry, shapes, inputs=contract.inputs)
         wrong = {each.where for each in found}
         shapes = {name: given[name][0] for name in rules if name not in wrong}
         refused = refusals(taken.profiles, shapes) if taken.profiles is not None else ()
@@ -187,9 +182,7 @@ def refusal(taken: Taken, device: str, given: Mapping[str, Given]) -> CallError:
 def _places(rules: Mapping[str, tuple[Dim, ...]]) -> tuple[_Places, ...]:
     """For each symbol, the axes that show it, base inputs first."""
     shown = [(name, axis, rule) for name, rule in rules.items() for axis in range(len(rule))]
-    return tuple(
-        tuple((name, axis, len(rule)) for name, axis, rule in shown if rule[axis] == Dim(symbol)) for symbol in _SYMBOLS
-    )
+    return tuple(tuple((name, axis, len(rule)) for name, axis, rule in shown if rule[axis] == Dim(symbol)) for symbol in AXES)
 
 
 def _sizes(places: Sequence[_Places], given: Mapping[str, Given]) -> tuple[int, ...] | None:
@@ -203,7 +196,7 @@ def _sizes(places: Sequence[_Places], given: Mapping[str, Given]) -> tuple[int, 
         else:
             if candidates:
                 return None
-            sizes.append(_USUAL_TOKENS)
+            sizes.append(USUAL_TOKENS)
     return tuple(sizes)
 
 
@@ -218,33 +211,19 @@ def _outputs(taken: Taken, geometry: Geometry) -> dict[str, Shape]:
     return {taken.outputs[0]: (geometry.batch, channels, geometry.height, geometry.width)}
 
 
-def _misshapen(contract: Contract, geometry: Geometry, given: Mapping[str, Given]) -> Iterator[Mismatch]:
-    shapes = {name: shape for name, (shape, _, _) in given.items()}
-    for each in contract.inputs:
-        expected, shape = each.shape_at(geometry), shapes.get(each.name)
-        if shape is None:
-            yield Mismatch("missing", each.name, "nothing", expected, geometry)
-        elif shape != expected:
-            yield Mismatch(
-                kind_of(each.shape, shape, expected), each.name, tuple(shape), expected, geometry, cause=_axes(each.shape)
-            )
-    slots = contract.residuals if contract.role == "unet" else ()
-    yield from compare(slots, geometry, {slot.name: tuple(shapes[slot.name]) for slot in slots if slot.name in shapes})
-
-
 def _unplaced(rules: Mapping[str, tuple[Dim, ...]], given: Mapping[str, Given]) -> Iterator[Mismatch]:
     """What can be said of the shapes where they show no size."""
     for name, rule in rules.items():
         if name not in given:
             yield Mismatch("missing", name, "nothing", show(rule))
         elif len(given[name][0]) != len(rule):
-            yield Mismatch("rank", name, tuple(given[name][0]), show(rule), cause=_axes(rule))
+            yield Mismatch("rank", name, tuple(given[name][0]), show(rule), cause=tell_axes(rule))
 
 
 def _of_another_kind(contract: Contract, device: str, given: Mapping[str, Given]) -> Iterator[Mismatch]:
     """Tensors of another dtype, or that lie on another device."""
     producers = {slot.name: slot.producer for slot in contract.residuals}
-    for name, wanted in dtypes_of(contract).items():
+    for name, wanted in contract.input_dtypes.items():
         if name not in given:
             continue
         _, dtype, place = given[name]
@@ -255,17 +234,13 @@ def _of_another_kind(contract: Contract, device: str, given: Mapping[str, Given]
 
 
 def _unknown(taken: Taken, given: Mapping[str, Given]) -> Iterator[Mismatch]:
-    known = rules_of(taken.contract)
+    known = taken.contract.input_rules
     theirs = {engine: name for name, engine in taken.names if name != engine}
     for name, (shape, _, _) in given.items():
         if name not in known:
             meant = [theirs[name]] if name in theirs else difflib.get_close_matches(name, known, 1)
             cause = f"the name here is {meant[0]}" if meant else ""
             yield Mismatch("surplus", name, tuple(shape), "no such input", cause=cause)
-
-
-def _axes(rule: tuple[Dim, ...]) -> str:
-    return f"its axes are ({', '.join(map(str, rule))})"
 
 
 def _advice(contract: Contract, found: Sequence[Mismatch]) -> Iterator[str]:
@@ -278,7 +253,7 @@ def _advice(contract: Contract, found: Sequence[Mismatch]) -> Iterator[str]:
     if "device" in seen:
         yield "nothing is moved on the way in: give every tensor where the session runs, with tensor.to(device)"
     if "surplus" in seen:
-        yield f"the inputs are {', '.join(rules_of(contract))}"
+        yield f"the inputs are {', '.join(contract.input_rules)}"
 
 
 def _sizes_advice(taken: Taken, geometry: Geometry) -> Iterator[str]:

@@ -10,8 +10,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from shapecheck.contract import Contract, ContractError, Geometry, Mismatch
-from shapecheck.contract.contract import dtypes_of, names_for, rules_of
+from shapecheck.contract import Contract, ContractError, Geometry
+from shapecheck.contract.mismatch import Port
 from shapecheck.runtime.binding import AnySize, Binding, Serving
 from shapecheck.runtime.gate import Gate
 from shapecheck.runtime.onnx_session import OnnxSession
@@ -69,9 +69,10 @@ class ContractSession:
         """
         path = Path(path)
         session = OnnxSession.open(path, backend=backend, device=device, options=options)
-        names = names_for(contract, session.inputs)
+        names = contract.match_names(session.inputs)
         dtypes = session.dtypes()
-        if found := tuple(_differences(contract, names, session.inputs, dtypes)):
+        declared = [Port(name, dtypes[name]) for name in session.inputs]
+        if found := contract.compare_inputs(declared, names, present="an input of the file"):
             raise ContractError(found, subject=f"{path} is not what its contract says", contract=contract)
         taken = AnySize(contract, tuple(names.items()), session.outputs)
         return cls(str(path), taken, session, {name: getattr(torch, dtypes[name]) for name in session.outputs}, reuse=reuse)
@@ -79,7 +80,7 @@ class ContractSession:
     @classmethod
     def of_unet(cls, module: nn.Module, contract: Contract, name: str = "") -> Self:
         """A live UNet, where its weights are and in their precision."""
-        taken = AnySize(contract, tuple((each, each) for each in rules_of(contract)), (OUTPUT,))
+        taken = AnySize(contract, tuple((each, each) for each in contract.input_rules), (OUTPUT,))
         return cls(name or type(module).__name__, taken, TorchSession(module, contract, exactly=False), {})
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -116,18 +117,3 @@ class ContractSession:
         if self.reuses_outputs:
             self._outputs[serving.geometry] = made
         return made
-
-
-def _differences(
-    contract: Contract, names: Mapping[str, str], inputs: tuple[str, ...], dtypes: Mapping[str, str]
-) -> list[Mismatch]:
-    """Inputs that the file lacks, has besides, or has in another dtype."""
-    found = []
-    for name, dtype in dtypes_of(contract).items():
-        theirs = names[name]
-        if theirs not in inputs:
-            found.append(Mismatch("missing", name, "no such input", "an input of the file"))
-        elif dtypes[theirs] != dtype:
-            found.append(Mismatch("dtype", name, dtypes[theirs], dtype))
-    surplus = [each for each in inputs if each not in names.values()]
-    return [*found, *(Mismatch("surplus", each, "an input of the file", "no such input") for each in surplus)]

@@ -12,7 +12,6 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract, ContractError, Mismatch, Role, ShapecheckError, show
-from shapecheck.contract.contract import dtypes_of
 from shapecheck.runtime.arguments import Arguments
 
 _FUSE = "fuse it into the PyTorch UNet with pipe.fuse_lora(), then export that"
@@ -81,7 +80,7 @@ class DropIn(nn.Module):
             raise ShapecheckError(f"this session is of a {contract.role}, and one of a {role} is expected")
         self.contract, self.engine = contract, session
         self._finite, self._copies = finite, own_outputs and session.reuses_outputs
-        self._dtype: torch.dtype = getattr(torch, dtypes_of(contract)["sample"])
+        self._dtype: torch.dtype = getattr(torch, contract.dtype)
         self._arguments = Arguments(contract, session.device)
         like = torch.empty(0, dtype=self._dtype, device=session.device)
         self.register_buffer("_like", like, persistent=False)  # MultiControlNetModel reads its dtype off a tensor inside

@@ -13,9 +13,13 @@ from typing import Any, NamedTuple
 
 from shapecheck import extras
 from shapecheck.contract import ContractError, ShapecheckError
+from shapecheck.contract.naming import torch_name
 from shapecheck.runtime.executor import refused
-from shapecheck.tensorrt.engine_io import DTYPES, SeenEngine, differences, seen_from, shown
+from shapecheck.tensorrt.engine_io import DeclaredEngine, describe, differences
 from shapecheck.tensorrt.record import MODULES, Engine
+
+_BINDABLE = frozenset(("float32", "float16", "bfloat16", "int64", "int32", "bool"))
+
 
 _MESSAGES = 20
 
@@ -65,7 +69,7 @@ class Loaded(NamedTuple):
     logger: Any
     runtime: Any
     engine: Any
-    seen: SeenEngine
+    seen: DeclaredEngine
 
 
 def load(trt: Any, path: Path, record: Engine, data: mmap.mmap) -> Loaded:
@@ -84,7 +88,7 @@ def load(trt: Any, path: Path, record: Engine, data: mmap.mmap) -> Loaded:
         built = f"it was built by {request.tensorrt} on {request.gpu}, and {here}: build it again here"
         raise refused(f"load {path}", logger, built)
     _refuse_unbindable(trt, engine)
-    seen = seen_from(shown(trt, engine))
+    seen = describe(trt, engine)
     if found := differences(request, seen):
         raise ContractError(found, subject=f"{path} is not what its record says", contract=request.contract)
     return Loaded(logger, runtime, engine, seen)
@@ -95,7 +99,7 @@ def _refuse_unbindable(trt: Any, engine: Any) -> None:
     for number in range(engine.num_io_tensors):
         name = engine.get_tensor_name(number)
         dtype, location = engine.get_tensor_dtype(name), engine.get_tensor_location(name)
-        if dtype.name not in DTYPES or location != trt.TensorLocation.DEVICE:
+        if torch_name(dtype.name) not in _BINDABLE or location != trt.TensorLocation.DEVICE:
             raise ShapecheckError(f"{name} is {dtype.name} on the {location.name}, which no session binds")
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from shapecheck.contract import Contract, ShapecheckError
-from shapecheck.contract.contract import names_for
 from shapecheck.runtime.contract_session import ContractSession
 from shapecheck.runtime.dropin import DropIn, Session
 from shapecheck.runtime.dropin_controlnet import DropInControlNet
@@ -107,7 +106,7 @@ def _open_onnx(
     if chosen == "ort-trt" and sizes:
         from shapecheck.onnx.reading import read
 
-        names = names_for(known, [declared.name for declared in read(path).inputs])  # the file's own
+        names = known.match_names([declared.name for declared in read(path).inputs])  # the file's own
         ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)
         profiles = profile_formats.provider_options([profile_of(known, each).renamed(names) for each in ranges])
         options = {**{key: str(value) for key, value in profiles.items()}, **(options or {})}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shapecheck import extras
 from shapecheck.contract import ShapecheckError
+from shapecheck.contract.naming import ONNX_NUMBERS, torch_name
 
 PROVIDERS = {
     "ort": "CPUExecutionProvider",
@@ -32,22 +33,7 @@ _SPINNING = "session.intra_op.allow_spinning"
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-_ELEMENTS = {
-    torch.float32: 1,
-    torch.int32: 6,
-    torch.int64: 7,
-    torch.bool: 9,
-    torch.float16: 10,
-    torch.float64: 11,
-    torch.bfloat16: 16,
-}
-"""ONNX's numbers of the element types."""
-
-
-_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"} | {
-    f"tensor({each})": each for each in ("float16", "bfloat16", "int32", "int64", "bool")
-}
-"""ONNX Runtime's names of the element types, and torch's."""
+_ELEMENTS = {getattr(torch, name): number for name, number in ONNX_NUMBERS.items()}
 
 
 _Place = tuple[str, int, int, tuple[int, ...], int]
@@ -121,7 +107,8 @@ class OnnxSession:
     def dtypes(self) -> dict[str, str]:
         """The dtype of every input and output, as torch calls it."""
         return {
-            each.name: _TYPES.get(each.type, each.type) for each in (*self._session.get_inputs(), *self._session.get_outputs())
+            value.name: torch_name(value.type.removeprefix("tensor(").removesuffix(")"))
+            for value in (*self._session.get_inputs(), *self._session.get_outputs())
         }
 
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

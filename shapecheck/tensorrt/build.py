@@ -5,24 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shapecheck import doctor
 from shapecheck.contract import Contract, ContractError, Mismatch, ShapecheckError
-from shapecheck.contract.contract import names_for, rules_of
 from shapecheck.contract.errors import one_line
+from shapecheck.contract.json_codec import decode, encode
+from shapecheck.contract.mismatch import Port
+from shapecheck.contract.naming import torch_name
 from shapecheck.doctor.environment import RTX_CAPABILITIES
 from shapecheck.files import locked, refuse_unwritable, whole
 from shapecheck.models import weights as checkpoints
 from shapecheck.onnx import contract_metadata
-from shapecheck.onnx import file as onnx_file
 from shapecheck.onnx.external import external_tensors, file_digest, tensors_of
+from shapecheck.onnx.file import WEIGHTS_KEY
 from shapecheck.onnx.reading import Reading, read
 from shapecheck.progress import Progress, silent
-from shapecheck.tensorrt import graph_inputs, profile_check, profile_formats, size_trial
-from shapecheck.tensorrt.engine_io import DTYPES, SeenEngine, differences, seen_from
+from shapecheck.tensorrt import graph_inputs, profile_check, size_trial
+from shapecheck.tensorrt.engine_io import DeclaredEngine, differences
 from shapecheck.tensorrt.process import EngineError, EngineProcess, has_driver
 from shapecheck.tensorrt.profile_formats import MOST_PROFILES
 from shapecheck.tensorrt.profiles import Profile, Range, profile_of, range_of
@@ -91,8 +93,8 @@ def source_of(
     if known is None:
         raise ShapecheckError(f"{path} holds no contract: say which UNet it is with --model, or contract= from Python")
     known = contract_metadata.printable(known)
-    called = names or names_for(known, [each.name for each in reading.inputs])
-    return Source(path, reading, known, {name: called.get(name, name) for name in rules_of(known)})
+    called = names or known.match_names([each.name for each in reading.inputs])
+    return Source(path, reading, known, {name: called.get(name, name) for name in known.input_rules})
 
 
 def build_engine(
@@ -168,7 +170,7 @@ def check(source: Source, profiles: Sequence[Profile], progress: Progress = sile
         )
 
 
-def read_back(path: Path, engine: Engine, progress: Progress = silent) -> SeenEngine:
+def read_back(path: Path, engine: Engine, progress: Progress = silent) -> DeclaredEngine:
     """What TensorRT shows of an engine. Raises ShapecheckError where it cannot be loaded here: no TensorRT, driver or GPU."""
     if not has_driver():
         raise ShapecheckError("no NVIDIA GPU and driver here to load it with")
@@ -177,7 +179,8 @@ def read_back(path: Path, engine: Engine, progress: Progress = silent) -> SeenEn
         process.hear("ready")
         process.say({"read": str(path.absolute()), "host_code": engine.request.options.version_compatible})
         progress(f"loading {path}")
-        return seen_from(process.hear("read"))
+        declared: DeclaredEngine = decode(DeclaredEngine, process.hear("read"))
+        return declared
 
 
 def _is_new(each: Mismatch, found: Sequence[Mismatch]) -> bool:
@@ -248,7 +251,7 @@ def _refuse_as_timings(timings: Path, source: Source, target: Path | None) -> No
 def _digests(source: Source, progress: Progress) -> dict[str, str]:
     """What the file and its weights are, by their bytes: what its metadata says may be older than the weights beside it."""
     weights = checkpoints.digest(tensors_of(source.path), lambda *bytes_: progress("hashing the weights", *bytes_))
-    checkpoint = one_line(source.reading.metadata.get(onnx_file.WEIGHTS, ""))
+    checkpoint = one_line(source.reading.metadata.get(WEIGHTS_KEY, ""))
     return {"onnx": file_digest(source.path), "weights": weights, "checkpoint": checkpoint}
 
 
@@ -294,8 +297,8 @@ def _job(source: Source, request: Request, partial: Path, timings: Path | None) 
     return {
         "onnx": str(source.path.absolute()),
         "name": request.contract.digest,
-        "profiles": profile_formats.as_json([profile.renamed(request.engine_names) for profile in request.profiles]),
-        "options": asdict(request.options),
+        "profiles": encode([profile.renamed(request.engine_names) for profile in request.profiles]),
+        "options": encode(request.options),
         "output": str(partial.absolute()),
         "timing_cache": str(timings.absolute()) if timings else None,
     }
@@ -303,8 +306,7 @@ def _job(source: Source, request: Request, partial: Path, timings: Path | None) 
 
 def _check_network(source: Source, request: Request, parsed: Mapping[str, Any]) -> None:
     """Raise ContractError where TensorRT's parser made other inputs or outputs of the file than it declares."""
-    seen = [graph_inputs.Port(each["name"], DTYPES.get(each["dtype"], each["dtype"].lower()), tuple(each["dims"]))
-            for each in parsed["inputs"]]  # fmt: skip
+    seen = [Port(each["name"], torch_name(each["dtype"]), tuple(each["dims"])) for each in parsed["inputs"]]
     found = graph_inputs.mismatches(source.contract, seen, source.names)
     outputs = tuple(each["name"] for each in parsed["outputs"])
     if sorted(outputs) != sorted(request.outputs):

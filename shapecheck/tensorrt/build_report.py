@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from shapecheck.contract import ContractError
+from shapecheck.contract.json_codec import encode
 from shapecheck.report.document import Document, Facts, Heading, Paragraph, Points
 from shapecheck.report.mismatches import count_mismatches, list_mismatches
 from shapecheck.report.numbers import dump_json
-from shapecheck.tensorrt import profile_formats as forms
 from shapecheck.tensorrt.profile_report import describe_range
 from shapecheck.tensorrt.profiles import range_of
 from shapecheck.tensorrt.record import Built, Request, record_of
@@ -38,7 +38,7 @@ def render_json(built: Built) -> str:
         "contract_digest": request.contract.digest,
         "onnx_digest": request.onnx,
         "weights_digest": request.weights,
-        "profiles": forms.as_json(request.profiles),
+        "profiles": encode(request.profiles),
         "options": asdict(request.options),
         "tensorrt": request.tensorrt,
         "gpu": request.gpu,

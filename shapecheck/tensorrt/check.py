@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError, show
-from shapecheck.contract.contract import dtypes_of
+from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.errors import one_line
-from shapecheck.contract.mismatch import compare
+from shapecheck.contract.mismatch import Port, compare, compare_inputs
 from shapecheck.models import weights as checkpoints
 from shapecheck.observe import subject
 from shapecheck.observe.fit import misfits
 from shapecheck.onnx.external import file_digest, tensors_of
-from shapecheck.onnx.file import WEIGHTS
+from shapecheck.onnx.file import WEIGHTS_KEY
 from shapecheck.onnx.reading import read
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.build import read_back
@@ -98,13 +97,9 @@ def _read(path: Path, engine: Engine, progress: Progress) -> tuple[Read, str, tu
 
 def _unlike(own: Contract, model: Contract) -> Iterator[Mismatch]:
     """In what an engine's contract is not that of the model it should be; precision apart, for a model may be built in any."""
-    inputs = {each.name: each for each in own.inputs}
-    for wanted in model.inputs:
-        given = inputs.pop(wanted.name, None)
-        if given is None or given.shape != wanted.shape:
-            yield Mismatch("input", wanted.name, show(given.shape) if given else "no such input", show(wanted.shape))
-    for name, surplus in inputs.items():
-        yield Mismatch("surplus", name, show(surplus.shape), "no such input")
+    yield from compare_inputs(
+        {each.name: each.shape for each in model.inputs}, {}, [Port(each.name, dims=each.shape) for each in own.inputs]
+    )
     if own.role == model.role == "unet":
         at = Geometry(2, 17 * model.divisor, 25 * model.divisor)
         yield from compare(model.slots, at, {slot.name: slot.shape_at(at) for slot in own.slots})
@@ -144,7 +139,7 @@ def _weights(engine: Engine, name: str, offline: bool, progress: Progress) -> We
             return Weights(name, True, "the very file")
         if own == request.weights:
             return Weights(name, True, "the same weights, in another ONNX file")
-        exported_from = read(path).metadata.get(WEIGHTS)
+        exported_from = read(path).metadata.get(WEIGHTS_KEY)
         same = exported_from and exported_from == request.checkpoint
         return Weights(name, False, "another export of the same checkpoint" if same else f"other weights: {own}")
     taken = subject.take(name, offline=offline)
@@ -157,6 +152,6 @@ def _weights(engine: Engine, name: str, offline: bool, progress: Progress) -> We
         raise ShapecheckError(f"--weights {name}: the record does not say from which checkpoint; give the ONNX file instead")
     if own != request.checkpoint:
         return Weights(name, False, f"other weights: {own}")
-    if {each.dtype for each in taken.stored.values()} == {dtypes_of(request.contract)["sample"]}:
+    if {each.dtype for each in taken.stored.values()} == {request.contract.dtype}:
         return Weights(name, False, "the ONNX file was exported from them, and its weights were changed before it was built")
     return Weights(name, True, "in another precision, by the word of the ONNX file it was built from")

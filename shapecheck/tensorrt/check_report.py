@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from shapecheck.contract import Geometry
+from shapecheck.contract.geometry import USUAL_TOKENS
+from shapecheck.contract.json_codec import encode
 from shapecheck.report.document import Document, Facts, Format, Heading, Lines, Part
 from shapecheck.report.mismatches import describe_fit, list_mismatches
 from shapecheck.report.numbers import dump_json, format_count
-from shapecheck.tensorrt import profile_formats as forms
 from shapecheck.tensorrt.build_report import list_request_facts
 from shapecheck.tensorrt.profile_report import format_pixels
 from shapecheck.tensorrt.record import EngineCheck
-from shapecheck.tensorrt.size_ranges import USUAL_TOKENS, written
+from shapecheck.tensorrt.size_ranges import written
 
 
 def render_text(checked: EngineCheck, form: Format = "human") -> str:
@@ -51,7 +52,7 @@ def render_json(checked: EngineCheck) -> str:
         "target": request.options.target,
         "tensorrt": request.tensorrt,
         "gpu": request.gpu,
-        "profiles": forms.as_json(request.profiles),
+        "profiles": encode(request.profiles),
         "mismatches": [asdict(mismatch) for mismatch in checked.mismatches],
         "size": asdict(fit) if fit else None,
         "controlnets": list(checked.controlnets),
@@ -80,5 +81,5 @@ def _list_verdicts(checked: EngineCheck) -> Iterator[str]:
 
 
 def _describe_size(geometry: Geometry, vae_factor: int) -> str:
-    tokens = f", {geometry.tokens} tokens" if str(geometry.tokens) != USUAL_TOKENS else ""
+    tokens = f", {geometry.tokens} tokens" if geometry.tokens != USUAL_TOKENS else ""
     return f"{format_pixels(geometry, vae_factor)} pixels ({geometry}{tokens})"

@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from shapecheck.contract.contract import dtypes_of
 from shapecheck.contract.dims import Shape, show
+from shapecheck.contract.mismatch import Port
+from shapecheck.contract.naming import torch_name
 from shapecheck.contract.records import Mismatch
 from shapecheck.tensorrt.profiles import Bounds, Profile
 from shapecheck.tensorrt.record import Request
-
-DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "BOOL": "bool",
-}
-"""From TensorRT's names of element types to PyTorch's."""
-
 
 DYNAMIC = -1
 """How TensorRT shows an axis that varies."""
 
 
 @dataclass(frozen=True, slots=True)
-class SeenTensor:
+class DeclaredTensor:
     """An input or output of an engine, under its own name."""
 
     name: str
     is_input: bool
     dtype: str
-    shape: Shape
+    shape: Shape = field(metadata={"limits": (DYNAMIC, 2**63 - 1)})
     """-1 where an axis varies."""
     bounds: tuple[tuple[Shape, Shape, Shape], ...]
     """Min, opt and max in each profile; for an input that varies."""
 
 
 @dataclass(frozen=True, slots=True)
-class SeenEngine:
+class DeclaredEngine:
     """What a deserialised engine says of itself."""
 
     name: str
-    tensors: tuple[SeenTensor, ...]
+    tensors: tuple[DeclaredTensor, ...]
     profiles: int
 
     def profile(self, number: int) -> Profile:
@@ -54,38 +44,23 @@ class SeenEngine:
         return Profile(tuple(Bounds(each.name, each.dtype, *each.bounds[number]) for each in varying))
 
 
-def shown(trt: Any, engine: Any) -> dict[str, Any]:
-    """What TensorRT's module shows of a deserialised engine, as JSON values."""
-    names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
-    tensors = [_shown_tensor(trt, engine, name) for name in names]
-    return {"name": engine.name, "tensors": tensors, "profiles": engine.num_optimization_profiles}
-
-
-def _shown_tensor(trt: Any, engine: Any, name: str) -> dict[str, Any]:
-    is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-    shape = list(engine.get_tensor_shape(name))
-    profiles = range(engine.num_optimization_profiles if is_input and DYNAMIC in shape else 0)
-    bounds = [[list(bound) for bound in engine.get_tensor_profile_shape(name, number)] for number in profiles]
-    dtype = engine.get_tensor_dtype(name).name
-    return {"name": name, "is_input": is_input, "dtype": dtype, "shape": shape, "bounds": bounds}
-
-
-def seen_from(record: Mapping[str, Any]) -> SeenEngine:
-    """The inverse of `shown`, whichever process called it."""
-    tensors = tuple(
-        SeenTensor(
-            each["name"],
-            each["is_input"],
-            DTYPES.get(each["dtype"], each["dtype"].lower()),
-            tuple(each["shape"]),
-            tuple((tuple(least), tuple(usual), tuple(most)) for least, usual, most in each["bounds"]),
+def describe(trt: Any, engine: Any) -> DeclaredEngine:
+    """Return what TensorRT's module shows of a deserialised engine."""
+    tensors = []
+    for number in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(number)
+        is_input, shape = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT, tuple(engine.get_tensor_shape(name))
+        profiles = range(engine.num_optimization_profiles if is_input and DYNAMIC in shape else 0)
+        bounds = tuple(
+            (tuple(least), tuple(usual), tuple(most))
+            for least, usual, most in (engine.get_tensor_profile_shape(name, number) for number in profiles)
         )
-        for each in record["tensors"]
-    )
-    return SeenEngine(record["name"], tensors, record["profiles"])
+        dtype = torch_name(engine.get_tensor_dtype(name).name)
+        tensors.append(DeclaredTensor(name, is_input, dtype, shape, bounds))
+    return DeclaredEngine(engine.name, tuple(tensors), engine.num_optimization_profiles)
 
 
-def differences(request: Request, seen: SeenEngine) -> tuple[Mismatch, ...]:
+def differences(request: Request, seen: DeclaredEngine) -> tuple[Mismatch, ...]:
     """Everything in which an engine is not what its record says; empty where they belong together."""
     if seen.name != request.contract.digest:
         cause = "the record beside it is another engine's; copy both together, or build again"
@@ -95,22 +70,15 @@ def differences(request: Request, seen: SeenEngine) -> tuple[Mismatch, ...]:
     return (*_tensors(request, seen), *_profiles(request, seen))
 
 
-def _tensors(request: Request, seen: SeenEngine) -> Iterator[Mismatch]:
-    names, dtypes = request.engine_names, dtypes_of(request.contract)
-    inputs = {each.name: each for each in seen.tensors if each.is_input}
-    for ours, theirs in names.items():
-        if theirs not in inputs:
-            yield Mismatch("missing", ours, "no such input of the engine", theirs)
-        elif inputs[theirs].dtype != dtypes[ours]:
-            yield Mismatch("dtype", ours, inputs[theirs].dtype, dtypes[ours])
-    for surplus in inputs.keys() - set(names.values()):
-        yield Mismatch("surplus", surplus, "an input of the engine", "no such input")
+def _tensors(request: Request, seen: DeclaredEngine) -> Iterator[Mismatch]:
+    inputs = [Port(each.name, each.dtype) for each in seen.tensors if each.is_input]
+    yield from request.contract.compare_inputs(inputs, request.engine_names, present="an input of the engine")
     outputs = tuple(each.name for each in seen.tensors if not each.is_input)
     if sorted(outputs) != sorted(request.outputs):
         yield Mismatch("name", "the outputs", ", ".join(outputs), ", ".join(request.outputs))
 
 
-def _profiles(request: Request, seen: SeenEngine) -> Iterator[Mismatch]:
+def _profiles(request: Request, seen: DeclaredEngine) -> Iterator[Mismatch]:
     if seen.profiles != len(request.profiles):
         yield Mismatch("engine", "the profiles", f"{seen.profiles}", f"{len(request.profiles)}")
         return

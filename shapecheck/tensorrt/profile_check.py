@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from shapecheck.contract.contract import Contract, ContractError, dtypes_of, rules_of
+from shapecheck.contract.contract import Contract, ContractError
 from shapecheck.contract.dims import Dim, show
 from shapecheck.contract.errors import ShapecheckError
-from shapecheck.contract.mismatch import compare, kind_of
+from shapecheck.contract.mismatch import Port, compare, compare_inputs
 from shapecheck.contract.records import Mismatch
-from shapecheck.tensorrt.profiles import Bounds, Profile, Range, range_of, shape_at
+from shapecheck.tensorrt.profiles import Bounds, Profile, Range, range_of
 
 
 def mismatches(contract: Contract, profile: Profile) -> tuple[Mismatch, ...]:
@@ -19,22 +19,29 @@ def mismatches(contract: Contract, profile: Profile) -> tuple[Mismatch, ...]:
 
     An input that is missing would be filled with 1 by builders in silence: the slot then takes (1, channels, 1, 1).
     """
-    rules, dtypes = rules_of(contract), dtypes_of(contract)
-    producers = {slot.name: slot.producer for slot in contract.residuals}
-    found = [*_disordered(profile), *_misnamed(rules, profile, producers)]
+    rules, count = contract.input_rules, Counter(bounds.name for bounds in profile.inputs)
+    needed = {name: rule for name, rule in rules.items() if name in count or any(dim.symbol is not None for dim in rule)}
+    found = [
+        *_disordered(profile),
+        *compare_inputs(
+            needed,
+            contract.input_dtypes,
+            [Port(bounds.name, bounds.dtype) for bounds in profile.inputs],
+            producers={slot.name: slot.producer for slot in contract.residuals},
+            absent="not in the profile",
+            present="in the profile",
+            cause="TensorRT would fill every dynamic axis with 1, and Polygraphy only logs it",
+        ),
+        *(Mismatch("surplus", name, f"{times} times in the profile", "once") for name, times in count.items() if times > 1),
+    ]
     try:
         sizes = range_of(contract, profile)
         for geometry in sizes.geometries:
             contract.require(geometry)
     except ShapecheckError as error:
         return (*found, Mismatch("sizes", "the profile", str(error), "a range the model takes"))
-    for each in profile.inputs:
-        if each.name not in rules:
-            continue
-        if each.dtype != dtypes[each.name]:
-            found.append(Mismatch("dtype", each.name, each.dtype, dtypes[each.name], None, producers.get(each.name, "")))
-        if (wrong := _no_image(contract, each, rules[each.name], sizes)) is not None:
-            found.append(wrong)
+    known = [bounds for bounds in profile.inputs if bounds.name in rules]
+    found += [wrong for bounds in known if (wrong := _no_image(contract, bounds, rules[bounds.name], sizes)) is not None]
     order = {name: place for place, name in enumerate(rules)}
     return tuple(sorted(found, key=lambda each: order.get(each.where, len(order))))
 
@@ -56,32 +63,15 @@ def _disordered(profile: Profile) -> Iterator[Mismatch]:
             yield Mismatch("range", each.name, str(each), "min ≤ opt ≤ max on every axis")
 
 
-def _misnamed(rules: Mapping[str, tuple[Dim, ...]], profile: Profile, producers: Mapping[str, str]) -> Iterator[Mismatch]:
-    given = Counter(each.name for each in profile.inputs)
-    for name, rule in rules.items():
-        if name not in given and any(dim.symbol is not None for dim in rule):
-            cause = "TensorRT would fill every dynamic axis with 1, and Polygraphy only logs it"
-            yield Mismatch("missing", name, "not in the profile", show(rule), None, producers.get(name, ""), cause=cause)
-    for name, count in given.items():
-        if name not in rules:
-            yield Mismatch("surplus", name, "in the profile", "no such input")
-        elif count > 1:
-            yield Mismatch("surplus", name, f"{count} times in the profile", "once")
-
-
 def _no_image(contract: Contract, given: Bounds, rule: tuple[Dim, ...], sizes: Range) -> Mismatch | None:
     """What is wrong with one input's bounds: told of the first of max, min and opt that is not the image of its geometry."""
     for bound in ("max", "min", "opt"):
         geometry, shape = getattr(sizes, bound), getattr(given, bound)
-        expected = shape_at(rule, geometry)
+        expected = geometry.shape_of(rule)
         if shape == expected:
             continue
-        slots = [slot for slot in contract.residuals if slot.name == given.name and contract.role == "unet"]
-        if slots:
-            wrong = next(
-                each for each in compare(contract.residuals, geometry, {given.name: shape}) if each.where == given.name
-            )
-        else:
-            wrong = Mismatch(kind_of(rule, shape, expected), given.name, shape, expected, geometry)
+        slots = contract.residuals if contract.role == "unet" else ()
+        found = compare(slots, geometry, {given.name: shape}, inputs=contract.inputs)
+        wrong = next(mismatch for mismatch in found if mismatch.where == given.name)
         return replace(wrong, observed=f"{bound} {show(shape)}", expected=f"{bound} {show(expected)}")
     return None

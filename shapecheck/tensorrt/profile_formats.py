@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from shapecheck.contract.dims import Shape
 from shapecheck.contract.errors import ShapecheckError
-from shapecheck.tensorrt.profiles import BOUNDS, Bounds, Profile
+from shapecheck.contract.json_codec import TextFormat, decode, encode, refuse_unprintable
+from shapecheck.tensorrt.profiles import BOUNDS, Profile
 
 Tool = Literal["polygraphy", "trtexec", "ort"]
-
-
-SCHEMA = 1
 
 
 MOST_PROFILES = 64
 """In one engine, and in one file."""
 
 
-_LARGEST_TEXT = 4 * 2**20
+_FORMAT = TextFormat(
+    "shapecheck_profiles",
+    "a file of profiles",
+    writer="`shapecheck profile MODEL --sizes … --format json`",
+    remedy="make them again",
+    largest=4 * 2**20,
+)
 
 
 def dumps(profiles: Sequence[Profile], digest: str) -> str:
-    """JSON text of profiles made for the contract of that digest; `loads` is the inverse."""
-    record = {"shapecheck_profiles": SCHEMA, "contract": digest, "profiles": as_json(profiles)}
+    """Return JSON text of profiles made for the contract of that digest, which `loads` reads."""
+    record = {_FORMAT.key: _FORMAT.schema, "contract": digest, "profiles": encode(profiles)}
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -34,37 +37,20 @@ def loads(text: str) -> tuple[tuple[Profile, ...], str]:
 
     What is in them is not judged here: they may have been edited.
     """
-    if len(text) > _LARGEST_TEXT:
-        raise ShapecheckError(f"no profiles: {len(text)} characters, more than the {_LARGEST_TEXT} allowed")
+    record = _FORMAT.parse(text)
     try:
-        record = json.loads(text)
-        if not isinstance(record, dict) or "shapecheck_profiles" not in record:
-            raise ShapecheckError(
-                "no profiles: no key 'shapecheck_profiles'; `shapecheck profile MODEL --sizes … --format json` writes them"
-            )
-        if record["shapecheck_profiles"] != SCHEMA:
-            raise ShapecheckError(f"profiles of schema {record['shapecheck_profiles']!r:.20}; this release reads {SCHEMA}")
-        return from_json(record["profiles"]), str(record["contract"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ShapecheckError(f"damaged profiles: {type(error).__name__}: {error!s:.200}") from None
+        refuse_unprintable(record.get("profiles"))
+        profiles = decode(tuple[Profile, ...], record.get("profiles"), "profiles")
+        refuse_count(profiles)
+        return profiles, decode(str, record.get("contract"), "contract")
+    except (ValueError, RecursionError) as error:
+        raise ShapecheckError(f"damaged profiles: {error!s:.200}") from None
 
 
-def as_json(profiles: Sequence[Profile]) -> list[list[dict[str, Any]]]:
-    """As JSON values: a list of inputs for each profile."""
-    return [
-        [
-            {"name": each.name, "dtype": each.dtype} | dict(zip(BOUNDS, map(list, each.shapes), strict=True))
-            for each in one.inputs
-        ]
-        for one in profiles
-    ]
-
-
-def from_json(record: Any) -> tuple[Profile, ...]:
-    """The inverse of `as_json`. Raises KeyError, TypeError or ValueError on anything else."""
-    if not isinstance(record, list) or not 1 <= len(record) <= MOST_PROFILES:
-        raise TypeError(f"expected a list of 1 to {MOST_PROFILES} profiles")
-    return tuple(Profile(tuple(map(_bounds, inputs))) for inputs in record)
+def refuse_count(profiles: Sequence[Profile]) -> None:
+    """Raise ValueError if these are not as many profiles as an engine has."""
+    if not 1 <= len(profiles) <= MOST_PROFILES:
+        raise ValueError(f"profiles: expected 1 to {MOST_PROFILES}, got {len(profiles)}")
 
 
 def arguments(profiles: Sequence[Profile], tool: Tool) -> list[str]:
@@ -94,17 +80,3 @@ def _words(profile: Profile, bound: str) -> list[str]:
 def _joined(profiles: Sequence[Profile], bound: str) -> str:
     shapes = [(each.name, getattr(each, bound)) for profile in profiles for each in profile.inputs]
     return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes)
-
-
-def _bounds(record: Any) -> Bounds:
-    name, dtype = record["name"], record["dtype"]
-    if not (isinstance(name, str) and isinstance(dtype, str) and name.isprintable() and dtype.isprintable()):
-        raise TypeError(f"no name or dtype: {name!r:.60}, {dtype!r:.60}")
-    least, usual, most = (_shape(name, record[bound]) for bound in BOUNDS)
-    return Bounds(name, dtype, least, usual, most)
-
-
-def _shape(name: str, value: Any) -> Shape:
-    if not isinstance(value, list) or not all(type(size) is int and 0 < size < 2**31 for size in value):
-        raise TypeError(f"{name}: expected a list of sizes, got {value!r:.60}")
-    return tuple(value)

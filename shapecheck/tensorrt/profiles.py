@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from shapecheck.contract.contract import Contract, dtypes_of, rules_of
+from shapecheck.contract.contract import Contract
 from shapecheck.contract.dims import Dim, Shape, show
 from shapecheck.contract.errors import ShapecheckError
-from shapecheck.contract.geometry import Geometry
+from shapecheck.contract.geometry import AXES, USUAL_TOKENS, Geometry
 
 BOUNDS = ("min", "opt", "max")
 
 
-_FIELDS = {"batch": "batch", "h": "height", "w": "width", "tokens": "tokens"}
+_SIZES = {"limits": (1, 2**31 - 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class Bounds:
 
     name: str
     dtype: str
-    min: Shape
-    opt: Shape
-    max: Shape
+    min: Shape = field(metadata=_SIZES)
+    opt: Shape = field(metadata=_SIZES)
+    max: Shape = field(metadata=_SIZES)
 
     def __post_init__(self) -> None:
         for bound in BOUNDS:
@@ -86,22 +86,22 @@ class Range:
     def outside(self, geometry: Geometry) -> tuple[str, ...]:
         """In what a geometry is not between min and max; empty where it is."""
         found = []
-        for field in _FIELDS.values():
-            least, size, most = (getattr(each, field) for each in (self.min, geometry, self.max))
+        for axis in AXES.values():
+            least, size, most = (getattr(each, axis) for each in (self.min, geometry, self.max))
             if not least <= size <= most:
                 limits = f"{least} only" if least == most else f"{least} to {most}"
-                found.append(f"{field} {size}, where it takes {limits}")
+                found.append(f"{axis} {size}, where it takes {limits}")
         return tuple(found)
 
     def nearest(self, geometry: Geometry) -> Geometry:
         """The geometry between min and max that is nearest to another."""
-        sides = ((field, (getattr(each, field) for each in (self.min, geometry, self.max))) for field in _FIELDS.values())
-        return Geometry(**{field: sorted(values)[1] for field, values in sides})
+        sides = ((axis, (getattr(each, axis) for each in (self.min, geometry, self.max))) for axis in AXES.values())
+        return Geometry(**{axis: sorted(values)[1] for axis, values in sides})
 
     def with_(self, geometry: Geometry) -> Range:
         """The smallest range that holds another geometry too."""
-        least = {field: min(getattr(self.min, field), getattr(geometry, field)) for field in _FIELDS.values()}
-        most = {field: max(getattr(self.max, field), getattr(geometry, field)) for field in _FIELDS.values()}
+        least = {axis: min(getattr(self.min, axis), getattr(geometry, axis)) for axis in AXES.values()}
+        most = {axis: max(getattr(self.max, axis), getattr(geometry, axis)) for axis in AXES.values()}
         return Range(Geometry(**least), self.opt, Geometry(**most))
 
     def __str__(self) -> str:
@@ -119,11 +119,11 @@ def profile_of(contract: Contract, sizes: Range) -> Profile:
         if reason := _unserved(contract, geometry):
             factor = contract.header.vae_factor
             raise ShapecheckError(f"{bound}, {geometry.width * factor}x{geometry.height * factor} pixels: {reason}")
-    dtypes = dtypes_of(contract)
+    dtypes = contract.input_dtypes
     return Profile(
         tuple(
-            Bounds(name, dtypes[name], *(shape_at(rule, geometry) for geometry in sizes.geometries))
-            for name, rule in rules_of(contract).items()
+            Bounds(name, dtypes[name], *(geometry.shape_of(rule) for geometry in sizes.geometries))
+            for name, rule in contract.input_rules.items()
             if any(dim.symbol is not None for dim in rule)
         )
     )
@@ -134,15 +134,15 @@ def range_of(contract: Contract, profile: Profile) -> Range:
 
     Raises ShapecheckError where no input shows one of the sizes, or a size is none.
     """
-    votes = {field: [Counter[int]() for _ in BOUNDS] for field in _FIELDS.values()}
-    for name, rule in rules_of(contract).items():
+    votes = {axis: [Counter[int]() for _ in BOUNDS] for axis in AXES.values()}
+    for name, rule in contract.input_rules.items():
         if (bounds := profile.bounds(name)) is not None and len(bounds.min) == len(rule):
             for axis, dim in enumerate(rule):
                 if dim.symbol is not None and dim == Dim(dim.symbol):
-                    for vote, shape in zip(votes[_FIELDS[dim.symbol]], bounds.shapes, strict=True):
+                    for vote, shape in zip(votes[AXES[dim.symbol]], bounds.shapes, strict=True):
                         vote[shape[axis]] += 1
-    usual = {"tokens": Geometry(1, 1, 1).tokens}
-    if unseen := [field for field, counts in votes.items() if not counts[0] and field not in usual]:
+    usual = {"tokens": USUAL_TOKENS}
+    if unseen := [axis for axis, counts in votes.items() if not counts[0] and axis not in usual]:
         raise ShapecheckError(f"no input of the profile shows the {' and the '.join(unseen)}: is `sample` in it?")
     return Range(*(Geometry(**usual | {f: counts[at].most_common(1)[0][0] for f, counts in votes.items() if counts[at]})
                    for at in range(len(BOUNDS))))  # fmt: skip
@@ -206,14 +206,9 @@ def _unserved(contract: Contract, geometry: Geometry) -> str:
 
 
 def _require_ordered(sizes: Range) -> None:
-    for field in _FIELDS.values():
-        least, usual, most = (getattr(each, field) for each in sizes.geometries)
+    for axis in AXES.values():
+        least, usual, most = (getattr(each, axis) for each in sizes.geometries)
         if not least <= usual <= most:
             raise ShapecheckError(
-                f"no range: the {field} goes {least}, {usual}, {most}; give the smallest size, then the usual, then the largest"
+                f"no range: the {axis} goes {least}, {usual}, {most}; give the smallest size, then the usual, then the largest"
             )
-
-
-def shape_at(rule: tuple[Dim, ...], geometry: Geometry) -> Shape:
-    """The numbers of a shape at one geometry."""
-    return tuple(dim.at(geometry.sizes) for dim in rule)

@@ -1,20 +1,20 @@
-"""What travels beside an engine: its contract and profiles, and all that tells two builds apart."""
+"""What travels beside an engine: its contract and profiles, all that tells two builds apart, and how a check of it came out."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import stat
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from shapecheck.contract.contract import Contract, rules_of
+from shapecheck.contract.contract import Contract
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
+from shapecheck.contract.json_codec import TextFormat, decode, decode_record, encode, refuse_unprintable
 from shapecheck.contract.records import Mismatch
-from shapecheck.tensorrt import profile_formats
+from shapecheck.tensorrt.profile_formats import refuse_count
 from shapecheck.tensorrt.profiles import Profile, Range
 
 Target = Literal["trt", "rtx"]
@@ -25,10 +25,24 @@ MODULES = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
 """The Python module of each target."""
 
 
-SCHEMA = 1
+SIDECAR = ".shapecheck.json"
+"""What is added to an engine's file name for its record; whose key "contract" holds the contract."""
 
 
-_LARGEST_TEXT = 16 * 2**20
+ENGINES = (".plan", ".engine", ".trt")
+"""How the name of an engine ends."""
+
+
+Read = Literal["engine", "record"]
+"""Whether TensorRT showed the engine's own inputs and profiles, or only the record beside it told them."""
+
+
+_FORMAT = TextFormat(
+    "shapecheck_engine", "an engine's record", writer="`shapecheck build`", remedy="build the engine again", largest=16 * 2**20
+)
+
+
+_LONGEST = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +89,7 @@ class Request:
     @property
     def key(self) -> str:
         """`sha256:…` over all of it."""
-        text = json.dumps(_identity(self), sort_keys=True, separators=(",", ":"))
-        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+        return _digest(encode(self) | {"contract": self.contract.digest})
 
     @property
     def engine_names(self) -> dict[str, str]:
@@ -95,27 +108,33 @@ class Engine:
     """Its bytes."""
 
     def to_json(self) -> str:
-        """JSON text; `from_json` is the inverse."""
-        record = {"shapecheck_engine": SCHEMA} | _record(self)
-        return json.dumps(record | {"checksum": _checksum(record)}, indent=1, ensure_ascii=False) + "\n"
+        """Return JSON text, which `from_json` reads."""
+        record = self._to_record()
+        return json.dumps(record | {"checksum": _digest(record)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Engine:
         """Read `to_json`'s text. Raises ShapecheckError on anything else, an edited file included."""
-        if len(text) > _LARGEST_TEXT:
-            raise ShapecheckError(f"not an engine's record: {len(text)} characters, more than the {_LARGEST_TEXT} allowed")
+        record = _FORMAT.parse(text)
+        claimed = record.pop("checksum", None)
         try:
-            record = json.loads(text)
-            if not isinstance(record, dict) or record.get("shapecheck_engine") != SCHEMA:
-                raise ShapecheckError(f"not an engine's record of schema {SCHEMA}; build the engine again")
-            claimed = record.pop("checksum")
-            _refuse_unprintable(record)
-            engine = cls(_request(record), _text(record["engine"]["digest"]), _whole(record["engine"]["bytes"]))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ShapecheckError(f"a damaged engine's record: {type(error).__name__}: {error!s:.200}") from None
-        if _checksum(record) != claimed or _record(engine)["key"] != record["key"]:
+            refuse_unprintable(record)
+            request: Request = decode_record(Request, record)
+            refuse_count(request.profiles)
+            names = request.engine_names
+            if names.keys() != request.contract.input_rules.keys() or len(set(names.values())) != len(names):
+                raise ValueError("it does not name each input of its contract once")
+            file = decode(dict, record.get("engine"), "engine")
+            digest, size = decode(str, file.get("digest"), "engine.digest"), decode(int, file.get("bytes"), "engine.bytes")
+        except (ValueError, RecursionError) as error:
+            raise ShapecheckError(f"a damaged engine's record: {error!s:.200}") from None
+        if _digest(record) != claimed or request.key != record.get("key"):
             raise ShapecheckError("an edited engine's record: its checksum is not that of its contents; build the engine again")
-        return engine
+        return cls(request, digest, size)
+
+    def _to_record(self) -> dict[str, Any]:
+        file = {"digest": self.digest, "bytes": self.size}
+        return {_FORMAT.key: _FORMAT.schema, "key": self.request.key, "engine": file, **encode(self.request)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,100 +150,6 @@ class Built:
 
     def __str__(self) -> str:
         return f"{self.path}: {'found, unchanged' if self.found else f'built in {self.seconds:.0f} s'}"
-
-
-def _identity(request: Request) -> dict[str, Any]:
-    return {
-        "contract": request.contract.digest,
-        "profiles": profile_formats.as_json(request.profiles),
-        "names": dict(request.names),
-        "outputs": list(request.outputs),
-        "onnx": request.onnx,
-        "weights": request.weights,
-        "checkpoint": request.checkpoint,
-        "options": asdict(request.options) | {"compute_capabilities": list(request.options.compute_capabilities)},
-        "tensorrt": request.tensorrt,
-        "gpu": request.gpu,
-    }
-
-
-def _record(engine: Engine) -> dict[str, Any]:
-    request = engine.request
-    return {
-        "key": request.key,
-        "engine": {"digest": engine.digest, "bytes": engine.size},
-        **_identity(request),
-        "contract": json.loads(request.contract.to_json()),
-    }
-
-
-def _checksum(record: Mapping[str, Any]) -> str:
-    """Of all that is in a record, so that a slip of an editor or a merge is noticed; no proof against intent."""
-    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
-def _request(record: Mapping[str, Any]) -> Request:
-    contract = Contract.from_json(json.dumps(record["contract"]))
-    names = tuple((_text(ours), _text(theirs)) for ours, theirs in dict(record["names"]).items())
-    if dict(names).keys() != rules_of(contract).keys() or len({theirs for _, theirs in names}) != len(names):
-        raise ValueError("it does not name each input of its contract once")
-    return Request(
-        contract=contract,
-        profiles=profile_formats.from_json(record["profiles"]),
-        names=names,
-        outputs=tuple(map(_text, record["outputs"])),
-        options=_options(record["options"]),
-        **{field: _text(record[field]) for field in ("onnx", "weights", "checkpoint", "tensorrt", "gpu")},
-    )
-
-
-def _options(record: Mapping[str, Any]) -> BuildOptions:
-    if record["target"] not in get_args(Target):
-        raise ValueError(f"no target {record['target']!r:.40}")
-    return BuildOptions(
-        target=record["target"],
-        optimization_level=_whole_or_none(record["optimization_level"]),
-        workspace=_whole_or_none(record["workspace"]),
-        refittable=_flag(record["refittable"]),
-        version_compatible=_flag(record["version_compatible"]),
-        tf32=_flag(record["tf32"]),
-        compute_capabilities=tuple(map(_text, record["compute_capabilities"])),
-    )
-
-
-def _refuse_unprintable(value: Any) -> None:
-    """Anybody may have written it, and reports show it."""
-    if isinstance(value, str) and not value.isprintable():
-        raise ValueError(f"{value!r:.60} cannot be printed")
-    for each in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _refuse_unprintable(each)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected text, got {value!r:.60}")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"expected a whole number, got {value!r:.60}")
-    return value
-
-
-def _whole_or_none(value: Any) -> int | None:
-    return None if value is None else _whole(value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"expected true or false, got {value!r:.60}")
-    return value
-
-
-Read = Literal["engine", "record"]
-"""Whether TensorRT showed the engine's own inputs and profiles, or only the record beside it told them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,27 +198,13 @@ class EngineCheck:
         return fits and not self.mismatches and not self.misfits and (self.weights is None or self.weights.same)
 
 
-SIDECAR = ".shapecheck.json"
-"""What is added to an engine's file name for its record; whose key "contract" holds the contract."""
-
-
-ENGINES = (".plan", ".engine", ".trt")
-"""How the name of an engine ends."""
-
-
-_LARGEST = 16 * 2**20
-
-
-_LONGEST = 2000
-
-
 def record_of(engine: Path) -> Path:
-    """The file that holds an engine's record."""
+    """Return the file that holds an engine's record."""
     return engine.with_name(engine.name + SIDECAR)
 
 
 def is_engine(path: Path) -> bool:
-    """Whether a file's name is that of an engine."""
+    """Return whether a file's name is that of an engine."""
     return path.suffix.lower() in ENGINES
 
 
@@ -306,9 +217,9 @@ def read_engine(path: str | Path) -> Engine:
     try:
         beside = beside if beside.exists() else record_of(Path(path).resolve())  # beside the file that a link stands for
         if not stat.S_ISREG(beside.stat().st_mode):
-            raise ShapecheckError(f"{beside} is no regular file, as an engine's record is")
+            raise ShapecheckError(f"{beside} is not a regular file, as an engine's record is")
         with beside.open("rb") as file:
-            text = file.read(_LARGEST + 1).decode("utf-8-sig")
+            text = file.read(_FORMAT.largest + 1).decode("utf-8-sig")
     except FileNotFoundError:
         size_of_engine(Path(path))
         raise ShapecheckError(
@@ -325,11 +236,18 @@ def read_engine(path: str | Path) -> Engine:
 
 
 def size_of_engine(path: Path) -> int:
-    """Bytes of an engine. Raises ShapecheckError where it is no regular file: nothing may wait for a pipe."""
+    """Return the bytes of an engine. Raises ShapecheckError if it is not a regular file: nothing may wait for a pipe."""
     try:
         status = path.stat()
     except OSError as error:
         raise ShapecheckError(f"cannot read {path}: {error.strerror or error}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise ShapecheckError(f"{path} is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'}, not an engine")
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise ShapecheckError(f"{path} is {kind}, not an engine")
     return status.st_size
+
+
+def _digest(value: Any) -> str:
+    """Return the digest of a JSON value. Beside a record it shows a slip of an editor or a merge, not intent."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

@@ -6,14 +6,12 @@ import re
 from collections.abc import Sequence
 
 from shapecheck.contract.errors import ShapecheckError
-from shapecheck.contract.geometry import Geometry, parse_pair
+from shapecheck.contract.geometry import USUAL_TOKENS, Geometry, parse_pair
 from shapecheck.tensorrt.profiles import Range
-
-USUAL_TOKENS = "77"
 
 
 def parse_ranges(
-    sizes: Sequence[str], batch: Sequence[str] = ("1",), tokens: str = USUAL_TOKENS, *, vae_factor: int = 8
+    sizes: Sequence[str], batch: Sequence[str] = ("1",), tokens: str = str(USUAL_TOKENS), *, vae_factor: int = 8
 ) -> tuple[Range, ...]:
     """A range for each of `sizes`, which are MIN:OPT:MAX or one size, each WxH in pixels.
 
@@ -32,7 +30,7 @@ def written(sizes: Range, vae_factor: int = 8) -> str:
     """The options that `parse_ranges` reads as this range: `--sizes 512x512:768x768:1024x1024 --batch 1:2:4`."""
     sides = [f"{each.width * vae_factor}x{each.height * vae_factor}" for each in sizes.geometries]
     batch, tokens = ([str(getattr(each, field)) for each in sizes.geometries] for field in ("batch", "tokens"))
-    told = {"--sizes": sides, "--batch": batch} | ({"--tokens": tokens} if set(tokens) != {USUAL_TOKENS} else {})
+    told = {"--sizes": sides, "--batch": batch} | ({"--tokens": tokens} if set(tokens) != {str(USUAL_TOKENS)} else {})
     return " ".join(f"{option} {':'.join(three if len(set(three)) > 1 else three[:1])}" for option, three in told.items())
 
 
@@ -45,7 +43,7 @@ def _range(sizes: str, batch: str, tokens: str, vae_factor: int) -> Range:
     for option, several in columns.items():
         if any(list(column) != sorted(column) for column in several):
             raise ShapecheckError(
-                f"{option} {given[option]!r} is no range: give the smallest first, then the usual, then the largest"
+                f"{option} {given[option]!r} is not a range: give the smallest first, then the usual, then the largest"
             )
     return Range(
         *(
@@ -65,5 +63,5 @@ def _three(text: str, option: str, example: str) -> list[str]:
 
 def _whole(text: str, option: str) -> int:
     if not re.fullmatch(r"[0-9]{1,6}", text.strip()) or not int(text):
-        raise ShapecheckError(f"{option}: {text!r} is no whole number from 1 on")
+        raise ShapecheckError(f"{option}: {text!r} is not a whole number from 1 on")
     return int(text)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from shapecheck.contract import Contract, ContractError, ShapecheckError
 from shapecheck.contract.errors import one_line
+from shapecheck.contract.geometry import USUAL_TOKENS
 from shapecheck.onnx.records import Check
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt import profile_check
 from shapecheck.tensorrt import profile_formats as forms
 from shapecheck.tensorrt.profiles import Profile, profile_of
 from shapecheck.tensorrt.record import is_engine
-from shapecheck.tensorrt.size_ranges import USUAL_TOKENS, parse_ranges
+from shapecheck.tensorrt.size_ranges import parse_ranges
 
 if TYPE_CHECKING:
     from shapecheck.tensorrt import build
@@ -87,7 +88,7 @@ def profiles_for(contract: Contract, wanted: Sizes, names: dict[str, str] | None
             raise ShapecheckError("--profile FILE says itself which sizes; drop it, or --sizes, --batch and --tokens")
         return _read(wanted.file, contract, names or {})
     ranges = parse_ranges(
-        wanted.sizes, wanted.batch or ("1",), wanted.tokens or USUAL_TOKENS, vae_factor=contract.header.vae_factor
+        wanted.sizes, wanted.batch or ("1",), wanted.tokens or str(USUAL_TOKENS), vae_factor=contract.header.vae_factor
     )
     return tuple(profile_of(contract, each) for each in ranges)
 

@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from shapecheck.tensorrt.engine_io import shown
+from shapecheck.contract.json_codec import encode
+from shapecheck.tensorrt.engine_io import describe
 from shapecheck.tensorrt.record import MODULES
 
 _OFTEN = 0.1
@@ -79,7 +80,7 @@ def _read(trt: Any, job: Mapping[str, Any], tell: Teller) -> None:
         if engine is None:
             tell("failed", stage="refused", text="TensorRT cannot load it here")
             return
-        tell("read", **shown(trt, engine))
+        tell("read", **encode(describe(trt, engine)))
     except Exception as error:  # whatever TensorRT raises is told
         tell("failed", stage="read", text=f"{type(error).__name__}: {error}")
 

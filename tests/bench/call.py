@@ -11,7 +11,6 @@ import torch
 from tabulate import tabulate
 
 from shapecheck import Geometry, presets
-from shapecheck.contract.contract import rules_of
 from shapecheck.runtime.binding import AnySize, Binding
 from shapecheck.runtime.dropin_unet import DropInUNet
 from shapecheck.runtime.gate import Gate
@@ -35,7 +34,7 @@ class Nothing:
 
 
 def main() -> None:
-    names = tuple((each, each) for each in rules_of(CONTRACT))
+    names = tuple((each, each) for each in CONTRACT.input_rules)
     gate = Gate("bench", Binding(AnySize(CONTRACT, names, ("out_sample",)), "cpu"))
     given = {name: torch.zeros(shape) for name, shape in CONTRACT.input_shapes(Geometry(2, 64, 64)).items()}
     *downs, mid = (given[slot.name] for slot in CONTRACT.slots)

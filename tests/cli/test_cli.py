@@ -110,7 +110,7 @@ def test_the_size_is_shown_and_observed(write_config):
 def test_the_upscaler_has_its_own_pixels():
     """Refused before anything is observed, and shown of what was observed once."""
     refused = shapecheck("probe", "sd-x4-upscaler", "--size", "514x512")
-    assert "514x512 pixels: the width 514 is no multiple of 4" in refused.stderr
+    assert "514x512 pixels: width 514 is not a multiple of 4" in refused.stderr
     text = report.render_text(presets.contract("sd-x4-upscaler"), (), Geometry(1, 128, 129), form="human")
     assert "latent 128×129 (516×512 pixels)" in text
     assert "class_labels" in text
@@ -143,13 +143,13 @@ def test_an_unverified_preset_says_so():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sd15", "--size", "510x512"], "510x512 pixels: the width 510 is no multiple of 8"),
-        (["sd15", "--size", "512"], "'512' is no size; expected WxH in pixels"),
-        (["sd15", "--size="], "'' is no size; expected WxH in pixels"),
-        (["sd15", "--latent="], "'' is no size; expected HxW in latent cells"),
+        (["sd15", "--size", "510x512"], "510x512 pixels: width 510 is not a multiple of 8"),
+        (["sd15", "--size", "512"], "'512' is not a size; expected WxH in pixels"),
+        (["sd15", "--size="], "'' is not a size; expected WxH in pixels"),
+        (["sd15", "--latent="], "'' is not a size; expected HxW in latent cells"),
         (["sd15", "--batch", "65537"], "--batch must be a whole number from 1 to 65536, got 65537"),
-        (["sd15", "--size", "1000000x8"], "is no size"),
-        (["sd15", "--latent", "0x64"], "'0x64' is no size; expected HxW in latent cells"),
+        (["sd15", "--size", "1000000x8"], "is not a size"),
+        (["sd15", "--latent", "0x64"], "'0x64' is not a size; expected HxW in latent cells"),
         (["sd15", "--size", "512x512", "--latent", "64x64"], "give one of them"),
         (["sd15", "--controlnet", "sd16"], "did you mean sd21 or sd15"),
         (["sd15", "-o", "no/such/folder/report.txt"], "cannot write no/such/folder/report.txt: No such file or directory"),
@@ -323,7 +323,7 @@ def test_an_output_through_a_symlink_reaches_its_target(tmp_path):
         ('model = "sd15"\nmapping = { down = [["a", 1, 2]] }', "`mapping` must have `down`"),
         ('model = "sd15"\nmapping = { mid = [1, 2, 3] }', "`mapping` must have `down`"),
         ('model = "sd15"\nbatch = 65537', "`batch` must be a whole number from 1 to 65536, got 65537"),
-        ('model = "sd15"\nsize = ""', "'' is no size"),
+        ('model = "sd15"\nsize = ""', "'' is not a size"),
         ('model = "sd15"\ncontrolnet = "sd15"\nmapping = { down = [] }', "`mapping` stands in place of"),
     ],
 )

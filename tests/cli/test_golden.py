@@ -42,7 +42,7 @@ from shapecheck.observe import report as observe_report
 from shapecheck.observe.record import Recorder
 from shapecheck.onnx import check_report as onnx_check_report
 from shapecheck.onnx import export_report
-from shapecheck.onnx.records import Agreement, Check, Exported, SeenInput, SeenSlot
+from shapecheck.onnx.records import Agreement, Check, DeclaredInput, DeclaredSlot, Exported
 from shapecheck.parity import report as parity_report
 from shapecheck.parity.results import Parity
 from shapecheck.pipelines import bench_report, demo_report
@@ -218,7 +218,10 @@ def make_exports() -> list[str]:
 
 
 def make_checks() -> list[str]:
-    seen = SeenInput("sample", "batch×4×h×w", "float32"), SeenSlot("down_block_residual_00", "", "not seen", "conv_in", "")
+    seen = (
+        DeclaredInput("sample", "batch×4×h×w", "float32"),
+        DeclaredSlot("down_block_residual_00", "", "not seen", "conv_in", ""),
+    )
     fine = Check("u.onnx", "shapecheck", SD15, "given", "", seen[:1], seen[1:], 1, (), None, (), (), (), "")
     sized = replace(fine, naming="shapecheck", fixed=(("batch", 2),), geometry=AT, notes=("a note",), unchecked="too many")
     broken = onnx_check_report.render_json(replace(fine, mismatches=MISMATCHES), controlnets=["sd15"], misfits=MISMATCHES)

@@ -105,7 +105,7 @@ def test_a_geometry_in_pixels_is_width_times_height():
 
 
 def test_a_size_that_is_no_multiple_names_the_nearest():
-    with pytest.raises(ShapecheckError, match=r"904x510 pixels: the height 510 is no multiple of 8.*504 or 512"):
+    with pytest.raises(ShapecheckError, match=r"904x510 pixels: height 510 is not a multiple of 8 .*nearest: 504, 512"):
         Geometry.from_px(904, 510)
 
 
@@ -183,8 +183,8 @@ def test_line_numbers_are_no_part_of_equality():
     [
         (lambda record: record | {"divisor": 8}, "an edited contract: its digest says sha256:"),
         (lambda record: record | {"shapecheck_contract": 99}, "contract of schema 99; this release reads schema 1"),
-        (lambda record: record | {"slots": [{}]}, "a damaged contract: KeyError"),
-        (lambda record: record | {"inputs": None}, "a damaged contract: TypeError"),
+        (lambda record: record | {"slots": [{}]}, r"a damaged contract: slots\[0\]: no key 'name'"),
+        (lambda record: record | {"inputs": None}, "a damaged contract: inputs: expected a list, got None"),
         (lambda record: {"model": "sd15"}, "no key 'shapecheck_contract'"),
         (lambda record: [1], "no key 'shapecheck_contract'"),
         (lambda record: record | {"shapecheck_contract": True}, "contract of schema True"),
@@ -197,13 +197,13 @@ def test_line_numbers_are_no_part_of_equality():
             for change, said in [
                 ({"vae_factor": 0}, "of at least 1, got 0"),
                 ({"vae_factor": "8"}, "of at least 1, got '8'"),
-                ({"native": [64]}, "not enough values"),
+                ({"native": [64]}, r"header.native: expected a list of 2, got \[64\]"),
                 ({"native": 64}, "expected a list, got 64"),
                 ({"parameters": 0.5}, "of at least 0, got 0.5"),
                 ({"notes": "a note"}, "expected a list, got 'a note'"),
                 ({"versions": {"torch": 2}}, "expected text, got 2"),
                 ({"source": None}, "expected text, got None"),
-                ({"controlnets": [{}]}, "KeyError"),
+                ({"controlnets": [{}]}, r"header.controlnets\[0\]: no key 'source'"),
             ]
         ],
     ],

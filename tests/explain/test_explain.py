@@ -406,7 +406,7 @@ def test_another_family_s_table_is_named(unet, given_of):
         (["--controlnet", "sd15"], "name the UNet"),
         (["x", "--model", "nowhere"], "nowhere is no preset"),
         (["x", "--model", "controlnet-sd15"], "is a ControlNet"),
-        (["x", "--size", "513x512"], "no multiple of 8"),
+        (["x", "--size", "513x512"], "not a multiple of 8"),
         (["x", "--size", "512x512", "--latent", "64x64"], "give one of them"),
         (["x", "--model", "kandinsky-2.2", "--latent", "9x9"], "multiples of"),
         ([], "give an error TEXT"),

@@ -27,6 +27,7 @@ from shapecheck.observe.probe import probe_controlnet
 from shapecheck.onnx import check_report as report
 from shapecheck.onnx import file as onnx_file
 from shapecheck.onnx.check import check
+from shapecheck.onnx.file import CONTRACT_KEY
 from shapecheck.onnx.reading import read
 from shapecheck.onnx.records import Check
 from shapecheck.onnx.shapes import parameters_to_inputs, shapes_at
@@ -669,7 +670,7 @@ def test_no_name_in_a_file_can_forge_a_line_of_the_report(inside, drawn, tmp_pat
 
     def forge(model: ir.Model) -> None:
         model.producer_name, model.opset_imports["somewhere"] = EVIL, 1
-        model.metadata_props[onnx_file.CONTRACT] = replace(drawn[1], header=header).to_json()
+        model.metadata_props[CONTRACT_KEY] = replace(drawn[1], header=header).to_json()
         skip = next(node for node in model.graph if node.op_type == "Conv")
         skip.name = skip.outputs[0].name = EVIL + "skip"
         residual = next(value for value in model.graph.inputs if value.name == "down_block_residual_01")
@@ -690,7 +691,7 @@ def test_no_name_in_a_file_can_forge_a_line_of_the_report(inside, drawn, tmp_pat
 def test_a_contract_inside_that_forges_names_is_refused(inside, drawn, tmp_path):
     def forge(model: ir.Model) -> None:
         first, *rest = drawn[1].slots
-        model.metadata_props[onnx_file.CONTRACT] = replace(drawn[1], slots=(replace(first, producer=EVIL), *rest)).to_json()
+        model.metadata_props[CONTRACT_KEY] = replace(drawn[1], slots=(replace(first, producer=EVIL), *rest)).to_json()
 
     with pytest.raises(ShapecheckError, match=r"an edited contract: evil\\x1b\[2J\\nFINE: .* is no name"):
         check(files.planted(inside, tmp_path / "x.onnx", forge))
@@ -762,7 +763,7 @@ def test_a_graph_that_contradicts_itself_is_refused(tmp_path):
 
 def test_a_damaged_contract_inside_needs_a_model(drawn, inside, tmp_path):
     def damage(model: ir.Model) -> None:
-        model.metadata_props[onnx_file.CONTRACT] = drawn[1].to_json().replace("UNet2DCond", "UNet3DCond")
+        model.metadata_props[CONTRACT_KEY] = drawn[1].to_json().replace("UNet2DCond", "UNet3DCond")
 
     path = files.planted(inside, tmp_path / "x.onnx", damage)
     with pytest.raises(ShapecheckError, match=r"an edited contract: .* hold the file to a model instead: --model"):
@@ -844,8 +845,8 @@ def test_the_report_tells_of_controlnets_apart_from_the_file(drawn):
         (["{drawn}", "--model", "sd16"], "did you mean"),
         (["{drawn}", "--model", "no.onnx"], "cannot read no.onnx: No such file"),
         (["{drawn}", "--model", "{drawn}"], "plan.onnx holds no contract"),
-        (["{drawn}", "--size", "8"], "'8' is no size"),
-        (["{drawn}", "--size", "63x64"], "the width 63 is no multiple of 8"),
+        (["{drawn}", "--size", "8"], "'8' is not a size"),
+        (["{drawn}", "--size", "63x64"], "width 63 is not a multiple of 8"),
         (["{drawn}", "--size", "64x64", "--latent", "8x8"], "give one of them"),
         (["{drawn}", "-o", "no/such/folder/report.txt"], "cannot write no/such/folder/report.txt"),
     ],

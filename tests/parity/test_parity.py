@@ -25,7 +25,6 @@ from parity_runs import NAMES, SLOTS, failed, kinds
 from peak import peak_of
 
 from shapecheck import Geometry, ShapecheckError, presets
-from shapecheck.contract.contract import dtypes_of
 from shapecheck.observe.subject import TorchModel
 from shapecheck.parity import reference, run
 from shapecheck.parity.artefacts import file_for
@@ -87,7 +86,7 @@ def side(model, path, options=ONE_SIZE, **given):
         key = (id(model), options, given.get("emitted"), contract, tuple(calls))
         if key not in _KNOWN:
             _KNOWN[key] = reference.computed(subject, contract, calls, draws, wanted, look, progress)
-        look(subject.load(dtypes_of(contract)["sample"]))
+        look(subject.load(contract.dtype))
         return _KNOWN[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -323,7 +323,7 @@ def files(made: Made, **changes: str) -> tuple[str, ...]:
         ({"model": "nowhere/at/all"}, "nowhere/at/all"),
         ({"batch": "2"}, "--shapecheck-batch and --shapecheck-tokens go with --shapecheck-sizes"),
         ({"times_own": "0"}, "--shapecheck-times-own must be more than 0, got 0.0"),
-        ({"sizes": "70x104"}, "70x104 pixels: the width 70 is no multiple of 8"),
+        ({"sizes": "70x104"}, "70x104 pixels: width 70 is not a multiple of 8"),
         ({"report": "text.onnx"}, "--shapecheck-report: cannot write into text.onnx: File exists"),
     ],
 )

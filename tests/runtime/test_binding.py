@@ -11,7 +11,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shapecheck import ContractError, Geometry, ShapecheckError, presets
-from shapecheck.contract.contract import dtypes_of, rules_of
 from shapecheck.runtime.binding import Binding, CallError
 from shapecheck.tensorrt.profiles import Bounds, Profile, Range, profile_of
 from shapecheck.tensorrt.record import BuildOptions, Request
@@ -25,7 +24,7 @@ LONG = Range(Geometry(1, 8, 16, 77), Geometry(2, 16, 24, 77), Geometry(2, 24, 40
 
 def request_for(name, *ranges, names=None, outputs=("out_sample",)):
     contract = presets.contract(name) if isinstance(name, str) else name
-    called = names or {each: each for each in rules_of(contract)}
+    called = names or {each: each for each in contract.input_rules}
     return Request(
         contract, tuple(profile_of(contract, each) for each in ranges), tuple(called.items()), outputs,
         "sha256:0", "sha256:1", "", BuildOptions(), "10.16.1.11", "a GPU",
@@ -33,7 +32,7 @@ def request_for(name, *ranges, names=None, outputs=("out_sample",)):
 
 
 def call(contract, geometry, device=DEVICE):
-    dtypes = dtypes_of(contract)
+    dtypes = contract.input_dtypes
     return {name: (shape, dtypes[name], device) for name, shape in contract.input_shapes(geometry).items()}
 
 
@@ -64,7 +63,7 @@ def test_a_call_is_served_by_the_profile_that_takes_it(name, channels):
         serving = binding.serve(call(contract, geometry))
         assert (serving.geometry.height, serving.geometry.width, serving.profile) == (geometry.height, geometry.width, profile)
         assert serving.inputs == contract.input_shapes(geometry)
-        assert list(serving.given) == list(rules_of(contract))
+        assert list(serving.given) == list(contract.input_rules)
         assert serving.outputs == {"out_sample": (geometry.batch, channels, geometry.height, geometry.width)}
 
 
@@ -79,7 +78,7 @@ def test_the_order_of_the_names_does_not_matter():
 
 
 def test_shapes_go_to_the_engine_under_its_own_names():
-    names = {each: f"their_{each}" for each in rules_of(SD15)}
+    names = {each: f"their_{each}" for each in SD15.input_rules}
     serving = Binding(request_for("sd15", SMALL, names=names), DEVICE).serve(FINE)
     assert serving.inputs["their_down_block_residual_05"] == SD15.input_shapes(Geometry(2, 17, 25))["down_block_residual_05"]
     assert set(serving.inputs) == set(names.values())
@@ -124,7 +123,7 @@ def test_any_size_within_a_range_is_served_and_any_other_is_refused_and_named(na
     if contract.divisor > 1:
         height, width = 8 * sizes[1], 8 * sizes[2]
     geometry = Geometry(batch, height, width, tokens)
-    text = any(dim.symbol == "tokens" for rule in rules_of(contract).values() for dim in rule)
+    text = any(dim.symbol == "tokens" for rule in contract.input_rules.values() for dim in rule)
     within = [
         number
         for number, (most, lengths) in enumerate(((3, range(77, 78)), (2, range(77, 155))))
@@ -202,7 +201,7 @@ def test_a_missing_base_input_is_no_matter_of_controlnets():
 
 def test_nothing_at_all_is_every_input_missing():
     error = refused(BINDING, {})
-    assert [each.where for each in error.mismatches] == list(rules_of(SD15))
+    assert [each.where for each in error.mismatches] == list(SD15.input_rules)
     assert "down_block_residual_03: missing: got nothing, expected batch×320×ceil(h/2)×ceil(w/2)" in str(error)
 
 
@@ -272,7 +271,7 @@ def test_a_wrong_shape_and_a_size_beyond_the_profile_are_told_together():
 
 
 def test_a_name_of_the_engines_own_is_answered_with_the_contracts():
-    names = {each: each.replace("down_block_residual", "input_control") for each in rules_of(SD15)}
+    names = {each: each.replace("down_block_residual", "input_control") for each in SD15.input_rules}
     binding = Binding(request_for("sd15", SMALL, names=names), DEVICE)
     text = str(refused(binding, {names[name]: each for name, each in FINE.items()}))
     assert "input_control_11: surplus: got 2×1280×3×4, expected no such input; the name here is down_block_residual_11" in text
@@ -324,7 +323,7 @@ def test_a_call_with_any_one_fault_is_refused_with_that_input_named(name, axis, 
 
 def test_a_record_that_does_not_name_every_input_once_is_refused():
     short = dict(list(REQUEST.names)[1:])
-    twice = dict.fromkeys(rules_of(SD15), "x")
+    twice = dict.fromkeys(SD15.input_rules, "x")
     for names in (short, twice):
         with pytest.raises(ShapecheckError, match="does not name each input of its contract once; build the engine again"):
             Binding(request_for("sd15", SMALL, names=names), DEVICE)
@@ -343,16 +342,16 @@ def test_profiles_that_are_no_image_of_one_range_are_refused():
 
 
 def test_addresses_go_by_the_engines_names_in_the_order_of_the_record():
-    names = {each: f"their_{each}" for each in rules_of(SD15)}
+    names = {each: f"their_{each}" for each in SD15.input_rules}
     binding = Binding(request_for("sd15", SMALL, names=names, outputs=("first", "second")), DEVICE)
-    inputs = {name: 256 * place for place, name in enumerate(rules_of(SD15), start=1)}
+    inputs = {name: 256 * place for place, name in enumerate(SD15.input_rules, start=1)}
     table = binding.addresses(inputs, {"second": 8192, "first": 9216})
     assert table == {f"their_{name}": address for name, address in inputs.items()} | {"first": 9216, "second": 8192}
     assert list(table)[-2:] == ["first", "second"]
 
 
 def test_an_input_or_output_without_memory_is_named():
-    inputs = dict.fromkeys(rules_of(SD15), 256)
+    inputs = dict.fromkeys(SD15.input_rules, 256)
     with pytest.raises(ShapecheckError, match="no memory was given for out_sample"):
         BINDING.addresses(inputs, {})
     with pytest.raises(ShapecheckError, match="no memory was given for timestep, mid_block_residual"):

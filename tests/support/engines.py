@@ -18,7 +18,7 @@ from small import unet
 from torch import device, nn
 
 from shapecheck import Contract, Geometry, probe
-from shapecheck.onnx.file import CONTRACT
+from shapecheck.onnx.file import CONTRACT_KEY
 from shapecheck.progress import Progress
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.process import EngineError
@@ -54,7 +54,7 @@ def exported_quickly(unet: nn.Module, path: Path, *, weights: str, progress: obj
 def sealed(path: Path, contract: Contract) -> Path:
     """Write the contract into an ONNX file."""
     model = onnx.load(path)
-    model.metadata_props.add(key=CONTRACT, value=contract.to_json())
+    model.metadata_props.add(key=CONTRACT_KEY, value=contract.to_json())
     onnx.save(model, path)
     return path
 

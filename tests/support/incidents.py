@@ -23,7 +23,6 @@ from small import fill_zero_convolutions
 from spoilt import Shape
 
 from shapecheck import Contract, Geometry, presets, probe
-from shapecheck.contract.contract import dtypes_of
 
 FOLDER = Path(__file__).parents[2] / "probes" / "incidents"
 SCALE = 10
@@ -199,7 +198,7 @@ def _export(setup: dict[str, Any], model: str, folder: Path) -> Acted:
 
 def _feed(setup: dict[str, Any], contract: Contract, at: Geometry) -> dict[str, np.ndarray]:
     shapes = contract.input_shapes(at) | _shapes(setup, contract, at)
-    dtypes = {name: np.dtype(dtype) for name, dtype in dtypes_of(contract).items()}
+    dtypes = {name: np.dtype(dtype) for name, dtype in contract.input_dtypes.items()}
     feed = {
         name: np.zeros(shape, np.float16 if name in setup.get("half", ()) else dtypes[name]) for name, shape in shapes.items()
     }

@@ -17,10 +17,9 @@ from torch import nn
 
 from shapecheck import Contract, Geometry, probe
 from shapecheck.contract import Input, Slot
-from shapecheck.contract.contract import dtypes_of
 from shapecheck.observe.probe import probe_controlnet
 from shapecheck.observe.subject import meta_twin
-from shapecheck.onnx.file import CONTRACT
+from shapecheck.onnx.file import CONTRACT_KEY
 
 XL = {
     "block_out_channels": (8, 16),
@@ -84,7 +83,7 @@ def written(path: Path, model: nn.Module, *, latent: tuple[int, int], baked: tup
 
 def _trace(path: Path, model: nn.Module, contract: Contract, latent: tuple[int, int], baked: tuple[str, ...]) -> None:
     rules = {each.name: each.shape for each in (*contract.inputs, *contract.slots)}
-    dtypes = dtypes_of(contract)
+    dtypes = contract.input_dtypes
     shapes = contract.input_shapes(Geometry(2, *latent, 7))
     tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtypes[name])) for name, shape in shapes.items()}
     constants = {name: tensors.pop(name) for name in baked}
@@ -146,7 +145,7 @@ def _trace_controlnet(path: Path, model: nn.Module, latent: tuple[int, int]) -> 
             dynamo=False,
         )
     file = onnx.load(path)
-    file.metadata_props.add(key=CONTRACT, value=contract.to_json())
+    file.metadata_props.add(key=CONTRACT_KEY, value=contract.to_json())
     onnx.save(file, path)
 
 

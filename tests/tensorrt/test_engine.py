@@ -23,7 +23,6 @@ from filelock import FileLock, Timeout
 
 from shapecheck import ContractError, Geometry, ShapecheckError, presets, read_contract
 from shapecheck.cli import main
-from shapecheck.contract.contract import rules_of
 from shapecheck.tensorrt import build as tensorrt_build
 from shapecheck.tensorrt import process, profile_formats
 from shapecheck.tensorrt.build import build_engine, place
@@ -162,7 +161,7 @@ def test_a_planted_fault_is_refused_before_tensorrt_is_loaded(fault, deep, tmp_p
     rows = [line.split() for line in result.stdout.splitlines()]
     assert [where, kind] in [row[:2] for row in rows]
     found = json.loads(shapecheck(*command, "--format", "json").stdout)["mismatches"]
-    assert {each["where"] for each in found} == ({where} if fault != "half precision" else set(rules_of(deep[1])))
+    assert {each["where"] for each in found} == ({where} if fault != "half precision" else set(deep[1].input_rules))
     assert not (tmp_path / "unet.plan").exists()
 
 
@@ -260,7 +259,7 @@ def test_nothing_waits_for_a_pipe_and_no_file_is_written_over(deep, tmp_path):
 
 @pytest.mark.usefixtures("no_tensorrt")
 def test_half_precision_of_others_is_held_to_a_contract_in_its_own_precision(deep, tmp_path):
-    edits = [onnx_files.retype(name, ir.DataType.FLOAT16) for name in rules_of(deep[1])]
+    edits = [onnx_files.retype(name, ir.DataType.FLOAT16) for name in deep[1].input_rules]
     without_contract(onnx_files.planted(deep[0], tmp_path / "half.onnx", *edits))
     (tmp_path / "deep.json").write_text(deep[1].to_json(), encoding="utf-8")
     options = ("--sizes", "200x136", "--format", "json", "--model", tmp_path / "deep.json")
@@ -294,7 +293,7 @@ def test_a_file_without_slots_is_built_as_one_without_control(deep, tmp_path, sc
 def test_a_profile_from_large_to_small_is_exit_status_2_and_names_the_size():
     result = shapecheck("profile", "sd15", "--sizes", "904x768:640x704:384x512")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: --sizes '904x768:640x704:384x512' is no range: give the smallest first")
+    assert result.stderr.startswith("error: --sizes '904x768:640x704:384x512' is not a range: give the smallest first")
 
 
 @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed here")

@@ -19,8 +19,7 @@ from click.testing import CliRunner
 
 from shapecheck import Geometry, ShapecheckError, probe
 from shapecheck.cli import main
-from shapecheck.contract.contract import rules_of
-from shapecheck.onnx.file import WEIGHTS
+from shapecheck.onnx.file import WEIGHTS_KEY
 from shapecheck.tensorrt import process as tensorrt_process
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Range
@@ -74,7 +73,7 @@ def test_a_reduced_sdxl_in_half_precision_from_linked_weights(tmp_path):
     assert [each.dtype for each in profile.inputs] == ["float16", "float32", *["float16"] * (len(profile.inputs) - 2)]
     assert {"text_embeds", "time_ids"} <= {each.name for each in profile.inputs}
     metadata = {each.key: each.value for each in onnx.load(done.path, load_external_data=False).metadata_props}
-    assert built.engine.request.weights == built.engine.request.checkpoint == metadata[WEIGHTS]
+    assert built.engine.request.weights == built.engine.request.checkpoint == metadata[WEIGHTS_KEY]
     assert build_engine(done.path, tmp_path / "unet.plan", profiles=[engines.SIZES], options=engines.RTX).found
 
 
@@ -100,7 +99,7 @@ def test_a_fixed_batch_and_an_axis_that_never_varies_are_built_as_they_are(deep,
 
 def fixed_batch(contract):
     """Every input at batch 2."""
-    rules = rules_of(contract)
+    rules = contract.input_rules
     return [
         onnx_files.declare(name, 2, *(str(dim) if dim.symbol else dim.scale for dim in rule[1:]))
         for name, rule in rules.items()

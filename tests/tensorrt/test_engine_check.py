@@ -16,13 +16,13 @@ from click.testing import CliRunner
 
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.cli import main
-from shapecheck.contract.contract import dtypes_of, rules_of
+from shapecheck.contract.json_codec import decode
 from shapecheck.models.safetensors import checkpoint_files, read_table
 from shapecheck.models.weights import digest
 from shapecheck.observe.fit import misfits
 from shapecheck.onnx.external import external_tensors
 from shapecheck.tensorrt.check import check_engine
-from shapecheck.tensorrt.engine_io import SeenEngine, SeenTensor, differences, seen_from
+from shapecheck.tensorrt.engine_io import DeclaredEngine, DeclaredTensor, differences
 from shapecheck.tensorrt.profiles import Range, profile_of
 from shapecheck.tensorrt.record import read_engine
 from shapecheck.tensorrt.size_ranges import written
@@ -159,7 +159,7 @@ def test_an_engine_without_slots_takes_no_controlnet_and_is_not_the_model_with_t
     off = replace(contract, slots=())
     (found,) = misfits(off, [str(made / "controlnet")], progress=print)
     assert (found.kind, "exported with --no-control" in found.cause) == ("missing", True)
-    inputs = tuple(pair for pair in request.names if pair[0] in rules_of(off))
+    inputs = tuple(pair for pair in request.names if pair[0] in off.input_rules)
     without = replace(request, contract=off, names=inputs, profiles=(profile_of(off, engines.SIZES),))
     plan = engines.recorded(tmp_path / "off.plan", without)
     assert check_engine(plan).mismatches == check_engine(plan, off).mismatches == ()
@@ -249,7 +249,7 @@ def test_what_is_no_file_is_told(copied):
     assert "unet.plan is a folder, not an engine" in check(copied / "unet.plan").stderr
     (copied / "unet.plan").rmdir()
     os.mkfifo(copied / "unet.plan")
-    assert "unet.plan is no regular file, not an engine" in check(copied / "unet.plan").stderr
+    assert "unet.plan is a pipe or a device, not an engine" in check(copied / "unet.plan").stderr
     result = check(copied / f"{'x' * 300}.plan")
     assert (result.exit_code, "File name too long" in result.stderr) == (2, True)
 
@@ -263,19 +263,21 @@ def test_weights_are_asked_of_engines_alone(made):
 # What TensorRT would show of an engine is made up here: loading one needs a GPU.
 
 
-def shown(request) -> SeenEngine:
-    rules, dtypes = rules_of(request.contract), dtypes_of(request.contract)
+def shown(request) -> DeclaredEngine:
+    rules, dtypes = request.contract.input_rules, request.contract.input_dtypes
     profile = request.profiles[0]
     tensors = [
-        SeenTensor(
+        DeclaredTensor(
             name, True, dtypes[name], tuple(-1 if dim.symbol else dim.scale for dim in rule), (profile.bounds(name).shapes,)
         )
         for name, rule in rules.items()
     ]
-    return SeenEngine(request.contract.digest, (*tensors, SeenTensor("out_sample", False, "float32", (-1, 4, -1, -1), ())), 1)
+    return DeclaredEngine(
+        request.contract.digest, (*tensors, DeclaredTensor("out_sample", False, "float32", (-1, 4, -1, -1), ())), 1
+    )
 
 
-def altered(seen: SeenEngine, name: str, /, **changes) -> SeenEngine:
+def altered(seen: DeclaredEngine, name: str, /, **changes) -> DeclaredEngine:
     return replace(seen, tensors=tuple(replace(each, **changes) if each.name == name else each for each in seen.tensors))
 
 
@@ -315,11 +317,11 @@ def test_what_the_process_tells_is_read(made):
         "name": "sha256:x",
         "profiles": 1,
         "tensors": [
-            {"name": "sample", "is_input": True, "dtype": "HALF", "shape": [-1, 4, 8, -1], "bounds": [[[1, 4, 8, 8]] * 3]},
-            {"name": "out", "is_input": False, "dtype": "FP8", "shape": [1], "bounds": []},
+            {"name": "sample", "is_input": True, "dtype": "float16", "shape": [-1, 4, 8, -1], "bounds": [[[1, 4, 8, 8]] * 3]},
+            {"name": "out", "is_input": False, "dtype": "fp8", "shape": [1], "bounds": []},
         ],
     }
-    seen = seen_from(record)
+    seen = decode(DeclaredEngine, record)
     assert [each.dtype for each in seen.tensors] == ["float16", "fp8"]
     assert seen.profile(0).bounds("sample").max == (1, 4, 8, 8)
 

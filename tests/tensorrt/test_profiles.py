@@ -267,10 +267,10 @@ def test_ranges_are_read_as_users_write_them():
     [
         ([], ["1"], "no size was given; give --sizes"),
         (["512x512:768x768"], ["1"], r"--sizes '512x512:768x768': expected MIN:OPT:MAX"),
-        (["512"], ["1"], "'512' is no size; expected WxH in pixels"),
-        (["512x500"], ["1"], "the height 500 is no multiple of 8"),
-        (["512x512"], ["0"], "--batch: '0' is no whole number"),
-        (["512x512"], ["1:two:3"], "--batch: 'two' is no whole number"),
+        (["512"], ["1"], "'512' is not a size; expected WxH in pixels"),
+        (["512x500"], ["1"], "height 500 is not a multiple of 8"),
+        (["512x512"], ["0"], "--batch: '0' is not a whole number"),
+        (["512x512"], ["1:two:3"], "--batch: 'two' is not a whole number"),
         (["512x512"], ["1", "2"], "2 batches for 1 sizes"),
     ],
 )
@@ -280,9 +280,9 @@ def test_what_is_no_range_is_refused_with_its_text(sizes, batch, message):
 
 
 def test_a_range_that_does_not_ascend_is_refused():
-    with pytest.raises(ShapecheckError, match="--sizes '512x384:384x512:768x768' is no range: give the smallest"):
+    with pytest.raises(ShapecheckError, match="--sizes '512x384:384x512:768x768' is not a range: give the smallest"):
         parse_ranges(["512x384:384x512:768x768"])
-    with pytest.raises(ShapecheckError, match="--batch '2:1:4' is no range"):
+    with pytest.raises(ShapecheckError, match="--batch '2:1:4' is not a range"):
         parse_ranges(["512x512"], ["2:1:4"])
     with pytest.raises(ShapecheckError, match="no range: the width goes 64, 48, 96; give the smallest size"):
         profile_of(SD15, Range(Geometry(1, 48, 64), Geometry(1, 64, 48), Geometry(1, 96, 96)))
@@ -301,15 +301,18 @@ GOOD = json.loads(profile_formats.dumps([MADE], SDXL.digest))
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "damaged profiles: JSONDecodeError"),
+        ("", "not a file of profiles: not JSON"),
         ("[]", "no key 'shapecheck_profiles'"),
-        (json.dumps(GOOD | {"shapecheck_profiles": 2}), "profiles of schema 2; this release reads 1"),
-        (json.dumps(GOOD | {"profiles": []}), "a list of 1 to 64 profiles"),
-        (json.dumps(GOOD | {"profiles": [[{"name": "sample"}]]}), "damaged profiles: KeyError"),
-        (json.dumps(GOOD).replace("[1, 4, 17, 24]", "[1, -4, 17, 24]"), "sample: expected a list of sizes"),
-        (json.dumps(GOOD).replace("[1, 4, 17, 24]", '"17"'), "sample: expected a list of sizes"),
-        (json.dumps(GOOD).replace('"sample"', '"sam\\u001bple"'), "no name or dtype"),
-        ("[" * 100_000, "damaged profiles"),
+        (json.dumps(GOOD | {"shapecheck_profiles": 2}), "a file of profiles of schema 2; this release reads schema 1"),
+        (json.dumps(GOOD | {"profiles": []}), "profiles: expected 1 to 64, got 0"),
+        (json.dumps(GOOD | {"profiles": [[{"name": "sample"}]]}), r"damaged profiles: profiles\[0\]\[0\]: no key 'dtype'"),
+        (
+            json.dumps(GOOD).replace("[1, 4, 17, 24]", "[1, -4, 17, 24]"),
+            r"\[0\].min\[1\]: expected a whole number from 1 to .*, got -4",
+        ),
+        (json.dumps(GOOD).replace("[1, 4, 17, 24]", '"17"'), r"profiles\[0\]\[0\].min: expected a list, got '17'"),
+        (json.dumps(GOOD).replace('"sample"', '"sam\\u001bple"'), "cannot be printed"),
+        ("[" * 100_000, "not a file of profiles: not JSON"),
     ],
 )
 def test_a_damaged_file_of_profiles_is_refused(text, message):
