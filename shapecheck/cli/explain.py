@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from shapecheck.explain.residual_table import RequestedSize
 
 _FILE_NAME = re.compile(r"""[^\s"'()]{0,1000}(?:[\\/][^\s"'()]{0,1000}|\.(?:txt|log|out|err|md|json))""")
-"""Words that can only be meant as the name of a file."""
-_KEPT = 2**20
-"""Bytes of a log that are read from its start and from its end."""
+"""A text that can only be meant as the name of a file."""
+_KEPT_BYTES = 2**20
+"""Bytes of a log that are kept from its start, and as many from its end."""
 
 
 @click.command()
@@ -89,7 +89,7 @@ def explain(
     requested = _parse_size(size, latent, batch, models)
     if model is not None:
         models[model].require(requested.complete(models[model]))
-    judgements = _judge(mapping, controlnets, model, models, requested, offline)
+    judgements = _judge_table(mapping, controlnets, model, models, requested, offline)
     diagnosis = explain_text(message, models, requested) if message is not None else Diagnosis((), tuple(models))
     write(_render(diagnosis, judgements, form), output)
     is_diagnosed = judge_diagnosis(diagnosis, judgements[0] if judgements else None) == "diagnosis"
@@ -97,24 +97,23 @@ def explain(
 
 
 def render_mapping(judgement: Judgement, form: Form) -> str:
-    """Render a table alone, as `explain --mapping` does."""
+    """Return the report of a table alone, as `explain --mapping` writes it."""
     from shapecheck.explain.diagnosis import Diagnosis
 
     return _render(Diagnosis((), judgement.models), [judgement], form)
 
 
 def _render(diagnosis: Diagnosis, judgements: list[Judgement], form: Form) -> str:
-    from shapecheck.explain import json_record as record
-    from shapecheck.explain import report
+    from shapecheck.explain import json_record, report
 
     first, others = (judgements[0], judgements[1:]) if judgements else (None, [])
     if form == "json":
-        return record.render_json(diagnosis, first, others)
+        return json_record.render_json(diagnosis, first, others)
     return report.render_text(diagnosis, first, others, form=form)
 
 
 def _read_message(text: str | None, *, others: bool) -> str | None:
-    """Read the text to explain. Returns None if a table is to be explained alone."""
+    """Return the text to explain, or None if a table is to be explained alone."""
     if text is None:
         if others:
             return None
@@ -133,10 +132,10 @@ def _read_message(text: str | None, *, others: bool) -> str | None:
 
 
 def _read_ends(stream: IO[bytes]) -> str:
-    """Read the start and the end of a log of any length, as text of any kind."""
-    start, end = stream.read(_KEPT), b""
-    while more := stream.read(_KEPT):
-        end = (end + more)[-_KEPT:]
+    """Return the start and the end of a log of any length."""
+    start, end = stream.read(_KEPT_BYTES), b""
+    while more := stream.read(_KEPT_BYTES):
+        end = (end + more)[-_KEPT_BYTES:]
     return (start + (b"\n" if end else b"") + end).decode("utf-8", "replace")
 
 
@@ -172,7 +171,7 @@ def _parse_size(size: str | None, latent: str | None, batch: int | None, models:
     return RequestedSize(parse_pair(latent, "HxW in latent cells") if latent else None, batch)
 
 
-def _judge(
+def _judge_table(
     mapping: str | None,
     controlnets: tuple[str, ...],
     model: str | None,
@@ -180,9 +179,9 @@ def _judge(
     size: RequestedSize,
     offline: bool,
 ) -> list[Judgement]:
-    """Hold what was given against every UNet; the one it fits best comes first."""
+    """Compare the table with every UNet; the one it fits best comes first."""
     from shapecheck.explain.explain_text import group_models
-    from shapecheck.explain.judge_mapping import judge_given, judge_on_all
+    from shapecheck.explain.judge_mapping import judge_controlnets, judge_on_all
     from shapecheck.explain.mapping_parser import parse_mapping
 
     if mapping:
@@ -192,10 +191,6 @@ def _judge(
         return []
     if model is None:
         raise ShapecheckError("--controlnet: name the UNet it is used with, with --model")
-    from shapecheck.explain.controlnet_shapes import observe_emitted
-
     contract = models[model]
-    at = size.complete(contract)
     with progress() as steps:
-        tables = observe_emitted(controlnets, at, offline=offline, progress=steps)
-    return [judge_given(table, (model,), contract, at) for table in tables]
+        return judge_controlnets(controlnets, model, contract, size.complete(contract), offline=offline, progress=steps)

@@ -4,57 +4,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from shapecheck.contract import Contract, Geometry, Mismatch
-from shapecheck.contract.records import MismatchKind
 from shapecheck.explain.matching import find_slot, reproduces
 from shapecheck.explain.parse_text import read_symptoms
 from shapecheck.explain.residual_table import ResidualShapes, ResidualTable, right_shapes
 from shapecheck.explain.simulate import simulate_call
-from shapecheck.explain.symptom import Symptom, SymptomKind
+from shapecheck.explain.symptom import Symptom
 from shapecheck.explain.torch_messages import say_eager, say_meta
-from shapecheck.explain.traceback_calls import Traced
+from shapecheck.explain.traceback_calls import FailedCall
 from shapecheck.explain.unet_layout import lay_out_unet
 from shapecheck.runtime.unet_call import DOWNS, FEATURES, Call
 
 Reason = Literal["shape", "dtype", "device", "container", "value", "mid", "name"]
-"""What of the residuals an exception is about: `container` is a list that is none, `value` an item that is no tensor, `mid`
-one that is missing, `name` an input that the text itself names."""
-
-
-_SHAPES: frozenset[MismatchKind] = frozenset(
-    ("channels", "size", "rounding", "batch", "rank", "broadcast", "missing", "surplus")
-)
-
-
-_OF_SHAPES: tuple[SymptomKind, ...] = (
+"""The property of residuals that an exception is about: `container` is a list that is not one, `value` an item that is not a
+tensor, `mid` a missing mid residual, `name` an input that the text itself names."""
+_SHAPES = {"channels", "size", "rounding", "batch", "rank", "broadcast", "missing", "surplus"}
+_OF_SHAPES = (
     "broadcast", "output", "concat", "rank", "norm", "groups", "index", "attention", "reshape", "upsample", "keyword",
     "unequal", "dimensions",
 )  # fmt: skip
-
-
 _OF_DTYPES = re.compile(r"\bd(?:ata)?types?\b|\bscalar types?\b")
-
-
 _OF_DEVICES = re.compile(r"\bsame device\b|not on the expected device")
-
-
 _OF_MEMORY = re.compile(r"out of memory|can't allocate memory|bad_alloc")
 
 
 def is_of_memory(error: BaseException) -> bool:
-    """Tell if memory ran out: no residual explains that."""
+    """Return whether memory ran out: no residual explains that."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(_OF_MEMORY.search(str(error)))
 
 
 def find_reasons(
-    traced: Traced, call: Call, contract: Contract, geometry: Geometry, mismatches: Sequence[Mismatch]
+    traced: FailedCall, call: Call, contract: Contract, geometry: Geometry, mismatches: Sequence[Mismatch]
 ) -> set[Reason]:
-    """Return what of the residuals explains the exception that came through this call; nothing if `mismatches` do not."""
+    """Return the reasons for which residuals explain the exception of this call; none if `mismatches` do not explain it."""
     error, text = traced.error, str(traced.error)
     if is_of_memory(error) or (call.downs is None and call.features is None) or _is_before(traced, call, contract):
         return set()
@@ -64,26 +51,26 @@ def find_reasons(
     of_dtypes = isinstance(error, (RuntimeError, TypeError)) and bool(_OF_DTYPES.search(text))
     of_type = isinstance(error, (TypeError, AttributeError)) and not traced.inside
     if DOWNS in at_fault:
-        has_no_tensor = not isinstance(call.downs, Tensor) or not call.downs.dim()
+        has_other_value = not isinstance(call.downs, Tensor) or not call.downs.dim()
     else:
-        given = (*(call.downs or ()), *(() if call.mid is None else (call.mid,))) if of_type else ()
-        has_no_tensor = not all(isinstance(residual, Tensor) for residual in given)
+        residuals = (*(call.downs or ()), *(() if call.mid is None else (call.mid,))) if of_type else ()
+        has_other_value = not all(isinstance(residual, Tensor) for residual in residuals)
     holds: dict[Reason, bool] = {
         "shape": bool(kinds & _SHAPES or DOWNS in at_fault) and _is_foretold(text, symptoms, call, contract, geometry),
         "dtype": "dtype" in kinds and (of_dtypes or any(symptom.kind == "dtype" for symptom in symptoms)),
         "device": "device" in kinds and bool(_OF_DEVICES.search(text)),
         "container": FEATURES in at_fault and "has no attribute 'pop'" in text,
-        "value": of_type and has_no_tensor,
+        "value": of_type and has_other_value,
         "mid": call.mid is None and call.downs is not None and contract.slots[-1].name in at_fault,
         "name": any(find_slot(name, contract) in at_fault for symptom in symptoms for name in symptom.names),
     }
-    return {reason for reason in get_args(Reason) if holds[reason]}
+    return {reason for reason, is_held in holds.items() if is_held}
 
 
-def _is_before(traced: Traced, call: Call, contract: Contract) -> bool:
-    """Tell if it was raised by a module that runs before any residual is added.
+def _is_before(traced: FailedCall, call: Call, contract: Contract) -> bool:
+    """Return whether a module raised it that runs before any residual is added.
 
-    A ControlNet's are added after the way down and after mid; only the modules of the way up, and those after it, take them.
+    A ControlNet's are added after the way down and after mid; only the modules of the way up, and those after it, get them.
     """
     if call.mid is None or call.features is not None or not traced.inside:
         return False
@@ -93,7 +80,7 @@ def _is_before(traced: Traced, call: Call, contract: Contract) -> bool:
 
 
 def _is_foretold(text: str, symptoms: Iterable[Symptom], call: Call, contract: Contract, geometry: Geometry) -> bool:
-    """Tell if residuals of these shapes fail so; if nothing can be foretold, whether the text is of shapes at all."""
+    """Return whether residuals of these shapes fail so; if that cannot be simulated, whether the text is of shapes at all."""
     if call.downs is None:
         return False
     unet, given = lay_out_unet(contract, geometry), _find_shapes(call, contract, geometry)
@@ -109,11 +96,11 @@ def _is_foretold(text: str, symptoms: Iterable[Symptom], call: Call, contract: C
 
 
 def _find_shapes(call: Call, contract: Contract, geometry: Geometry) -> ResidualShapes | None:
-    """Return the shapes that are added, a right one in place of what is no tensor; None if these are not known any more."""
+    """Return the shapes that are added, a right one in place of other values; None if these are not known any more."""
     if not isinstance(call.downs, (list, tuple)) and not (isinstance(call.downs, Tensor) and call.downs.dim()):
         return None
     right, count = right_shapes(contract, geometry), len(call.downs)
-    own = (*right.downs, *((),) * count)[:count]  # what is surplus is never added
+    own = (*right.downs, *((),) * count)[:count]  # surplus residuals are never added
     pairs = zip((*call.downs, call.mid), (*own, right.mid or ()), strict=True)
     flat = [tuple(value.shape) if isinstance(value, Tensor) else shape for value, shape in pairs]
     return ResidualShapes(tuple(flat[:-1]), None if call.mid is None else flat[-1])

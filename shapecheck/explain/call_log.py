@@ -1,4 +1,4 @@
-"""What comes by while a block is explained: the arguments of the UNet's calls, and what each ControlNet returned last."""
+"""A record of what passes by while a block is explained: the arguments of the UNet's calls, and each ControlNet's output."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ import torch
 from torch import nn
 
 from shapecheck.contract import ShapecheckError
-from shapecheck.explain.traceback_calls import Traced
+from shapecheck.explain.traceback_calls import FailedCall
 from shapecheck.runtime.controlnet_emissions import Emission, watch_controlnet
 from shapecheck.runtime.unet_call import Call, call_of, inner, places_of
 
 
-class Returned(NamedTuple):
-    """The residuals that a ControlNet returned, and which it is."""
+class EmissionRecord(NamedTuple):
+    """The residuals that a ControlNet returned. Its place is written as in Python, controlnet[1]; empty for a single one."""
 
     place: str
-    """Where the ControlNet stands in what was given to be watched, as Python writes it; empty where it is the only one."""
     class_name: str
     residuals: Emission
 
@@ -31,10 +30,10 @@ class Returned(NamedTuple):
         return f"{self.class_name}, {self.place}" if self.place else self.class_name
 
 
-class Watched:
+class CallLog:
     """A UNet and the ControlNets beside it, each thread's calls apart from those of others.
 
-    Raises ShapecheckError for what is no UNet, or no ControlNets.
+    Raises ShapecheckError for anything else than a UNet and ControlNets.
     """
 
     def __init__(self, unet: nn.Module, controlnet: nn.Module | Sequence[nn.Module] | None) -> None:
@@ -43,13 +42,13 @@ class Watched:
         self._unet = unet
         self._places = places_of(inner(unet))
         self._controlnets: dict[nn.Module, str] = {}
-        for place, module in _several(controlnet):
+        for place, module in _list_controlnets(controlnet):
             self._controlnets.setdefault(module, place)
         self._calls: dict[int, tuple[Mapping[str, Any], Call]] = {}
-        self._emitted: dict[tuple[int, int], Returned] = {}
+        self._emissions: dict[tuple[int, int], EmissionRecord] = {}
 
     def install(self, hooks: ExitStack) -> None:
-        """Set a hook on each; the stack removes those that are set, also where one of them cannot be."""
+        """Set a hook on each; the stack removes those that are set, even if one of them cannot be."""
         # kept out of graphs that torch.compile makes, which would freeze what they saw when it was traced
         before, after = map(torch.compiler.disable, (self._before, self._after))
         hooks.callback(self._unet.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -58,56 +57,52 @@ class Watched:
             hooks.callback(watch_controlnet(controlnet, partial(self._receive, inner(controlnet), place)))
 
     def is_unet(self, module: nn.Module) -> bool:
-        """Whether this is the watched UNet, or what torch.compile made of it."""
+        """Return whether this is the watched UNet, or what torch.compile made of it."""
         return inner(module) is inner(self._unet)
 
-    def call_of(self, traced: Traced) -> Call | None:
-        """The arguments of this very call before it ran, in whichever thread; None where it was not seen."""
+    def call_of(self, traced: FailedCall) -> Call | None:
+        """Return the arguments of this very call before it ran, in whichever thread; None if it was not seen."""
         return next((call for kwargs, call in list(self._calls.values()) if kwargs is traced.kwargs), None)
 
-    def emissions(self) -> list[Returned]:
-        """What each ControlNet returned last in each thread, the latest last."""
-        return list(self._emitted.values())
+    def emissions(self) -> list[EmissionRecord]:
+        """Return the last emission of each ControlNet in each thread, the latest last."""
+        return list(self._emissions.values())
 
-    def emissions_of(self, modules: Sequence[nn.Module]) -> list[Returned]:
-        """What these returned in this thread, up to the one that ran last, in their order; empty where any is not watched."""
-        keys = [(threading.get_ident(), id(inner(each))) for each in modules]
-        ran = [key for key in list(self._emitted) if key in keys]
+    def emissions_of(self, modules: Sequence[nn.Module]) -> list[EmissionRecord]:
+        """Return the emissions of these in this thread, in order, up to the one that ran last; none if one is unwatched."""
+        keys = [(threading.get_ident(), id(inner(module))) for module in modules]
+        ran = [key for key in list(self._emissions) if key in keys]
         known = keys[: keys.index(ran[-1]) + 1] if ran else []
-        return [self._emitted[key] for key in known] if all(key in self._emitted for key in known) else []
+        return [self._emissions[key] for key in known] if all(key in self._emissions for key in known) else []
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = call_of(self._places, args, kwargs)
-        copied = call._replace(downs=_copied(call.downs), features=_copied(call.features))  # diffusers pops from lists
-        self._calls[threading.get_ident()] = kwargs, copied
+        # diffusers pops from lists, so that copies are kept
+        copies = (type(value)(value) if type(value) in (list, tuple) else value for value in call)
+        self._calls[threading.get_ident()] = kwargs, Call(*copies)
 
     def _after(self, *_: object) -> None:
         self._calls.pop(threading.get_ident(), None)
 
     def _receive(self, controlnet: nn.Module, place: str, emission: Emission) -> None:
         key = threading.get_ident(), id(controlnet)
-        self._emitted.pop(key, None)  # so that the latest is last
+        self._emissions.pop(key, None)  # so that the latest is last
         if emission:
-            self._emitted[key] = Returned(place, type(controlnet).__name__, emission)
+            self._emissions[key] = EmissionRecord(place, type(controlnet).__name__, emission)
 
 
-def _several(controlnet: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Each ControlNet by its place; those inside a MultiControlNetModel before it, since it returns what one alone does."""
+def _list_controlnets(controlnet: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each ControlNet and its place; those inside a MultiControlNetModel first: it may return the output of one."""
     several = isinstance(controlnet, (list, tuple, nn.ModuleList))
-    given = controlnet if several else () if controlnet is None else (controlnet,)
-    for number, each in enumerate(given):
-        if not isinstance(each, nn.Module):
-            which = f"controlnet[{number}] is" if several else "controlnet is"
+    modules = controlnet if several else () if controlnet is None else (controlnet,)
+    for number, module in enumerate(modules):
+        place = f"controlnet[{number}]" if several else "controlnet"
+        if not isinstance(module, nn.Module):
             raise ShapecheckError(
-                f"explained takes a ControlNet, or several in a list or tuple; {which} a {type(each).__name__}; "
+                f"explained takes a ControlNet, or several in a list or tuple; {place} is a {type(module).__name__}; "
                 "of a pipeline give pipeline.controlnet"
             )
-        place = f"controlnet[{number}]" if several else "controlnet"
-        inside = getattr(inner(each), "nets", None)
+        inside = getattr(inner(module), "nets", None)
         if isinstance(inside, nn.ModuleList):
-            yield from ((f"{place}.nets[{at}]", net) for at, net in enumerate(inside))
-        yield place if several and len(given) > 1 else "", each
-
-
-def _copied(value: Any) -> Any:
-    return type(value)(value) if type(value) in (list, tuple) else value
+            yield from ((f"{place}.nets[{index}]", net) for index, net in enumerate(inside))
+        yield place if several and len(modules) > 1 else "", module

@@ -1,4 +1,4 @@
-"""Candidate latent sizes of a text, if nobody says its size: those at which some level has the sizes that it tells."""
+"""Candidate latent sizes of a text, if nobody says its size: those at which some level has the sizes in the text."""
 
 from __future__ import annotations
 
@@ -11,18 +11,10 @@ from shapecheck.contract import Contract, Dim, Geometry
 from shapecheck.explain.symptom import Symptom
 
 _MOST = 96
-
-
 _LARGEST = 2**14
 """Latent cells along a side."""
-
-
 _SLIMMEST = 4
 """How many times longer one side of an image may be than the other."""
-
-
-_OF_ONE_IMAGE = ("concat", "attention", "reshape")
-"""Kinds that batches give on the way up only if residuals made the tensors of one image larger."""
 
 
 def candidate_geometries(
@@ -32,17 +24,17 @@ def candidate_geometries(
     usual = replace(usual, batch=(None if batch_known else _find_batch(symptom)) or usual.batch)
     if size_known:
         return (usual,)
-    sizes = (
-        (height, width)
+    others = (
+        replace(usual, height=height, width=width)
         for height, width in _candidate_sizes(symptom, contract, usual)
         if 0 < height <= _LARGEST and 0 < width <= _LARGEST and not (height % contract.divisor or width % contract.divisor)
     )
-    others = (replace(usual, height=height, width=width) for height, width in sizes)
     return tuple(dict.fromkeys((usual, *islice(others, _MOST))))
 
 
 def _find_batch(symptom: Symptom) -> int | None:
-    if symptom.kind in _OF_ONE_IMAGE or len(symptom.given_shape) == 3:
+    # batches clash on the way up only if residuals made the tensors of one image larger
+    if symptom.kind in ("concat", "attention", "reshape") or len(symptom.given_shape) == 3:
         return 1
     if symptom.kind == "broadcast" and symptom.axis == 0 and symptom.wanted:
         return symptom.wanted
@@ -83,7 +75,7 @@ def _candidate_sizes(symptom: Symptom, contract: Contract, usual: Geometry) -> I
 
 
 def _count_cells(symptom: Symptom) -> int:
-    """Count the cells of the tensor that attention met, which folds the images of a larger batch into one; 0 if it met none."""
+    """Return the cells of the tensor that attention met, which folds the images of a larger batch into one; else 0."""
     if symptom.kind != "broadcast":
         return 0
     wanted, cells = symptom.wanted, symptom.given or 0
@@ -95,7 +87,7 @@ def _count_cells(symptom: Symptom) -> int:
 
 
 def _size_in_text(symptom: Symptom) -> tuple[int | None, int | None]:
-    """Return height and width of the UNet's own tensor, as far as a text tells."""
+    """Return height and width of the UNet's own tensor, as far as a text shows them."""
     kind, axis, shape = symptom.kind, symptom.axis, symptom.wanted_shape
     if kind == "reshape":
         return (shape[1], shape[2]) if len(shape) == 4 else (None, None)  # the channels are last
@@ -103,15 +95,15 @@ def _size_in_text(symptom: Symptom) -> tuple[int | None, int | None]:
         shape = symptom.given_shape
     if len(shape) in (4, 5) or (kind == "upsample" and len(shape) > 1):
         return shape[-2], shape[-1]
-    if kind not in ("broadcast", "concat"):
-        return None, None
-    if axis == 3:
-        return None, symptom.wanted
-    return (symptom.wanted, None) if axis == 2 or (kind == "concat" and axis != 0) else (None, None)
+    if kind == "broadcast" and axis in (2, 3):
+        return (symptom.wanted, None) if axis == 2 else (None, symptom.wanted)
+    if kind == "concat" and axis != 0:
+        return (None, symptom.wanted) if axis == 3 else (symptom.wanted, None)
+    return None, None
 
 
 def _sides_before(size: int, rule: Dim) -> list[int]:
-    """Return every latent side that this rule brings to `size`."""
+    """Return every latent side that this rule turns into `size`."""
     sides = []
     for side in range(max(1, (size - 1) * rule.stride), min((size + 1) * rule.stride, _LARGEST) + 1):
         try:

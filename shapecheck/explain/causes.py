@@ -1,4 +1,4 @@
-"""Causes that a text names without leaving a choice: a dtype, a way of calling, another model, an input of a file."""
+"""Causes that a text leaves no choice about: a dtype, a way of calling, another model, an input of a file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,8 @@ from shapecheck.explain.wrong_tables import emitted_shapes, list_families
 _PROBE = "shapecheck probe MODEL"
 
 
-_AT = Geometry(1, 64, 64)
-"""Where families are compared: their channels differ alike at every size."""
-
-
-_SHOWN = 3
-
-
 def list_causes(symptom: Symptom, models: Models) -> Iterator[Cause]:
-    """Yield what this symptom says by itself, on these UNets."""
+    """Yield the causes that this symptom shows by itself, on these UNets."""
     if symptom.stage == "nets":
         yield from _explain_sum(symptom)
     elif cause := _CERTAIN.get(symptom.kind):
@@ -33,42 +26,43 @@ def list_causes(symptom: Symptom, models: Models) -> Iterator[Cause]:
 
 
 def _explain_sum(symptom: Symptom) -> Iterator[Cause]:
-    """Say which two ControlNets do not go together, as far as the text of their sum tells."""
-    said = "the residuals of several ControlNets are added to one another before the UNet gets them, and two of these "
+    """Say which two ControlNets do not go together, as far as the text of their sum shows."""
+    told = "the residuals of several ControlNets are added to one another before the UNet gets them, and two of these "
     if symptom.kind != "broadcast" or symptom.axis != 1:
         alike, change = ("batches", "batch") if symptom.axis == 0 else ("sizes", "latents, and images of one size")
-        told = f"{said}ran at different {alike}, or are not for one UNet"
+        told += f"ran at different {alike}, or are not for one UNet"
         command = "with shapecheck.explained(unet, [one, other]): around the call"
         yield Cause("nets", "", told, f"give all ControlNets the same {change}", command)
         return
 
     slots: dict[str, None] = {}
     pairs = []
-    for (names, one), (beside, other) in permutations(list_families(), 2):
-        sums = zip(one.slots, emitted_shapes(one, _AT).downs, emitted_shapes(other, _AT).downs, strict=False)
+    at = Geometry(1, 64, 64)  # the channels of families differ alike at every size
+    for (names, one), (other_names, other) in permutations(list_families(), 2):
+        sums = zip(one.slots, emitted_shapes(one, at).downs, emitted_shapes(other, at).downs, strict=False)
         slot, a, b = next(((slot.name, a, b) for slot, a, b in sums if a != b), ("", (), ()))
         if slot and a[2:] == b[2:] and (a[1], b[1]) == (symptom.wanted, symptom.given):
             slots[slot] = None
-            pairs.append(f"{names[0]} and {beside[0]}")
-    such = f": such as those of {', or '.join(pairs[:_SHOWN])}" if pairs else ""
+            pairs.append(f"{names[0]} and {other_names[0]}")
+    told += "are not for one UNet" + (f": such as those of {', or '.join(pairs[:3])}" if pairs else "")
     where = next(iter(slots)) if len(slots) == 1 else ""
     change = "take ControlNets that are made for one UNet"
-    yield Cause("nets", where, f"{said}are not for one UNet{such}", change, f"{_PROBE} --controlnet EACH", tuple(slots))
+    yield Cause("nets", where, told, change, f"{_PROBE} --controlnet EACH", tuple(slots))
 
 
 def _explain_dtype(symptom: Symptom, models: Models) -> Iterator[Cause]:
     given, wanted = (bound.rsplit(".", 1)[-1].rsplit(":", 1)[-1] for bound in symptom.bounds)
     if symptom.source in ("ONNX Runtime", "Polygraphy"):
         name = symptom.names[0] if symptom.names else ""
-        which = f"an input is {given} where the file takes {wanted}; ONNX Runtime does not say which"
-        told = f"given as {given}, taken as {wanted}" if name else which
+        unnamed = f"an input is {given} where the file takes {wanted}; ONNX Runtime does not say which"
+        told = f"got {given}, expected {wanted}" if name else unnamed
         yield Cause("dtype", name, told, "cast it to the dtype of the file's own input", CHECK)
         return
     met = f"{given} met {wanted}" if given and wanted else f"{given or wanted} met another dtype"
     yield Cause(
         "dtype", "", f"{met}: residuals, latents or text are not in the UNet's dtype. PyTorch promotes skip + residual in "
         "silence, and a layer after it refuses the sum",
-        "load the ControlNet with the UNet's torch_dtype, or cast what it returns: [each.to(unet.dtype) for each in downs], "
+        "load the ControlNet with the UNet's torch_dtype, or cast what it returns: [down.to(unet.dtype) for down in downs], "
         "mid.to(unet.dtype)",
         "shapecheck.guard(unet, contract) names the slot before the call runs",
     )  # fmt: skip
@@ -77,13 +71,13 @@ def _explain_dtype(symptom: Symptom, models: Models) -> Iterator[Cause]:
 def _explain_text_width(symptom: Symptom, models: Models) -> Iterator[Cause]:
     contracts = presets.contracts()
     widths = {name: contract.config.get("cross_attention_dim") for name, contract in contracts.items()}
-    theirs = {contract.config.get("cross_attention_dim") for contract in models.values()}
+    expected = {contract.config.get("cross_attention_dim") for contract in models.values()}
     layers: set[object] = set()  # channels that a layer may make of a text: those of the blocks, and the text's own
     for contract in (*contracts.values(), *models.values()):
         layers |= {*(contract.config.get("block_out_channels") or ()), contract.config.get("cross_attention_dim") or 0}
     is_of_layer = not symptom.wanted_shape or symptom.wanted_shape[1] in layers
     met = {symptom.wanted, symptom.given}
-    if theirs & met and met <= set(widths.values()) and is_of_layer:
+    if expected & met and met <= set(widths.values()) and is_of_layer:
         families: dict[object, dict[str, None]] = {}
         for name in sorted(widths, key=len):
             families.setdefault(widths[name], {})[presets.load(name).family] = None
@@ -109,7 +103,7 @@ def _explain_odd_size(symptom: Symptom, models: Models) -> Iterator[Cause]:
     hidden, skip = symptom.wanted, symptom.given
     if hidden is None or skip is None:
         return
-    if symptom.source == "TensorRT":  # which tells either first
+    if symptom.source == "TensorRT":  # either may be printed first
         hidden, skip = max(hidden, skip), min(hidden, skip)
     if hidden % 2 == 0 and skip == hidden - 1:
         told = (
@@ -121,33 +115,31 @@ def _explain_odd_size(symptom: Symptom, models: Models) -> Iterator[Cause]:
 
 
 def _explain_from_unet(symptom: Symptom, models: Models) -> Iterator[Cause]:
-    told, change = _FROM_UNET[symptom.names[0]]
-    yield Cause("from_unet", "", f"ControlNetModel.from_unet cannot make the ControlNet of this UNet: {told}", change, _PROBE)
-
-
-_FROM_UNET = {
-    "mid": (
-        "it knows no such mid block",
-        "a ControlNet of such a UNet needs a class of its own; its slots can be probed without one",
-    ),
-    "layers": (
-        "layers_per_block is a list, from_unet takes a number",
-        "set unet.config.layers_per_block to a number, where all levels have as many",
-    ),
-    "cond_proj": (
-        "its time embedding has cond_proj, as LCM's has, and the ControlNet's has none",
-        "pass load_weights_from_unet=False, or make it from the UNet that the LCM was distilled from",
-    ),
-    "adapter": (
-        "an IP-Adapter was loaded and changed the UNet's config",
-        "make the ControlNet before load_ip_adapter, or from a fresh UNet",
-    ),
-}
+    reason, change = {
+        "mid": (
+            "it knows no such mid block",
+            "a ControlNet of such a UNet needs a class of its own; its slots can be probed without one",
+        ),
+        "layers": (
+            "layers_per_block is a list, from_unet takes a number",
+            "set unet.config.layers_per_block to a number, if all levels have as many",
+        ),
+        "cond_proj": (
+            "its time embedding has cond_proj, as LCM's has, and the ControlNet's has none",
+            "pass load_weights_from_unet=False, or make it from the UNet that the LCM was distilled from",
+        ),
+        "adapter": (
+            "an IP-Adapter was loaded and changed the UNet's config",
+            "make the ControlNet before load_ip_adapter, or from a fresh UNet",
+        ),
+    }[symptom.names[0]]
+    told = f"ControlNetModel.from_unet cannot make the ControlNet of this UNet: {reason}"
+    yield Cause("from_unet", "", told, change, _PROBE)
 
 
 def _explain_argument(symptom: Symptom, models: Models) -> Iterator[Cause]:
-    who, argument = symptom.names
-    told = f"{who} takes no {argument}: it is no UNet that a ControlNet works with, or stands in the place of one without it"
+    name, argument = symptom.names
+    told = f"{name} takes no {argument}: it is not a UNet that a ControlNet works with, or stands in the place of such a UNet"
     change = (
         "give a UNet2DConditionModel; an exported one goes into a pipeline by shapecheck.load(FILE), which takes ControlNets' "
         "residuals"
@@ -156,30 +148,27 @@ def _explain_argument(symptom: Symptom, models: Models) -> Iterator[Cause]:
 
 
 def _explain_value(symptom: Symptom, models: Models) -> Iterator[Cause]:
-    """Anything is added to a tensor somewhere: it is a residual's only if a traceback shows so."""
+    # anything is added to a tensor somewhere: it is a residual only if a traceback shows so
     if symptom.stage in ("down", "mid", "feature"):
-        what = "the mid residual" if symptom.stage == "mid" else "one of the residuals"
-        told = f"{what} is a {symptom.names[0]}, no tensor"
+        residual = "the mid residual" if symptom.stage == "mid" else "one of the residuals"
+        told = f"{residual} is a {symptom.names[0]}, not a tensor"
         yield Cause("value", "", told, "give a tensor for every slot: zeros of its shape where control is off")
 
 
+_MID = "mid_block_residual"
 _CERTAIN = {
     "pop": Cause(
-        "container", "mid_block_residual", "no mid residual is given, so diffusers takes the down residuals for T2I-Adapter "
-        "features and pops them from a list; this one is a tuple",
+        "container", _MID, "no mid residual is given, so diffusers takes the down residuals for T2I-Adapter features and pops "
+        "them from a list; this one is a tuple",
         "give mid_block_additional_residual too; features of a T2I-Adapter go as "
-        "down_intrablock_additional_residuals=list(features)",
-        "", ("mid_block_residual",),
+        "down_intrablock_additional_residuals=list(features)", "", (_MID,),
     ),
     "deprecated": Cause(
-        "mid", "mid_block_residual", "no mid residual is given: diffusers takes the down residuals for T2I-Adapter features "
-        "and adds them inside the down blocks, where some fit by chance",
-        "give mid_block_additional_residual beside down_block_additional_residuals",
-        "", ("mid_block_residual",),
+        "mid", _MID, "no mid residual is given: diffusers takes the down residuals for T2I-Adapter features and adds them "
+        "inside the down blocks, where some fit by chance",
+        "give mid_block_additional_residual beside down_block_additional_residuals", "", (_MID,),
     ),
 }  # fmt: skip
-
-
 _EXPLAIN: Mapping[str, Callable[[Symptom, Models], Iterator[Cause]]] = {
     "dtype": _explain_dtype,
     "missing": explain_missing,

@@ -1,4 +1,4 @@
-"""From a text to the faults that give it: every fault is played through, on every UNet, at every size it can be about."""
+"""From a text to the faults that lead to it: every fault is simulated, on every UNet, at every size that it can be about."""
 
 from __future__ import annotations
 
@@ -9,34 +9,24 @@ from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.explain.candidate_sizes import candidate_geometries
 from shapecheck.explain.causes import list_causes
 from shapecheck.explain.diagnosis import Answer, Candidate, Diagnosis, Reading
-from shapecheck.explain.fault import Fault
 from shapecheck.explain.fault_catalogue import list_faults
 from shapecheck.explain.hints import Hints
 from shapecheck.explain.matching import find_slot, is_of_slot, reproduces
 from shapecheck.explain.parse_text import find_symptoms, flatten_text
-from shapecheck.explain.residual_table import RequestedSize, ResidualTable
+from shapecheck.explain.residual_table import Fault, RequestedSize, ResidualTable
 from shapecheck.explain.simulate import Failure, Stage, simulate_call
 from shapecheck.explain.symptom import Symptom
 from shapecheck.explain.unet_layout import UNetLayout, lay_out_unet
 from shapecheck.explain.unrelated import find_other_subject
 
-_MOST, _MOST_PLAYED, _MOST_SIZES = 12, 4, 4
-"""Symptoms of one text that are looked into, those of them for which every fault is played through, and at how many sizes
-those after the first."""
-
-
-_NOTHING_FITS = "no slot of these UNets can give this text, with any fault there is a name for: it comes from somewhere else"
-
-
-_PLAYED = (
+_MOST_SYMPTOMS, _MOST_SIMULATED, _MOST_SIZES = 12, 4, 4
+"""Symptoms of one text that are read, those for which every fault is simulated, and sizes of those after the first."""
+_SIMULATED = (
     "broadcast", "output", "concat", "rank", "norm", "groups", "index", "attention", "reshape", "upsample", "keyword",
     "unequal", "pair", "dimensions",
 )  # fmt: skip
-"""Symptoms that a fault can be played through to."""
-
-
 Sizes = Mapping[tuple[str, ...], tuple[Geometry, ...]]
-"""Where to look, by models that treat residuals alike."""
+"""The sizes to try, by models that treat residuals alike."""
 
 
 def explain_text(text: str, models: Mapping[str, Contract], size: RequestedSize) -> Diagnosis:
@@ -46,29 +36,30 @@ def explain_text(text: str, models: Mapping[str, Contract], size: RequestedSize)
     if reason := find_other_subject(flat, symptoms):
         return Diagnosis((), tuple(models), reason)
     symptoms = tuple(symptom for symptom in symptoms if not symptom.elsewhere)
-    diagnosis = Diagnosis(tuple(_explain_symptoms(symptoms[:_MOST], models, size)), tuple(models))
-    return diagnosis if diagnosis.found else replace(diagnosis, reason=_NOTHING_FITS)
+    diagnosis = Diagnosis(tuple(_explain_symptoms(symptoms[:_MOST_SYMPTOMS], models, size)), tuple(models))
+    reason = "no slot of these UNets can give this text, with any fault there is a name for: it comes from somewhere else"
+    return diagnosis if diagnosis.found else replace(diagnosis, reason=reason)
 
 
 def _explain_symptoms(symptoms: Sequence[Symptom], models: Mapping[str, Contract], size: RequestedSize) -> Iterator[Reading]:
-    """Look at every size for the first symptom that is played; for those after it, at the sizes at which that one arises."""
+    """Try every size for the first symptom that is simulated; for those after it, the sizes at which that one arises."""
     sizes: Sizes | None = None
-    left = _MOST_PLAYED
+    left = _MOST_SIMULATED
     for symptom in symptoms:
         answers: tuple[Answer, ...] = ()
-        if symptom.kind in _PLAYED and left:
+        if symptom.kind in _SIMULATED and left:
             left -= 1
-            answers = tuple(_play_faults(symptom, names, models[names[0]], size, sizes) for names in group_models(models))
+            answers = tuple(_simulate_faults(symptom, names, models[names[0]], size, sizes) for names in group_models(models))
             sizes = sizes or {answer.models: _list_sizes(answer) for answer in answers}
         causes = tuple(list_causes(symptom, models))
         yield Reading(symptom, tuple(answer for answer in answers if answer.candidates), causes)
 
 
 def _list_sizes(answer: Answer) -> tuple[Geometry, ...]:
-    """Return the usual size, and those at which a candidate gives the text, whole multiples of the deepest stride first."""
+    """Return the usual size, and those at which a candidate leads to the text, whole multiples of the deepest stride first."""
     deepest = max(slot.stride for slot in answer.contract.slots)
-    found = dict.fromkeys(at for candidate in answer.candidates for at in candidate.geometries)
-    whole_first = sorted(found, key=lambda at: bool(at.height % deepest or at.width % deepest))
+    sizes = dict.fromkeys(at for candidate in answer.candidates for at in candidate.geometries)
+    whole_first = sorted(sizes, key=lambda at: bool(at.height % deepest or at.width % deepest))
     return tuple(dict.fromkeys((answer.geometry, *whole_first)))[:_MOST_SIZES]
 
 
@@ -77,34 +68,35 @@ def group_models(models: Mapping[str, Contract]) -> list[tuple[str, ...]]:
     groups: dict[object, list[str]] = {}
     keys = ("block_out_channels", "down_block_types", "up_block_types", "norm_num_groups")
     for name, contract in models.items():
-        built = tuple(contract.config.get(key) for key in keys)
+        config = tuple(contract.config.get(key) for key in keys)
         slots = tuple((slot.skip, slot.up_block, slot.producer) for slot in contract.slots)
-        groups.setdefault((slots, contract.divisor, built), []).append(name)
+        groups.setdefault((slots, contract.divisor, config), []).append(name)
     return [tuple(sorted(names, key=lambda name: (len(name), name))) for names in groups.values()]
 
 
-def _play_faults(
+def _simulate_faults(
     symptom: Symptom, names: tuple[str, ...], contract: Contract, size: RequestedSize, sizes: Sizes | None
 ) -> Answer:
     if sizes:
-        at = sizes[names]
+        geometries = sizes[names]
     else:
         known = {"size_known": size.latent is not None, "batch_known": size.batch is not None}
-        at = candidate_geometries(symptom, contract, size.complete(contract), **known)
-    found: dict[tuple[str, str], Candidate] = {}
-    for geometry in at:
-        for candidate in _play_faults_at(symptom, contract, geometry):
+        geometries = candidate_geometries(symptom, contract, size.complete(contract), **known)
+    candidates: dict[tuple[str, str], Candidate] = {}
+    for geometry in geometries:
+        for candidate in _simulate_faults_at(symptom, contract, geometry):
             key = (candidate.slot, candidate.fault.told)
-            known_one = found.get(key)
-            found[key] = replace(known_one, geometries=(*known_one.geometries, geometry)) if known_one else candidate
+            if earlier := candidates.get(key):
+                candidate = replace(earlier, geometries=(*earlier.geometries, geometry))
+            candidates[key] = candidate
 
-    # those at the usual size first; then in slot order, within a slot as they are told
+    # those at the usual size first; then in slot order
     order = {slot.name: number for number, slot in enumerate(contract.slots)}
-    first = sorted(found.values(), key=lambda one: (at[0] not in one.geometries, order.get(one.slot, len(order))))
-    return Answer(names, contract, at[0], tuple(first))
+    ranked = sorted(candidates.values(), key=lambda one: (geometries[0] not in one.geometries, order.get(one.slot, len(order))))
+    return Answer(names, contract, geometries[0], tuple(ranked))
 
 
-def _play_faults_at(symptom: Symptom, contract: Contract, geometry: Geometry) -> Iterator[Candidate]:
+def _simulate_faults_at(symptom: Symptom, contract: Contract, geometry: Geometry) -> Iterator[Candidate]:
     unet = lay_out_unet(contract, geometry)
     if unet is None:
         raise ShapecheckError("this contract does not say how its UNet is built: give the model itself with --model")
@@ -115,7 +107,7 @@ def _play_faults_at(symptom: Symptom, contract: Contract, geometry: Geometry) ->
 
 
 def _find_hints(symptom: Symptom) -> Hints:
-    """Return what the text says that residuals had."""
+    """Return the widths, sizes and batches that the text says residuals had."""
     kind, axis, wanted, given, shape = symptom.kind, symptom.axis, symptom.wanted, symptom.given, symptom.given_shape
     if kind == "unequal":
         return Hints(shape, tuple((None, size) for size in shape), shape)
@@ -139,7 +131,7 @@ def _find_hints(symptom: Symptom) -> Hints:
 
 
 def _find_failures(symptom: Symptom, unet: UNetLayout, table: ResidualTable, fault: Fault) -> Iterator[Failure]:
-    """Yield where this fault gives the text: at the first failure; if inputs are checked one by one, at the slot it names."""
+    """Yield where this fault leads to the text: at the first failure, or at the slot that it names if each input is checked."""
     if symptom.kind == "pair":  # ComfyUI leaves out what does not fit, and goes on
         for slot, skip in zip(unet.slots, (*unet.skips, unet.mid), strict=True):
             if skip == symptom.wanted_shape and fault.given.named.get(slot.name) == symptom.given_shape:

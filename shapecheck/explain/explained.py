@@ -1,4 +1,4 @@
-"""A `with` block in which a UNet's failure over residuals tells its slot, its cause and what to change."""
+"""A `with` block in which a UNet's failure over residuals names its slot, its cause and what to change."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from typing import Any
 from torch import nn
 
 from shapecheck.contract import Contract, ContractError, Mismatch, ShapecheckError
-from shapecheck.explain.attribution import Reason, find_reasons, is_of_memory
-from shapecheck.explain.call_log import Returned, Watched
+from shapecheck.explain.attribution import find_reasons, is_of_memory
+from shapecheck.explain.call_log import CallLog, EmissionRecord
 from shapecheck.explain.explain_text import explain_text
-from shapecheck.explain.explained_error import ExplainedError, last_line, subject
+from shapecheck.explain.explained_error import ExplainedError, describe_failure, last_line
 from shapecheck.explain.multi_controlnet import explain_sum
 from shapecheck.explain.residual_table import RequestedSize
 from shapecheck.explain.tensor_identity import judge_call
-from shapecheck.explain.traceback_calls import Traced, find_calls, follow_causes
+from shapecheck.explain.traceback_calls import FailedCall, find_calls, follow_causes
 from shapecheck.runtime.residual_checks import feature_faults, geometry_of, residual_faults
 from shapecheck.runtime.unet_call import DOWNS, MID, Call, call_of, inner, places_of
 
 __all__ = ["ExplainedError", "explained", "explained_traceback"]
-
-
-_OF_SHAPES: frozenset[Reason] = frozenset(("shape", "mid", "name"))
-"""Reasons for which the shapes of all residuals tell the mistake."""
 
 
 @contextmanager
@@ -36,61 +32,59 @@ def explained(
     """Turn a failure of `unet` over its residuals, inside the block, into an ExplainedError that names slot and cause.
 
     `unet` is a live UNet2DConditionModel on any device, also one wrapped by `torch.compile`, or a drop-in that
-    `shapecheck.load` made. `controlnet` is one ControlNet, a MultiControlNetModel, or several whose residuals reach it:
-    residuals that are the very tensors it returned are then told by their number there, which shows an order that shapes
-    cannot, and a ControlNet that is made for another UNet or ran at another size is told by its name. So are two whose
-    residuals a MultiControlNetModel cannot add. `contract` is what `shapecheck.probe(unet)` returns; without it the UNet is
-    probed, on the meta device, when something fails.
+    `shapecheck.load` made. `controlnet` is one ControlNet, a MultiControlNetModel, or several whose residuals reach it. If the
+    residuals are the very tensors that it returned, they are known by their number there, which shows an order that shapes
+    cannot; a ControlNet that is made for another UNet or ran at another size is named, and so are two whose residuals a
+    MultiControlNetModel cannot add. `contract` is the result of `shapecheck.probe(unet)`; without it the UNet is probed, on the
+    meta device, when something fails.
 
-    What holds: an exception is turned only where it, or one that it was explicitly raised from, came out of a call of this
-    very UNet, and where what is wrong with the residuals of that call explains its text: a text of shapes only where these
-    shapes fail so, one of dtypes or devices only where these differ. Every other exception passes as it is: memory that ran
-    out, a LoRA that does not fit, what happens after the call. Each thread's calls are kept apart: a failure is explained by
-    the arguments of its own call, also where it reaches the block from another thread; a sum of ControlNets only where it was
-    computed in the thread of the block. What PyTorch accepts in silence raises nothing here: `shapecheck.guard` refuses that
-    before the call.
+    An exception is turned only if it, or one that it was explicitly raised from, came out of a call of this very UNet, and the
+    residuals of that call explain its text: a text of shapes only if these shapes fail so, one of dtypes or devices only if
+    these differ. Every other exception passes as it is: memory that ran out, a LoRA that does not fit, an error after the call.
+    Each thread's calls are kept apart: a failure is explained by the arguments of its own call, even if it reaches the block
+    from another thread; a sum of ControlNets only if it was computed in the thread of the block. What PyTorch accepts in
+    silence raises nothing here: `shapecheck.guard` refuses that before the call.
 
-    Raises ShapecheckError, before anything is hooked, where `unet` takes no residuals, or what is given beside it is no
-    ControlNet or no contract.
+    Raises ShapecheckError, before any hook is set, if `unet` takes no residuals, or `controlnet` or `contract` is not one.
     """
     if contract is not None and not isinstance(contract, Contract):
         raise ShapecheckError(f"contract= takes what shapecheck.probe(unet) returns, not a {type(contract).__name__}")
-    watched = Watched(unet, controlnet)
+    log = CallLog(unet, controlnet)
     with ExitStack() as hooks:
-        watched.install(hooks)
+        log.install(hooks)
         try:
             yield
         except Exception as error:
             hooks.close()  # the UNet may be observed now
-            explained_error = _explain_error(error, watched, contract, unet)
+            explained_error = _explain_error(error, log, contract, unet)
             if explained_error is None:
                 raise
             raise explained_error from error
 
 
-def _explain_error(error: Exception, watched: Watched, contract: Contract | None, unet: nn.Module) -> ExplainedError | None:
+def _explain_error(error: Exception, log: CallLog, contract: Contract | None, unet: nn.Module) -> ExplainedError | None:
     """Return the error that says more, if residuals explain this one."""
     if any(isinstance(cause, ContractError) or is_of_memory(cause) for cause in follow_causes(error)):
         return None
     known = cache(lambda: contract or contract_of_live(inner(unet)))
     try:
         for cause in follow_causes(error):
-            for traced in find_calls(cause, watched.is_unet):
-                if call := watched.call_of(traced):
-                    return explain_call(traced, call, known(), watched.emissions()) or _explain_by_text(cause, known())
-            if explained_error := explain_sum(cause, watched, known):
+            for traced in find_calls(cause, log.is_unet):
+                if call := log.call_of(traced):
+                    return _explain_call(traced, call, known(), log.emissions()) or _explain_by_text(cause, known())
+            if explained_error := explain_sum(cause, log, known):
                 return explained_error
     except Exception as failure:  # the user's own error must not be lost over ours
         error.add_note(f"shapecheck.explained has no explanation: {type(failure).__name__}: {failure}")
     return None
 
 
-def explain_call(
-    traced: Traced, call: Call, contract: Contract, emitted: Sequence[Returned] = (), *, popped: bool = False
+def _explain_call(
+    traced: FailedCall, call: Call, contract: Contract, emitted: Sequence[EmissionRecord] = (), *, popped: bool = False
 ) -> ExplainedError | None:
-    """Say what is wrong with the residuals of a call that failed; None if that does not explain how it failed.
+    """Return what is wrong with the residuals of a failed call, or None if that does not explain how it failed.
 
-    `popped`: the list of down residuals is shorter than it was given.
+    `popped`: diffusers may have taken residuals out of the caller's list.
     """
     geometry = geometry_of(contract, call.sample)
     if isinstance(geometry, Mismatch):
@@ -101,37 +95,39 @@ def explain_call(
         mismatches += residual_faults(contract, call, geometry, moved=False)
     if popped:
         mismatches = [mismatch for mismatch in mismatches if mismatch.where == order[-1]]
-    reasons = find_reasons(traced, call, contract, geometry, mismatches) if mismatches else ()
+    reasons = find_reasons(traced, call, contract, geometry, mismatches) if mismatches else set()
     if not reasons:
         return None
-    judgement = None if popped or _OF_SHAPES.isdisjoint(reasons) else judge_call(call, contract, geometry, emitted)
+    # for these reasons the shapes of all residuals show the mistake
+    is_of_shapes = bool(reasons & {"shape", "mid", "name"}) and not popped
+    judgement = judge_call(call, contract, geometry, emitted) if is_of_shapes else None
     mismatches.sort(key=lambda mismatch: order.index(mismatch.where) if mismatch.where in order else len(order))
-    return ExplainedError(subject(contract, traced.error, judgement), tuple(mismatches), contract, judgement)
+    return ExplainedError(describe_failure(contract, traced.error, judgement), tuple(mismatches), contract, judgement)
 
 
 def explained_traceback(error: BaseException) -> ExplainedError | None:
-    """What is wrong with the residuals that a UNet was called with, as the frames of an exception's traceback hold them.
+    """Return what is wrong with the residuals of a UNet's call, as the frames of an exception's traceback hold them.
 
-    None where no UNet is on the way, or what is wrong with them does not explain the exception. A list that diffusers has
-    popped from tells of the mid residual alone.
+    None if no UNet is on the way, or its residuals do not explain the exception. Of a list that diffusers has popped from,
+    only the mid residual can be judged.
     """
-    found = None if is_of_memory(error) else next(iter(find_calls(error, _takes_residuals)[::-1]), None)
-    if found is None:
+    calls = [] if is_of_memory(error) else find_calls(error, _takes_residuals)
+    if not calls:
         return None
-    call = call_of(places_of(found.module), found.args, found.kwargs)
-    if isinstance(call.features, list):  # popped from: what was in it is not known any more
+    traced = calls[-1]
+    call = call_of(places_of(traced.module), traced.args, traced.kwargs)
+    if isinstance(call.features, list):  # popped from, so that its items are not known any more
         call = call._replace(features=None)
     popped = call.mid is None and isinstance(call.downs, list)
-    return explain_call(found, call, contract_of_live(found.module), popped=popped)
+    return _explain_call(traced, call, contract_of_live(traced.module), popped=popped)
 
 
 def _takes_residuals(module: Any) -> bool:
-    """Whether this is a UNet whose forward takes a ControlNet's residuals by name."""
     return hasattr(module, "config") and {DOWNS, MID} <= inspect.signature(module.forward).parameters.keys()
 
 
 def contract_of_live(unet: nn.Module) -> Contract:
-    """The contract of a live UNet: a drop-in's own, else that of its twin on the meta device."""
+    """Return the contract of a live UNet: a drop-in's own, else that of its twin on the meta device."""
     if isinstance(own := getattr(unet, "contract", None), Contract):
         return own
     from shapecheck.models import diffusers_models
@@ -145,14 +141,14 @@ def contract_of_live(unet: nn.Module) -> Contract:
 
 
 def _explain_by_text(error: BaseException, contract: Contract) -> ExplainedError | None:
-    """What the text of an exception says by itself, where it names an input: those of ONNX Runtime and TensorRT do."""
+    """Return what the text of an exception says by itself if it names an input, as those of ONNX Runtime and TensorRT do."""
     diagnosis = explain_text(str(error)[:100_000], {"this UNet": contract}, RequestedSize())
     causes = [cause for reading in diagnosis.found if reading.symptom.names for cause in reading.causes]
     if not causes:
         return None
-    found = tuple(
+    mismatches = tuple(
         Mismatch("input", name, cause.told, "what the file takes", cause=cause.change)
         for cause in causes
         for name in cause.slots or (cause.where,)
     )
-    return ExplainedError(f"{contract.class_name} failed: {last_line(error)}", found, contract, None)
+    return ExplainedError(f"{contract.class_name} failed: {last_line(error)}", mismatches, contract, None)

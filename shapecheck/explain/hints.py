@@ -6,25 +6,23 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from shapecheck.contract import Shape
-from shapecheck.explain.residual_table import ResidualShapes, Size
+from shapecheck.explain.residual_table import Size
 
 _LARGEST = 2**20
-"""Of any axis of a tensor that anybody has."""
+"""No axis of a real tensor is longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What residuals were said to have. A side that is not known is None."""
+    """What residuals are said to have: channels, heights and widths in cells (None for an unknown side), batches."""
 
     widths: tuple[int, ...] = ()
-    """Channels."""
     sizes: tuple[tuple[int | None, int | None], ...] = ()
-    """Height and width in cells."""
     batches: tuple[int, ...] = ()
 
     @classmethod
     def of_shapes(cls, shapes: Iterable[Shape]) -> Hints:
-        """Those of residuals whose whole shape is known."""
+        """Return the hints of residuals whose whole shape is known; other shapes give none."""
         whole = [shape for shape in dict.fromkeys(shapes) if len(shape) == 4 and all(0 < size <= _LARGEST for size in shape)]
         return cls(
             tuple(dict.fromkeys(shape[1] for shape in whole)),
@@ -34,19 +32,14 @@ class Hints:
 
     @classmethod
     def of_axis(cls, axis: int, size: int) -> Hints:
-        """Of one axis of a residual of four."""
+        """Return the hint of one axis of (batch, channels, height, width)."""
         if not 0 < size <= _LARGEST:
             return cls()
         return [cls(batches=(size,)), cls(widths=(size,)), cls(sizes=((size, None),)), cls(sizes=((None, size),))][axis]
 
-    @classmethod
-    def of_given(cls, given: ResidualShapes) -> Hints:
-        """Those of a whole table."""
-        return cls.of_shapes((*given.downs, given.mid or ()))
-
 
 def complete_size(rows: int | None, columns: int | None, own: Size, latent: Size) -> Iterator[Size]:
-    """Yield sizes of which a side may be unknown: that side is then in the proportions of `latent`, or `own`'s."""
+    """Yield sizes for one of which a side may be unknown: that side is then in the proportions of `latent`, or `own`'s."""
     if rows is not None and columns is not None:
         yield rows, columns
     elif rows is not None:

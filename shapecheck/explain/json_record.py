@@ -1,4 +1,4 @@
-"""What an error text or a claimed table comes to, as JSON, and in a word."""
+"""The explanation of an error text or a claimed table as JSON, and its verdict in a word."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from dataclasses import asdict
 from typing import Any
 
 from shapecheck.explain.diagnosis import Candidate, Diagnosis, Reading
-from shapecheck.explain.fault import Fault
 from shapecheck.explain.judge_mapping import Judgement
 from shapecheck.explain.report import explain_symptom, name_certain_command
-from shapecheck.explain.residual_table import ResidualShapes, ResidualTable
+from shapecheck.explain.residual_table import Fault, ResidualShapes, right_shapes
 from shapecheck.explain.torch_messages import say_eager
 from shapecheck.report.numbers import dump_json
 
 
 def render_json(diagnosis: Diagnosis, judgement: Judgement | None = None, others: Sequence[Judgement] = ()) -> str:
-    """Return the same for machines, with every candidate and the residuals that lead to it.
+    """Return the report for machines, with every candidate and the residuals that lead to it.
 
-    `judgement` is the claimed table on the UNet it fits best, `others` the same on the other UNets that were tried.
+    `judgement` is of the claimed table on the UNet it fits best, `others` are on the other UNets that were tried.
     """
-    record: dict[str, Any] = {
+    record = {
         "verdict": judge_diagnosis(diagnosis, judgement),
         "reason": diagnosis.reason or None,
         "tried": list(diagnosis.tried),
@@ -35,7 +34,7 @@ def render_json(diagnosis: Diagnosis, judgement: Judgement | None = None, others
 
 
 def judge_diagnosis(diagnosis: Diagnosis, judgement: Judgement | None) -> str:
-    """Return `diagnosis`, or `none`: of the text if there is one, else of the table."""
+    """Return `diagnosis` or `none`, for the text if there is one, else for the table."""
     return "diagnosis" if diagnosis.found or (judgement is not None and not diagnosis.reason) else "none"
 
 
@@ -50,7 +49,7 @@ def _record_reading(reading: Reading) -> dict[str, Any]:
                 "certain": name_certain_command(answer),
                 "slots": list(dict.fromkeys(candidate.slot for candidate in answer.candidates)),
                 "candidates": [_record_candidate(candidate) for candidate in answer.candidates],
-                "right": ResidualTable.of(answer.contract, answer.geometry).right.named,
+                "right": right_shapes(answer.contract, answer.geometry).named,
             }
             for answer in reading.answers
         ],
@@ -62,10 +61,7 @@ def _record_candidate(candidate: Candidate) -> dict[str, Any]:
         "slot": candidate.slot,
         "module": candidate.module,
         "stage": candidate.stage,
-        "fault": candidate.fault.kind,
-        "told": candidate.fault.told,
-        "change": candidate.fault.change,
-        "touched": list(candidate.fault.slots),
+        **_record_fault(candidate.fault),
         "wanted": candidate.wanted,
         "given": candidate.given,
         "alike": [_record_fault(fault) for fault in candidate.faults[1:]],
@@ -93,5 +89,5 @@ def _record_judgement(judgement: Judgement) -> dict[str, Any]:
         "faults": [_record_fault(fault) | {"differs": match.differs} for match in judgement.matches for fault in match.faults],
         "notes": list(judgement.notes),
         "given": _record_shapes(judgement.given),
-        "right": ResidualTable.of(judgement.contract, judgement.geometry).right.named,
+        "right": right_shapes(judgement.contract, judgement.geometry).named,
     }

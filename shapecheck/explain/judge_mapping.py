@@ -1,4 +1,4 @@
-"""From a claimed table, or one that was given, to what is wrong with it: slot by slot, and which mistake makes such a table."""
+"""From a claimed or an observed table to what is wrong with it: slot by slot, and which mistake makes such a table."""
 
 from __future__ import annotations
 
@@ -9,40 +9,37 @@ from shapecheck.artefact import contract_of
 from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError
 from shapecheck.contract.mismatch import compare
 from shapecheck.explain.diagnosis import Diagnosis
-from shapecheck.explain.fault import Fault
 from shapecheck.explain.fault_catalogue import list_faults
 from shapecheck.explain.hints import Hints
 from shapecheck.explain.mapping import MID, Claim
 from shapecheck.explain.mapping_parser import parse_value
 from shapecheck.explain.matching import reproduces
-from shapecheck.explain.residual_table import RequestedSize, ResidualShapes, ResidualTable
+from shapecheck.explain.residual_table import Fault, RequestedSize, ResidualShapes, ResidualTable, right_shapes
 from shapecheck.explain.simulate import Failure, simulate_call
 from shapecheck.explain.unet_layout import lay_out_unet
+from shapecheck.models import lookup
 from shapecheck.observe.request import Request, geometry_of
 from shapecheck.progress import Progress, silent
 
-_NEAREST = 3
-
-
-_MOST_SIZES = 12
+_MOST_MATCHES, _MOST_SIZES = 3, 12
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A mistake, and in how many places its table differs from the one at hand."""
+    """Mistakes with one and the same table, and the number of places at which it differs from the one that is judged."""
 
     faults: tuple[Fault, ...]
     differs: int
 
     @property
     def fault(self) -> Fault:
-        """The one told first."""
+        """The one to report first."""
         return self.faults[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A table held against one UNet at one size."""
+    """A table compared with one UNet at one size."""
 
     models: tuple[str, ...]
     contract: Contract
@@ -51,66 +48,68 @@ class Judgement:
     mismatches: tuple[Mismatch, ...]
     """Every slot that is wrong, missing or surplus."""
     failure: Failure | None
-    """What PyTorch raises first; None where it runs."""
+    """What PyTorch raises first; None if it runs."""
     matches: tuple[Match, ...]
     """Mistakes that lead to this very table, else the nearest."""
     tells_mid: bool = True
     notes: tuple[str, ...] = ()
-    """How the table was read, where it could have been read otherwise."""
+    """How the table was read, if it could have been read otherwise."""
 
     @property
     def is_right(self) -> bool:
-        """Whether nothing is wrong."""
         return not self.mismatches
 
     @property
     def is_silent(self) -> bool:
-        """Whether something is wrong and PyTorch says nothing."""
+        """Whether something is wrong and PyTorch raises nothing."""
         return bool(self.mismatches) and self.failure is None
 
     def reproduces(self, diagnosis: Diagnosis) -> bool | None:
-        """Whether this table gives a text that was explained: one of its symptoms. None where that has none."""
+        """Return whether this table leads to one of the symptoms of an explained text, or None if that has none."""
         if not diagnosis.readings:
             return None
         failure, table = self.failure, ResidualTable.of(self.contract, self.geometry)
-        return failure is not None and any(reproduces(each.symptom, failure, table) for each in diagnosis.readings)
+        return failure is not None and any(reproduces(reading.symptom, failure, table) for reading in diagnosis.readings)
 
     @property
     def distance(self) -> tuple[bool, int, int]:
-        """How far it is from this UNet: a right table before one that a known mistake explains, before others."""
+        """The distance from this UNet: a right table is nearer than one that a known mistake explains, and that than others."""
         nearest = self.matches[0].differs if self.matches else 0
         return not self.is_right, nearest, len(self.mismatches)
 
 
-def judge_given(given: ResidualShapes, models: tuple[str, ...], contract: Contract, geometry: Geometry) -> Judgement:
-    """Judge residuals that a UNet was given at this geometry. Raises ShapecheckError if the UNet refuses the geometry."""
-    return _judge(given, given.named, ResidualTable.of(contract, geometry), models)
+def judge_mapping(request: Request, *, offline: bool = False, progress: Progress = silent) -> Judgement:
+    """Compare the mapping of a request with its model. Raises ShapecheckError if there is no such model or size."""
+    contract = contract_of(request.model, offline=offline, progress=progress)
+    at = geometry_of(request, contract.header.vae_factor) or Geometry(request.batch, *contract.header.usual)
+    claim = parse_value(request.mapping, "`mapping`", at)
+    return judge_claim(claim, (request.model,), contract, RequestedSize((at.height, at.width), at.batch))
 
 
-def judge_claim(claim: Claim, models: tuple[str, ...], contract: Contract, size: RequestedSize) -> Judgement:
-    """Judge a claimed table at the requested size, else at the one where least is wrong.
+def judge_controlnets(
+    controlnets: Sequence[str], model: str, contract: Contract, geometry: Geometry, *, offline: bool, progress: Progress
+) -> list[Judgement]:
+    """Compare what each of these ControlNets emits at that geometry, observed on the meta device, with a UNet.
 
-    Raises ShapecheckError if the UNet refuses every size it can be about.
+    A UNet preset's name stands for the ControlNet made for it. Raises ShapecheckError if one cannot be found or run.
     """
-    usual = size.complete(contract)
-    usual = replace(usual, batch=size.batch or claim.batch or usual.batch)
-    sizes = [(usual.height, usual.width)]
-    if size.latent is None and (claimed := claim.sizes()):  # the largest, the model's own, and every other that it names
-        largest = max(height for height, _ in claimed), max(width for _, width in claimed)
-        sizes = [largest, *sizes, *claimed[:_MOST_SIZES]]
+    for name in controlnets:
+        lookup.find(name, "controlnet", offline=offline)
+    progress("importing torch and diffusers")
+    from shapecheck.models.model import build_controlnets
+    from shapecheck.observe.probe import probe_controlnet
 
-    judgements: list[Judgement] = []
-    refused: ShapecheckError | None = None
-    for height, width in dict.fromkeys(sizes):
-        try:
-            table = ResidualTable.of(contract, replace(usual, height=height, width=width))
-        except ShapecheckError as error:
-            refused = error
-            continue
-        judgements += _judge_meanings(claim, table, models, sized=size.latent is not None)
-    if not judgements:
-        raise refused or ShapecheckError(f"{claim.origin}: no size to hold it against; give --size")
-    return min(judgements, key=lambda judgement: judgement.distance)
+    judgements = []
+    for net in build_controlnets(controlnets, offline):
+        progress(f"observing {net.name}")
+        emitted = right_shapes(probe_controlnet(net.module), geometry)
+        judgements.append(judge_given(emitted, (model,), contract, geometry))
+    return judgements
+
+
+def judge_given(given: ResidualShapes, models: tuple[str, ...], contract: Contract, geometry: Geometry) -> Judgement:
+    """Judge the residuals that a UNet received at this geometry. Raises ShapecheckError if the UNet refuses the geometry."""
+    return _judge(given, given.named, ResidualTable.of(contract, geometry), models, sized=True)
 
 
 def judge_on_all(
@@ -127,6 +126,32 @@ def judge_on_all(
     return sorted(judgements, key=lambda judgement: judgement.distance)
 
 
+def judge_claim(claim: Claim, models: tuple[str, ...], contract: Contract, size: RequestedSize) -> Judgement:
+    """Judge a claimed table at the requested size, else at the one at which least is wrong.
+
+    Raises ShapecheckError if the UNet refuses every size it can be about.
+    """
+    usual = size.complete(contract)
+    usual = replace(usual, batch=size.batch or claim.batch or usual.batch)
+    sizes = [(usual.height, usual.width)]
+    if size.latent is None and (claimed := claim.sizes()):  # the largest, the model's own, and every other that it names
+        largest = max(height for height, _ in claimed), max(width for _, width in claimed)
+        sizes = [largest, *sizes, *claimed[:_MOST_SIZES]]
+
+    judgements: list[Judgement] = []
+    refusal: ShapecheckError | None = None
+    for height, width in dict.fromkeys(sizes):
+        try:
+            table = ResidualTable.of(contract, replace(usual, height=height, width=width))
+        except ShapecheckError as error:
+            refusal = error
+            continue
+        judgements += _judge_meanings(claim, table, models, sized=size.latent is not None)
+    if not judgements:
+        raise refusal or ShapecheckError(f"{claim.origin}: no size to compare it at; give --size")
+    return min(judgements, key=lambda judgement: judgement.distance)
+
+
 def _judge_meanings(claim: Claim, table: ResidualTable, models: tuple[str, ...], *, sized: bool) -> Iterator[Judgement]:
     """Judge everything that the claim can mean at this geometry."""
     claim = claim.from_zero(len(table.downs))
@@ -138,21 +163,21 @@ def _judge_meanings(claim: Claim, table: ResidualTable, models: tuple[str, ...],
             yield replace(judgement, tells_mid=tells_mid, notes=claim.notes)
         return
 
-    # residuals by name, some of them left out: that is told first, then what is wrong with the others
+    # of residuals by name, those left out come first in the report, then what is wrong with the others
     judgement = _judge(tables[0], claim.named_shapes(table), table, models, sized=sized)
     others = _match_faults(claim.completed(table), table, sized)
     downs = [str(number) for number in claim.gaps if number != MID]
     parts = [f"slot{'s' * (len(downs) > 1)} {', '.join(downs)}"] if downs else []
     which = " and ".join([*parts, *["mid"] * (MID in claim.gaps)])
     verb, names = ("is", "its name") if len(claim.gaps) == 1 else ("are", "their names")
-    told = f"{which} {verb} left out under {names}{'' if others else ', the others are in place'}"
+    message = f"{which} {verb} left out under {names}{'' if others else ', the others are in place'}"
     slots = tuple(table.names[index] for index in claim.gaps if index < len(table.names))
-    fault = Fault("drop", told, "give every slot", tables[0], slots)
+    fault = Fault("drop", message, "give every slot", tables[0], slots)
     yield replace(judgement, matches=(Match((fault,), others[0].differs if others else 0), *others), notes=claim.notes)
 
 
 def _judge(
-    given: ResidualShapes, named: Mapping[str, Shape], table: ResidualTable, models: tuple[str, ...], *, sized: bool = True
+    given: ResidualShapes, named: Mapping[str, Shape], table: ResidualTable, models: tuple[str, ...], *, sized: bool
 ) -> Judgement:
     mismatches = compare(table.contract.slots, table.geometry, named)
     unet = lay_out_unet(table.contract, table.geometry)
@@ -168,22 +193,13 @@ def _match_faults(given: ResidualShapes, table: ResidualTable, sized: bool) -> t
     if given == table.right:
         return ()
     matches = []
-    for faults in list_faults(table, Hints.of_given(given)):
-        if kept := tuple(fault for fault in faults if sized or fault.kind != "size"):
-            matches.append(Match(kept, _count_differences(kept[0].given, given)))  # noqa: PERF401
+    for group in list_faults(table, Hints.of_shapes((*given.downs, given.mid or ()))):
+        if faults := tuple(fault for fault in group if sized or fault.kind != "size"):
+            matches.append(Match(faults, _count_differences(faults[0].given, given)))  # noqa: PERF401
     matches.sort(key=lambda match: match.differs)
-    return tuple(match for match in matches if match.differs == 0) or tuple(matches[:_NEAREST])
+    return tuple(match for match in matches if match.differs == 0) or tuple(matches[:_MOST_MATCHES])
 
 
 def _count_differences(one: ResidualShapes, other: ResidualShapes) -> int:
-    """Count the places at which two tables differ."""
     both = zip(one.downs, other.downs, strict=False)
     return sum(a != b for a, b in both) + abs(len(one.downs) - len(other.downs)) + (one.mid != other.mid)
-
-
-def judge_mapping(request: Request, *, offline: bool = False, progress: Progress = silent) -> Judgement:
-    """Hold the mapping of a request against its model. Raises ShapecheckError if the model or the size cannot be had."""
-    contract = contract_of(request.model, offline=offline, progress=progress)
-    at = geometry_of(request, contract.header.vae_factor) or Geometry(request.batch, *contract.header.usual)
-    claim = parse_value(request.mapping, "`mapping`", at)
-    return judge_claim(claim, (request.model,), contract, RequestedSize((at.height, at.width), at.batch))

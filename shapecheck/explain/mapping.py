@@ -1,4 +1,4 @@
-"""A table somebody claims a UNet takes: what is known of each residual, before it is held against one UNet at one size."""
+"""A table somebody claims a UNet needs: what is known of each residual, before it is compared with one UNet at one size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from shapecheck.contract import Shape
 from shapecheck.contract.naming import SHAPECHECK
-from shapecheck.explain.residual_table import ResidualShapes, ResidualTable
+from shapecheck.explain.residual_table import ResidualShapes, ResidualTable, Size
 
 MID = -1
 
@@ -17,8 +17,7 @@ class Entry:
     """One residual as it is claimed; None for what is not said."""
 
     channels: int
-    size: tuple[int, int] | None = None
-    """Height and width in cells."""
+    size: Size | None = None
     batch: int | None = None
     shape: Shape | None = None
     """The whole shape, if it has not four axes."""
@@ -37,30 +36,24 @@ class Claim:
 
     entries: tuple[tuple[int, Entry], ...]
     named: bool
-    """Whether each is given under its slot's name, so that one that is left out moves no other."""
+    """Whether each has its slot's name, so that one that is left out moves no other."""
     tells_mid: bool
-    """Whether the mid residual is told apart; else the last of a list may be it."""
+    """Whether the mid residual stands apart; else the last of a list may be it."""
     origin: str
     notes: tuple[str, ...] = ()
-    """How it was read, where it could have been read otherwise."""
+    """How it was read, if it could have been read otherwise."""
 
     @property
     def downs(self) -> tuple[tuple[int, Entry], ...]:
-        """The down residuals in order, as a list would hold them, each with its number."""
         return tuple((index, entry) for index, entry in self.entries if index != MID)
 
     @property
-    def mid(self) -> Entry | None:
-        """The mid residual, if it is told apart."""
-        return next((entry for index, entry in self.entries if index == MID), None)
-
-    @property
     def gaps(self) -> tuple[int, ...]:
-        """Numbers that are left out before the last, of residuals given by name; -1 where mid is."""
-        numbers = {index for index, _ in self.downs}
-        if not self.named or not numbers:
+        """Numbers left out before the last, of residuals with names; -1 for mid."""
+        numbers = {index for index, _ in self.entries}
+        if not self.named or not self.downs:
             return ()
-        return (*(index for index in range(max(numbers)) if index not in numbers), *((MID,) if self.mid is None else ()))
+        return tuple(index for index in (*range(max(numbers)), MID) if index not in numbers)
 
     def from_zero(self, downs: int) -> Claim:
         """Return it with the numbers of the slots, if its names count from one to `downs`; else itself."""
@@ -72,14 +65,15 @@ class Claim:
         return replace(self, entries=moved, notes=(*self.notes, note))
 
     def tables(self, table: ResidualTable) -> Iterator[ResidualShapes]:
-        """Yield what it can mean, the likelier first."""
-        downs = self.downs
+        """Yield everything that it can mean, the likelier first."""
+        downs = [entry.shape_at(table, index) for index, entry in self.downs]
         if self.tells_mid:
-            yield _make_shapes(downs, self.mid, table)
+            mid = next((entry.shape_at(table, MID) for index, entry in self.entries if index == MID), None)
+            yield ResidualShapes(tuple(downs), mid)
             return
-        whole = _make_shapes(downs, None, table)
-        with_mid = ResidualShapes(whole.downs, table.mid)  # a list of down residuals alone says nothing of mid
-        split = _make_shapes(downs[:-1], downs[-1][1], table) if downs else whole
+        whole = ResidualShapes(tuple(downs), None)
+        with_mid = ResidualShapes(tuple(downs), table.mid)  # a list of down residuals alone says nothing of mid
+        split = ResidualShapes(tuple(downs[:-1]), self.downs[-1][1].shape_at(table, MID)) if downs else whole
         yield from (split, with_mid, whole) if len(downs) > len(table.downs) else (with_mid, split, whole)
 
     def named_shapes(self, table: ResidualTable) -> dict[str, Shape]:
@@ -90,25 +84,18 @@ class Claim:
         }
 
     def completed(self, table: ResidualTable) -> ResidualShapes:
-        """Return it with what is right in every gap."""
+        """Return it with the right shape in every gap."""
         right = {index: shape for index, shape in enumerate(table.downs) if index in self.gaps}
-        claimed = {index: entry.shape_at(table, index) for index, entry in self.entries}
-        downs = right | claimed
-        return ResidualShapes(tuple(downs[index] for index in sorted(downs) if index != MID), claimed.get(MID, table.mid))
+        shapes = {MID: table.mid} | right | {index: entry.shape_at(table, index) for index, entry in self.entries}
+        return ResidualShapes(tuple(shapes[index] for index in sorted(shapes) if index != MID), shapes[MID])
 
-    def sizes(self) -> tuple[tuple[int, int], ...]:
+    def sizes(self) -> tuple[Size, ...]:
         """Return every height and width that is said."""
         sizes = (entry.shape[-2:] if entry.shape else entry.size for _, entry in self.entries)
         return tuple(dict.fromkeys((size[0], size[1]) for size in sizes if size))
 
     @property
     def batch(self) -> int | None:
-        """The batch most entries say."""
+        """The batch that most entries say."""
         batches = [entry.batch for _, entry in self.entries if entry.batch]
         return max(set(batches), key=batches.count) if batches else None
-
-
-def _make_shapes(downs: tuple[tuple[int, Entry], ...], mid: Entry | None, table: ResidualTable) -> ResidualShapes:
-    return ResidualShapes(
-        tuple(entry.shape_at(table, index) for index, entry in downs), None if mid is None else mid.shape_at(table, MID)
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,42 +20,16 @@ FORMS = (
     "such as 2x320x64x96 or [[2, 320, 64, 96], …], or a .json or .txt file with these, with names such as "
     "input_control_00, with down and mid, or a saved contract"
 )
-
-
 _LARGEST_FILE = 2**22
-
-
-_LONGEST_NAME = 4096
-
-
-_MOST_ENTRIES = 512
-
-
-_DEEPEST = 8
-
-
-_LARGEST = 2**20
-"""Of any axis."""
-
-
+_LARGEST_AXIS = 2**20
 _FEWEST_CHANNELS, _LARGEST_SIDE = 32, 256
-"""Where plain numbers can be widths or one shape: channels are at least so many, sides in cells at most so many."""
-
-
-_UNREAD = (".yaml", ".yml", ".toml", ".py")
-
-
+"""Plain numbers can be widths or one shape: channels are at least so many, sides in cells at most so many."""
+_UNREAD = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML", ".py": "Python"}
 _CHANNELS = re.compile(r"(\d{1,9})(?:@(\d{1,9})(?:[xX×](\d{1,9}))?)?")
-
-
 _CROSSED = re.compile(r"\d{1,9}(?:[xX×]\d{1,9}){2,5}")
-
-
 _NAMED = re.compile(r"(?:[\"']?([^\"']{1,200}?)[\"']?[:=])?([^:=]+)")
-
-
 _SIDE_WORD = re.compile("blocks?|res|residuals?|samples?|shapes?|slots?|outputs?|additional|controls?|controlnet|given")
-"""What a name of one of the two sides has beside `down` or `mid`."""
+"""The words of a side's name beside `down` or `mid`."""
 
 
 def parse_mapping(text: str, geometry: Geometry) -> Claim:
@@ -75,8 +49,7 @@ def parse_mapping(text: str, geometry: Geometry) -> Claim:
 
     suffix, origin = path.suffix.lower(), f"--mapping: {path}"
     if suffix in _UNREAD:
-        kind = {".py": "Python"}.get(suffix, "TOML" if suffix == ".toml" else "YAML")
-        raise ShapecheckError(f"{origin}: {kind} is not read; save the same as .json: {FORMS}")
+        raise ShapecheckError(f"{origin}: {_UNREAD[suffix]} is not read; save the same as .json: {FORMS}")
     try:
         with path.open("rb") as file:
             text = file.read(_LARGEST_FILE + 1).decode("utf-8-sig")
@@ -89,13 +62,13 @@ def parse_mapping(text: str, geometry: Geometry) -> Claim:
     try:
         value = json.loads(text, object_pairs_hook=_refuse_duplicate_keys)
     except (ValueError, RecursionError) as error:
-        raise ShapecheckError(f"{origin} is no JSON: {error}") from None
+        raise ShapecheckError(f"{origin} is not JSON: {error}") from None
     return parse_value(value, origin, geometry)
 
 
 def _is_file_name(text: str) -> bool:
-    """Tell the name of a file that does not exist from a table."""
-    if len(text) > _LONGEST_NAME or "\n" in text or text[:1] in ("[", "(", "{") or re.search(r":\d", text):
+    """Return whether a text that is not the name of a file was meant as one, and not as a table."""
+    if len(text) > 4096 or "\n" in text or text[:1] in ("[", "(", "{") or re.search(r":\d", text):
         return False
     return "/" in text or "\\" in text or re.search(r"\.[A-Za-z][A-Za-z0-9]{0,14}$", text) is not None
 
@@ -122,7 +95,7 @@ def _parse_text(text: str, origin: str, geometry: Geometry) -> Claim:
             # shapes printed on lines of their own are a list of them
             value = ast.literal_eval(re.sub(r"(?<=[\])])\s+(?=[\[(])", ",", text))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise ShapecheckError(f"{origin}: {text[:60]!r} is no list of shapes; expected {FORMS}") from None
+            raise ShapecheckError(f"{origin}: {text[:60]!r} is not a list of shapes; expected {FORMS}") from None
     return parse_value(value, origin, geometry)
 
 
@@ -138,7 +111,7 @@ def _parse_words(text: str, origin: str) -> Claim:
     for word in filter(None, re.split(r"[,;\s]+", text)):
         match = _NAMED.fullmatch(word)
         if match is None:
-            raise ShapecheckError(f"{origin}: {word[:40]!r} is no channels@size; expected {FORMS}")
+            raise ShapecheckError(f"{origin}: {word[:40]!r} is not channels@size; expected {FORMS}")
         words.append((match[1] or "", match[2]))
 
     names = {name for name, _ in words}
@@ -146,8 +119,7 @@ def _parse_words(text: str, origin: str) -> Claim:
         if "" in names:
             bare = next(word for name, word in words if not name)
             raise ShapecheckError(f"{origin}: {bare[:40]!r} has no name, and others have one; name every residual, or none")
-        known = [(name, word) for name, word in words if slot_number(name) is not None]
-        return _claim_by_name([(name, _parse_word(word, f"{origin}: {name}")) for name, word in known], origin)
+        return _claim_by_name(words, _parse_word, origin)
     mids = [word for name, word in words if name]
     if len(mids) > 1:
         raise ShapecheckError(f"{origin}: two residuals for mid, {mids[0][:40]!r} and {mids[1][:40]!r}; give one")
@@ -155,7 +127,7 @@ def _parse_words(text: str, origin: str) -> Claim:
     downs: list[Entry] = []
     size: tuple[int, int] | None = None
     for word, entry in reversed([(word, _parse_word(word, origin)) for name, word in words if not name]):
-        size = entry.size if "@" in word else size  # it stands for the channels before it that have none, too
+        size = entry.size if "@" in word else size  # a size holds for the channels before it that have none, too
         downs.insert(0, replace(entry, size=size) if word.isdigit() else entry)
     return _make_claim([*enumerate(downs), *((MID, _parse_word(word, origin)) for word in mids)], False, bool(mids), origin)
 
@@ -165,7 +137,7 @@ def _parse_word(word: str, origin: str) -> Entry:
         return _parse_entry([int(axis) for axis in re.split("[xX×]", word)], origin)
     match = _CHANNELS.fullmatch(word)
     if match is None:
-        raise ShapecheckError(f"{origin}: {word[:40]!r} is no channels@size; expected {FORMS}")
+        raise ShapecheckError(f"{origin}: {word[:40]!r} is not channels@size; expected {FORMS}")
     channels, height, width = match.groups()
     size = (int(height), int(width or height)) if height else None
     return _check_sizes(Entry(int(channels), size), origin, word)
@@ -177,8 +149,7 @@ def parse_value(value: Any, origin: str, geometry: Geometry) -> Claim:
     Raises ShapecheckError, which begins with `origin`, if there is none or there are several.
     """
     if isinstance(value, Mapping) and "shapecheck_contract" in value:
-        shapes = Contract.from_value(value).shapes(geometry)
-        return _claim_by_name([(name, _parse_entry(shape, origin)) for name, shape in shapes.items()], origin)
+        return _claim_by_name(Contract.from_value(value).shapes(geometry).items(), _parse_entry, origin)
     if isinstance(value, (list, tuple)):
         if len(value) == 2 and isinstance(value[0], (list, tuple)) and all(map(_is_shape, value[0])) and _is_shape(value[1]):
             return _claim_by_side({"down": value[0], "mid": value[1]}, origin)
@@ -191,13 +162,12 @@ def parse_value(value: Any, origin: str, geometry: Geometry) -> Claim:
         raise ShapecheckError(f"{origin}: several tables in it, under {' and '.join(tables)}; keep the one that was given")
     if any(side_of(name) == "down" for name in table):
         return _claim_by_side(table, origin)
-    known = [(name, shape) for name, shape in table.items() if shape is not None and slot_number(name) is not None]
-    return _claim_by_name([(name, _parse_entry(shape, f"{origin}: {name}")) for name, shape in known], origin)
+    return _claim_by_name(((name, shape) for name, shape in table.items() if shape is not None), _parse_entry, origin)
 
 
 def _find_tables(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield every table of residuals with its place, but none inside another."""
-    if not isinstance(value, Mapping) or depth > _DEEPEST:
+    if not isinstance(value, Mapping) or depth > 8:
         return
     table = {str(name): child for name, child in value.items()}
     shaped = (name for name, child in table.items() if child is None or type(child) is int or isinstance(child, (list, tuple)))
@@ -208,18 +178,19 @@ def _find_tables(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[
         yield from _find_tables(child, f"{where}.{name}".lstrip(".")[:60], depth + 1)
 
 
-def _claim_by_name(entries: Sequence[tuple[str, Entry]], origin: str) -> Claim:
+def _claim_by_name(values: Iterable[tuple[str, Any]], parse: Callable[[Any, str], Entry], origin: str) -> Claim:
     owners: dict[int, str] = {}
-    numbered: list[tuple[int, Entry]] = []
-    for name, entry in entries:
+    entries: list[tuple[int, Entry]] = []
+    for name, value in values:
         index = slot_number(name)
-        assert index is not None
+        if index is None:
+            continue
         if index in owners:
             slot = "mid" if index == MID else f"slot {index}"
             raise ShapecheckError(f"{origin}: {owners[index]} and {name} both name the residual of {slot}; keep the one given")
         owners[index] = name
-        numbered.append((index, entry))
-    return _make_claim(numbered, True, True, origin)
+        entries.append((index, parse(value, f"{origin}: {name}")))
+    return _make_claim(entries, True, True, origin)
 
 
 def _claim_by_side(table: Mapping[str, Any], origin: str) -> Claim:
@@ -239,8 +210,8 @@ def _claim_by_side(table: Mapping[str, Any], origin: str) -> Claim:
 def _make_claim(entries: list[tuple[int, Entry]], named: bool, tells_mid: bool, origin: str) -> Claim:
     if not entries:
         raise ShapecheckError(f"{origin}: no residuals in it; expected {FORMS}")
-    if len(entries) > _MOST_ENTRIES:
-        raise ShapecheckError(f"{origin}: {len(entries)} residuals, which no UNet takes; expected {FORMS}")
+    if len(entries) > 512:
+        raise ShapecheckError(f"{origin}: {len(entries)} residuals, more than any UNet has; expected {FORMS}")
     return Claim(tuple(sorted(entries, key=lambda pair: (pair[0] == MID, pair[0]))), named, tells_mid, origin)
 
 
@@ -256,9 +227,8 @@ def slot_number(name: str) -> int | None:
     """Return the number of the slot that a name stands for, -1 for mid; None for any other name."""
     if side := side_of(name):
         return MID if side == "mid" else None
-    indices = (scheme.index(name.lower()) for scheme in SCHEMES)
-    known = next((index for index in indices if index is not None), None)
-    return residual_index(name) if known is None else known
+    known = [index for scheme in SCHEMES if (index := scheme.index(name.lower())) is not None]
+    return known[0] if known else residual_index(name)
 
 
 def _is_shape(value: Any) -> bool:
@@ -296,9 +266,9 @@ def _parse_entry(value: Any, where: str) -> Entry:
     return _check_sizes(Entry(channels, (height, width), batch=batch[0] if batch else None), where, value)
 
 
-def _check_sizes(entry: Entry, where: str, written: Any) -> Entry:
-    """Return the entry. Raises ShapecheckError, which begins with `where` and shows what was written, if a size cannot be."""
+def _check_sizes(entry: Entry, where: str, source: Any) -> Entry:
+    """Return the entry. Raises ShapecheckError, which begins with `where` and shows the source, if a size is out of range."""
     for size in (entry.channels, *(entry.size or ()), entry.batch, *(entry.shape or ())):
-        if size is not None and not 0 < size <= _LARGEST:
-            raise ShapecheckError(f"{where}: sizes go from 1 to {_LARGEST}, got {str(written)[:60]}")
+        if size is not None and not 0 < size <= _LARGEST_AXIS:
+            raise ShapecheckError(f"{where}: sizes go from 1 to {_LARGEST_AXIS}, got {str(source)[:60]}")
     return entry

@@ -1,14 +1,14 @@
-"""Where in the code a text says it was raised: at an addition of residuals, on the way up, or somewhere else."""
+"""Where a text says that it was raised: at an addition of residuals, on the way up, or somewhere else."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from shapecheck.explain.simulate import Stage
 
+# the lines of diffusers that a traceback shows, of older releases too
 _LINES: tuple[tuple[str, Stage | Literal["nets"]], ...] = (
     ("down_block_res_sample + down_block_additional_residual", "down"),
     ("sample + mid_block_additional_residual", "mid"),
@@ -21,16 +21,9 @@ _LINES: tuple[tuple[str, Stage | Literal["nets"]], ...] = (
     ("samples_prev + samples_curr", "nets"),
     ("mid_block_res_sample += mid_sample", "nets"),
 )
-"""What diffusers says there, and older releases said."""
-
-
 _UNET = re.compile(r"unet_2d|unets?/unet_|unet_motion|openaimodel\.py$|cldm\.py$|sd-webui-controlnet")
 """Files of UNets that residuals are added in: diffusers', and those of the original layout."""
-
-
 _PART = re.compile(r"diffusers/models/(?:\w+/)?(\w+)\.py$")
-
-
 _PARTS: Mapping[str, str] = {
     "broadcast": "attention attention_processor transformer_2d",
     "attention": "attention attention_processor transformer_2d",
@@ -40,119 +33,75 @@ _PARTS: Mapping[str, str] = {
     "upsample": "upsampling",
     "dtype": "resnet normalization upsampling downsampling attention attention_processor transformer_2d embeddings lora",
     "text width": "attention attention_processor transformer_2d lora",
-    "sample channels": "",
 }
-"""What diffusers' UNet is made of, and its VAE too: the files that say a kind of text where residuals do not fit."""
-
-
+"""By the kind of a text, the files of layers that raise it if residuals do not fit. diffusers' VAE is made of them too."""
 _CONTROLNET = re.compile(r"controlnets?/\w+\.py$|/controlnet\.py$")
-
-
 _OTHERS = re.compile(r"autoencoder|/vae\.py$|/transformers/|/text_encoder|controlnet|/lora|/peft/|lycoris")
-
-
 _ABOUT_RESIDUALS = re.compile(r"control|residual|res_sample|\bskip|\bhs\.pop", re.IGNORECASE)
-
-
-_ANY_LAYER = ("dtype", "text width", "sample channels")
-"""Kinds that a ControlNet's layers say as well as a UNet's."""
-
-
-_UNSURE = re.compile(r"torch/(_dynamo|export|_export|onnx)/")
-"""PyTorch's tracers: what is below them is not shown."""
-
-
+_TRACER = re.compile(r"torch/(_dynamo|export|_export|onnx)/")
+"""PyTorch's tracers: a traceback does not show what is below them."""
+_TORCH = re.compile(r"(^|/)torch/|peft_utils\.py$|/contextlib\.py$|accelerate/hooks\.py$")
+"""PyTorch, and what wraps a call without doing anything of its own."""
 _BEFORE, _AFTER = 16_000, 3_000
-"""Characters of a traceback that are looked at around its message."""
-
-
+"""Characters of a traceback that are read around its message."""
 _HEAD = "Traceback (most recent call last)"
-
-
 _USER_CODE = "from user code"
-
-
 _FRAME = re.compile(
     r'File "(?P<python>[^"]{1,400})", line \d+(?:, in \S{1,100})?'
     r"|(?<!\S)(?P<ipython>[^\s\"]{1,400}?\.py)(?::\d{1,7}:?,? in \S{1,100}| in [\w.<>]{1,100}\()"
     r"|(?P<cell>Cell In ?\[\d{1,6}\]|Input In \[\d{1,6}\]|<ipython-input-[\w-]{1,40}>)"
 )
-
-
 _RAISED_AT = re.compile(r"(?<!\S)([^\s\"]{1,400}?\.py):\d{1,7}: \w{0,60}(?:Error|Exception|Warning)\b")
-"""pytest tells the last frame after the message."""
 
 
-_TORCH = re.compile(r"(^|/)torch/|peft_utils\.py$|/contextlib\.py$|accelerate/hooks\.py$")
-"""PyTorch, and what wraps a call without doing anything of its own."""
-
-
-class Place(NamedTuple):
-    """Where a message was raised, as far as the text around it says."""
+class RaiseSite(NamedTuple):
+    """Where a message was raised, as far as the text around it shows."""
 
     stage: Stage | Literal["nets"] | None = None
     elsewhere: str = ""
-    """The file, where that is none that adds residuals or takes them."""
+    """The file, if it neither adds nor uses residuals."""
 
 
-def find_place(text: str, start: int, end: int, kind: str) -> Place:
-    """Where the message of that kind between `start` and `end` was raised."""
-    part = _find_traceback(text, start, end)
+class Frame(NamedTuple):
+    """A frame of a traceback: its file, with forward slashes, and the source that is shown of it."""
+
+    file: str
+    source: str
+
+
+def find_raise_site(text: str, start: int, end: int, kind: str) -> RaiseSite:
+    """Return where the message of that kind between `start` and `end` was raised."""
+    before, after = text[max(0, start - _BEFORE) : start], text[end : end + _AFTER]
+    if _USER_CODE in after:  # torch.compile shows the user's frames after the message
+        part = after.split(_USER_CODE, 1)[1]
+    else:
+        raised = _RAISED_AT.search(after.split(_HEAD, 1)[0])  # pytest shows the last frame after the message
+        part = before.rsplit(_HEAD, 1)[-1] + (f" {raised[1]}:0: in _" if raised else "")
     last, stage = max((part.rfind(line), stage) for line, stage in _LINES)
     if last >= 0:
-        return Place(stage)
-    frames = _read_frames(part)
-    own = [number for number, frame in enumerate(frames) if not frame.is_of_torch]
-    if not own or any(_UNSURE.search(frame.file) for frame in frames[own[-1] + 1 :]):
-        return Place()
-    return Place(None, "" if _may_be_unet(frames, frames[own[-1]], kind) else frames[own[-1]].name)
+        return RaiseSite(stage)
+
+    matches = list(_FRAME.finditer(part))
+    ends = [*(match.start() for match in matches), len(part)][1:]
+    frames = [
+        Frame(match[match.lastgroup or 0].replace("\\", "/"), part[match.end() : end])
+        for match, end in zip(matches, ends, strict=True)
+    ]
+    own = [number for number, frame in enumerate(frames) if not _TORCH.search(frame.file)]
+    if not own or any(_TRACER.search(frame.file) for frame in frames[own[-1] + 1 :]):
+        return RaiseSite()
+    raising = frames[own[-1]]
+    return RaiseSite(None, "" if _may_be_unet(frames, raising, kind) else raising.file.rsplit("/", 1)[-1])
 
 
 def _may_be_unet(frames: Sequence[Frame], last: Frame, kind: str) -> bool:
     if kind == "from_unet":
         return "diffusers" in last.file
-    if _UNET.search(last.file) or (kind in _ANY_LAYER and _CONTROLNET.search(last.file)):
+    in_controlnet = kind in ("dtype", "text width", "sample channels")  # a ControlNet's layers say these too
+    if _UNET.search(last.file) or (in_controlnet and _CONTROLNET.search(last.file)):
         return True
     if (part := _PART.search(last.file)) and part[1] in _PARTS.get(kind, "").split():
         callers = [frame.file for frame in frames]
-        through = any(map(_UNET.search, callers)) or (kind in _ANY_LAYER and any(map(_CONTROLNET.search, callers)))
+        through = any(map(_UNET.search, callers)) or (in_controlnet and any(map(_CONTROLNET.search, callers)))
         return through or not any(map(_OTHERS.search, callers))
     return not _OTHERS.search(last.file) and bool(_ABOUT_RESIDUALS.search(last.source))
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """One frame: its file, with forward slashes, and the source that is shown of it."""
-
-    file: str
-    source: str
-
-    @property
-    def name(self) -> str:
-        """The file without its folders."""
-        return self.file.rsplit("/", 1)[-1]
-
-    @property
-    def is_of_torch(self) -> bool:
-        """Whether it is PyTorch's own, and says nothing of whose code failed."""
-        return bool(_TORCH.search(self.file))
-
-
-def _find_traceback(text: str, start: int, end: int) -> str:
-    """The part of a text that tells where the message between `start` and `end` was raised."""
-    before, after = text[max(0, start - _BEFORE) : start], text[end : end + _AFTER]
-    if _USER_CODE in after:  # torch.compile tells it after the message
-        return after.split(_USER_CODE, 1)[1]
-    raised = _RAISED_AT.search(after.split(_HEAD, 1)[0])
-    last = f" {raised[1]}:0: in _" if raised else ""
-    return before.rsplit(_HEAD, 1)[-1] + last
-
-
-def _read_frames(part: str) -> list[Frame]:
-    """The frames in such a part, the one that raised it last; empty where none is shown."""
-    found = list(_FRAME.finditer(part))
-    starts = [*(match.start() for match in found), len(part)]
-    return [
-        Frame(match[match.lastgroup or 0].replace("\\", "/"), part[match.end() : end])
-        for match, end in zip(found, starts[1:], strict=True)
-    ]

@@ -1,30 +1,24 @@
-"""What an error text comes to, as text or Markdown; and beside it a table that was claimed."""
+"""The explanation of an error text, as text or Markdown; and beside it a table that was claimed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from shapecheck.contract import Contract, Geometry, show
-from shapecheck.explain.diagnosis import Answer, Candidate, Cause, Diagnosis, Reading
+from shapecheck.contract import Geometry, show
+from shapecheck.explain.diagnosis import Answer, Candidate, Diagnosis, Reading
 from shapecheck.explain.judge_mapping import Judgement
-from shapecheck.explain.mapping_report import describe_agreement, list_judgement, list_others, name_models
+from shapecheck.explain.mapping_report import list_judgement, list_others, name_models
 from shapecheck.explain.symptom import Symptom
 from shapecheck.report.document import LINE, Document, Facts, Format, Heading, Paragraph, Part, Points, Table
-
-_SHOWN = 4
-"""Sizes that are written out."""
-
-
-_LONGEST = 400
-"""Characters of the text that are repeated."""
+from shapecheck.report.numbers import format_count
 
 
 def render_text(
     diagnosis: Diagnosis, judgement: Judgement | None = None, others: Sequence[Judgement] = (), *, form: Format = "human"
 ) -> str:
-    """Return the whole report: what each symptom comes to; then the table that was claimed, on the UNet it fits best.
+    """Return the whole report: the explanation of each symptom; then the table that was claimed, on the UNet it fits best.
 
-    `others` are the same on the other UNets that were tried.
+    `others` judge the same table on the other UNets that were tried.
     """
     parts: list[Part] = []
     for reading in diagnosis.found:
@@ -33,17 +27,23 @@ def render_text(
         parts.append(Paragraph(f"NO DIAGNOSIS: {diagnosis.reason}", indent=""))
         parts.append(Paragraph(f"tried: {', '.join(diagnosis.tried)}", indent=" " * len("tried: ")))
     if judgement is not None:
-        parts += [*list_judgement(judgement), *describe_agreement(diagnosis, judgement), *list_others(others)]
+        parts += list_judgement(judgement)
+        if (agrees := judgement.reproduces(diagnosis)) is not None:
+            wrong = "this table does not lead to the text above: that comes from other residuals"
+            parts.append(Points(["this table leads to the text above" if agrees else wrong], "note: "))
+        parts += list_others(others)
     return Document("", parts).render(form)
 
 
 def _list_reading(reading: Reading, model: str | None) -> Iterator[Part]:
-    """Yield what one symptom comes to; `model` is the one that was named, if one was."""
+    """Yield the explanation of one symptom; `model` is the one that was named, if one was."""
     symptom = reading.symptom
-    yield Heading(f"{symptom.source}: {symptom.line[:_LONGEST]}", 1, indent="  ")
+    yield Heading(f"{symptom.source}: {symptom.line[:400]}", 1, indent="  ")
     yield Paragraph(explain_symptom(symptom), indent="")
     for cause in reading.causes:
-        yield _describe_cause(cause, model)
+        command = cause.command.replace("MODEL", model or "MODEL")
+        facts = [("cause", cause.told), ("where", cause.where), ("change", cause.change), ("certain", command)]
+        yield Facts(facts, width=LINE - len("certain  "))
     if not reading.answers:
         return
     answers = sorted(reading.answers, key=lambda answer: -len(answer.models))
@@ -59,6 +59,16 @@ _PLACES = {
     "mid": ", in the addition after mid",
     "feature": ", inside the down blocks, where T2I-Adapter features are added",
     "up": ", on the way up",
+}
+_ATTENTION = "On the way up, attention meets a text of one image and tensors of more: some residual has a larger batch."
+_NORM = "On the way up, a layer gets other channels than it has weights for: skips are missing or in another's place."
+_MEANINGS = {
+    "attention": _ATTENTION,
+    "reshape": _ATTENTION,
+    "norm": _NORM,
+    "groups": _NORM,
+    "index": "On the way up, no skip is left: too few residuals cut the list of skips short, in silence.",
+    "unequal": "ONNX Runtime names the smaller size first, whichever side it is on.",
 }
 
 
@@ -80,29 +90,16 @@ def explain_symptom(symptom: Symptom) -> str:
         )
     if symptom.kind == "concat":
         return f"On the way up, a tensor of size {wanted} meets a skip of {given}."
-    if symptom.kind in ("attention", "reshape"):
-        return "On the way up, attention meets a text of one image and tensors of more: some residual has a larger batch."
-    if symptom.kind in ("norm", "groups"):
-        return "On the way up, a layer gets other channels than it has weights for: skips are missing or in another's place."
-    if symptom.kind == "index":
-        return "On the way up, no skip is left: too few residuals cut the list of skips short, in silence."
-    if symptom.kind == "unequal":
-        return "ONNX Runtime names the smaller size first, whichever side it is on."
-    return ""
-
-
-def _describe_cause(cause: Cause, model: str | None) -> Facts:
-    command = cause.command.replace("MODEL", model or "MODEL")
-    facts = [("cause", cause.told), ("where", cause.where), ("change", cause.change), ("certain", command)]
-    return Facts(facts, width=LINE - len("certain  "))
+    return _MEANINGS.get(symptom.kind, "")
 
 
 def _list_answer(answer: Answer) -> Iterator[Part]:
     here, others = _split_candidates(answer)
     count = len(here or others)
-    faults = f"{count} fault gives" if count == 1 else f"{count} faults give"
     more = f"; {len(others)} more at other sizes" if here and others else ""
-    yield Heading(f"On {name_models(answer.models)}, {faults} exactly this text, at {_name_places(answer)}{more}")
+    verb = "gives" if count == 1 else "give"
+    where = f"{format_count(count, 'fault')} {verb} exactly this text, at {_name_places(answer)}{more}"
+    yield Heading(f"On {name_models(answer.models)}, {where}")
     for candidates in _group_by_slot(here):
         first = candidates[0]
         met = f"the UNet has {show(first.wanted)}, and meets {show(first.given) if first.given else 'nothing'}"
@@ -110,7 +107,12 @@ def _list_answer(answer: Answer) -> Iterator[Part]:
         yield Table(("fault", "what was done"), list(_tabulate_faults(candidates)))
     if others:
         yield Heading(f"At other sizes than latents of {_list_sizes([answer.geometry])}")
-        rows = [_tabulate_elsewhere(candidates) for candidates in _group_by_slot(others)]
+        rows = []
+        for candidates in _group_by_slot(others):
+            first = candidates[0]
+            sizes = _list_sizes(list(dict.fromkeys(size for candidate in candidates for size in candidate.geometries)))
+            kinds = ", ".join(dict.fromkeys(candidate.fault.kind for candidate in candidates))
+            rows.append((first.slot, sizes, show(first.wanted), show(first.given) if first.given else "nothing", kinds))
         yield Table(("where", "at latents of", "UNet has", "meets", "faults"), rows)
     changes: dict[str, str] = {}
     for candidate in answer.candidates:
@@ -118,7 +120,11 @@ def _list_answer(answer: Answer) -> Iterator[Part]:
     yield Heading("What to change")
     yield Table(("fault", "change"), list(changes.items()))
     yield Heading(f"The right table, at {answer.geometry}")
-    yield _tabulate_slots(answer.contract, answer.geometry)
+    slots = [
+        (number, slot.name, slot.channels, slot.stride, show(slot.shape_at(answer.geometry)), slot.producer)
+        for number, slot in enumerate(answer.contract.slots)
+    ]
+    yield Table(("#", "slot", "channels", "stride", "shape", "skip from"), slots)
     if len(answer.candidates) > 1:
         note = (
             f"the text alone cannot tell these apart; the shapes that were given can: {name_certain_command(answer)}, or "
@@ -128,7 +134,7 @@ def _list_answer(answer: Answer) -> Iterator[Part]:
 
 
 def _split_candidates(answer: Answer) -> tuple[list[Candidate], list[Candidate]]:
-    """Return the candidates at the size the answer is told at, and those that need another."""
+    """Return the candidates at the size of the answer, and those that need another."""
     here = [candidate for candidate in answer.candidates if answer.geometry in candidate.geometries]
     return here, [candidate for candidate in answer.candidates if answer.geometry not in candidate.geometries]
 
@@ -140,29 +146,21 @@ def _group_by_slot(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     return list(groups.values())
 
 
-def _tabulate_elsewhere(candidates: Sequence[Candidate]) -> tuple[str, ...]:
-    first = candidates[0]
-    sizes = _list_sizes(list(dict.fromkeys(size for candidate in candidates for size in candidate.geometries)))
-    kinds = ", ".join(dict.fromkeys(candidate.fault.kind for candidate in candidates))
-    return first.slot, sizes, show(first.wanted), show(first.given) if first.given else "nothing", kinds
-
-
 def _tabulate_faults(candidates: Sequence[Candidate]) -> Iterator[tuple[str, str]]:
     """Yield one row a kind of fault; others of a kind are counted."""
     for kind in dict.fromkeys(candidate.fault.kind for candidate in candidates):
         alike = [candidate for candidate in candidates if candidate.fault.kind == kind]
         first = alike[0]
-        done = first.fault.told
+        message = first.fault.told
         if others := [fault.told for fault in first.faults[1:] if fault.kind != kind]:
-            done += f"; or, which is the same, {others[0]}"
+            message += f"; or, which is the same, {others[0]}"
         if len(alike) > 1:
-            done += f" (and {len(alike) - 1} more of this kind)"
-        yield kind, done
+            message += f" (and {len(alike) - 1} more of this kind)"
+        yield kind, message
 
 
 def _list_sizes(geometries: Sequence[Geometry]) -> str:
-    sizes = ", ".join(f"{geometry.height}×{geometry.width}" for geometry in geometries[:_SHOWN])
-    return f"{sizes}{', …' * (len(geometries) > _SHOWN)}"
+    return ", ".join([f"{at.height}×{at.width}" for at in geometries[:4]] + ["…"] * (len(geometries) > 4))
 
 
 def name_certain_command(answer: Answer) -> str:
@@ -170,20 +168,12 @@ def name_certain_command(answer: Answer) -> str:
     return f"shapecheck explain --model {answer.models[0]} --mapping SHAPES.json"
 
 
-def _tabulate_slots(contract: Contract, geometry: Geometry) -> Table:
-    rows = [
-        (number, slot.name, slot.channels, slot.stride, show(slot.shape_at(geometry)), slot.producer)
-        for number, slot in enumerate(contract.slots)
-    ]
-    return Table(("#", "slot", "channels", "stride", "shape", "skip from"), rows)
-
-
 def _name_places(answer: Answer) -> str:
-    """Return `slots 0, 1, 2, 3 and mid`: at the size the answer is told at, if there are any."""
+    """Return `slots 0, 1, 2, 3 and mid`: at the size of the answer, if there are any."""
     names = [slot.name for slot in answer.contract.slots]
-    found = dict.fromkeys(candidate.slot for candidate in _split_candidates(answer)[0] or answer.candidates)
-    numbers = [str(names.index(name)) for name in found if name in names[:-1]]
+    places = dict.fromkeys(candidate.slot for candidate in _split_candidates(answer)[0] or answer.candidates)
+    numbers = [str(names.index(name)) for name in places if name in names[:-1]]
     parts = [f"slot{'s' * (len(numbers) > 1)} {', '.join(numbers)}"] if numbers else []
-    parts += ["mid"] if names[-1] in found else []
-    parts += [name for name in found if name not in names]
+    parts += ["mid"] if names[-1] in places else []
+    parts += [name for name in places if name not in names]
     return " and ".join(parts)

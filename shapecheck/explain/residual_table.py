@@ -1,22 +1,23 @@
-"""The residuals of a call as shapes, and what a UNet takes at one geometry, of which mistakes are made."""
+"""The residuals of a call as shapes, what a UNet needs at one geometry, and a fault that turns the one into the other."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from shapecheck.contract import Contract, Geometry, Shape
 from shapecheck.contract.naming import SHAPECHECK
 
 Size = tuple[int, int]
+"""Height and width in latent cells."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestedSize:
-    """The size a user says a text or a table is about. None leaves it open: every size that can have led to it is tried."""
+    """The size that a user says a text or a table is about. None leaves it open: then every size that fits is tried."""
 
     latent: Size | None = None
-    """Height and width in cells."""
     batch: int | None = None
 
     def complete(self, contract: Contract) -> Geometry:
@@ -30,31 +31,48 @@ class ResidualShapes:
 
     downs: tuple[Shape, ...]
     mid: Shape | None
-    """None if no mid residual is given: diffusers then takes the down residuals for T2I-Adapter features."""
+    """None if no mid residual is passed: diffusers then takes the down residuals for T2I-Adapter features."""
 
     @classmethod
     def split(cls, flat: Sequence[Shape]) -> ResidualShapes:
-        """Make them of all shapes in slot order, mid last."""
+        """Split all shapes in slot order, mid last."""
         return cls(tuple(flat[:-1]), flat[-1])
 
     @property
     def named(self) -> Mapping[str, Shape]:
-        """By the name of the slot each arrives at."""
+        """The shapes by the name of the slot at which each arrives."""
         named = {SHAPECHECK.down(index): shape for index, shape in enumerate(self.downs)}
         return named if self.mid is None else named | {SHAPECHECK.mid: self.mid}
 
-    def __len__(self) -> int:
-        return len(self.downs) + (self.mid is not None)
-
 
 def right_shapes(contract: Contract, geometry: Geometry) -> ResidualShapes:
-    """Return what the UNet of this contract takes at that geometry. Raises ShapecheckError if it refuses it."""
+    """Return what the UNet of this contract needs at that geometry. Raises ShapecheckError if it refuses it."""
     return ResidualShapes.split(tuple(contract.shapes(geometry).values()))
+
+
+FaultKind = Literal[
+    "blocks", "layers", "family", "mid", "drop", "shift", "reverse", "constant", "floor", "transpose", "channels", "swap",
+    "size", "batch", "rank", "pooled", "surplus", "stride", "width", "duplicate", "empty",
+]  # fmt: skip
+"""In the order of a report: a wrong rule before a spoilt table, and that before one wrong residual."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One mistake, and the residuals that it leads to at one geometry."""
+
+    kind: FaultKind
+    told: str
+    """What was done, in words; `change` is what to do instead."""
+    change: str
+    given: ResidualShapes
+    slots: tuple[str, ...] = ()
+    """The slots whose residuals were touched; empty if it is the whole table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One size of the pyramid: its stride, height and width in cells, and the channels its attention layers have."""
+    """One size of the pyramid, and the channels that its attention layers have."""
 
     stride: int
     size: Size
@@ -70,29 +88,27 @@ class ResidualTable:
     right: ResidualShapes
     levels: tuple[Level, ...]
     names: tuple[str, ...]
-    """Of the slots, in order, mid last."""
+    """Names of the slots in order, mid last."""
 
     @classmethod
     def of(cls, contract: Contract, geometry: Geometry) -> ResidualTable:
-        """Raises ShapecheckError if the UNet refuses the geometry."""
-        right = right_shapes(contract, geometry)
+        """Return the table of a contract. Raises ShapecheckError if the UNet refuses the geometry."""
+        shapes = contract.shapes(geometry)
         sizes: dict[int, Level] = {}
-        for slot, shape in zip(contract.slots, contract.shapes(geometry).values(), strict=True):
+        for slot, shape in zip(contract.slots, shapes.values(), strict=True):
             sizes[slot.stride] = Level(slot.stride, (shape[-2], shape[-1]), slot.channels)
         levels = list(sizes.values())
         widths = contract.config.get("block_out_channels") or ()
         if len(widths) == len(levels):  # the last slot of a level need not be as wide as the level
             levels = [Level(level.stride, level.size, width) for level, width in zip(levels, widths, strict=True)]
-        return cls(contract, geometry, right, tuple(levels), tuple(slot.name for slot in contract.slots))
+        return cls(contract, geometry, ResidualShapes.split(tuple(shapes.values())), tuple(levels), tuple(shapes))
 
     @property
     def downs(self) -> tuple[Shape, ...]:
-        """The right down residuals."""
         return self.right.downs
 
     @property
     def mid(self) -> Shape:
-        """The right mid residual."""
         assert self.right.mid is not None
         return self.right.mid
 
@@ -103,17 +119,16 @@ class ResidualTable:
 
     @property
     def latent(self) -> Size:
-        """Height and width in latent cells."""
         return self.geometry.height, self.geometry.width
 
     def name_slot(self, index: int) -> str:
-        """Name the slot of that number in words; mid is the last."""
+        """Return `slot 3`, or `mid` for the last."""
         return "mid" if index == len(self.names) - 1 else f"slot {index}"
 
     def name_residual(self, index: int) -> str:
-        """Name the residual of that slot in words; mid is the last."""
+        """Return `the residual of slot 3`, or `the mid residual` for the last."""
         return "the mid residual" if index == len(self.names) - 1 else f"the residual of slot {index}"
 
     def replace_shape(self, index: int, shape: Shape) -> ResidualShapes:
-        """Return the right residuals with another shape at one slot; mid is the last."""
+        """Return the right residuals with another shape at one slot."""
         return ResidualShapes.split((*self.flat[:index], shape, *self.flat[index + 1 :]))

@@ -4,7 +4,7 @@ Follows `forward` of diffusers 0.42 (models/unets/unet_2d_condition.py): the add
 concatenations on the way up, which see a list of skips cut short if too few residuals were given.
 
 This is the one exception to "observed, not assumed": hundreds of wrong tables a text, on every UNet and at many sizes, are too
-many to run, and `explain` needs no torch. tests/explain/test_explain.py holds it against the real UNet, word by word:
+many to run, and `explain` needs no torch. tests/explain/test_explain.py compares it with the real UNet, word by word:
 `test_outcome_and_words_are_those_of_a_unet_without_values`, `test_every_kind_of_failure_is_foretold_word_by_word`.
 """
 
@@ -20,145 +20,142 @@ from shapecheck.explain.residual_table import ResidualShapes
 from shapecheck.explain.unet_layout import UNetLayout, UpBlock
 
 Stage = Literal["down", "mid", "feature", "up"]
-"""Where in the UNet: the adds to the skips, the add after mid, the adds of T2I-Adapter features, the way up."""
-
-
-Kind = Literal[
+"""The place in the UNet: the adds to the skips, the add after mid, the adds of T2I-Adapter features, the way up."""
+FailureKind = Literal[
     "broadcast", "output", "concat", "rank", "norm", "groups", "index", "keyword", "attention", "reshape", "upsample"
 ]
 """How PyTorch fails: sizes that do not broadcast, a sum larger than what it is written to, sizes or ranks that cannot be
-concatenated, channels a GroupNorm does not have or cannot divide, a list with too few skips, an argument a block does not
-take, a batch that is not the text's (attention, reshape), a skip of another rank to take the size from."""
+concatenated, channels that a GroupNorm does not have or cannot divide, a list with too few skips, an argument that a block does
+not take, a batch that is not the text's (attention, reshape), a skip of another rank to take the size from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The first thing that goes wrong."""
+    """The first thing that goes wrong in a call."""
 
     stage: Stage
-    kind: Kind
+    kind: FailureKind
     slot: str
-    """The slot whose skip or residual fails to fit; of T2I-Adapter features the number of the block."""
+    """The slot whose skip or residual does not fit; of T2I-Adapter features the number of the block."""
     module: str
     wanted: Shape
-    """The UNet's own tensor; of `norm` the channels of its weight."""
+    """The UNet's own tensor; for `norm` the channels of its weight."""
     given: Shape
     axis: int = 0
 
     @property
+    def aligned(self) -> list[tuple[int, int]]:
+        """The two shapes side by side, the UNet's own first, with leading ones up to the same rank."""
+        return _align(self.wanted, self.given)
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """The two sizes that do not fit, the UNet's own first."""
-        return _aligned(self.wanted, self.given)[self.axis]
+        return self.aligned[self.axis]
 
 
 def simulate_call(unet: UNetLayout, given: ResidualShapes) -> Failure | None:
-    """How a call with these residuals fails; None where it runs, rightly or not."""
+    """Return how a call with these residuals fails, or None if it runs, rightly or not."""
     if given.mid is None:
-        return _features(unet, given)
-    added = list(zip(unet.skips, given.downs, strict=False))
-    for slot, (skip, residual) in zip(unet.slots, added, strict=False):
-        if skip != residual and (failure := _added("down", slot.name, slot.producer, skip, residual)):
+        return _simulate_features(unet, given)
+    sums = list(zip(unet.skips, given.downs, strict=False))
+    for slot, (skip, residual) in zip(unet.slots, sums, strict=False):
+        if skip != residual and (failure := _check_sum("down", slot.name, slot.producer, skip, residual)):
             return failure
-    name, producer = unet.slots[-1].name, unet.slots[-1].producer
-    if failure := _added("mid", name, producer, unet.mid, given.mid):
+    mid = unet.slots[-1]
+    if failure := _check_sum("mid", mid.name, mid.producer, unet.mid, given.mid):
         return failure
-    return _way_up(unet, [_broadcast(*pair) for pair in added], _broadcast(unet.mid, given.mid))
+    return _simulate_way_up(unet, [broadcast(*pair) for pair in sums], broadcast(unet.mid, given.mid))
 
 
-_REMEMBERED = 2**14
-"""Pairs of shapes whose comparison is kept: a few hundred tables are made of the same dozen shapes."""
+# A few hundred tables are made of the same dozen shapes, so that comparisons of pairs are worth keeping.
+_MOST_PAIRS = 2**14
 
 
-def _added(stage: Stage, slot: str, module: str, skip: Shape, residual: Shape) -> Failure | None:
-    axis = _clash(skip, residual)
-    return None if axis is None else Failure(stage, "broadcast", slot, module, skip, residual, axis)
-
-
-@lru_cache(_REMEMBERED)
-def _aligned(one: Shape, other: Shape) -> list[tuple[int, int]]:
-    """Sizes side by side from the last axis on, as PyTorch broadcasts them."""
+@lru_cache(_MOST_PAIRS)
+def _align(one: Shape, other: Shape) -> list[tuple[int, int]]:
     rank = max(len(one), len(other))
     return list(zip((1,) * (rank - len(one)) + one, (1,) * (rank - len(other)) + other, strict=True))
 
 
-@lru_cache(_REMEMBERED)
-def _clash(one: Shape, other: Shape) -> int | None:
-    """The axis that PyTorch names: the last one on which two shapes do not broadcast."""
-    pairs = _aligned(one, other)
+@lru_cache(_MOST_PAIRS)
+def find_clash(one: Shape, other: Shape) -> int | None:
+    """Return the axis that PyTorch names: the last one on which two shapes do not broadcast."""
+    pairs = _align(one, other)
     return next((axis for axis in range(len(pairs))[::-1] if pairs[axis][0] != pairs[axis][1] and 1 not in pairs[axis]), None)
 
 
-def _broadcast(one: Shape, other: Shape) -> Shape:
-    return one if one == other else tuple(b if a == 1 else a for a, b in _aligned(one, other))
+def broadcast(one: Shape, other: Shape) -> Shape:
+    """Return the shape of the sum of two tensors that do not clash."""
+    return one if one == other else tuple(b if a == 1 else a for a, b in _align(one, other))
 
 
-def _features(unet: UNetLayout, given: ResidualShapes) -> Failure | None:
-    """The call without a mid residual: the down residuals are added block by block, as a T2I-Adapter's are."""
+def _check_sum(stage: Stage, slot: str, module: str, skip: Shape, residual: Shape) -> Failure | None:
+    axis = find_clash(skip, residual)
+    return None if axis is None else Failure(stage, "broadcast", slot, module, skip, residual, axis)
+
+
+def _simulate_features(unet: UNetLayout, given: ResidualShapes) -> Failure | None:
+    """Simulate a call without a mid residual: down residuals are then added block by block, as a T2I-Adapter's are."""
     for number, (block, feature) in enumerate(zip(unet.downs, given.downs, strict=False)):
         name = f"feature {number}"
         if block.attends and block.kind != "CrossAttnDownBlock2D":
             return Failure("feature", "keyword", name, block.kind, block.skip, feature)
-        if failure := _added("feature", name, block.name, block.skip, feature):
+        if failure := _check_sum("feature", name, block.name, block.skip, feature):
             return failure
-        grown = _broadcast(block.skip, feature)
-        if not block.attends and grown != block.skip:  # added in place
-            return Failure("feature", "output", name, block.name, block.skip, grown)
+        total = broadcast(block.skip, feature)
+        if not block.attends and total != block.skip:  # added in place
+            return Failure("feature", "output", name, block.name, block.skip, total)
     return None
 
 
-def _way_up(unet: UNetLayout, skips: list[Shape], hidden: Shape) -> Failure | None:
-    left = list(skips)
+def _simulate_way_up(unet: UNetLayout, skips: list[Shape], hidden: Shape) -> Failure | None:
     width = unet.slots[-1].channels
     for number, block in enumerate(unet.ups):
-        count, last = len(block.slots), number == len(unet.ups) - 1
-        taken, left = left[-count:], left[:-count]
-        if not last and not unet.doubles and not left:
-            return _none_left(unet, block.slots[0], block.name)
+        count, is_last = len(block.slots), number == len(unet.ups) - 1
+        own, skips = skips[-count:], skips[:-count]
+        # the block reads the size to return from the next skip before it concatenates its own
+        if not is_last and not unet.doubles and not skips:
+            own = []
         for index in block.slots:
             slot = unet.slots[index]
-            if not taken:
-                return _none_left(unet, index, block.name)
-            skip = taken.pop()
-            if failure := _concatenated(hidden, skip, width + slot.channels, unet.groups):
+            if not own:
+                return Failure("up", "index", slot.name, block.name, unet.skips[index], ())
+            skip = own.pop()
+            if failure := _check_concat(hidden, skip, width + slot.channels, unet.groups):
                 return replace(failure, slot=slot.name, module=block.name)
             width = block.width
             hidden = (hidden[0], width, *hidden[2:])
             if block.attends and hidden[0] != unet.mid[0]:
-                return _alone(block, slot.name, hidden)
-        if last:
+                return _fail_at_attention(block, slot.name, hidden)
+        if is_last:
             break
-        size = tuple(2 * side for side in hidden[2:]) if unet.doubles else left[-1][2:]
+        size = tuple(2 * side for side in hidden[2:]) if unet.doubles else skips[-1][2:]
         if len(size) != len(hidden) - 2:
-            after = unet.slots[unet.ups[number + 1].slots[0]]
-            return Failure("up", "upsample", after.name, block.name, hidden[2:], size)
+            next_slot = unet.slots[unet.ups[number + 1].slots[0]]
+            return Failure("up", "upsample", next_slot.name, block.name, hidden[2:], size)
         hidden = (*hidden[:2], *size)
     return None
 
 
-def _alone(block: UpBlock, slot: str, hidden: Shape) -> Failure:
-    """Residuals of a larger batch made the image's larger than the text's, which is 1: attention folds the images into one."""
+def _fail_at_attention(block: UpBlock, slot: str, hidden: Shape) -> Failure:
+    """Return how attention fails if residuals made more images than the one of the text: it folds the images into one."""
     batch, cells = hidden[0], math.prod(hidden[2:])
     if block.is_simple:
         return Failure("up", "attention", slot, block.name, (1,), (batch,))
-    if cells == 1:  # which fits every image, and makes as many of each as there are
+    if cells == 1:  # one cell fits every image, and makes as many of each as there are
         return Failure("up", "reshape", slot, block.name, (batch, *hidden[2:], block.width), (batch * batch * block.width,))
     return Failure("up", "broadcast", slot, block.name, (1, batch * cells, block.width), (batch, cells, block.width), 1)
 
 
-def _none_left(unet: UNetLayout, index: int, module: str) -> Failure:
-    return Failure("up", "index", unet.slots[index].name, module, unet.skips[index], ())
-
-
-def _concatenated(hidden: Shape, skip: Shape, channels: int, groups: int) -> Failure | None:
-    """How the concatenation along channels, or the GroupNorm of so many channels after it, fails."""
+def _check_concat(hidden: Shape, skip: Shape, channels: int, groups: int) -> Failure | None:
+    """Return how the concatenation along channels fails, or the GroupNorm after it, which has that many channels."""
     if len(skip) != len(hidden):
         return Failure("up", "rank", "", "", hidden, skip)
-    axis = next((at for at in (0, 2, 3) if hidden[at] != skip[at]), None)
+    axis = next((axis for axis in (0, 2, 3) if hidden[axis] != skip[axis]), None)
     if axis is not None:
         return Failure("up", "concat", "", "", hidden, skip, axis)
-    joined = (hidden[0], hidden[1] + skip[1], *hidden[2:])
-    if joined[1] % groups:
-        return Failure("up", "groups", "", "", (groups,), joined)
-    if joined[1] != channels:
-        return Failure("up", "norm", "", "", (channels,), joined)
-    return None
+    total = (hidden[0], hidden[1] + skip[1], *hidden[2:])
+    if total[1] % groups:
+        return Failure("up", "groups", "", "", (groups,), total)
+    return Failure("up", "norm", "", "", (channels,), total) if total[1] != channels else None

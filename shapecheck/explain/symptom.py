@@ -9,41 +9,33 @@ from shapecheck.contract import Shape
 from shapecheck.explain.simulate import Stage
 
 SymptomKind = Literal[
-    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "keyword", "attention", "reshape",
-    "upsample",  # as outcome.Kind
+    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "keyword", "attention", "reshape", "upsample",
     "pair", "pop", "deprecated", "dtype", "text width", "sample channels", "from_unet", "argument", "value",
     "dimensions", "missing", "unknown", "range", "unequal",
 ]  # fmt: skip
+"""The first line is `simulate.FailureKind`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Symptom:
-    """One thing a text says. What it does not say is None or empty."""
+    """One thing that a text says. A field that it says nothing about is None or empty."""
 
     kind: SymptomKind
     source: str
-    """Who says it: PyTorch, diffusers, ComfyUI, ONNX Runtime, TensorRT, Polygraphy, StreamDiffusion."""
+    """The tool that prints it: PyTorch, diffusers, ComfyUI, ONNX Runtime, TensorRT, Polygraphy or StreamDiffusion."""
     line: str
     """The words themselves."""
     axis: int | None = None
     wanted: int | None = None
-    """The size, or the axes, that the model's own tensor has."""
+    """Size or number of axes of the model's own tensor; `given` is that of the tensor it received."""
     given: int | None = None
-    """The same of what it was given."""
     wanted_shape: Shape = ()
     given_shape: Shape = ()
     stride: int | None = None
-    """Where sizes are told as formulas: latent cells along one cell of the model's own tensor."""
+    """If sizes are printed as formulas: latent cells along one cell of the model's own tensor."""
     names: tuple[str, ...] = ()
-    """Inputs the text names."""
     bounds: tuple[str, str] = ("", "")
     stage: Stage | Literal["nets"] | None = None
-    """Where in the UNet, where a traceback shows it; `nets`: where several ControlNets' residuals are added to one another."""
+    """The place in the UNet, if a traceback shows it; `nets` is the addition of several ControlNets' residuals."""
     elsewhere: str = ""
-    """The file it was raised in, where a traceback shows one that neither adds residuals nor takes them."""
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """Every size told of what was given."""
-        single = () if self.given is None else (self.given,)
-        return tuple(dict.fromkeys((*single, *self.given_shape)))
+    """The file that raised it, if a traceback shows one that neither adds nor uses residuals."""

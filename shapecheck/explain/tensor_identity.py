@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 from shapecheck.contract import Contract, Geometry, ShapecheckError, show
 from shapecheck.contract.naming import SHAPECHECK
-from shapecheck.explain.call_log import Returned
-from shapecheck.explain.fault import Fault, FaultKind
+from shapecheck.explain.call_log import EmissionRecord
 from shapecheck.explain.judge_mapping import Judgement, Match, judge_given
-from shapecheck.explain.residual_table import ResidualShapes, right_shapes
+from shapecheck.explain.residual_table import Fault, FaultKind, ResidualShapes, right_shapes
 from shapecheck.runtime.unet_call import Call
 
-_CHANGES: Mapping[FaultKind, str] = {
+_CHANGES: dict[FaultKind, str] = {
     "family": "take a ControlNet made for this UNet, or the UNet it was made for",
     "size": "give the ControlNet the UNet's latents, and an image of the size that is drawn",
     "batch": "give both the same batch: with classifier-free guidance the latents are doubled for both",
 }
 
 
-_OF_ONE: tuple[FaultKind, ...] = ("width", "stride", "batch", "rank")
-"""Faults of a tensor in itself."""
-
-
-def judge_call(call: Call, contract: Contract, geometry: Geometry, emitted: Sequence[Returned]) -> Judgement | None:
+def judge_call(call: Call, contract: Contract, geometry: Geometry, emitted: Sequence[EmissionRecord]) -> Judgement | None:
     """Judge the residuals of a call. Returns None if not all of them are tensors."""
     downs = call.downs if isinstance(call.downs, (list, tuple)) else (None,)
     if not all(isinstance(residual, Tensor) for residual in (*downs, *(() if call.mid is None else (call.mid,)))):
@@ -41,12 +36,13 @@ def judge_call(call: Call, contract: Contract, geometry: Geometry, emitted: Sequ
     if not touched or not judgement.matches:
         return judgement
     first, *others = judgement.matches
-    moved_first = sorted(first.faults, key=lambda fault: fault.kind in _OF_ONE)  # the tensors themselves are right
+    # the tensors themselves are right, so that faults of one tensor come last
+    moved_first = sorted(first.faults, key=lambda fault: fault.kind in ("width", "stride", "batch", "rank"))
     known = next((fault for fault in moved_first if set(fault.slots) == touched), None)
     return replace(judgement, matches=(replace(first, faults=(known,) if known else first.faults), *others))
 
 
-def _find_touched(downs: Sequence[Tensor], emitted: Sequence[Returned]) -> set[int]:
+def _find_touched(downs: Sequence[Tensor], emitted: Sequence[EmissionRecord]) -> set[int]:
     """Return the numbers of the down residuals that are left out, else given twice, else moved; none if others are given."""
     for emission in emitted:
         named = enumerate(emission.residuals.items())
@@ -61,30 +57,30 @@ def _find_touched(downs: Sequence[Tensor], emitted: Sequence[Returned]) -> set[i
     return set()
 
 
-def _explain_origin(emission: Returned, judgement: Judgement) -> Fault:
-    """Say what is wrong with a ControlNet whose residuals are given all and in order, and do not fit."""
-    given, contract, geometry = judgement.given, judgement.contract, judgement.geometry
+def _explain_origin(emission: EmissionRecord, judgement: Judgement) -> Fault:
+    """Say what is wrong with a ControlNet whose residuals all arrive, in order, and do not fit."""
+    given, geometry = judgement.given, judgement.geometry
     who = f"this ControlNet ({emission.name})"
-    kind = _classify_difference(given, contract, geometry)
+    kind = _classify_difference(given, judgement.contract, geometry)
     if kind == "family":
         known = next((fault for match in judgement.matches for fault in match.faults if fault.kind == "family"), None)
-        of = f": {known.told}" if known and known.given == given else ""
-        return Fault("family", f"{who} is made for another UNet{of}", _CHANGES["family"], given)
+        table = f": {known.told}" if known and known.given == given else ""
+        return Fault("family", f"{who} is made for another UNet{table}", _CHANGES["family"], given)
     batch, _, *size = given.downs[0]
-    ran = f"latents of {show(tuple(size))}" if kind == "size" else ""
-    at = " and ".join(filter(None, (ran, f"batch {batch}" if batch != geometry.batch else "")))
+    latents = f"latents of {show(tuple(size))}" if kind == "size" else ""
+    at = " and ".join(filter(None, (latents, f"batch {batch}" if batch != geometry.batch else "")))
     return Fault(kind, f"{who} ran at another {kind}: at {at}, the UNet at {geometry}", _CHANGES[kind], given)
 
 
 def _classify_difference(given: ResidualShapes, contract: Contract, geometry: Geometry) -> FaultKind:
-    """Channels or number tell another UNet, and so do sizes that this one has at no latents; else size, or batch alone."""
+    """Return `family` for other channels, another number, or sizes that this UNet has at no latents; else `size` or `batch`."""
     right = right_shapes(contract, geometry)
-    shapes, own = ((*table.downs, table.mid or ()) for table in (given, right))
-    if [shape[1:2] for shape in shapes] != [shape[1:2] for shape in own] or any(len(shape) != 4 for shape in shapes):
+    actual, expected = ((*table.downs, table.mid or ()) for table in (given, right))
+    if [shape[1:2] for shape in actual] != [shape[1:2] for shape in expected] or any(len(shape) != 4 for shape in actual):
         return "family"
-    if all(shape[2:] in ((1, 1), mine[2:]) for shape, mine in zip(shapes, own, strict=True)):
+    if all(shape[2:] in ((1, 1), own[2:]) for shape, own in zip(actual, expected, strict=True)):
         return "batch"
-    batch, _, height, width = shapes[0]
+    batch, _, height, width = actual[0]
     try:  # what fits the UNet at the latents that the first residual shows
         elsewhere = right_shapes(replace(contract, divisor=1), Geometry(batch, height, width))
     except (ShapecheckError, ValueError):  # a rounding that was never observed

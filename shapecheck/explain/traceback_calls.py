@@ -12,41 +12,41 @@ from torch import nn
 from shapecheck.runtime.unet_call import inner
 
 
-class Traced(NamedTuple):
-    """One call that an exception passed through."""
+class FailedCall(NamedTuple):
+    """A call that an exception passed through."""
 
     error: BaseException
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     inside: str
-    """Path of the first module within it that the exception came from; empty where it was raised in its own forward."""
+    """Path of the first module within it that the exception came from; empty if its own forward raised."""
 
 
 def follow_causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception and those that it was explicitly raised from, each once."""
-    met: dict[int, BaseException] = {}
+    seen: dict[int, BaseException] = {}
     cause: BaseException | None = error
-    while cause is not None and id(cause) not in met:
-        met[id(cause)] = cause
+    while cause is not None and id(cause) not in seen:
+        seen[id(cause)] = cause
         yield cause
         cause = cause.__cause__
 
 
-def find_calls(error: BaseException, is_wanted: Callable[[nn.Module], bool]) -> list[Traced]:
-    """Return the calls of such modules that this exception passed through, outermost first; not of what raised it."""
+def find_calls(error: BaseException, matches: Callable[[nn.Module], bool]) -> list[FailedCall]:
+    """Return the calls of matching modules that this exception passed through, outermost first; not those of its causes."""
     frames = [
         (frame.f_code.co_name, module, frame.f_locals)
         for frame, _ in traceback.walk_tb(error.__traceback__)
         if isinstance(module := frame.f_locals.get("self"), nn.Module)
     ]
-    found = []
+    calls = []
     for index, (function, module, values) in enumerate(frames):
-        if function == "_call_impl" and is_wanted(module):
+        if function == "_call_impl" and matches(module):
             names = {id(child): name for name, child in inner(module).named_modules() if name}
             inside = next((names[id(later)] for _, later, _ in frames[index:] if id(later) in names), "")
-            found.append(Traced(error, module, values.get("args", ()), values.get("kwargs", {}), inside))
-    return found
+            calls.append(FailedCall(error, module, values.get("args", ()), values.get("kwargs", {}), inside))
+    return calls
 
 
 def find_raising_module(error: BaseException, file: str) -> nn.Module | None:

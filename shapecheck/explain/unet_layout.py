@@ -7,16 +7,10 @@ from dataclasses import dataclass
 
 from shapecheck.contract import Contract, Geometry, Shape, Slot
 
-_WITH_ATTENTION = ("CrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D")
-
-
-_GROUPS = 32
-"""diffusers' own norm_num_groups, where a config does not say."""
-
 
 @dataclass(frozen=True, slots=True)
 class UpBlock:
-    """A block of the way up: the slots whose skips it concatenates, in that order, and the channels it makes."""
+    """A block of the way up: the slots whose skips it concatenates, in that order, and the channels it returns."""
 
     name: str
     slots: tuple[int, ...]
@@ -25,28 +19,26 @@ class UpBlock:
 
     @property
     def attends(self) -> bool:
-        """Whether it looks at the text."""
         return "Attn" in self.kind
 
     @property
     def is_simple(self) -> bool:
-        """Whether text and image are attended to together, as in Kandinsky."""
+        """Whether it attends to text and image together, as Kandinsky's do."""
         return "Simple" in self.kind
 
 
 @dataclass(frozen=True, slots=True)
 class DownBlock:
-    """A block of the way down, as a T2I-Adapter's feature meets it."""
+    """A block of the way down, and the skip that a T2I-Adapter's feature is added to."""
 
     name: str
     kind: str
     skip: Shape
-    """What the feature is added to."""
 
     @property
     def attends(self) -> bool:
-        """Whether it looks at the text: the feature is then added inside it, else to what it returns."""
-        return self.kind in _WITH_ATTENTION
+        """Whether the feature is added inside it, and not to what it returns."""
+        return self.kind in ("CrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +53,13 @@ class UNetLayout:
     ups: tuple[UpBlock, ...]
     groups: int
     doubles: bool
-    """Whether each up block doubles the size; else it takes that of the skip to come."""
+    """Whether each up block doubles the size; else it returns that of the next skip."""
 
 
 def lay_out_unet(contract: Contract, geometry: Geometry) -> UNetLayout | None:
-    """None where the contract does not say how its UNet is built: a file of others, without a config.
+    """Return the layout, or None if the contract does not say how its UNet is built: of a file exported by others.
 
-    Raises ShapecheckError where the UNet refuses the geometry.
+    Raises ShapecheckError if the UNet refuses the geometry.
     """
     contract.require(geometry)
     config, slots = contract.config, contract.slots
@@ -80,25 +72,26 @@ def lay_out_unet(contract: Contract, geometry: Geometry) -> UNetLayout | None:
         slots,
         tuple(skips),
         mid,
-        tuple(_downs(slots, skips, kinds)),
-        tuple(_ups(slots, widths, config.get("up_block_types") or ())),
-        config.get("norm_num_groups", _GROUPS) or 1,
+        tuple(_list_down_blocks(slots, skips, kinds)),
+        tuple(_list_up_blocks(slots, widths, config.get("up_block_types") or ())),
+        config.get("norm_num_groups", 32) or 1,  # diffusers' own default
         not (geometry.height % factor or geometry.width % factor),
     )
 
 
-def _downs(slots: tuple[Slot, ...], skips: list[Shape], kinds: tuple[str, ...]) -> Iterator[DownBlock]:
+def _list_down_blocks(slots: tuple[Slot, ...], skips: list[Shape], kinds: tuple[str, ...]) -> Iterator[DownBlock]:
     for number, kind in enumerate(kinds):
-        name = f"down_blocks.{number}"
-        own = [index for index, slot in enumerate(slots[:-1]) if slot.producer.startswith(f"{name}.")]
-        inner = [index for index in own if "downsamplers" not in slots[index].producer]
-        at = (inner or own) if kind in _WITH_ATTENTION else own
-        if at:
-            yield DownBlock(name, kind, skips[at[-1]])
+        block = DownBlock(f"down_blocks.{number}", kind, ())
+        own = [index for index, slot in enumerate(slots[:-1]) if slot.producer.startswith(f"{block.name}.")]
+        layers = [index for index in own if "downsamplers" not in slots[index].producer]
+        if block.attends and layers:
+            own = layers
+        if own:
+            yield DownBlock(block.name, kind, skips[own[-1]])
 
 
-def _ups(slots: tuple[Slot, ...], widths: tuple[int, ...], kinds: tuple[str, ...]) -> Iterator[UpBlock]:
+def _list_up_blocks(slots: tuple[Slot, ...], widths: tuple[int, ...], kinds: tuple[str, ...]) -> Iterator[UpBlock]:
     for number, width in enumerate(reversed(widths)):
         name = f"up_blocks.{number}"
-        taken = [index for index, slot in enumerate(slots[:-1]) if slot.up_block == name]
-        yield UpBlock(name, tuple(reversed(taken)), width, kinds[number] if number < len(kinds) else "")
+        own = [index for index, slot in enumerate(slots[:-1]) if slot.up_block == name]
+        yield UpBlock(name, tuple(reversed(own)), width, kinds[number] if number < len(kinds) else "")

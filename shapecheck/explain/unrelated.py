@@ -8,37 +8,23 @@ from collections.abc import Sequence
 from shapecheck.explain.symptom import Symptom
 
 _LORA = r"\blora[_.\w]*|\bLoRA\b"
-
-
 _IMAGE = r"sample = sample \+ controlnet_cond"
-
-
-_NO_FILE = (
-    r"No such file or directory|FileNotFoundError|does not appear to have a file named|Error no file named|"
-    r"File doesn't exist"
-)
-
-
 _NO_MEMORY = (
     r"out of memory|OutOfMemory|Failed to allocate memory|\bOOM\b|bad_alloc|"
     r"DefaultCPUAllocator: (?:can't allocate|not enough memory)"
 )
-
-
+_NO_FILE = (
+    r"No such file or directory|FileNotFoundError|does not appear to have a file named|Error no file named|File doesn't exist"
+)
 _DEVICES = (
     r"Expected all tensors to be on the same device|"
     r"Input type \((?:torch\.cuda\.|MPS)\w+\) and weight type \(torch\.(?!cuda)|"
     r"Input type \(torch\.(?!cuda)\w+\) and weight type \((?:torch\.cuda|MPS)"
 )
-
-
-_ABOUT: tuple[tuple[str, str], ...] = (
+_SUBJECTS: tuple[tuple[str, str], ...] = (
     (_NO_MEMORY, "memory ran out"),
     (_NO_FILE, "a file is missing"),
-    (
-        r"size mismatch for |Missing key\(s\) in state_dict|Unexpected key\(s\) in state_dict",
-        "weights of another model are loaded",
-    ),
+    (r"size mismatch for |(?:Missing|Unexpected) key\(s\) in state_dict", "weights of another model are loaded"),
     (_LORA, "a LoRA does not fit the layer it is put on"),
     (r"No module named|ModuleNotFoundError|cannot import name", "a package is missing"),
     (
@@ -50,31 +36,25 @@ _ABOUT: tuple[tuple[str, str], ...] = (
     (r"CUDA error|CUDA driver|cuDNN|CUBLAS", "the GPU or its driver failed"),
     (r"PermissionError|Permission denied", "a file may not be read or written"),
 )
-"""In the order they are looked for."""
+"""The first that matches counts."""
+_OF_SIZES = (
+    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "attention", "reshape", "upsample", "text width",
+)  # fmt: skip
+"""Symptoms of two sizes, which may come from any code."""
 
 
-_SIZES = ("broadcast", "output", "concat", "rank", "norm", "groups", "index", "attention", "reshape", "upsample", "text width")
-"""Symptoms that tell of two sizes and may come from any code."""
+def find_other_subject(text: str, symptoms: Sequence[Symptom]) -> str:
+    """Return what a text on one line is about if that is not residuals; empty if it may be.
 
-
-_NOTHING = "this text says nothing of residuals, or in words that are not known here"
-
-
-def find_other_subject(text: str, told: Sequence[Symptom]) -> str:
-    """What a text on one line is about, where that is nothing of residuals; empty where it may be.
-
-    It is unrelated where all that it tells was raised in other code than that which adds residuals.
+    It is unrelated if all its symptoms were raised in other code than that which adds residuals.
     """
-    if not told:
-        return _about(text) or _NOTHING
-    if any(symptom.stage for symptom in told):
+    subject = next((subject for pattern, subject in _SUBJECTS if re.search(pattern, text)), "")
+    if not symptoms:
+        return subject or "this text says nothing of residuals, or in words that are not known here"
+    if any(symptom.stage for symptom in symptoms):
         return ""
-    if re.search(_IMAGE, text) or (re.search(_LORA, text) and all(symptom.kind in _SIZES for symptom in told)):
-        return _about(text)
-    if all(symptom.elsewhere for symptom in told):
-        return f"it was raised in {told[0].elsewhere}, where no residual is added"
+    if re.search(_IMAGE, text) or (re.search(_LORA, text) and all(symptom.kind in _OF_SIZES for symptom in symptoms)):
+        return subject
+    if all(symptom.elsewhere for symptom in symptoms):
+        return f"it was raised in {symptoms[0].elsewhere}, where no residual is added"
     return ""
-
-
-def _about(text: str) -> str:
-    return next((about for pattern, about in _ABOUT if re.search(pattern, text)), "")

@@ -137,14 +137,14 @@ def test_silent_faults_are_told_as_silent():
 
 
 NO_TABLES = (
-    ("320,x", "'x' is no channels@size"),
+    ("320,x", "'x' is not channels@size"),
     ("nowhere.json", "there is no file nowhere.json"),
     ("[[1, 2]]", "expected (channels, height, width)"),
     ("[[0, 2, 3]]", "sizes go from 1 to 1048576, got [0, 2, 3]"),
     (f"{10**8}@64", "sizes go from 1 to 1048576, got 100000000@64"),
-    ("[" * 5000, "is no list of shapes"),
+    ("[" * 5000, "is not a list of shapes"),
     ("{}", "no residuals in it"),
-    (",".join(["320@64"] * 600), "which no UNet takes"),
+    (",".join(["320@64"] * 600), "more than any UNet has"),
 )
 
 
@@ -341,8 +341,8 @@ def test_other_files_are_refused_with_what_to_do(file):
         said = refusal(file(name, f"down = {DOWNS}"))
         assert f"{kind} is not read; save the same as .json" in said
         assert FORMS in said
-    assert "'INFO' is no channels@size" in refusal(file("x.log", "INFO loading\n"))
-    assert "is no JSON" in refusal(file("x.json", "320,640@64"))
+    assert "'INFO' is not channels@size" in refusal(file("x.log", "INFO loading\n"))
+    assert "is not JSON" in refusal(file("x.json", "320,640@64"))
     assert "cannot read" in refusal(file("x.bin", "é", encoding="latin-1"))
 
 

@@ -24,11 +24,10 @@ from shapecheck import ContractError, Geometry, ShapecheckError, explained, pres
 from shapecheck.contract import Mismatch
 from shapecheck.contract.config import Config
 from shapecheck.contract.naming import name_residuals
-from shapecheck.explain.call_log import Returned, Watched
-from shapecheck.explain.explained_error import ExplainedError, subject
-from shapecheck.explain.fault import Fault
+from shapecheck.explain.call_log import CallLog, EmissionRecord
+from shapecheck.explain.explained_error import ExplainedError, describe_failure
 from shapecheck.explain.judge_mapping import Match, judge_given
-from shapecheck.explain.residual_table import ResidualShapes
+from shapecheck.explain.residual_table import Fault, ResidualShapes
 from shapecheck.explain.tensor_identity import judge_call
 from shapecheck.runtime.unet_call import Call
 
@@ -390,7 +389,7 @@ def test_at_most_four_of_them_are_listed(contract):
     given = ResidualShapes((), None)
     judgement = judge_given(given, ("small",), contract, AT)
     several = tuple(Fault("drop", f"way {number}", "give all" if number else "take more", given) for number in range(6))
-    text = subject(contract, RuntimeError("no"), replace(judgement, matches=(Match(several, 0),)))
+    text = describe_failure(contract, RuntimeError("no"), replace(judgement, matches=(Match(several, 0),)))
     assert [line.strip() for line in text.splitlines()[-7:]] == [
         "fault: drop: way 0",
         "or: drop: way 1",
@@ -450,7 +449,7 @@ def test_the_family_of_its_table_is_named():
     *downs, mid = [torch.empty(shape, device="meta") for shape in presets.contract("sdxl").shapes(Geometry(2, 64, 64)).values()]
     sample, contract = torch.empty(2, 4, 64, 64, device="meta"), presets.contract("sd15")
     judgement = judge_call(
-        Call(sample, downs, mid, None), contract, Geometry(2, 64, 64), [Returned("", "Net", name_residuals((downs, mid)))]
+        Call(sample, downs, mid, None), contract, Geometry(2, 64, 64), [EmissionRecord("", "Net", name_residuals((downs, mid)))]
     )
     told = judgement.matches[0].fault.told
     assert told.startswith("this ControlNet (Net) is made for another UNet: this is the table of ")
@@ -490,7 +489,7 @@ def test_no_hook_stays_where_one_cannot_be_set(unet, net, monkeypatch):
         pass
     assert hooks_of(unet, net) == 0
     with ExitStack() as hooks:
-        Watched(unet, torch.nn.ModuleList([net])).install(hooks)
+        CallLog(unet, torch.nn.ModuleList([net])).install(hooks)
         assert hooks_of(unet, net) == 3
     assert hooks_of(unet, net) == 0
 
