@@ -13,8 +13,9 @@ from torch import nn
 
 from shapecheck.contract import ShapecheckError
 from shapecheck.explain.traceback_calls import Traced
+from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.runtime.controlnet_emissions import Emission, watch_controlnet
-from shapecheck.runtime.unet_call import Call, call_of, inner, places_of
+from shapecheck.runtime.unet_call import Call, call_of, places_of
 
 
 class Returned(NamedTuple):
@@ -41,7 +42,7 @@ class Watched:
         if not isinstance(unet, nn.Module):
             raise ShapecheckError(f"explained takes a UNet, not a {type(unet).__name__}; of a pipeline give pipeline.unet")
         self._unet = unet
-        self._places = places_of(inner(unet))
+        self._places = places_of(unwrap_compiled(unet))
         self._controlnets: dict[nn.Module, str] = {}
         for place, module in _several(controlnet):
             self._controlnets.setdefault(module, place)
@@ -55,11 +56,11 @@ class Watched:
         hooks.callback(self._unet.register_forward_pre_hook(before, with_kwargs=True).remove)
         hooks.callback(self._unet.register_forward_hook(after).remove)
         for controlnet, place in self._controlnets.items():
-            hooks.callback(watch_controlnet(controlnet, partial(self._receive, inner(controlnet), place)))
+            hooks.callback(watch_controlnet(controlnet, partial(self._receive, unwrap_compiled(controlnet), place)))
 
     def is_unet(self, module: nn.Module) -> bool:
         """Whether this is the watched UNet, or what torch.compile made of it."""
-        return inner(module) is inner(self._unet)
+        return unwrap_compiled(module) is unwrap_compiled(self._unet)
 
     def call_of(self, traced: Traced) -> Call | None:
         """The arguments of this very call before it ran, in whichever thread; None where it was not seen."""
@@ -71,7 +72,7 @@ class Watched:
 
     def emissions_of(self, modules: Sequence[nn.Module]) -> list[Returned]:
         """What these returned in this thread, up to the one that ran last, in their order; empty where any is not watched."""
-        keys = [(threading.get_ident(), id(inner(each))) for each in modules]
+        keys = [(threading.get_ident(), id(unwrap_compiled(each))) for each in modules]
         ran = [key for key in list(self._emitted) if key in keys]
         known = keys[: keys.index(ran[-1]) + 1] if ran else []
         return [self._emitted[key] for key in known] if all(key in self._emitted for key in known) else []
@@ -103,7 +104,7 @@ def _several(controlnet: Any) -> Iterator[tuple[str, nn.Module]]:
                 "of a pipeline give pipeline.controlnet"
             )
         place = f"controlnet[{number}]" if several else "controlnet"
-        inside = getattr(inner(each), "nets", None)
+        inside = getattr(unwrap_compiled(each), "nets", None)
         if isinstance(inside, nn.ModuleList):
             yield from ((f"{place}.nets[{at}]", net) for at, net in enumerate(inside))
         yield place if several and len(given) > 1 else "", each
