@@ -1,9 +1,10 @@
-"""Files that appear under their final name only when they are whole."""
+"""Reading files that anybody may have written, bounded; and writing files that appear only when they are whole."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +19,40 @@ _LOCK = ".shapecheck.lock"
 """It stays: removing it would give two processes the same lock."""
 _numbers = count()
 """So that no two files are written under one name."""
+
+
+@contextmanager
+def report_unreadable(path: str | Path, advice: str = "") -> Iterator[None]:
+    """Turn the system's refusal to read a path into a ShapecheckError; `advice` ends the message."""
+    try:
+        yield
+    except OSError as error:
+        raise ShapecheckError(f"cannot read {path}: {error.strerror or error}{advice}") from None
+
+
+def require_regular(path: Path, refusal: str) -> int:
+    """Return the bytes of a regular file. Raises ShapecheckError with `refusal` for a folder or a pipe, which may never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ShapecheckError(refusal)
+    return status.st_size
+
+
+def read_bytes(path: Path, limit: int, *, too_large: str) -> bytes:
+    """Return what a file holds. Raises ShapecheckError with `too_large` beyond `limit` bytes; OSError as the system does."""
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ShapecheckError(too_large)
+    return data
+
+
+def read_text(path: Path, limit: int, *, too_large: str, not_text: str) -> str:
+    """Return the UTF-8 text in a file as `read_bytes` does. Raises ShapecheckError with `not_text` for any other encoding."""
+    try:
+        return read_bytes(path, limit, too_large=too_large).decode("utf-8-sig")
+    except UnicodeError:
+        raise ShapecheckError(not_text) from None
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def profiles_of(
     names = dict(source.names)
     profiles = profiles_for(source.contract, wanted, names)
     build.check(source, profiles, progress)
-    fixed = (each.name for each in source.reading.inputs if each.dims and all(isinstance(dim, int) for dim in each.dims))
+    fixed = (each.name for each in source.file.reading.inputs if each.dims and all(isinstance(dim, int) for dim in each.dims))
     return Made(source.contract, tuple(each.renamed(names) for each in profiles), names, None, frozenset(fixed))
 
 

@@ -14,6 +14,7 @@ import click
 from shapecheck import ContractError, ShapecheckError
 from shapecheck.cli.options import Form, format_option, offline_option, output_option
 from shapecheck.contract.geometry import parse_pair
+from shapecheck.files import report_unreadable
 from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
@@ -122,13 +123,8 @@ def _read_message(text: str | None, *, others: bool) -> str | None:
         return _read_ends(sys.stdin.buffer)
     if not (os.path.exists(text) or _FILE_NAME.fullmatch(text)):  # noqa: PTH110  # Path.exists raises on names too long
         return text
-    try:
-        with open(text, "rb") as file:  # noqa: PTH123
-            return _read_ends(file)
-    except OSError as error:
-        raise ShapecheckError(
-            f"cannot read {text}: {error.strerror or error}; give an error text in quotation marks, a file, or -"
-        ) from None
+    with report_unreadable(text, "; give an error text in quotation marks, a file, or -"), Path(text).open("rb") as file:
+        return _read_ends(file)
 
 
 def _read_ends(stream: IO[bytes]) -> str:

@@ -156,6 +156,7 @@ def check(
     from shapecheck.onnx import check_report as report
     from shapecheck.onnx.check import check as verify
     from shapecheck.onnx.contract_metadata import contract_inside
+    from shapecheck.onnx.file import OnnxFile
 
     request = request_for("", (), size, latent, batch)
     if is_engine(file):
@@ -164,11 +165,12 @@ def check(
         raise ShapecheckError(
             "--weights and --tokens are for engines; `shapecheck export --verify` compares an ONNX file's numbers"
         )
+    onnx_file = OnnxFile(file)
     with progress() as tell:
         contract = contract_of(model, offline=offline, progress=tell) if model else None
-        known = contract or (contract_inside(file) if size else None)
+        known = contract or (contract_inside(onnx_file) if size else None)
         asked = geometry_of(request, known.header.vae_factor if known else 8)
-        checked = verify(file, contract, asked, progress=tell)
+        checked = verify(onnx_file, contract, asked, progress=tell)
         found = misfits(checked.contract, controlnets, asked, offline=offline, progress=tell) if controlnets else ()
     if form == "json":
         text = report.render_json(checked, controlnets=controlnets, misfits=found)
@@ -198,11 +200,13 @@ def _check_engine(
 
     if (batch or tokens) and request.size_px is None and request.latent is None:
         raise ShapecheckError("--batch and --tokens go with --size or --latent")
-    asked = geometry_of(request, read_engine(file).request.contract.header.vae_factor)
+    engine = read_engine(file)
+    asked = geometry_of(request, engine.request.contract.header.vae_factor)
     asked = replace(asked, tokens=tokens) if asked and tokens else asked
     with progress() as tell:
         checked = check_engine(
             file,
+            engine,
             find_contract(model, offline, tell),
             controlnets=controlnets,
             asked=asked,

@@ -13,8 +13,9 @@ from torch import nn
 
 from shapecheck.contract import ShapecheckError
 from shapecheck.explain.traceback_calls import FailedCall
+from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.runtime.controlnet_emissions import Emission, watch_controlnet
-from shapecheck.runtime.unet_call import Call, call_of, inner, places_of
+from shapecheck.runtime.unet_call import Call, call_of, places_of
 
 
 class EmissionRecord(NamedTuple):
@@ -40,7 +41,7 @@ class CallLog:
         if not isinstance(unet, nn.Module):
             raise ShapecheckError(f"explained takes a UNet, not a {type(unet).__name__}; of a pipeline give pipeline.unet")
         self._unet = unet
-        self._places = places_of(inner(unet))
+        self._places = places_of(unwrap_compiled(unet))
         self._controlnets: dict[nn.Module, str] = {}
         for place, module in _list_controlnets(controlnet):
             self._controlnets.setdefault(module, place)
@@ -54,11 +55,11 @@ class CallLog:
         hooks.callback(self._unet.register_forward_pre_hook(before, with_kwargs=True).remove)
         hooks.callback(self._unet.register_forward_hook(after).remove)
         for controlnet, place in self._controlnets.items():
-            hooks.callback(watch_controlnet(controlnet, partial(self._receive, inner(controlnet), place)))
+            hooks.callback(watch_controlnet(controlnet, partial(self._receive, unwrap_compiled(controlnet), place)))
 
     def is_unet(self, module: nn.Module) -> bool:
         """Return whether this is the watched UNet, or what torch.compile made of it."""
-        return inner(module) is inner(self._unet)
+        return unwrap_compiled(module) is unwrap_compiled(self._unet)
 
     def call_of(self, traced: FailedCall) -> Call | None:
         """Return the arguments of this very call before it ran, in whichever thread; None if it was not seen."""
@@ -70,7 +71,7 @@ class CallLog:
 
     def emissions_of(self, modules: Sequence[nn.Module]) -> list[EmissionRecord]:
         """Return the emissions of these in this thread, in order, up to the one that ran last; none if one is unwatched."""
-        keys = [(threading.get_ident(), id(inner(module))) for module in modules]
+        keys = [(threading.get_ident(), id(unwrap_compiled(module))) for module in modules]
         ran = [key for key in list(self._emissions) if key in keys]
         known = keys[: keys.index(ran[-1]) + 1] if ran else []
         return [self._emissions[key] for key in known] if all(key in self._emissions for key in known) else []
@@ -102,7 +103,7 @@ def _list_controlnets(controlnet: Any) -> Iterator[tuple[str, nn.Module]]:
                 f"explained takes a ControlNet, or several in a list or tuple; {place} is a {type(module).__name__}; "
                 "of a pipeline give pipeline.controlnet"
             )
-        inside = getattr(inner(module), "nets", None)
+        inside = getattr(unwrap_compiled(module), "nets", None)
         if isinstance(inside, nn.ModuleList):
             yield from ((f"{place}.nets[{index}]", net) for index, net in enumerate(inside))
         yield place if several and len(modules) > 1 else "", module

@@ -19,8 +19,9 @@ from shapecheck.explain.multi_controlnet import explain_sum
 from shapecheck.explain.residual_table import RequestedSize
 from shapecheck.explain.tensor_identity import judge_call
 from shapecheck.explain.traceback_calls import FailedCall, find_calls, follow_causes
+from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.runtime.residual_checks import feature_faults, geometry_of, residual_faults
-from shapecheck.runtime.unet_call import DOWNS, MID, Call, call_of, inner, places_of
+from shapecheck.runtime.unet_call import DOWNS, MID, Call, call_of, places_of
 
 __all__ = ["ExplainedError", "explained", "explained_traceback"]
 
@@ -66,7 +67,7 @@ def _explain_error(error: Exception, log: CallLog, contract: Contract | None, un
     """Return the error that says more, if residuals explain this one."""
     if any(isinstance(cause, ContractError) or is_of_memory(cause) for cause in follow_causes(error)):
         return None
-    known = cache(lambda: contract or contract_of_live(inner(unet)))
+    known = cache(lambda: contract or contract_of_live(unwrap_compiled(unet)))
     try:
         for cause in follow_causes(error):
             for traced in find_calls(cause, log.is_unet):

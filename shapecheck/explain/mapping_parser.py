@@ -14,6 +14,7 @@ from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.contract.naming import SCHEMES
 from shapecheck.explain.mapping import MID, Claim, Entry
 from shapecheck.explain.matching import residual_index
+from shapecheck.files import read_bytes
 
 FORMS = (
     "320,640,1280,1280@64 (channels@HxW in cells: 320@64x96 is height 64, width 96; mid:1280@8 for the mid residual), shapes "
@@ -50,13 +51,11 @@ def parse_mapping(text: str, geometry: Geometry) -> Claim:
     suffix, origin = path.suffix.lower(), f"--mapping: {path}"
     if suffix in _UNREAD:
         raise ShapecheckError(f"{origin}: {_UNREAD[suffix]} is not read; save the same as .json: {FORMS}")
+    too_large = f"{origin} is larger than {_LARGEST_FILE // 2**20} MiB, which no table of residuals is"
     try:
-        with path.open("rb") as file:
-            text = file.read(_LARGEST_FILE + 1).decode("utf-8-sig")
+        text = read_bytes(path, _LARGEST_FILE, too_large=too_large).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ShapecheckError(f"--mapping: cannot read {path} as text: {error}") from None
-    if len(text) > _LARGEST_FILE:
-        raise ShapecheckError(f"{origin} is larger than {_LARGEST_FILE // 2**20} MiB, which no table of residuals is")
     if suffix != ".json":
         return _parse_text(text, origin, geometry)
     try:

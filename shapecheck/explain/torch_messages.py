@@ -11,8 +11,10 @@ _CONCAT = "Sizes of tensors must match except in dimension"
 _BY_VALUES: Mapping[FailureKind, tuple[str, str]] = {
     "broadcast": (
         "The size of tensor a ({a}) must match the size of tensor b ({b}) at non-singleton dimension {axis}",
-        "Attempting to broadcast a dimension of length {b} at {axis_from_last}! "
-        "Mismatching argument at index 1 had torch.Size({given}); but expected shape should be broadcastable to {merged}",
+        (
+            "Attempting to broadcast a dimension of length {b} at {axis_from_last}! "
+            "Mismatching argument at index 1 had torch.Size({given}); but expected shape should be broadcastable to {merged}"
+        ),
     ),
     "concat": (
         _CONCAT + " 1. Expected size {a} but got size {b} for tensor number 1 in the list.",
@@ -24,8 +26,10 @@ _BY_VALUES: Mapping[FailureKind, tuple[str, str]] = {
     ),
     "rank": (
         "Tensors must have same number of dimensions: got {wanted_rank} and {given_rank}",
-        "Number of dimensions of tensors must match.  Expected {wanted_rank}-D tensors, "
-        "but got {given_rank}-D for tensor number 1 in the list",
+        (
+            "Number of dimensions of tensors must match.  Expected {wanted_rank}-D tensors, "
+            "but got {given_rank}-D for tensor number 1 in the list"
+        ),
     ),
 }
 """The texts for tensors with values, and for those without."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from shapecheck.runtime.unet_call import inner
+from shapecheck.models.forward_call import unwrap_compiled
 
 
 class FailedCall(NamedTuple):
@@ -43,7 +43,7 @@ def find_calls(error: BaseException, matches: Callable[[nn.Module], bool]) -> li
     calls = []
     for index, (function, module, values) in enumerate(frames):
         if function == "_call_impl" and matches(module):
-            names = {id(child): name for name, child in inner(module).named_modules() if name}
+            names = {id(child): name for name, child in unwrap_compiled(module).named_modules() if name}
             inside = next((names[id(later)] for _, later, _ in frames[index:] if id(later) in names), "")
             calls.append(FailedCall(error, module, values.get("args", ()), values.get("kwargs", {}), inside))
     return calls

@@ -10,6 +10,7 @@ from typing import Any
 
 from shapecheck.contract import ShapecheckError
 from shapecheck.contract.errors import one_line
+from shapecheck.files import read_text
 from shapecheck.models import hub
 
 ADVICE = "give a preset (`shapecheck presets`), a diffusers folder, its config.json or a hub id"
@@ -30,17 +31,16 @@ _LARGEST_NUMBER = 2**24
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ShapecheckError on anything else, OSError where the file cannot be read."""
-    with path.open("rb") as file:
-        data = file.read(hub.LARGEST_FILE + 1)
-    if len(data) > hub.LARGEST_FILE:
-        raise ShapecheckError(f"{path} is larger than {hub.LARGEST_FILE} bytes: not a config.json; {ADVICE}")
+    not_text = f"{path} is not UTF-8 text, as a diffusers config.json is; {ADVICE}"
+    too_large = f"{path} is larger than {hub.LARGEST_FILE} bytes: not a config.json; {ADVICE}"
+    text = read_text(path, hub.LARGEST_FILE, too_large=too_large, not_text=not_text)
     try:
-        record = json.loads(data.decode("utf-8-sig"), parse_constant=_finite, parse_float=_finite)
+        record = json.loads(text, parse_constant=_finite, parse_float=_finite)
         json.dumps(record, ensure_ascii=False).encode("utf-8")  # half a surrogate pair could never be printed again
         if _depth_exceeds(record, _DEEPEST):
             raise RecursionError
     except UnicodeError:
-        raise ShapecheckError(f"{path} is not UTF-8 text, as a diffusers config.json is; {ADVICE}") from None
+        raise ShapecheckError(not_text) from None
     except RecursionError:
         raise ShapecheckError(f"{path} is nested too deeply to be a config.json; {ADVICE}") from None
     except ValueError as error:

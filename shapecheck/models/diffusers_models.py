@@ -12,7 +12,7 @@ from torch import nn
 from shapecheck.contract import ShapecheckError, show
 from shapecheck.contract.errors import one_line
 from shapecheck.models.lookup import ModelSource
-from shapecheck.models.single_file import Held
+from shapecheck.models.single_file import CheckpointTensor
 from shapecheck.progress import quiet
 
 _SHOWN = 6
@@ -112,7 +112,7 @@ def ignored_keys(source: ModelSource) -> tuple[str, ...]:
     return tuple(sorted(key for key in source.config if not key.startswith("_") and key not in known))
 
 
-def _unlike(module: nn.Module, tensors: Mapping[str, Held]) -> list[str]:
+def _unlike(module: nn.Module, tensors: Mapping[str, CheckpointTensor]) -> list[str]:
     """Every tensor that a module and a checkpoint do not have alike, by its name in diffusers, with the file's own."""
     found = []
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

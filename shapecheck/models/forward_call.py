@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from shapecheck.contract.contract import Contract
+
+_Module = TypeVar("_Module")
+
+
+def unwrap_compiled(module: _Module) -> _Module:
+    """Return the module that torch.compile wrapped, or the module itself: inside compiled code nothing can be observed."""
+    original: _Module = getattr(module, "_orig_mod", module)
+    return original
 
 
 def grouped(values: Mapping[str, Any]) -> dict[str, Any]:

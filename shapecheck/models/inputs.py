@@ -44,12 +44,13 @@ def controlnet_inputs(config: Settings, dtype: str) -> tuple[Input, ...]:
     """
     scale = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
     image = (BATCH, constant(config["conditioning_channels"]), Dim("h", scale), Dim("w", scale))
+    kinds = config.get("num_control_type")
     return (
         Input("sample", (BATCH, constant(config["in_channels"]), HEIGHT, WIDTH), dtype, "sample"),
         Input("timestep", (BATCH,), "float32", "timestep"),
         _text(config, dtype),
         Input("controlnet_cond", image, dtype, "controlnet_cond"),
-        *_control_type(config, dtype),
+        *([Input("control_type", (BATCH, constant(kinds)), dtype, "control_type")] if kinds else ()),
         *_class_labels(config, dtype),
         *_added(config, dtype),
     )
@@ -82,11 +83,6 @@ def _text(config: Settings, dtype: str) -> Input:
     if not isinstance(width, int):
         width = width[0]
     return Input("encoder_hidden_states", (BATCH, TOKENS, constant(width)), dtype, "encoder_hidden_states")
-
-
-def _control_type(config: Settings, dtype: str) -> list[Input]:
-    kinds = config.get("num_control_type")
-    return [Input("control_type", (BATCH, constant(kinds)), dtype, "control_type")] if kinds else []
 
 
 def _class_labels(config: Settings, dtype: str) -> list[Input]:
@@ -137,24 +133,15 @@ def _text_time(config: Settings) -> dict[str, tuple[Dim, ...]]:
     return {"text_embeds": (constant(total - ids * width),), "time_ids": (constant(ids),)}
 
 
-def _text_image(config: Settings) -> dict[str, tuple[Dim, ...]]:
-    width = constant(config["cross_attention_dim"])
-    return {"text_embeds": (width,), "image_embeds": (width,)}
-
-
 def _image(config: Settings) -> dict[str, tuple[Dim, ...]]:
     return {"image_embeds": (constant(config["encoder_hid_dim"]),)}
-
-
-def _image_hint(config: Settings) -> dict[str, tuple[Dim, ...]]:
-    return _image(config) | {"hint": (constant(3), Dim("h", 8), Dim("w", 8))}
 
 
 _ADDED: Mapping[str | None, Callable[[Settings], Mapping[str, tuple[Dim, ...]]]] = {
     None: lambda config: {},
     "text": lambda config: {},
     "text_time": _text_time,
-    "text_image": _text_image,
+    "text_image": lambda config: dict.fromkeys(("text_embeds", "image_embeds"), (constant(config["cross_attention_dim"]),)),
     "image": _image,
-    "image_hint": _image_hint,
+    "image_hint": lambda config: _image(config) | {"hint": (constant(3), Dim("h", 8), Dim("w", 8))},
 }

@@ -44,8 +44,8 @@ def is_ldm(names: Iterable[str]) -> bool:
     return "input_blocks.0.0.weight" in names
 
 
-def renamed(names: Iterable[str], *, labels: str) -> dict[str, str]:
-    """Name in diffusers → name in the file; a name that is of neither layout stays itself.
+def rename(names: Iterable[str], *, labels: str) -> dict[str, str]:
+    """Return name in diffusers → name in the file; a name that is of neither layout stays itself.
 
     `labels` is what diffusers calls the embedding of what is given besides the text: add_embedding or class_embedding.
     """
@@ -61,7 +61,10 @@ def renamed(names: Iterable[str], *, labels: str) -> dict[str, str]:
         elif match := _ZERO.fullmatch(stem):
             new = f"controlnet_down_blocks.{int(match[1])}.{leaf}"
         elif match := _HINT.fullmatch(stem):
-            new = f"controlnet_cond_embedding.{_hint(int(match[1]), hints)}.{leaf}"
+            # the first and the last of the convolutions of the conditioning image have names of their own
+            number = hints.index(int(match[1]))
+            own = "conv_in" if number == 0 else "conv_out" if number == len(hints) - 1 else f"blocks.{number - 1}"
+            new = f"controlnet_cond_embedding.{own}.{leaf}"
         elif stem in _LABELS:
             new = ".".join(filter(None, (labels if _LABELS[stem] else "class_embedding", _LABELS[stem], leaf)))
         else:
@@ -80,13 +83,6 @@ def _inner(rest: str) -> str:
         if rest.startswith(f"{old}."):
             return new + rest.removeprefix(old)
     return rest.removeprefix("op.")
-
-
-def _hint(number: int, numbers: list[int]) -> str:
-    """The convolutions of the conditioning image: the first and the last have names of their own."""
-    if number == numbers[0]:
-        return "conv_in"
-    return "conv_out" if number == numbers[-1] else f"blocks.{numbers.index(number) - 1}"
 
 
 def _blocks(names: Iterable[str]) -> Mapping[tuple[str, str], str]:

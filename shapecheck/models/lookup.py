@@ -16,7 +16,7 @@ from shapecheck.contract import ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.models import hub, single_file
 from shapecheck.models.config_file import ADVICE, read_json, refuse_absurd
-from shapecheck.models.single_file import Held
+from shapecheck.models.single_file import CheckpointTensor
 from shapecheck.presets import Kind
 
 Locate = Callable[[str], Path | None]
@@ -35,9 +35,6 @@ _CLASS_OF: Mapping[Kind, str] = {"unet": "UNet2DConditionModel", "controlnet": "
 """What is expected of each role, in messages and where nothing else is said."""
 
 
-_UNION = "ControlNetUnionModel"
-
-
 _UNION_BEFORE_DIFFUSERS = ("ControlNetModel", "ControlNetModel_Union")
 """What the configs of union ControlNets name that are older than diffusers' class for them."""
 
@@ -47,14 +44,6 @@ _PLACES: Mapping[Kind, tuple[str, ...]] = {
     "controlnet": ("config.json", "controlnet/config.json"),
     "adapter": ("config.json", "adapter/config.json"),
 }
-
-
-_MEANT: Mapping[Kind, tuple[Kind, ...]] = {
-    "unet": ("unet",),
-    "controlnet": ("controlnet", "unet"),
-    "adapter": ("adapter",),
-}
-"""Kinds of presets that may be named for a role: for a ControlNet a UNet too, which stands for the one it implies."""
 
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
@@ -86,7 +75,7 @@ class ModelSource:
     notes: tuple[str, ...] = ()
     controlnets: tuple[ModelSource, ...] = ()
     """Of a UNet: the ControlNets in the same model folder. Of a ControlNet: the further ones saved with it."""
-    tensors: Mapping[str, Held] = field(default_factory=dict, repr=False)
+    tensors: Mapping[str, CheckpointTensor] = field(default_factory=dict, repr=False)
     """Where the configuration was read off a checkpoint's header: the tensors that the model must have, by their names."""
 
     @property
@@ -127,7 +116,7 @@ def _from_outside(name: str, role: Kind, offline: bool) -> ModelSource:
 
 def _from_preset(name: str, role: Kind) -> ModelSource:
     preset = presets.load(name)
-    if preset.kind not in _MEANT[role]:
+    if preset.kind != role and (role, preset.kind) != ("controlnet", "unet"):  # a UNet stands for the ControlNet it implies
         what = {"unet": "UNet", "controlnet": "ControlNet", "adapter": "T2I-Adapter"}[preset.kind]
         option = "as MODEL" if preset.kind == "unet" else f"as --{preset.kind} {name}"
         wanted = "name the UNet as MODEL and give this one" if role == "unet" else "give this one"
@@ -181,31 +170,21 @@ def _from_hub(name: str, role: Kind, offline: bool) -> ModelSource:
     if source is None:
         looked = " and no ".join(_PLACES[role])
         raise ShapecheckError(f"looked for a {_CLASS_OF[role]} in hub repository {name}: it has no {looked}; {ADVICE}")
-    if source.origin.endswith(" unet/config.json"):
-        return _with_hub_company(source, locate)
-    if source.origin.endswith(" controlnet/config.json"):
-        return _with_hub_further(source, locate)
+    assumed = ""
+    try:
+        if source.origin.endswith(" unet/config.json"):
+            assumed = f"{source.vae_factor} pixels a latent cell and no ControlNet in {name} are assumed"
+            index = locate("model_index.json")
+            parts = _parts(read_json(index)) if index else ["vae"]
+            return _with_company(source, lambda place: locate(place) if re.split("[/_]", place)[0] in parts else None, name)
+        if source.origin.endswith(" controlnet/config.json"):
+            assumed = f"no further ControlNet in {name} is assumed"
+            source = replace(source, name=f"{name}/controlnet")
+            nets, notes = _saved_together(locate, name, first=1)
+            return replace(source, controlnets=nets, notes=(*source.notes, *notes))
+    except hub.HubError as error:
+        return replace(source, notes=(*source.notes, f"{assumed}: {error.reason}"))
     return source
-
-
-def _with_hub_company(source: ModelSource, locate: Locate) -> ModelSource:
-    try:
-        index = locate("model_index.json")
-        parts = _parts(read_json(index)) if index else ["vae"]
-        here = lambda place: locate(place) if re.split("[/_]", place)[0] in parts else None  # noqa: E731
-        return _with_company(source, here, source.name)
-    except hub.HubError as error:
-        note = f"{source.vae_factor} pixels a latent cell and no ControlNet in {source.name} are assumed: {error.reason}"
-        return replace(source, notes=(*source.notes, note))
-
-
-def _with_hub_further(source: ModelSource, locate: Locate) -> ModelSource:
-    name = f"{source.name}/controlnet"
-    try:
-        nets, notes = _saved_together(locate, source.name, first=1)
-    except hub.HubError as error:
-        nets, notes = (), (f"no further ControlNet in {source.name} is assumed: {error.reason}",)
-    return replace(source, name=name, controlnets=nets, notes=(*source.notes, *notes))
 
 
 def _first(places: Iterable[str], locate: Locate, name: str, role: Kind, origin: str) -> ModelSource | None:
@@ -329,7 +308,7 @@ def _class_of(record: Mapping[str, Any]) -> str | None:
     if not {"down_block_types", "block_out_channels", "cross_attention_dim"} <= record.keys():
         return None if named is None else one_line(named)
     if "num_control_type" in record:
-        return _UNION
+        return "ControlNetUnionModel"
     return "UNet2DConditionModel" if "up_block_types" in record else "ControlNetModel"
 
 
@@ -339,18 +318,20 @@ def _role_of(record: Mapping[str, Any]) -> Kind | None:
 
 
 def _wrong_class(record: Mapping[str, Any], origin: str, role: Kind) -> str:
-    found = _class_of(record)
+    """Say what a config is that is not of the role that was asked for."""
     if "shapecheck_contract" in record:
         return f"{origin} is a saved contract, not a model; read it with shapecheck.Contract.from_json"
-    if _role_of(record) == "controlnet":
-        return f"{origin} is a ControlNet; name the UNet as MODEL and give this one with --controlnet"
-    if _role_of(record) == "adapter":
-        return f"{origin} is a T2I-Adapter; name the UNet as MODEL and give this one with --adapter"
-    if _role_of(record) == "unet" and role == "adapter":
-        return f"{origin} is a UNet; --adapter takes a T2IAdapter"
-    if _role_of(record) == "unet":
-        return f"{origin} is a UNet; --controlnet takes a ControlNet, or the name of a UNet preset"
-    if found is not None:
+    takes = "--controlnet takes a ControlNet, or the name of a UNet preset"
+    if role == "adapter":
+        takes = "--adapter takes a T2IAdapter"
+    others = {
+        "controlnet": "a ControlNet; name the UNet as MODEL and give this one with --controlnet",
+        "adapter": "a T2I-Adapter; name the UNet as MODEL and give this one with --adapter",
+        "unet": f"a UNet; {takes}",
+    }
+    if (other := _role_of(record)) is not None:
+        return f"{origin} is {others[other]}"
+    if (found := _class_of(record)) is not None:
         return f"{origin} is of class {found}, which is not read yet; expected a {_CLASS_OF[role]}; {ADVICE}"
     kinds = record.get("architectures")
     kind = kinds[0] if isinstance(kinds, list) and kinds else record.get("model_type")

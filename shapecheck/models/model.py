@@ -14,6 +14,7 @@ from shapecheck.contract import Config, ControlNetInfo, Header, Input, Shapechec
 from shapecheck.contract.dims import constant
 from shapecheck.contract.errors import one_line
 from shapecheck.models import diffusers_models, lookup
+from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.models.inputs import adapter_input, controlnet_inputs, unet_inputs
 
 ControlNetChoice = str | nn.Module | Sequence[str | nn.Module] | None
@@ -58,14 +59,17 @@ def take_unet(model: str | nn.Module, offline: bool) -> tuple[Model, Header, tup
         notes = (*source.notes, *_ignored(source))
         header = Header(source=source.origin, vae_factor=source.vae_factor, notes=notes, versions=_versions())
     else:
-        module, beside = _uncompiled(model), ()
+        module, beside = unwrap_compiled(model), ()
         name = type(module).__name__
         header = Header(source=f"live {name}", versions=_versions())
     config = _config(module)
     if not diffusers_models.is_unet(module):
-        raise ShapecheckError(f"{_described(module)} is not read yet: expected a UNet2DConditionModel or a subclass of it")
+        raise ShapecheckError(f"{_describe(module)} is not read yet: expected a UNet2DConditionModel or a subclass of it")
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    header = replace(header, native=_native(config.get("sample_size")), parameters=parameters)
+    size = config.get("sample_size")
+    size = (size, size) if isinstance(size, int) else size
+    native = tuple(size) if isinstance(size, (list, tuple)) and len(size) == 2 else None
+    header = replace(header, native=native, parameters=parameters)
     return Model(module, name, unet_inputs(config, _dtype_name(module))), header, beside
 
 
@@ -85,9 +89,12 @@ def take_controlnets(
             return [], (f"UNet side alone: {error}",)
         nets, notes = [_controlnet(implied, f"the ControlNet {unet.name} implies")], []
     else:
+        several = [choice] if isinstance(choice, (str, nn.Module)) else choice
+        if isinstance(choice, nn.Module):
+            several = getattr(choice, "nets", [choice])  # a MultiControlNetModel holds its ControlNets in `nets`
         nets, notes = [], []
-        for each in _several(choice):
-            taken, more = _take_controlnet(each, offline)
+        for one in several:
+            taken, more = _take_controlnet(one, offline)
             nets += taken
             notes += more
     return nets, (*notes, *filter(None, (_own_latents(unet, net) for net in nets)))
@@ -114,22 +121,16 @@ def take_adapters(
     if isinstance(choice, str):
         source = lookup.find(choice, "adapter", offline=offline)
         return [_adapter(diffusers_models.build(source), source.name, vae_factor)], (*source.notes, *_ignored(source))
-    module = _uncompiled(choice)
+    module = unwrap_compiled(choice)
     return [_adapter(module, type(module).__name__, vae_factor)], ()
 
 
 def _adapter(module: nn.Module, name: str, vae_factor: int) -> Model:
     if not diffusers_models.is_adapter(module):
         raise ShapecheckError(
-            f"{_described(module)} is not read yet: expected a T2IAdapter or a subclass of it; of a MultiAdapter give one"
+            f"{_describe(module)} is not read yet: expected a T2IAdapter or a subclass of it; of a MultiAdapter give one"
         )
     return Model(module, name, (adapter_input(_config(module), _dtype_name(module), vae_factor),))
-
-
-def _several(choice: str | nn.Module | Sequence[str | nn.Module]) -> list[str | nn.Module]:
-    if isinstance(choice, nn.Module):
-        return list(getattr(choice, "nets", [choice]))  # a MultiControlNetModel holds its ControlNets in `nets`
-    return [choice] if isinstance(choice, str) else list(choice)
 
 
 def take_controlnet_alone(module: nn.Module) -> tuple[Model, Header]:
@@ -151,7 +152,7 @@ def info(net: Model) -> ControlNetInfo:
 def _take_controlnet(choice: str | nn.Module, offline: bool) -> tuple[list[Model], tuple[str, ...]]:
     """The ControlNet of that name, with those saved beside it, and what the reader must know of them."""
     if not isinstance(choice, str):
-        module = _uncompiled(choice)
+        module = unwrap_compiled(choice)
         return [_controlnet(module, type(module).__name__)], ()
     source = lookup.find(choice, "controlnet", offline=offline)
     every = (source, *source.controlnets)
@@ -168,11 +169,11 @@ def _built(source: lookup.ModelSource) -> Model:
 def _controlnet(module: nn.Module, name: str) -> Model:
     config = _config(module)
     if not diffusers_models.is_controlnet(module):
-        raise ShapecheckError(f"{_described(module)} is not read yet: expected a ControlNetModel, a union one, or a subclass")
+        raise ShapecheckError(f"{_describe(module)} is not read yet: expected a ControlNetModel, a union one, or a subclass")
     return Model(module, name, controlnet_inputs(config, _dtype_name(module)))
 
 
-def _described(module: object) -> str:
+def _describe(module: object) -> str:
     return f"class {type(module).__name__}"
 
 
@@ -194,24 +195,12 @@ def _ignored(source: lookup.ModelSource) -> tuple[str, ...]:
 def _config(module: nn.Module) -> Mapping[str, Any]:
     config = getattr(module, "config", None)
     if not isinstance(config, Mapping):
-        raise ShapecheckError(f"{_described(module)} has no diffusers config; give a diffusers model or a subclass of one")
+        raise ShapecheckError(f"{_describe(module)} has no diffusers config; give a diffusers model or a subclass of one")
     return config
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped: inside compiled code nothing can be watched."""
-    original: nn.Module = getattr(module, "_orig_mod", module)
-    return original
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
     return tuple((package, version(package)) for package in ("diffusers", "torch"))
-
-
-def _native(sample_size: Any) -> tuple[int, int] | None:
-    if isinstance(sample_size, int):
-        return sample_size, sample_size
-    return tuple(sample_size) if isinstance(sample_size, (list, tuple)) and len(sample_size) == 2 else None
 
 
 def _dtype_name(module: nn.Module) -> str:

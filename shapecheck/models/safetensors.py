@@ -1,4 +1,4 @@
-"""Which .safetensors files hold the weights of the model in a diffusers folder."""
+"""A checkpoint's .safetensors files: which they are, and where each tensor lies. No data is read, nothing is believed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shlex
-import stat
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from shapecheck.contract import ShapecheckError
 from shapecheck.contract.dims import Shape, show
 from shapecheck.contract.errors import one_line
+from shapecheck.files import report_unreadable, require_regular
 from shapecheck.models.config_file import read_json
 
 DTYPES: Mapping[str, tuple[str, int]] = {
@@ -55,12 +55,17 @@ _MOST_DIMENSIONS = 64
 _LARGEST = 2**63 - 1
 
 
-DAMAGED = "is the download cut short or the file damaged? Fetch it again"
-"""What to do about a file that breaks the rules of its format."""
+_LONGEST_INDEX = 2**24
+
+
+_SHARD = r"-\d{5}-of-\d{5}"
+
+
+_DAMAGED = "is the download cut short or the file damaged? Fetch it again"
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class TensorLocation:
     """One tensor in a file."""
 
     file: Path
@@ -72,19 +77,114 @@ class Stored:
     shape: Shape
 
 
-def read_table(files: Iterable[Path]) -> dict[str, Stored]:
+def checkpoint_files(folder: Path, stem: str = "diffusion_pytorch_model", variant: str | None = None) -> tuple[Path, ...]:
+    """The .safetensors files of the model in a diffusers folder: the shards its index lists, else the single file.
+
+    A variant, such as fp16, is taken only where it is asked for. Raises ShapecheckError, saying what the folder holds, where
+    that one is not there, only pickled, incomplete, or where its index leads out of the folder.
+    """
+    with report_unreadable(f"the folder {folder}"):
+        names = {entry.name for entry in folder.iterdir()}
+    single, indexes = _spellings(stem, variant)
+    index = next((name for name in indexes if name in names), None)
+    if index is not None:  # first, as in diffusers
+        return _shards(folder / index, names, single)
+    if single in names:
+        return (folder / single,)
+    raise ShapecheckError(f"{folder} holds no {single} and no {indexes[0]}; {_advise_instead(folder, names, stem, variant)}")
+
+
+def _spellings(stem: str, variant: str | None) -> tuple[str, tuple[str, ...]]:
+    """The name of the single file, and of the index: as diffusers writes it, and as it wrote it for a variant before 0.32."""
+    if variant is None:
+        return f"{stem}.safetensors", (f"{stem}.safetensors.index.json",)
+    indexes = (f"{stem}.safetensors.index.{variant}.json", f"{stem}.safetensors.{variant}.index.json")
+    return f"{stem}.{variant}.safetensors", indexes
+
+
+def _shards(index: Path, names: set[str], single: str) -> tuple[Path, ...]:
+    try:
+        with report_unreadable(index), index.open("rb") as file:
+            record = _parse_json(file.read(_LONGEST_INDEX + 1), _LONGEST_INDEX)
+        listed = record.get("weight_map")
+        if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+            raise ValueError("weight_map does not give a file to each tensor")
+    except ValueError as error:
+        raise ShapecheckError(f"{index} is no index of shards: {error}; {_DAMAGED}") from None
+    shards = sorted(set(listed.values()))
+    for shard in shards:
+        if shard in ("", ".", "..") or not PurePosixPath(shard).name == PureWindowsPath(shard).name == shard:
+            raise ShapecheckError(f"{index} lists {one_line(shard)!r}, which escapes the folder: no file of it is read")
+    if missing := [shard for shard in shards if shard not in names]:
+        stale = f", or delete the index, if {single} is the later one" if single in names else ""
+        raise ShapecheckError(
+            f"{index} lists {len(shards)} files, of which {len(missing)} are not there: "
+            f"{one_line(', '.join(missing))}; download them{stale}"
+        )
+    return tuple(index.parent / shard for shard in shards)
+
+
+def _advise_instead(folder: Path, names: set[str], stem: str, variant: str | None) -> str:
+    """What a folder without the wanted weights has, and what to do."""
+    single, indexes = _spellings(stem, None)
+    choices = [f"`--variant {shlex.quote(each)}`" for each in _variants(names, stem, "safetensors")]
+    if variant is not None and not names.isdisjoint((single, *indexes)):
+        choices.insert(0, "no `--variant` for the plain one")
+    if choices:
+        return f"choose one that is there: {one_line(', '.join(choices))}"
+    kinds = (rf"{re.escape(stem)}({_SHARD})?\.bin", rf"{re.escape(stem)}\..+\.bin")
+    if any(re.fullmatch(kind, name) for name in names for kind in kinds):
+        pickled = _variants(names, stem, "bin")
+        return _advise_conversion(folder, variant if variant in pickled else next(iter(pickled), None))
+    present = one_line(", ".join(sorted(names)[:12])) or "nothing"
+    return f"it holds {present}; give the folder in which save_pretrained wrote the model as .safetensors"
+
+
+def _variants(names: Iterable[str], stem: str, suffix: str) -> list[str]:
+    """The variants of which a folder holds weights, in both spellings."""
+    stem = re.escape(stem)
+    forms = (
+        rf"{stem}\.{suffix}\.index\.(.+)\.json",
+        rf"{stem}\.{suffix}\.(.+)\.index\.json",
+        rf"{stem}{_SHARD}\.(.+)\.{suffix}",
+        rf"{stem}\.(.+?)(?:{_SHARD})?\.{suffix}",
+    )
+    found = (re.fullmatch(form, name) for name in names for form in forms)
+    return sorted({match[1] for match in found if match})
+
+
+def _advise_conversion(folder: Path, variant: str | None) -> str:
+    try:
+        name = read_json(folder / "config.json").get("_class_name")
+    except (OSError, ShapecheckError):
+        name = None
+    model = name if isinstance(name, str) and name.isidentifier() else "UNet2DConditionModel"
+    chosen = f", variant={variant!r}" if variant else ""
+    half = ", torch_dtype=torch.float16" if variant == "fp16" else ""  # diffusers loads as float32 otherwise
+    code = (
+        f"import sys, torch; from diffusers import {model} as Model; "
+        f"Model.from_pretrained(sys.argv[1], use_safetensors=False{chosen}{half}).save_pretrained(sys.argv[1]{chosen})"
+    )
+    quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return (
+        "its weights are pickled, which shapecheck never opens: reading them can run code they contain. "
+        f"If you trust where they come from, convert them: {quoted(['python', '-c', code, str(folder)])}"
+    )
+
+
+def read_table(files: Iterable[Path]) -> dict[str, TensorLocation]:
     """Every tensor in these .safetensors files, in the order of its place, by its name.
 
     The rules of the format are held: one JSON object, known dtypes, sizes that fit the shapes, and tensors that cover the data
     from its first to its last byte without overlap or hole. Raises ShapecheckError naming file and tensor where one is broken.
     """
-    table: dict[str, Stored] = {}
+    table: dict[str, TensorLocation] = {}
     for file in files:
         header, start, size = _read_header(file)
         try:
-            found = _located(parsed(header), file, start, size)
+            found = _located(_parse_json(header), file, start, size)
         except ValueError as error:
-            raise ShapecheckError(f"{file} is no valid .safetensors file: {error}; {DAMAGED}") from None
+            raise ShapecheckError(f"{file} is no valid .safetensors file: {error}; {_DAMAGED}") from None
         for name in found.keys() & table.keys():
             raise ShapecheckError(
                 f"{file}: tensor {one_line(name)} is in {table[name].file} too; give the files of one checkpoint"
@@ -95,9 +195,8 @@ def read_table(files: Iterable[Path]) -> dict[str, Stored]:
 
 def _read_header(file: Path) -> tuple[bytes, int, int]:
     """The JSON of a file, where the data starts, and the size of the file."""
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise ShapecheckError(f"{file} is no regular file: folders, pipes and devices are never opened")
+    with report_unreadable(file):
+        require_regular(file, f"{file} is no regular file: folders, pipes and devices are never opened")
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             first = stream.read(8)
@@ -107,15 +206,13 @@ def _read_header(file: Path) -> tuple[bytes, int, int]:
             if len(first) < 8 or not 2 <= length <= min(_LONGEST_HEADER, size - 8):
                 raise ShapecheckError(
                     f"{file} is no valid .safetensors file: {size} bytes with a header of {length}, expected a header of "
-                    f"2 to {_LONGEST_HEADER} that ends within the file; {DAMAGED}"
+                    f"2 to {_LONGEST_HEADER} that ends within the file; {_DAMAGED}"
                 )
             return stream.read(length), 8 + length, size
-    except OSError as error:
-        raise ShapecheckError(f"cannot read {file}: {error.strerror or error}") from None
 
 
-def parsed(data: bytes, longest: int = _LONGEST_HEADER) -> dict[str, Any]:
-    """The JSON object. Raises ValueError on anything else, on a key given twice and on fractions."""
+def _parse_json(data: bytes, longest: int = _LONGEST_HEADER) -> dict[str, Any]:
+    """Return the JSON object. Raises ValueError on anything else, on a key given twice and on fractions."""
     if len(data) > longest or sum(map(data.count, (b"[", b"{", b","))) > _MOST_VALUES:
         raise ValueError("its JSON is too large to be a table of tensors")
     if not data.startswith(b"{"):
@@ -153,7 +250,7 @@ def _no_fraction(text: str) -> int:
     raise ValueError(f"{one_line(text, 20)} is no whole number")
 
 
-def _located(record: dict[str, Any], file: Path, start: int, size: int) -> dict[str, Stored]:
+def _located(record: dict[str, Any], file: Path, start: int, size: int) -> dict[str, TensorLocation]:
     """The tensors of a header. Raises ValueError naming the one that breaks a rule of the format."""
     metadata = record.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -162,7 +259,7 @@ def _located(record: dict[str, Any], file: Path, start: int, size: int) -> dict[
     for name, entry in record.items():
         try:
             name.encode("utf-8")  # half a surrogate pair could never be written to an ONNX file
-            tensors[name] = _stored(entry, file, start)
+            tensors[name] = _read_entry(entry, file, start)
         except ValueError as error:
             raise ValueError(f"tensor {one_line(name)}: {error}") from None
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
@@ -170,7 +267,7 @@ def _located(record: dict[str, Any], file: Path, start: int, size: int) -> dict[
     return tensors
 
 
-def _stored(entry: object, file: Path, start: int) -> Stored:
+def _read_entry(entry: object, file: Path, start: int) -> TensorLocation:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError("expected an object with dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], _sizes(entry, "shape"), _sizes(entry, "data_offsets")
@@ -182,7 +279,7 @@ def _stored(entry: object, file: Path, start: int) -> Stored:
     nbytes = offsets[1] - offsets[0]
     if math.prod(shape) * itemsize != nbytes:
         raise ValueError(f"data_offsets leave {nbytes} bytes, {name} {one_line(show(shape))} takes another number")
-    return Stored(file, start + offsets[0], nbytes, name, shape)
+    return TensorLocation(file, start + offsets[0], nbytes, name, shape)
 
 
 def _sizes(entry: Mapping[str, object], key: str) -> Shape:
@@ -195,7 +292,7 @@ def _sizes(entry: Mapping[str, object], key: str) -> Shape:
     return tuple(sizes)
 
 
-def _check_cover(tensors: Mapping[str, Stored], start: int, size: int) -> None:
+def _check_cover(tensors: Mapping[str, TensorLocation], start: int, size: int) -> None:
     """Raise ValueError unless each tensor begins where the one before it ends, from `start` to the end of the file."""
     beyond = next((name for name, each in tensors.items() if each.offset + each.nbytes > size), None)
     if beyond is not None:
@@ -209,111 +306,3 @@ def _check_cover(tensors: Mapping[str, Stored], start: int, size: int) -> None:
         start, before = start + each.nbytes, f"tensor {one_line(name)}"
     if start != size:
         raise ValueError(f"{size - start} bytes follow {before}, which ends at byte {start}")
-
-
-_LONGEST_INDEX = 2**24
-
-
-_SHARD = r"-\d{5}-of-\d{5}"
-
-
-def checkpoint_files(folder: Path, stem: str = "diffusion_pytorch_model", variant: str | None = None) -> tuple[Path, ...]:
-    """The .safetensors files of the model in a diffusers folder: the shards its index lists, else the single file.
-
-    A variant, such as fp16, is taken only where it is asked for. Raises ShapecheckError, saying what the folder holds, where
-    that one is not there, only pickled, incomplete, or where its index leads out of the folder.
-    """
-    try:
-        names = {entry.name for entry in folder.iterdir()}
-    except OSError as error:
-        raise ShapecheckError(f"cannot read the folder {folder}: {error.strerror or error}") from None
-    single, indexes = _spellings(stem, variant)
-    index = next((name for name in indexes if name in names), None)
-    if index is not None:  # first, as in diffusers
-        return _shards(folder / index, names, single)
-    if single in names:
-        return (folder / single,)
-    raise ShapecheckError(f"{folder} holds no {single} and no {indexes[0]}; {_instead(folder, names, stem, variant)}")
-
-
-def _spellings(stem: str, variant: str | None) -> tuple[str, tuple[str, ...]]:
-    """The name of the single file, and of the index: as diffusers writes it, and as it wrote it for a variant before 0.32."""
-    if variant is None:
-        return f"{stem}.safetensors", (f"{stem}.safetensors.index.json",)
-    indexes = (f"{stem}.safetensors.index.{variant}.json", f"{stem}.safetensors.{variant}.index.json")
-    return f"{stem}.{variant}.safetensors", indexes
-
-
-def _shards(index: Path, names: set[str], single: str) -> tuple[Path, ...]:
-    try:
-        with index.open("rb") as file:
-            record = parsed(file.read(_LONGEST_INDEX + 1), _LONGEST_INDEX)
-        listed = record.get("weight_map")
-        if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-            raise ValueError("weight_map does not give a file to each tensor")
-    except OSError as error:
-        raise ShapecheckError(f"cannot read {index}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ShapecheckError(f"{index} is no index of shards: {error}; {DAMAGED}") from None
-    shards = sorted(set(listed.values()))
-    for shard in shards:
-        if shard in ("", ".", "..") or not PurePosixPath(shard).name == PureWindowsPath(shard).name == shard:
-            raise ShapecheckError(f"{index} lists {one_line(shard)!r}, which escapes the folder: no file of it is read")
-    if missing := [shard for shard in shards if shard not in names]:
-        stale = f", or delete the index, if {single} is the later one" if single in names else ""
-        raise ShapecheckError(
-            f"{index} lists {len(shards)} files, of which {len(missing)} are not there: "
-            f"{one_line(', '.join(missing))}; download them{stale}"
-        )
-    return tuple(index.parent / shard for shard in shards)
-
-
-def _instead(folder: Path, names: set[str], stem: str, variant: str | None) -> str:
-    """What a folder without the wanted weights has, and what to do."""
-    single, indexes = _spellings(stem, None)
-    choices = [f"`--variant {shlex.quote(each)}`" for each in _variants(names, stem, "safetensors")]
-    if variant is not None and not names.isdisjoint((single, *indexes)):
-        choices.insert(0, "no `--variant` for the plain one")
-    if choices:
-        return f"choose one that is there: {one_line(', '.join(choices))}"
-    kinds = (rf"{re.escape(stem)}({_SHARD})?\.bin", rf"{re.escape(stem)}\..+\.bin")
-    if any(re.fullmatch(kind, name) for name in names for kind in kinds):
-        pickled = _variants(names, stem, "bin")
-        return _conversion(folder, variant if variant in pickled else next(iter(pickled), None))
-    present = one_line(", ".join(sorted(names)[:12])) or "nothing"
-    return f"it holds {present}; give the folder in which save_pretrained wrote the model as .safetensors"
-
-
-def _variants(names: Iterable[str], stem: str, suffix: str) -> list[str]:
-    """The variants of which a folder holds weights, in both spellings."""
-    stem = re.escape(stem)
-    forms = (
-        rf"{stem}\.{suffix}\.index\.(.+)\.json",
-        rf"{stem}\.{suffix}\.(.+)\.index\.json",
-        rf"{stem}{_SHARD}\.(.+)\.{suffix}",
-        rf"{stem}\.(.+?)(?:{_SHARD})?\.{suffix}",
-    )
-    found = (re.fullmatch(form, name) for name in names for form in forms)
-    return sorted({match[1] for match in found if match})
-
-
-def _conversion(folder: Path, variant: str | None) -> str:
-    chosen = f", variant={variant!r}" if variant else ""
-    half = ", torch_dtype=torch.float16" if variant == "fp16" else ""  # diffusers loads as float32 otherwise
-    code = (
-        f"import sys, torch; from diffusers import {_class_in(folder)} as Model; "
-        f"Model.from_pretrained(sys.argv[1], use_safetensors=False{chosen}{half}).save_pretrained(sys.argv[1]{chosen})"
-    )
-    quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return (
-        "its weights are pickled, which shapecheck never opens: reading them can run code they contain. "
-        f"If you trust where they come from, convert them: {quoted(['python', '-c', code, str(folder)])}"
-    )
-
-
-def _class_in(folder: Path) -> str:
-    try:
-        name = read_json(folder / "config.json").get("_class_name")
-    except (OSError, ShapecheckError):
-        name = None
-    return name if isinstance(name, str) and name.isidentifier() else "UNet2DConditionModel"

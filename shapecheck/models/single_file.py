@@ -12,7 +12,7 @@ from shapecheck import presets
 from shapecheck.contract import Role, ShapecheckError, show
 from shapecheck.contract.dims import Shape
 from shapecheck.contract.errors import one_line
-from shapecheck.models.ldm_names import is_ldm, renamed
+from shapecheck.models.ldm_names import is_ldm, rename
 from shapecheck.models.safetensors import read_table
 from shapecheck.presets import families
 
@@ -72,7 +72,7 @@ _NOT_BESIDE = dict.fromkeys(
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class CheckpointTensor:
     """A tensor as a file has it."""
 
     name: str
@@ -85,7 +85,7 @@ class Read:
     """What a header tells of a model."""
 
     config: Mapping[str, Any]
-    tensors: Mapping[str, Held]
+    tensors: Mapping[str, CheckpointTensor]
     """By their names in diffusers."""
     vae_factor: int
     """Pixels a latent cell covers, by the VAE in the file, else as in the preset with these tensors, else 8."""
@@ -104,8 +104,11 @@ def read(path: Path, role: Role) -> Read | None:
         if _part(shapes, "controlnet" if role == "unet" else "unet") is not None:
             return None
         raise ShapecheckError(_neither(path, shapes))
-    names = _names(own)
-    table = {new: Held(own[old][0], own[old][1]) for new, old in names.items()}
+    names = {name: name for name in own}  # in diffusers, and in the file less the prefix
+    if is_ldm(own):
+        widths = {shape[-1] for name, (_, shape) in own.items() if name.endswith("attn2.to_k.weight") and shape}
+        names = rename(own, labels="add_embedding" if widths & set(_POOLED_TEXT) else "class_embedding")
+    table = {new: CheckpointTensor(*own[old]) for new, old in names.items()}
     tensors = Tensors(str(path), table, _numbers(table))
     config = _shared(tensors)
     config |= _of_unet(tensors, config["transformer_layers_per_block"]) if role == "unet" else _of_controlnet(tensors)
@@ -123,7 +126,7 @@ class Tensors:
     """The tensors of one model, by their names in diffusers."""
 
     origin: str
-    table: Mapping[str, Held]
+    table: Mapping[str, CheckpointTensor]
     numbers: Mapping[str, frozenset[str]]
     """Of every module with numbered parts: their numbers."""
 
@@ -177,14 +180,6 @@ def _part(shapes: Mapping[str, Shape], role: Role) -> dict[str, tuple[str, Shape
     return None
 
 
-def _names(own: Mapping[str, tuple[str, Shape]]) -> Mapping[str, str]:
-    """Name in diffusers → name in the file, less the prefix."""
-    if not is_ldm(own):
-        return {name: name for name in own}
-    widths = {shape[-1] for name, (_, shape) in own.items() if name.endswith("attn2.to_k.weight") and shape}
-    return renamed(own, labels="add_embedding" if widths & set(_POOLED_TEXT) else "class_embedding")
-
-
 def _shared(tensors: Tensors) -> dict[str, Any]:
     """The settings that a UNet and a ControlNet both have."""
     downs, mid = _blocks(tensors, "down"), _block(tensors, "mid_block")
@@ -192,6 +187,7 @@ def _shared(tensors: Tensors) -> dict[str, Any]:
     layers = [each.resnets for each in downs]
     first = tensors.shape("conv_in.weight", 4)
     linear = _linear(tensors, [*downs, mid])
+    plain_mid = "UNetMidBlock2D" if tensors.has("mid_block.") else None
     return {
         "in_channels": first[1],
         "block_out_channels": channels,
@@ -201,7 +197,7 @@ def _shared(tensors: Tensors) -> dict[str, Any]:
         "cross_attention_dim": _text_width(tensors),
         "use_linear_projection": linear,
         "attention_head_dim": [max(each // _HEAD, 1) for each in channels] if linear else _HEADS,
-        "mid_block_type": _mid_type(tensors, mid),
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if mid.depths else plain_mid,
         **_NOT_BESIDE,
         **_embeddings(tensors),
     }
@@ -254,12 +250,6 @@ def _block(tensors: Tensors, path: str) -> _Block:
 
 def _kind(block: _Block, way: str) -> str:
     return f"CrossAttn{way}Block2D" if block.depths else f"{way}Block2D"
-
-
-def _mid_type(tensors: Tensors, mid: _Block) -> str | None:
-    if mid.depths:
-        return "UNetMidBlock2DCrossAttn"
-    return "UNetMidBlock2D" if tensors.has("mid_block.") else None
 
 
 def _depths(downs: Sequence[_Block], mid: _Block) -> Any:

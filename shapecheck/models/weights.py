@@ -15,18 +15,12 @@ from typing import TYPE_CHECKING, BinaryIO
 from shapecheck.contract import ShapecheckError
 from shapecheck.contract.dims import Shape, show
 from shapecheck.contract.errors import one_line
-from shapecheck.files import whole
-from shapecheck.models.safetensors import Stored, checkpoint_files, read_table
+from shapecheck.files import report_unreadable, whole
+from shapecheck.models.safetensors import TensorLocation
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-
-__all__ = [
-    "Embedded", "Stored", "checkpoint_files", "copy", "differing", "digest", "layout", "linkable", "location", "match",
-    "read_table",
-]  # fmt: skip
 
 
 _CHUNK = 2**23
@@ -36,7 +30,7 @@ _CHUNK = 2**23
 ALIGNMENT = 64
 
 
-_TOLD = 10
+_SHOWN = 10
 
 
 _ANOTHER = "are config.json and weights of the same model, and is nothing of the checkpoint missing?"
@@ -65,7 +59,9 @@ class Embedded:
         return len(self.data)
 
 
-def match(table: Mapping[str, Stored], wanted: Mapping[str, Shape], *, ignore: Collection[str] = ()) -> dict[str, Stored]:
+def match(
+    table: Mapping[str, TensorLocation], wanted: Mapping[str, Shape], *, ignore: Collection[str] = ()
+) -> dict[str, TensorLocation]:
     """The tensors `wanted` names, in its order. Names in `ignore` may be in the table without being wanted.
 
     Raises ShapecheckError that tells all that is missing, extra or of another shape.
@@ -83,26 +79,15 @@ def match(table: Mapping[str, Stored], wanted: Mapping[str, Shape], *, ignore: C
     more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
     lines = [
         f"the weights in {files[0] if files else 'no file'}{more} do not fit the model:",
-        *_told("missing", missing),
-        *_told("not in the model", extra),
-        *_told("of another shape", misshapen),
-        f"  {_advice(extra)}",
     ]
-    raise ShapecheckError("\n".join(lines))
+    for what, names in (("missing", missing), ("not in the model", extra), ("of another shape", misshapen)):
+        rest = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        lines += [f"  {len(names)} {what}: {', '.join(map(one_line, names[:_SHOWN]))}{rest}"] if names else []
+    advice = next((advice for sign, advice in _SIGNS.items() if any(sign in name for name in extra)), _ANOTHER)
+    raise ShapecheckError("\n".join([*lines, f"  {advice}"]))
 
 
-def _told(what: str, each: list[str]) -> list[str]:
-    if not each:
-        return []
-    rest = f", and {len(each) - _TOLD} more" if len(each) > _TOLD else ""
-    return [f"  {len(each)} {what}: {', '.join(map(one_line, each[:_TOLD]))}{rest}"]
-
-
-def _advice(extra: list[str]) -> str:
-    return next((advice for sign, advice in _SIGNS.items() if any(sign in name for name in extra)), _ANOTHER)
-
-
-def linkable(stored: Iterable[Stored], onnx_folder: Path) -> None:
+def linkable(stored: Iterable[TensorLocation], onnx_folder: Path) -> None:
     """Raise ShapecheckError, saying where it would work, unless an ONNX file in that folder can point to these tensors.
 
     ONNX Runtime refuses weights outside of the file's own folder, onnx.checker also links of either kind on the way to them.
@@ -116,7 +101,7 @@ def linkable(stored: Iterable[Stored], onnx_folder: Path) -> None:
             raise ShapecheckError(f"{obstacle}; an output that works is {place / 'model.onnx'}")
 
 
-def location(stored: Stored, onnx_folder: Path) -> str:
+def location(stored: TensorLocation, onnx_folder: Path) -> str:
     """The file as an ONNX file in that folder names it: relative, with `/`. Raises ShapecheckError where it is not below."""
     inside = _inside(stored.file, onnx_folder)
     if inside is None:
@@ -165,13 +150,13 @@ def _inside(file: Path, onnx_folder: Path) -> PurePath | None:
 
 
 def copy(
-    source: Mapping[str, Stored | Tensor],
+    source: Mapping[str, TensorLocation | Tensor],
     dtype: str | None,
     target: Path,
     progress: Callable[[int, int], object],
     *,
     outdated: Path | None = None,
-) -> dict[str, Stored]:
+) -> dict[str, TensorLocation]:
     """Write the tensors one after the other to `target`, and tell where each lies. A file there before is replaced.
 
     `outdated` is a file that reads `target` as it was: it is removed when every byte is written, so that no crash leaves it
@@ -201,8 +186,8 @@ def copy(
 
 def _write(
     file: BinaryIO,
-    source: Mapping[str, Stored | Tensor],
-    placed: Mapping[str, Stored],
+    source: Mapping[str, TensorLocation | Tensor],
+    placed: Mapping[str, TensorLocation],
     progress: Callable[[int], object],
 ) -> None:
     done = 0
@@ -214,15 +199,15 @@ def _write(
             progress(done)
 
 
-def _refuse_target(target: Path, source: Mapping[str, Stored | Tensor]) -> None:
+def _refuse_target(target: Path, source: Mapping[str, TensorLocation | Tensor]) -> None:
     if not target.parent.is_dir() or target.is_dir():
         raise ShapecheckError(f"cannot write {target}: {'it is a folder' if target.is_dir() else f'no folder {target.parent}'}")
-    for file in {each.file for each in source.values() if isinstance(each, Stored)}:
+    for file in {each.file for each in source.values() if isinstance(each, TensorLocation)}:
         if target.exists() and target.samefile(file):
             raise ShapecheckError(f"cannot write {target}: it is the checkpoint itself; choose another output")
 
 
-def layout(source: Mapping[str, Stored | Tensor], dtype: str | None, target: Path) -> dict[str, Stored]:
+def layout(source: Mapping[str, TensorLocation | Tensor], dtype: str | None, target: Path) -> dict[str, TensorLocation]:
     """Where each tensor will lie in the file that `copy` writes."""
     if dtype is not None and not _dtype(dtype).is_floating_point:
         raise ShapecheckError(f"{dtype} is no floating dtype to convert weights to; give float32, float16 or bfloat16")
@@ -233,13 +218,13 @@ def layout(source: Mapping[str, Stored | Tensor], dtype: str | None, target: Pat
         shape = tuple(value.shape)
         offset += -offset % ALIGNMENT
         nbytes = math.prod(shape) * kind.itemsize
-        placed[name] = Stored(target, offset, nbytes, _name_of(kind), shape)
+        placed[name] = TensorLocation(target, offset, nbytes, _name_of(kind), shape)
         offset += nbytes
     return placed
 
 
 def digest(
-    weights: Mapping[str, Stored | Tensor | Embedded], progress: Callable[[int, int], object] = lambda done, total: None
+    weights: Mapping[str, TensorLocation | Tensor | Embedded], progress: Callable[[int, int], object] = lambda done, total: None
 ) -> str:
     """The identity of weights: sha256 over names, dtypes, shapes and bytes, wherever they are kept and in whatever order.
 
@@ -251,43 +236,35 @@ def digest(
         value = weights[name]
         dtype = value.dtype if isinstance(value.dtype, str) else _name_of(value.dtype)
         found.update(json.dumps([name, dtype, list(value.shape)]).encode() + b"\n")
-        for chunk in _bytes(value):
+        for chunk in _read(value) if isinstance(value, (TensorLocation, Embedded)) else map(_raw, _chunks(value)):
             found.update(chunk)
             done += chunk.nbytes
             progress(done, total)
     return f"sha256:{found.hexdigest()}"
 
 
-def _bytes(value: Stored | Tensor | Embedded) -> Iterator[memoryview]:
-    if isinstance(value, Stored):
-        yield from _read(value)
-    elif isinstance(value, Embedded):
-        yield memoryview(value.data)
-    else:
-        yield from map(_raw, _chunks(value))
-
-
-def differing(stored: Mapping[str, Stored], live: Mapping[str, Tensor]) -> tuple[str, ...]:
+def differing(stored: Mapping[str, TensorLocation], live: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The names whose live tensor is not the file's, bit by bit, dtype and shape included; those of one side only too."""
     one_sided = [name for name in stored if name not in live]
-    changed = [name for name, tensor in live.items() if name not in stored or not _same(stored[name], tensor)]
+    changed = [name for name, tensor in live.items() if name not in stored or not is_equal(stored[name], tensor)]
     return tuple(changed + one_sided)
 
 
-def _same(stored: Stored, live: Tensor) -> bool:
+def is_equal(stored: TensorLocation | Embedded, live: Tensor) -> bool:
+    """Return whether a live tensor is the file's, bit by bit, dtype and shape included."""
     import torch
 
-    if _dtype(stored.dtype) != live.dtype or stored.shape != tuple(live.shape):
+    if getattr(torch, stored.dtype, None) != live.dtype or stored.shape != tuple(live.shape):
         return False
     pairs = zip(_chunks(stored), _chunks(live), strict=True)
     return all(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) for ours, theirs in pairs)
 
 
-def _chunks(value: Stored | Tensor) -> Iterator[Tensor]:
+def _chunks(value: TensorLocation | Embedded | Tensor) -> Iterator[Tensor]:
     """The elements in order, flat, on the CPU, at most 8 MiB at a time. A chunk lives until the next is taken."""
     import torch
 
-    if isinstance(value, Stored):
+    if isinstance(value, (TensorLocation, Embedded)):
         dtype = _dtype(value.dtype)
         yield from (torch.frombuffer(data, dtype=dtype) for data in _read(value))
         return
@@ -298,18 +275,18 @@ def _chunks(value: Stored | Tensor) -> Iterator[Tensor]:
     yield from (flat[start : start + step].cpu() for start in range(0, flat.numel(), step))
 
 
-def _read(stored: Stored) -> Iterator[memoryview]:
+def _read(stored: TensorLocation | Embedded) -> Iterator[memoryview]:
+    if isinstance(stored, Embedded):
+        yield from (memoryview(bytearray(stored.data[start : start + _CHUNK])) for start in range(0, stored.nbytes, _CHUNK))
+        return
     buffer = memoryview(bytearray(min(_CHUNK, stored.nbytes)))
-    try:
-        with stored.file.open("rb") as file:
-            file.seek(stored.offset)
-            for start in range(0, stored.nbytes, _CHUNK):
-                part = buffer[: stored.nbytes - start]
-                if file.readinto(part) != len(part):
-                    raise ShapecheckError(f"{stored.file} was cut short after its header was read; is it still being written?")
-                yield part
-    except OSError as error:
-        raise ShapecheckError(f"cannot read {stored.file}: {error.strerror or error}") from error
+    with report_unreadable(stored.file), stored.file.open("rb") as file:
+        file.seek(stored.offset)
+        for start in range(0, stored.nbytes, _CHUNK):
+            part = buffer[: stored.nbytes - start]
+            if file.readinto(part) != len(part):
+                raise ShapecheckError(f"{stored.file} was cut short after its header was read; is it still being written?")
+            yield part
 
 
 def _raw(chunk: Tensor) -> memoryview:
@@ -327,8 +304,8 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-def _dtype_of(value: Stored | Tensor) -> torch.dtype:
-    return _dtype(value.dtype) if isinstance(value, Stored) else value.dtype
+def _dtype_of(value: TensorLocation | Tensor) -> torch.dtype:
+    return _dtype(value.dtype) if isinstance(value, TensorLocation) else value.dtype
 
 
 def _name_of(dtype: torch.dtype) -> str:

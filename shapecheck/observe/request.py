@@ -13,6 +13,7 @@ from typing import Any
 from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.contract.geometry import parse_pair
+from shapecheck.files import read_bytes
 from shapecheck.models import hub, lookup
 from shapecheck.progress import Progress
 
@@ -80,8 +81,7 @@ def carry_out(request: Request, *, offline: bool = False, progress: Progress) ->
 def read(path: Path) -> Request:
     """The request in a TOML file. Raises ShapecheckError naming the key that is wrong."""
     try:
-        with path.open("rb") as file:
-            record = tomllib.loads(file.read(hub.LARGEST_FILE).decode("utf-8"))
+        record = tomllib.loads(read_bytes(path, hub.LARGEST_FILE, too_large=f"{path} is too large for a probe").decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ShapecheckError(f"cannot read {path} as TOML: {error}") from None
     if unknown := sorted(record.keys() - _KEYS):

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract, Role, ShapecheckError
+from shapecheck.files import report_unreadable
 from shapecheck.models import diffusers_models, lookup
-from shapecheck.models.safetensors import Stored, checkpoint_files, read_table
+from shapecheck.models.forward_call import unwrap_compiled
+from shapecheck.models.safetensors import TensorLocation, checkpoint_files, read_table
 from shapecheck.models.weights import differing, linkable, match
 from shapecheck.observe.probe import probe, probe_controlnet
 from shapecheck.progress import quiet
@@ -38,7 +40,7 @@ class Subject:
     origin: str
     vae_factor: int
     role: Role
-    stored: Mapping[str, Stored] | None
+    stored: Mapping[str, TensorLocation] | None
     """Where the checkpoint's tensors lie; None where there is no checkpoint."""
     live: Mapping[str, Tensor] | None
     """The tensors of a live module; None for a model that was named."""
@@ -63,7 +65,7 @@ class Subject:
 
     def dtype(self, wanted: str | None) -> str:
         """The wanted precision, else that of the weights. Raises ShapecheckError where they have several, or are quantised."""
-        tensors: Mapping[str, Stored | Tensor] = self.live or self.stored or self.module.state_dict()
+        tensors: Mapping[str, TensorLocation | Tensor] = self.live or self.stored or self.module.state_dict()
         found = sorted({str(each.dtype).removeprefix("torch.") for each in tensors.values()})
         if quantised := [each for each in found if not each.startswith(("float", "bfloat")) or each.startswith("float8")]:
             raise ShapecheckError(f"the weights of {self.name} are quantised to {', '.join(quantised)}: give those before")
@@ -88,9 +90,9 @@ class Subject:
             return str(error)
         return ""
 
-    def tensors(self, names: Iterable[str], *, linked: bool) -> dict[str, Stored | Tensor]:
+    def tensors(self, names: Iterable[str], *, linked: bool) -> dict[str, TensorLocation | Tensor]:
         """What these parameters hold: in the checkpoint, in the live module where that counts, else no more than shapes."""
-        checkpoint: Mapping[str, Stored | Tensor] = self.module.state_dict() if self.stored is None else self.stored
+        checkpoint: Mapping[str, TensorLocation | Tensor] = self.module.state_dict() if self.stored is None else self.stored
         every = checkpoint if linked or self.live is None else self.live
         if lost := [name for name in names if name not in every]:
             raise ShapecheckError(f"{self.name} computes with tensors that are in no state dict: {', '.join(lost)}")
@@ -145,7 +147,7 @@ def _place(source: lookup.ModelSource) -> str:
 
 
 def _take_live(module: nn.Module, variant: str | None) -> Subject:
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
+    module = unwrap_compiled(module)
     name = type(module).__name__
     if diffusers_models.is_union(module):
         raise ShapecheckError(_UNION)
@@ -158,7 +160,7 @@ def _take_live(module: nn.Module, variant: str | None) -> Subject:
     return Subject(meta_twin(module), name, f"live {name}", 8, _role(module), stored, live, absent)
 
 
-def _origin_of(module: nn.Module, variant: str | None) -> tuple[Mapping[str, Stored] | None, str]:
+def _origin_of(module: nn.Module, variant: str | None) -> tuple[Mapping[str, TensorLocation] | None, str]:
     """The checkpoint that a live module was loaded from, as far as that can be known, or why none is taken."""
     root = Path(str(getattr(module, "config", {}).get("_name_or_path") or ""))
     folder = next((each for each in (root, root / _role(module)) if (each / "config.json").is_file()), None)
@@ -174,12 +176,10 @@ def _role(module: nn.Module) -> Role:
     return "controlnet" if diffusers_models.is_controlnet(module) else "unet"
 
 
-def _stored_in(folder: Path, variant: str | None, origin: str) -> tuple[Mapping[str, Stored] | None, str]:
-    try:
-        held = any(entry.suffix in (".safetensors", ".bin") for entry in folder.iterdir())
-    except OSError as error:
-        raise ShapecheckError(f"cannot read the folder {folder}: {error.strerror or error}") from None
-    if not held:
+def _stored_in(folder: Path, variant: str | None, origin: str) -> tuple[Mapping[str, TensorLocation] | None, str]:
+    with report_unreadable(f"the folder {folder}"):
+        has_weights = any(entry.suffix in (".safetensors", ".bin") for entry in folder.iterdir())
+    if not has_weights:
         fetch = "; `hf download REPOSITORY --local-dir FOLDER` fetches them" if origin.startswith("hub ") else ""
         return None, f"there are no weights beside {origin}{fetch}"
     return read_table(checkpoint_files(folder, variant=variant)), ""
@@ -187,7 +187,7 @@ def _stored_in(folder: Path, variant: str | None, origin: str) -> tuple[Mapping[
 
 def meta_twin(module: nn.Module) -> nn.Module:
     """A copy of a live module with its own forward and no memory for tensors."""
-    module = getattr(module, "_orig_mod", module)
+    module = unwrap_compiled(module)
     memo = {id(each): _meta_like(each) for each in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo).eval()
 
@@ -217,7 +217,7 @@ class TorchModel:
             raise ShapecheckError(f"{self._subject.name} is a ControlNet; parity is of UNets: `shapecheck export --verify`")
         if self._subject.stored is None and self._subject.live is None:
             raise ShapecheckError(f"no weights for {self._subject.name}: {self._subject.absent}; give a folder that holds them")
-        self._live = getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else None
+        self._live = unwrap_compiled(model) if isinstance(model, nn.Module) else None
         self._source = None if self._live is not None else find(str(model), offline=offline)
 
     @property

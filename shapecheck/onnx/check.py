@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from shapecheck import presets
 from shapecheck.contract import Config, Contract, Dim, Geometry, Input, Mismatch, ShapecheckError, Slot, show
 from shapecheck.contract.mismatch import compare
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.onnx import contract_metadata
+from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.findings import Case, findings, size_faults
 from shapecheck.onnx.input_roles import Roles, roles_of, sort_out
-from shapecheck.onnx.reading import Reading, Tensor, read
+from shapecheck.onnx.reading import GraphTensor, Reading
 from shapecheck.onnx.records import Basis, Check, DeclaredInput, DeclaredSlot
 from shapecheck.onnx.size_sweep import Survey, survey
 from shapecheck.presets.families import architecture
@@ -21,13 +21,13 @@ from shapecheck.progress import Progress, silent
 
 
 def check(
-    path: str | Path,
+    file: OnnxFile,
     contract: Contract | None = None,
     geometry: Geometry | None = None,
     *,
     progress: Progress = silent,
 ) -> Check:
-    """Everything that is wrong with an exported UNet, without its weights: no mismatches where nothing is.
+    """Return everything that is wrong with an exported UNet, without its weights: no mismatches if nothing is.
 
     The file is held to `contract`; without one to the contract inside the file, else to that of the preset it fits best,
     else to itself. A ControlNet's file is held to a contract too: its outputs to the slots of a UNet or of its own kind.
@@ -35,15 +35,14 @@ def check(
     Where sizes cannot be followed through the graph, `unchecked` says so, and no mismatches do not mean that nothing is wrong.
     Raises ShapecheckError where the file cannot be read, or shows no residuals and no model is given.
     """
-    path = Path(path)
-    progress(f"reading {path}")
-    reading = read(path)
-    inside, notes = _inside(reading, contract)
+    progress(f"reading {file}")
+    reading = file.reading
+    inside, notes = _inside(file, contract)
     roles = sort_out(reading)
     held = contract or inside
     if roles.is_controlnet and held is None:
         raise ShapecheckError(
-            f"{path} is a ControlNet (it gives {len(reading.outputs)} outputs) and holds no contract; "
+            f"{file} is a ControlNet (it gives {len(reading.outputs)} outputs) and holds no contract; "
             "say with --model which UNet its outputs are for, or with --controlnet whether it fits one as a model"
         )
     seen = survey(reading, roles, geometry, progress, allowed=held.divisor if held else 1)
@@ -55,7 +54,7 @@ def check(
     case = Case(roles, seen, held, geometry, basis == "none")
     mismatches = _emitted(reading, case) if roles.is_controlnet else findings(case)
     return Check(
-        str(path),
+        str(file),
         reading.producer,
         held,
         basis,
@@ -72,10 +71,10 @@ def check(
     )
 
 
-def _inside(reading: Reading, given: Contract | None) -> tuple[Contract | None, list[str]]:
+def _inside(file: OnnxFile, given: Contract | None) -> tuple[Contract | None, list[str]]:
     """The contract in the file; a damaged one only matters where no other is given."""
     try:
-        return contract_metadata.contract_within(reading.path, reading.metadata), []
+        return contract_metadata.contract_inside(file), []
     except ShapecheckError as error:
         if given is None:
             raise ShapecheckError(f"{error}; hold the file to a model instead: --model MODEL") from None
@@ -103,18 +102,18 @@ def _itself(reading: Reading, roles: Roles, seen: Survey) -> Contract:
             f"{reading.path} takes no residuals (inputs: {names}) and fits no preset; "
             "say with --model which UNet it should be, or export it with `shapecheck export`"
         )
-    rules = seen.rules(landing.skip for each in roles.slots for landing in each.landings)
+    rules = seen.rules(add.skip for each in roles.slots for add in each.adds)
     slots = []
-    for number, each in enumerate(each for each in roles.slots if each.landings and each.landings[0].skip in rules):
+    for number, each in enumerate(each for each in roles.slots if each.adds and each.adds[0].skip in rules):
         index = roles.naming.index(each.name) if roles.naming else number
         if index is not None:
             name = SHAPECHECK.mid if index == -1 else SHAPECHECK.down(index)
-            slots.append(Slot(name, rules[each.landings[0].skip], "full", each.landings[0].module, "", ()))
+            slots.append(Slot(name, rules[each.adds[0].skip], "full", each.adds[0].module, "", ()))
     inputs = [own for each in roles.base if (own := _own_input(roles, each))]
     return Contract("unknown", tuple(inputs), tuple(sorted(slots, key=lambda slot: slot.name)), Config())
 
 
-def _own_input(roles: Roles, each: Tensor) -> Input | None:
+def _own_input(roles: Roles, each: GraphTensor) -> Input | None:
     """A base input as it declares itself; None where its shape is not known."""
     axes = zip(each.dims or (), roles.symbols(each), strict=True)
     shape = [Dim(symbol) if symbol else Dim(None, dim) if isinstance(dim, int) else None for dim, symbol in axes]
@@ -144,7 +143,7 @@ def _unchecked(reading: Reading, case: Case, mismatches: Sequence[Mismatch]) -> 
         return none if not any(each.kind == "sizes" for each in mismatches) else ""
     if reading.image is None:
         return "it gives no image (batch, channels, height, width): only names and structure were checked"
-    told = [reading.image.name, *(each.landings[0].skip for each in case.roles.added if each.landings)]
+    told = [reading.image.name, *(each.adds[0].skip for each in case.roles.added if each.adds)]
     if case.roles.is_controlnet:
         called = {case.called(slot) for slot in case.contract.slots}
         told = [each.name for each in reading.outputs if each.name in called]
@@ -156,13 +155,13 @@ def _unchecked(reading: Reading, case: Case, mismatches: Sequence[Mismatch]) -> 
 
 def _seen_slots(case: Case) -> tuple[DeclaredSlot, ...]:
     matched = {each.name: slot.name for slot, each in case.matching.slots if each is not None}
-    landings = {each.name: each.landings[0] for each in case.roles.added if each.landings}
-    rules = case.survey.rules(landing.skip for landing in landings.values())
+    adds = {each.name: each.adds[0] for each in case.roles.added if each.adds}
+    rules = case.survey.rules(add.skip for add in adds.values())
     seen = []
     for each in case.roles.added:
-        landing = landings.get(each.name)
-        skip = "" if landing is None else show(rules[landing.skip]) if landing.skip in rules else "not seen"
-        seen.append(DeclaredSlot(each.name, each.rule, skip, landing.module if landing else "", matched.get(each.name, "")))
+        add = adds.get(each.name)
+        skip = "" if add is None else show(rules[add.skip]) if add.skip in rules else "not seen"
+        seen.append(DeclaredSlot(each.name, each.rule, skip, add.module if add else "", matched.get(each.name, "")))
     return tuple(seen)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.contract.errors import one_line
-from shapecheck.contract.records import Header
-from shapecheck.onnx import file as onnx_file
-from shapecheck.onnx.file import CONTRACT_KEY
+from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile
 
 _LARGEST_JSON = 16 * 2**20
 
@@ -24,14 +22,11 @@ _LONGEST_LINE = 2000
 _ADVICE = "`shapecheck probe MODEL --format json` writes a contract"
 
 
-def contract_inside(path: Path) -> Contract | None:
-    """The contract in an ONNX file, None where there is none. Raises ShapecheckError where it is damaged, or no such file."""
-    return contract_within(path, {each.key: each.value for each in onnx_file.load(path).metadata_props})
-
-
-def contract_within(path: Path, metadata: Mapping[str, str]) -> Contract | None:
-    """The contract in an ONNX file's metadata; None where there is none, ShapecheckError where it is damaged."""
-    return _read(path, lambda: Contract.from_json(metadata[CONTRACT_KEY])) if CONTRACT_KEY in metadata else None
+def contract_inside(file: OnnxFile) -> Contract | None:
+    """Return the contract in an ONNX file, or None. Raises ShapecheckError if it is damaged, or there is no such file."""
+    if CONTRACT_KEY not in file.metadata:
+        return None
+    return _read(file.path, lambda: Contract.from_json(file.metadata[CONTRACT_KEY]))
 
 
 def _read(path: Path, read: Callable[[], Contract]) -> Contract:
@@ -40,39 +35,25 @@ def _read(path: Path, read: Callable[[], Contract]) -> Contract:
         contract = read()
     except ShapecheckError as error:
         raise ShapecheckError(f"{path}: {one_line(error, _LONGEST_LINE)}") from None
-    for name in _names(contract):
-        if not name.isprintable():
-            raise ShapecheckError(f"{path}: an edited contract: {one_line(name)} is no name; {_ADVICE}")
-    return printable(contract)
+    names = [contract.class_name]  # what reports show besides the header
+    names += [text for entry in contract.inputs for text in (entry.name, entry.dtype, entry.argument)]
+    names += [text for slot in contract.residuals for text in (slot.name, slot.producer, slot.up_block)]
+    if forged := next((name for name in names if not name.isprintable()), None):
+        raise ShapecheckError(f"{path}: an edited contract: {one_line(forged)} is no name; {_ADVICE}")
+    return make_printable(contract)
 
 
-def printable(contract: Contract) -> Contract:
-    """The contract with a header that reports can show: one line a text."""
-    return replace(contract, header=_printable(contract.header))
-
-
-def _names(contract: Contract) -> Iterator[str]:
-    """What reports show of a contract besides its header."""
-    yield contract.class_name
-    for each in contract.inputs:
-        yield from (each.name, each.dtype, each.argument)
-    for slot in contract.residuals:
-        yield from (slot.name, slot.producer, slot.up_block)
-
-
-def _printable(header: Header) -> Header:
-    """Anybody may have written it, and reports show it: one line a text."""
-
-    def lines(texts: Iterable[str]) -> tuple[str, ...]:
-        return tuple(one_line(text, _LONGEST_LINE) for text in texts)
-
-    return replace(
+def make_printable(contract: Contract) -> Contract:
+    """Return the contract with one line a text in its header, which anybody may have written and reports show."""
+    header = contract.header
+    printable = replace(
         header,
         source=one_line(header.source, _LONGEST_LINE),
         controlnets=tuple(
-            replace(each, source=one_line(each.source), class_name=one_line(each.class_name)) for each in header.controlnets
+            replace(net, source=one_line(net.source), class_name=one_line(net.class_name)) for net in header.controlnets
         ),
-        handover=lines(header.handover),
-        notes=lines(header.notes),
+        handover=tuple(one_line(text, _LONGEST_LINE) for text in header.handover),
+        notes=tuple(one_line(text, _LONGEST_LINE) for text in header.notes),
         versions=tuple((one_line(package), one_line(release)) for package, release in header.versions),
     )
+    return replace(contract, header=printable)

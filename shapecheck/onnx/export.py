@@ -8,13 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
-from torch import Tensor, nn
+from torch import nn
 
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.contract.naming import ONNX_NUMBERS, Naming, scheme
 from shapecheck.files import refuse_unwritable, whole
 from shapecheck.models import weights as checkpoints
-from shapecheck.models.safetensors import Stored
+from shapecheck.models.safetensors import TensorLocation
 from shapecheck.observe.subject import Subject, take
 from shapecheck.onnx import postconditions, trace_graph
 from shapecheck.onnx.file import CONTRACT_KEY, WEIGHTS_KEY
@@ -67,16 +67,25 @@ def export(
     if subject.role == "controlnet" and not control:
         raise ShapecheckError(f"--no-control is for UNets, which then take no residuals; {subject.name} is a ControlNet")
     dtype = subject.dtype(dtype)
-    opset = _checked_opset(opset, dtype)
-    mode, reason = _mode(weights, dtype, subject, target)
-    _refuse_unfit(data, mode)
+    opset = _choose_opset(opset, dtype)
+    mode, reason = _choose_weights(weights, dtype, subject, target)
+    if mode == "copy":
+        refuse_unwritable(data)
+    if mode == "none" and data.exists():
+        raise ShapecheckError(f"--weights none: {data} is there and would be read as this model's weights; move it away")
     progress("observing the contract")
     contract = subject.contract(dtype, control=control, adapter=adapter)
     progress("tracing the graph: half a minute for SD1.5, two minutes for SDXL")
-    traced = _traced(subject, contract, opset)
-    parameters = _parameters(traced, contract)
+    traced = (trace_graph.trace_unet if contract.role == "unet" else trace_graph.trace_controlnet)(
+        subject.module, contract, opset
+    )
+    postconditions.check(traced, contract)
+    trace_graph.drop_traces(traced)
+    named = len(contract.inputs) + (len(contract.residuals) if contract.role == "unet" else 0)
+    parameters = list(traced.graph.inputs[named:])
     tensors = subject.tensors([str(each.name) for each in parameters], linked=mode == "link")
-    placed = checkpoints.layout(tensors, dtype, data) if mode != "link" else _places(tensors)
+    linked = {name: stored for name, stored in tensors.items() if isinstance(stored, TensorLocation)}
+    placed = linked if mode == "link" else checkpoints.layout(tensors, dtype, data)
     _bind(traced, parameters, placed, target.parent)
     _rename(traced, contract, names)
     identity = "" if mode == "none" else checkpoints.digest(tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
@@ -102,15 +111,7 @@ def _target(output: Path) -> Path:
     return target
 
 
-def _refuse_unfit(data: Path, mode: Weights) -> None:
-    """Raise ShapecheckError where the file of weights cannot be written, or another model's would be taken for it."""
-    if mode == "copy":
-        refuse_unwritable(data)
-    if mode == "none" and data.exists():
-        raise ShapecheckError(f"--weights none: {data} is there and would be read as this model's weights; move it away")
-
-
-def _checked_opset(opset: int | None, dtype: str) -> int:
+def _choose_opset(opset: int | None, dtype: str) -> int:
     if dtype not in _OLDEST_OPSET:
         raise ShapecheckError(f"no dtype {dtype!r}; known: {', '.join(_OLDEST_OPSET)}")
     opset = _USUAL_OPSET[dtype] if opset is None else opset
@@ -119,7 +120,7 @@ def _checked_opset(opset: int | None, dtype: str) -> int:
     return opset
 
 
-def _mode(wanted: Weights | None, dtype: str, subject: Subject, target: Path) -> tuple[Weights, str]:
+def _choose_weights(wanted: Weights | None, dtype: str, subject: Subject, target: Path) -> tuple[Weights, str]:
     """How the weights come into the file, and why not by linking where nobody chose."""
     if wanted == "none":
         return "none", ""
@@ -135,26 +136,7 @@ def _mode(wanted: Weights | None, dtype: str, subject: Subject, target: Path) ->
     return "link", ""
 
 
-def _traced(subject: Subject, contract: Contract, opset: int) -> ir.Model:
-    """The graph, its parameters still inputs, once it is known to be what the contract says."""
-    trace = trace_graph.trace_unet if contract.role == "unet" else trace_graph.trace_controlnet
-    model = trace(subject.module, contract, opset)
-    postconditions.check(model, contract)
-    trace_graph.drop_traces(model)
-    return model
-
-
-def _parameters(model: ir.Model, contract: Contract) -> list[ir.Value]:
-    """The inputs that stand for weights: all after those that the contract names."""
-    named = len(contract.inputs) + (len(contract.residuals) if contract.role == "unet" else 0)
-    return list(model.graph.inputs[named:])
-
-
-def _places(tensors: Mapping[str, Stored | Tensor]) -> dict[str, Stored]:
-    return {name: each for name, each in tensors.items() if isinstance(each, Stored)}
-
-
-def _bind(model: ir.Model, parameters: list[ir.Value], placed: Mapping[str, Stored], folder: Path) -> None:
+def _bind(model: ir.Model, parameters: list[ir.Value], placed: Mapping[str, TensorLocation], folder: Path) -> None:
     """Turn the parameters from inputs into initializers whose data lies in other files, under the same names."""
     for value in parameters:
         stored = placed[str(value.name)]

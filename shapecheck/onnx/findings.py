@@ -11,7 +11,7 @@ from shapecheck.contract.mismatch import compare
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import MismatchKind
 from shapecheck.onnx.input_roles import Matching, Roles, match, roles_of
-from shapecheck.onnx.reading import Tensor
+from shapecheck.onnx.reading import GraphTensor
 from shapecheck.onnx.size_sweep import Survey
 
 _NOTHING = "what is given to it changes nothing, and no runtime says so"
@@ -67,7 +67,7 @@ def findings(case: Case) -> tuple[Mismatch, ...]:
     return (*found, *_symbols(matching, {each.where for each in found}), *size_faults(case))
 
 
-def _input(case: Case, matching: Matching, want: Input, each: Tensor | None) -> Iterator[Mismatch]:
+def _input(case: Case, matching: Matching, want: Input, each: GraphTensor | None) -> Iterator[Mismatch]:
     """What is wrong with one base input."""
     expected = show(want.shape)
     if each is None:
@@ -105,11 +105,11 @@ def _slots(case: Case, matching: Matching) -> Iterator[Mismatch]:
             yield Mismatch("name", each.name, each.name, case.called(slot), None, slot.producer, cause=cause)
         declared = [*_declared(case, slot, each)]
         yield from declared
-        makers = [landing.module or landing.skip for landing in each.landings]
+        makers = [add.module or add.skip for add in each.adds]
         known = slot.producer if not case.itself else ""  # the file's own table says where it is, not where it should be
         expected = f"added to the output of {known or 'its own module'}"
-        if not each.landings or not each.live:
-            observed = "no effect on the output" if each.landings else "added to nothing"
+        if not each.adds or not each.live:
+            observed = "no effect on the output" if each.adds else "added to nothing"
             yield Mismatch("unused", each.name, observed, expected, None, slot.producer, cause=_NOTHING)
         elif len(makers) > 1:
             yield Mismatch("order", each.name, f"added to {', '.join(makers)}", "added once", None, slot.producer)
@@ -126,20 +126,20 @@ def _wrong_places(case: Case, matching: Matching) -> dict[str, str]:
     Each skip is computed from the one before it: their order in the graph is that of the slots, whatever the shapes. Where
     names tell the modules that make the skips, a residual in the place of a missing one is seen too.
     """
-    placed = [each for each in case.roles.slots if each.landings and case.roles.position(each) is not None]
+    placed = [each for each in case.roles.slots if each.adds and case.roles.position(each) is not None]
     named = sorted(placed, key=lambda each: case.roles.position(each) or 0)
     pairs = zip(placed, named, strict=True)  # two that share a skip, as KOALA's last ones do, may change places
-    found = {each.name: owner.name for each, owner in pairs if each.landings[0].rank != owner.landings[0].rank}
+    found = {each.name: owner.name for each, owner in pairs if each.adds[0].rank != owner.adds[0].rank}
     owners = {slot.producer: case.called(slot) for slot, _ in reversed(matching.slots) if slot.producer}
     for slot, each in matching.slots:
-        if each is not None and each.landings and each.name not in found:
-            makers = [producer for producer in owners if f"{each.landings[0].module}.".startswith(f"{producer}.")]
+        if each is not None and each.adds and each.name not in found:
+            makers = [producer for producer in owners if f"{each.adds[0].module}.".startswith(f"{producer}.")]
             if makers and slot.producer not in makers:
                 found[each.name] = owners[max(makers, key=len)]
     return found
 
 
-def _declared(case: Case, slot: Slot, each: Tensor) -> Iterator[Mismatch]:
+def _declared(case: Case, slot: Slot, each: GraphTensor) -> Iterator[Mismatch]:
     """The shape the file declares for a residual."""
     if each.dims is None:
         return
@@ -167,10 +167,10 @@ def _fixed(dim: Dim, fixed: Mapping[str, int]) -> int | None:
         return None
 
 
-def _skip(case: Case, slot: Slot, each: Tensor) -> Iterator[Mismatch]:
+def _skip(case: Case, slot: Slot, each: GraphTensor) -> Iterator[Mismatch]:
     """What the residual is added to, as measured, against the contract's skip: the first size at which they differ."""
     skips = [replace(one, spatial="full") for one in case.contract.residuals]
-    for geometry, shape in case.survey.measured(each.landings[0].skip).items():
+    for geometry, shape in case.survey.measured(each.adds[0].skip).items():
         if geometry.height % case.contract.divisor == 0 and geometry.width % case.contract.divisor == 0:
             expected = {one.name: one.shape_at(geometry) for one in skips}
             for found in compare(skips, geometry, expected | {slot.name: shape}):
@@ -188,7 +188,7 @@ def _surplus(case: Case, matching: Matching) -> Iterator[Mismatch]:
 
 def _symbols(matching: Matching, wrong: set[str]) -> Iterator[Mismatch]:
     """Equal sizes under different names, and one name for different sizes; inputs that are wrong otherwise are left out."""
-    pairs: list[tuple[Input | Slot, Tensor | None]] = [*matching.inputs, *matching.slots]
+    pairs: list[tuple[Input | Slot, GraphTensor | None]] = [*matching.inputs, *matching.slots]
     names: dict[str, list[str | None]] = defaultdict(list)
     meanings: dict[str, dict[str, str]] = defaultdict(dict)
     for want, each in pairs:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from shapecheck.contract import Contract, Dim, Input, Slot
 from shapecheck.contract import naming as namings
 from shapecheck.contract.naming import SHAPECHECK, Naming, is_feature
-from shapecheck.onnx.reading import Reading, Tensor
+from shapecheck.onnx.reading import GraphTensor, Reading
 
 _OTHERS = {
     "x": ("sample",),
@@ -35,31 +35,31 @@ class Roles:
 
     naming: Naming | None
     """Of the residuals, which a UNet takes and a ControlNet gives."""
-    slots: tuple[Tensor, ...]
+    slots: tuple[GraphTensor, ...]
     """In the order in which the graph makes their skips; those that are added to nothing last."""
-    base: tuple[Tensor, ...]
+    base: tuple[GraphTensor, ...]
     is_controlnet: bool
-    features: tuple[Tensor, ...] = ()
+    features: tuple[GraphTensor, ...] = ()
     """Of a T2I-Adapter, by our names, which are the only ones known."""
 
     @property
-    def added(self) -> tuple[Tensor, ...]:
+    def added(self) -> tuple[GraphTensor, ...]:
         """Residuals and features."""
         return self.slots + self.features
 
     @property
-    def sample(self) -> Tensor | None:
+    def sample(self) -> GraphTensor | None:
         """The latents: by name, else the only image that is no residual."""
         images = [each for each in self.base if each.is_image and each.dims]
         return next((each for each in self.base if "sample" in roles_of(each)), images[0] if len(images) == 1 else None)
 
-    def symbols(self, each: Tensor) -> tuple[str | None, ...]:
+    def symbols(self, each: GraphTensor) -> tuple[str | None, ...]:
         """Which size of a call each axis of a base input is: of batch, h, w, tokens; None for none of them."""
         rank = len(each.dims or ())
         known = _SYMBOLS.get("sample" if each == self.sample else roles_of(each)[0], ())
         return known if len(known) == rank else ("batch", *[None] * rank)[:rank]
 
-    def position(self, each: Tensor) -> float | None:
+    def position(self, each: GraphTensor) -> float | None:
         """The place in slot order that a name claims, mid last; None where it claims none."""
         index = self.naming.index(each.name) if self.naming else None
         return math.inf if index == -1 else index
@@ -69,10 +69,10 @@ class Roles:
 class Matching:
     """Which graph input stands for what a contract wants."""
 
-    slots: tuple[tuple[Slot, Tensor | None], ...]
+    slots: tuple[tuple[Slot, GraphTensor | None], ...]
     """Of residuals, then of features."""
-    inputs: tuple[tuple[Input, Tensor | None], ...]
-    surplus: tuple[Tensor, ...]
+    inputs: tuple[tuple[Input, GraphTensor | None], ...]
+    surplus: tuple[GraphTensor, ...]
     renamed: frozenset[str]
 
     @property
@@ -82,7 +82,7 @@ class Matching:
         return (*inputs, *((own.name, each.name) for own, each in self.slots if each is not None))
 
 
-def roles_of(each: Tensor) -> tuple[str, ...]:
+def roles_of(each: GraphTensor) -> tuple[str, ...]:
     """What diffusers calls this base input; two names for one that joins two."""
     return _OTHERS.get(each.name, (each.name,))
 
@@ -92,7 +92,7 @@ def sort_out(reading: Reading) -> Roles:
     naming = namings.detect(each.name for each in reading.inputs)
     features = tuple(each for each in reading.inputs if is_feature(each.name))
     slots = [each for each in reading.inputs if each not in features and _is_slot(each, naming)]
-    slots.sort(key=lambda each: min((landing.rank for landing in each.landings), default=math.inf))
+    slots.sort(key=lambda each: min((add.rank for add in each.adds), default=math.inf))
     emits = not slots and not features and len(reading.outputs) >= _FEWEST_RESIDUALS
     base = tuple(each for each in reading.inputs if each not in slots and each not in features)
     is_controlnet = emits or any(each.name == "controlnet_cond" for each in base)
@@ -117,13 +117,13 @@ def match(roles: Roles, contract: Contract) -> Matching:
     )
 
 
-def _is_slot(each: Tensor, naming: Naming | None) -> bool:
+def _is_slot(each: GraphTensor, naming: Naming | None) -> bool:
     if naming is not None and naming.index(each.name) is not None:
         return True
-    return each.is_image and bool(each.landings) and "sample" not in roles_of(each)
+    return each.is_image and bool(each.adds) and "sample" not in roles_of(each)
 
 
-def _match_slots(roles: Roles, slots: Iterable[Slot]) -> dict[str, Tensor]:
+def _match_slots(roles: Roles, slots: Iterable[Slot]) -> dict[str, GraphTensor]:
     """By name; what no name tells takes the places that are left, in the order of the graph."""
     claimed = {roles.position(each): each for each in roles.slots}
     places = {slot.name: math.inf if slot.name == SHAPECHECK.mid else SHAPECHECK.index(slot.name) for slot in slots}
@@ -132,7 +132,7 @@ def _match_slots(roles: Roles, slots: Iterable[Slot]) -> dict[str, Tensor]:
     return matched | dict(zip((name for name in places if name not in matched), nameless, strict=False))
 
 
-def _match_inputs(base: Sequence[Tensor], wanted: Iterable[Input]) -> tuple[dict[str, Tensor], list[str]]:
+def _match_inputs(base: Sequence[GraphTensor], wanted: Iterable[Input]) -> tuple[dict[str, GraphTensor], list[str]]:
     """By name; what remains by rank and constant sizes, with the names of those."""
     matched = {role: each for each in base for role in roles_of(each)}
     left = [each for each in base if not {want.name for want in wanted} & set(roles_of(each))]
@@ -146,7 +146,7 @@ def _match_inputs(base: Sequence[Tensor], wanted: Iterable[Input]) -> tuple[dict
     return {want.name: matched[want.name] for want in wanted if want.name in matched}, renamed
 
 
-def _fits(each: Tensor, wanted: Input) -> bool:
+def _fits(each: GraphTensor, wanted: Input) -> bool:
     if each.dims is None or len(each.dims) != len(wanted.shape) or each.is_float != ("float" in wanted.dtype):
         return False
     return all(_may_be(declared, dim) for declared, dim in zip(each.dims, wanted.shape, strict=True))

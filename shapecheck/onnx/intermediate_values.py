@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from shapecheck.contract import Contract, ShapecheckError, Slot
+from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.contract.errors import one_line
-from shapecheck.onnx import file as onnx_file
-from shapecheck.onnx.node_locations import module_in
-from shapecheck.onnx.sanitize import make_sound
-from shapecheck.progress import quiet
+from shapecheck.onnx.file import LARGEST, OnnxFile
+from shapecheck.onnx.node_locations import BLOCK, SCOPES, module_in
+from shapecheck.onnx.reading import SAME_VALUE, SIZE_ONLY, find_sums
 
 LAST = "conv_out"
 """Path of the module that gives the UNet's output."""
@@ -23,25 +21,6 @@ LAST = "conv_out"
 
 _OURS = re.compile(r"(?P<module>.+)\.out(?:\+(?P<slot>\w+))?")
 """As our own exporter names blocks' outputs and sums."""
-
-
-_BLOCK = re.compile(r"conv_in|down_blocks\.\d+\.\w+\.\d+|mid_block|up_blocks\.\d+")
-"""Modules whose outputs are compared: those that `export` names, too."""
-
-
-_SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-_SAME_VALUE = ("Cast", "CastLike", "Identity")
-
-
-_SCALED = ("Mul", "Div")
-
-
-_SUMS = ("Add", "Sum")
-
-
-_SIZE_ONLY = ("Shape", "Size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,30 +50,46 @@ class _Sum:
     value: ir.Value
 
 
-def inner_values(path: Path, contract: Contract, names: Mapping[str, str]) -> tuple[Inner, ...]:
-    """The values of an ONNX file that can be compared with the UNet's own, in the order in which the graph computes them.
+def find_values(file: OnnxFile, contract: Contract, names: Mapping[str, str]) -> tuple[Inner, ...]:
+    """Return the values of an ONNX file that can be compared with the UNet's own, in the order of the graph.
 
     `names` is what the file calls the contract's inputs and slots, of those it has. Blocks' outputs are found by our own
     names, or by those that PyTorch's exporters derive from modules; skips and sums by the additions too. A slot's place is
     told by its skip, so that exchanged residuals do not agree; a residual that the file ignores has the bare skip for its
     sum. Last comes the output, under `conv_out`.
-    Raises ShapecheckError where the file is no sound ONNX model.
+    Raises ShapecheckError if the file is no sound ONNX model.
     """
-    proto = onnx_file.load(path)
-    known = {name for node in proto.graph.node for name in node.output}  # without what lies in functions
-    found = _Finder(_graph(path, proto), contract, names).values()
-    return tuple(each for each in found if each.value in known)
+    values = _Finder(file.make_ir().graph, contract, names).values()
+    return tuple(value for value in values if value.value in file.computed_names)
 
 
-def _graph(path: Path, proto: onnx.ModelProto) -> ir.Graph:
-    try:
-        with quiet("onnx_ir"):
-            model = ir.from_proto(proto)
-            make_sound(model)
-    except Exception as error:  # the graph is the user's: whatever a library raises over it is told to the user
-        reason = one_line(" ".join(f"{type(error).__name__}: {error}".split()), 300)
-        raise ShapecheckError(f"{path}: not a sound ONNX graph ({reason}); export or download it again") from None
-    return model.graph
+def name_output(value: str) -> str:
+    """Return what `add_outputs` calls the output that shows a value."""
+    return f"shapecheck.marked/{value}"
+
+
+def add_outputs(file: OnnxFile, values: Iterable[str]) -> bytes:
+    """Return an ONNX file whose further outputs, named by `name_output`, are these of its values as float32.
+
+    Weights in other files stay there and are not read: the bytes are to be opened with the file's folder. Raises
+    ShapecheckError if the file has no such value, or if it would not fit into one message of protobuf (2 GiB).
+    """
+    values = tuple(dict.fromkeys(values))
+    if unknown := [value for value in values if value not in file.computed_names]:
+        raise ShapecheckError(f"{file} has no value {one_line(', '.join(unknown), 300)}")
+    graph, further = file.proto.graph, onnx.ModelProto()
+    declared = {info.name: info.type.tensor_type.elem_type for info in (*graph.output, *graph.value_info)}
+    for value in values:
+        # float64 if the file says so of the value, or computes in it altogether
+        is_double = declared.get(value, graph.output[0].type.tensor_type.elem_type) == onnx.TensorProto.DOUBLE
+        element = onnx.TensorProto.DOUBLE if is_double else onnx.TensorProto.FLOAT
+        further.graph.node.append(onnx.helper.make_node("Cast", [value], [name_output(value)], to=element))
+        further.graph.output.append(onnx.helper.make_tensor_value_info(name_output(value), element, None))
+    # Protobuf reads two messages in a row as one, with repeated fields joined: the file's own is neither changed nor copied.
+    data = bytes(file.proto.SerializeToString() + further.SerializeToString())
+    if len(data) >= LARGEST:
+        raise ShapecheckError(f"{file} cannot be given further outputs: it would exceed 2 GiB, the most protobuf holds")
+    return data
 
 
 class _Finder:
@@ -108,7 +103,9 @@ class _Finder:
         self._residuals = {slot: value for slot, value in wanted.items() if value is not None}
         ours = [match for value in self._ranks if (match := _OURS.fullmatch(value.name or ""))]
         self._ours = {match[0]: match for match in ours if match["slot"] is None or match["slot"] in wanted}
-        self._blocks = self._named_outputs() if self._ours else _module_outputs(graph)
+        named = {value.name: value for value in self._ranks}
+        own_blocks = {match["module"]: named[name] for name, match in self._ours.items() if match["slot"] is None}
+        self._blocks = own_blocks if self._ours else _module_outputs(graph)
 
     def values(self) -> Iterator[Inner]:
         sums = self._placed_sums()
@@ -119,10 +116,6 @@ class _Finder:
         found += self._ignored(sums, blocks)
         yield from (each for _, each in sorted(found, key=lambda pair: pair[0]))
         yield from (Inner(value.name or "", LAST) for value in self._graph.outputs[:1])
-
-    def _named_outputs(self) -> dict[str, ir.Value]:
-        named = {value.name: value for value in self._ranks}
-        return {match["module"]: named[name] for name, match in self._ours.items() if match["slot"] is None}
 
     def _inner(self, value: ir.Value, slot: str) -> Inner:
         return Inner(value.name or "", self._contract.slot(slot).producer, slot)
@@ -146,8 +139,12 @@ class _Finder:
     def _sums(self) -> list[_Sum]:
         """The additions in the order of their skips; a residual that is added twice in a row counts once, as it goes on."""
         found: dict[ir.Value, _Sum] = {}
-        additions = [_Sum(slot, *pair) for slot, given in self._residuals.items() for pair in _additions(given)]
-        additions = [each for each in additions if {each.skip, each.value} <= self._ranks.keys()]  # not those in a branch
+        additions = [
+            _Sum(slot, skip, value)
+            for slot, residual in self._residuals.items()
+            for skip, _, value in find_sums(residual)
+            if {skip, value} <= self._ranks.keys()  # not those in a branch
+        ]
         for each in sorted(additions, key=lambda each: self._ranks[each.value]):
             before = found.get(each.skip)
             if before is not None and before.residual == each.residual:
@@ -162,43 +159,12 @@ class _Finder:
         """The skips whose residuals the graph ignores, each before the sum of the next slot that has one."""
         slots = self._contract.slots
         for index, slot in enumerate(slots):
-            skip = blocks.get(slot.producer)
-            if slot.name in sums or skip is None or not self._is_dead(slot):
+            skip, residual = blocks.get(slot.producer), self._residuals.get(slot.name)
+            is_read = residual is not None and any(node.op_type not in SIZE_ONLY for node in residual.consumers())
+            if slot.name in sums or skip is None or is_read:
                 continue
             later = [self._ranks[sums[each.name].value] for each in slots[index:] if each.name in sums]
             yield (min(later) - 0.5 if later else self._ranks[skip] + 0.5), self._inner(skip, slot.name)
-
-    def _is_dead(self, slot: Slot) -> bool:
-        residual = self._residuals.get(slot.name)
-        return residual is None or all(node.op_type in _SIZE_ONLY for node in residual.consumers())
-
-
-def _additions(residual: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
-    """Every skip that the residual, scaled or cast on its way, is added to, with the sum."""
-    waiting, seen = [residual], {residual}
-    for value in waiting:  # which grows on the way
-        for node in value.consumers():
-            others = [each for each in node.inputs if each is not None and each is not value]
-            if node.op_type in _SAME_VALUE or (node.op_type in _SCALED and all(map(_is_scalar, others))):
-                waiting += {*node.outputs[:1]} - seen
-                seen |= {*node.outputs[:1]}
-            elif node.op_type in _SUMS and len(others) == 1:
-                skip = _origin(others[0])
-                maker = skip.producer()
-                if maker is not None and maker.op_type != "Constant":
-                    yield skip, node.outputs[0]
-
-
-def _origin(value: ir.Value) -> ir.Value:
-    """The value before casts, which exporters insert between a module and its consumer."""
-    while (node := value.producer()) is not None and node.op_type in _SAME_VALUE and node.inputs and node.inputs[0]:
-        value = node.inputs[0]
-    return value
-
-
-def _is_scalar(value: ir.Value) -> bool:
-    producer = value.producer()
-    return all(dim == 1 for dim in value.shape) if value.shape is not None else producer is not None and not producer.inputs
 
 
 def _module_outputs(graph: ir.Graph) -> dict[str, ir.Value]:
@@ -216,9 +182,9 @@ def _module_outputs(graph: ir.Graph) -> dict[str, ir.Value]:
 
 def _block_of(node: ir.Node) -> str:
     """The block that a node is in; empty where no name tells."""
-    texts = (node.name or "", node.outputs[0].name or "", node.metadata_props.get(_SCOPES, ""))
+    texts = (node.name or "", node.outputs[0].name or "", node.metadata_props.get(SCOPES, ""))
     module = next(filter(None, map(module_in, texts)), "")
-    match = _BLOCK.match(module)
+    match = BLOCK.match(module)
     return match[0] if match else ""
 
 
@@ -235,40 +201,8 @@ def _leaves(value: ir.Value, block: str, blocks: Mapping[ir.Node, str]) -> bool:
     waiting = [value]
     for each in waiting:  # which grows on the way
         for node in each.consumers():
-            if node.op_type in _SAME_VALUE and node not in blocks:
+            if node.op_type in SAME_VALUE and node not in blocks:
                 waiting += node.outputs[:1]
-            elif node.op_type not in _SIZE_ONLY and blocks.get(node) != block:
+            elif node.op_type not in SIZE_ONLY and blocks.get(node) != block:
                 return True
     return False
-
-
-def output_name(value: str) -> str:
-    """What `marked` calls the output that shows a value."""
-    return f"shapecheck.marked/{value}"
-
-
-def marked(path: Path, values: Iterable[str]) -> bytes:
-    """An ONNX file whose further outputs, named by `output_name`, are these of its values as float32.
-
-    Weights in other files stay there and are not read: the bytes are to be opened with the file's folder. Raises
-    ShapecheckError where the file has no such value, or where it would not fit into one message of protobuf (2 GiB).
-    """
-    proto, values = onnx_file.load(path), tuple(dict.fromkeys(values))
-    known = {name for node in proto.graph.node for name in node.output}
-    if unknown := [value for value in values if value not in known]:
-        raise ShapecheckError(f"{path} has no value {one_line(', '.join(unknown), 300)}")
-    for value in values:
-        element = _element(proto.graph, value)
-        proto.graph.node.append(onnx.helper.make_node("Cast", [value], [output_name(value)], to=element))
-        proto.graph.output.append(onnx.helper.make_tensor_value_info(output_name(value), element, None))
-    try:
-        return bytes(proto.SerializeToString())
-    except Exception as error:  # protobuf's own error class, or ValueError
-        raise ShapecheckError(f"{path} cannot be given further outputs: {one_line(error, 200)}") from None
-
-
-def _element(graph: onnx.GraphProto, value: str) -> int:
-    """float64 where the file says so of the value, or computes in it altogether; else float32."""
-    declared = {each.name: each.type.tensor_type.elem_type for each in (*graph.output, *graph.value_info)}
-    is_double = declared.get(value, graph.output[0].type.tensor_type.elem_type) == onnx.TensorProto.DOUBLE
-    return int(onnx.TensorProto.DOUBLE if is_double else onnx.TensorProto.FLOAT)

@@ -9,6 +9,14 @@ import onnx_ir as ir
 
 from shapecheck.contract import Contract
 
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch's newer exporter leaves the modules a node comes from, outermost first."""
+
+
+BLOCK = re.compile(r"conv_in|down_blocks\.\d+\.\w+\.\d+|mid_block|up_blocks\.\d+")
+"""Modules whose outputs become skips, or are compared block by block."""
+
+
 _MODULE = re.compile(r"(?:(?:down_blocks|up_blocks)\.\d+|mid_block|conv_in)(?:\.[a-z]\w*|\.\d+)*")
 
 

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.contract import Contract
 from shapecheck.contract.errors import one_line
 from shapecheck.contract.naming import torch_name
-from shapecheck.onnx import file as onnx_file
-from shapecheck.onnx.node_locations import Places, module_in
-from shapecheck.onnx.sanitize import LONGEST_NAME, make_sound
+from shapecheck.onnx.node_locations import SCOPES, Places, module_in
+from shapecheck.onnx.sanitize import LONGEST_NAME, report_unsound
 from shapecheck.onnx.shapes import Shapes, parameters_to_inputs, shapes_at
-from shapecheck.progress import quiet
 
 DeclaredDim = int | str | None
 """A number, a name, or nothing where the file gives neither."""
 
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's newer exporter leaves the modules a node comes from, outermost first."""
-
-
-_SAME_VALUE = ("Cast", "CastLike", "Identity")
+SAME_VALUE = ("Cast", "CastLike", "Identity")
 
 
 _SCALED = ("Mul", "Div")
@@ -36,11 +29,12 @@ _SCALED = ("Mul", "Div")
 _SUMS = ("Add", "Sum")
 
 
-_SIZE_ONLY = ("Shape", "Size")
+SIZE_ONLY = ("Shape", "Size")
+"""Operators that read no values."""
 
 
 @dataclass(frozen=True, slots=True)
-class Landing:
+class ResidualAdd:
     """One sum that consumes a graph input."""
 
     skip: str
@@ -52,7 +46,7 @@ class Landing:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class GraphTensor:
     """An input or output of the graph as the file declares it."""
 
     name: str
@@ -60,7 +54,7 @@ class Tensor:
     dims: tuple[DeclaredDim, ...] | None
     live: bool = True
     """Whether its values, not only its size, can reach an output."""
-    landings: tuple[Landing, ...] = ()
+    adds: tuple[ResidualAdd, ...] = ()
     measured: bool = False
     """Whether the graph reads sizes off it."""
 
@@ -86,22 +80,21 @@ class Reading:
 
     path: Path
     producer: str
-    metadata: Mapping[str, str]
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[GraphTensor, ...]
     """Without parameters, which some exporters list among the inputs."""
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[GraphTensor, ...]
     unknown: tuple[str, ...]
     """Operators onnx does not know, behind which no size can be followed."""
     _model: ir.Model = field(repr=False, compare=False)
 
     @property
-    def image(self) -> Tensor | None:
+    def image(self) -> GraphTensor | None:
         """The first output that may be (batch, channels, height, width)."""
         return next((each for each in self.outputs if each.is_image), None)
 
     def at(self, given: Mapping[str, Sequence[int | None]]) -> Shapes:
         """Every shape where the inputs have these; see `shapes_at`."""
-        with _told_of(self.path):
+        with report_unsound(self.path):
             return shapes_at(self._model, given)
 
     def places(self, contract: Contract, names: Mapping[str, str]) -> Places:
@@ -109,49 +102,30 @@ class Reading:
         return Places(self._model, contract, names)
 
 
-def read(path: Path) -> Reading:
-    """Read an ONNX file, without the weights beside it or in it. Raises ShapecheckError where it is no sound ONNX model."""
-    proto = onnx_file.load(path)
-    with _told_of(path), quiet("onnx_ir"):
-        model = ir.from_proto(proto)
-        make_sound(model)
-    return _reading(path, model)
-
-
-@contextmanager
-def _told_of(path: Path) -> Iterator[None]:
-    """The graph is the user's: whatever a library raises over it is told to the user."""
-    try:
-        yield
-    except Exception as error:
-        reason = one_line(" ".join(f"{type(error).__name__}: {error}".split()), 300)
-        raise ShapecheckError(f"{path}: not a sound ONNX graph ({reason}); export or download it again") from None
-
-
-def _reading(path: Path, model: ir.Model) -> Reading:
+def read_graph(path: Path, model: ir.Model) -> Reading:
+    """Read a sanitized model, which is the reading's own from then on: its weights are taken out."""
     graph = model.graph
-    own = [value for value in graph.inputs if not _is_parameter(value)]
+    declared = [value for value in graph.inputs if not _is_parameter(value)]
     parameters_to_inputs(graph)
     live = _live(graph)
     ranks = {node: rank for rank, node in enumerate(graph)}
     return Reading(
         path,
         one_line(" ".join(filter(None, (model.producer_name, model.producer_version)))),
-        dict(model.metadata_props),
-        tuple(_tensor(value, live, _landings(value, ranks)) for value in own),
+        tuple(_tensor(value, live, _find_adds(value, ranks)) for value in declared),
         tuple(_tensor(value, live, ()) for value in graph.outputs),
         tuple(sorted({one_line(node.op_type) for node in graph if not _is_known(node, model)})),
         model,
     )
 
 
-def _tensor(value: ir.Value, live: frozenset[ir.Value], landings: tuple[Landing, ...]) -> Tensor:
+def _tensor(value: ir.Value, live: frozenset[ir.Value], adds: tuple[ResidualAdd, ...]) -> GraphTensor:
     dtype = value.dtype.name if value.dtype is not None else "unknown"
     dims = None
     if value.shape is not None:
         dims = tuple(map(_dim, value.shape))
-    measured = any(node.op_type in _SIZE_ONLY for node in value.consumers())
-    return Tensor(_name(value), torch_name(dtype), dims, value in live, landings, measured)
+    measured = any(node.op_type in SIZE_ONLY for node in value.consumers())
+    return GraphTensor(_name(value), torch_name(dtype), dims, value in live, adds, measured)
 
 
 def _dim(dim: int | ir.SymbolicDim) -> DeclaredDim:
@@ -161,32 +135,33 @@ def _dim(dim: int | ir.SymbolicDim) -> DeclaredDim:
     return one_line(dim.value, LONGEST_NAME) if dim.value else None
 
 
-def _landings(given: ir.Value, ranks: Mapping[ir.Node, int]) -> tuple[Landing, ...]:
-    """Every sum of the value, scaled or cast on its way, with something the graph computes."""
-    found: list[Landing] = []
-    waiting, seen = [given], {given}
-    for value in waiting:  # which grows on the way
-        for node in value.consumers():
-            others = [each for each in node.inputs if each is not None and each is not value]
-            if node.op_type in _SAME_VALUE or (node.op_type in _SCALED and all(map(_is_scalar, others))):
-                waiting += {*node.outputs[:1]} - seen
-                seen |= {*node.outputs[:1]}
-            elif node.op_type in _SUMS and len(others) == 1:
-                found += _landing(_origin(others[0]), ranks)
+def _find_adds(residual: ir.Value, ranks: Mapping[ir.Node, int]) -> tuple[ResidualAdd, ...]:
+    found = []
+    for skip, maker, _ in find_sums(residual):
+        texts = (_name(skip), maker.name or "", maker.metadata_props.get(SCOPES, ""))
+        found.append(ResidualAdd(_name(skip), next(filter(None, map(module_in, texts)), ""), ranks[maker]))
     return tuple(found)
 
 
-def _landing(skip: ir.Value, ranks: Mapping[ir.Node, int]) -> Iterator[Landing]:
-    """A sum with this value, where the graph computes it."""
-    maker = skip.producer()
-    if maker is not None and maker.op_type != "Constant":
-        texts = (_name(skip), maker.name or "", maker.metadata_props.get(_SCOPES, ""))
-        yield Landing(_name(skip), next(filter(None, map(module_in, texts)), ""), ranks[maker])
+def find_sums(residual: ir.Value) -> Iterator[tuple[ir.Value, ir.Node, ir.Value]]:
+    """Yield each skip that a value, scaled or cast on its way, is added to; the node that makes the skip; and the sum."""
+    waiting, seen = [residual], {residual}
+    for value in waiting:  # which grows on the way
+        for node in value.consumers():
+            others = [other for other in node.inputs if other is not None and other is not value]
+            if node.op_type in SAME_VALUE or (node.op_type in _SCALED and all(map(_is_scalar, others))):
+                waiting += {*node.outputs[:1]} - seen
+                seen |= {*node.outputs[:1]}
+            elif node.op_type in _SUMS and len(others) == 1:
+                skip = _origin(others[0])
+                maker = skip.producer()
+                if maker is not None and maker.op_type != "Constant":
+                    yield skip, maker, node.outputs[0]
 
 
 def _origin(value: ir.Value) -> ir.Value:
     """The value before casts, which exporters insert between a module and its consumer."""
-    while (node := value.producer()) is not None and node.op_type in _SAME_VALUE and node.inputs and node.inputs[0]:
+    while (node := value.producer()) is not None and node.op_type in SAME_VALUE and node.inputs and node.inputs[0]:
         value = node.inputs[0]
     return value
 
@@ -201,7 +176,7 @@ def _live(graph: ir.Graph) -> frozenset[ir.Value]:
     """The values some output depends on by more than their size."""
     found = set(graph.outputs)
     for node in reversed(graph):
-        if node.op_type not in _SIZE_ONLY and any(output in found for output in node.outputs):
+        if node.op_type not in SIZE_ONLY and any(output in found for output in node.outputs):
             inner = [each for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH
                      for each in attribute.as_graph().all_nodes()]  # fmt: skip
             found |= {value for each in (node, *inner) for value in each.inputs if value is not None}

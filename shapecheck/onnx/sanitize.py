@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from shapecheck.contract import ShapecheckError
 from shapecheck.contract.errors import one_line
+from shapecheck.progress import quiet
 
 _MOST_NODES = 200_000
 """More than any UNet has, its functions written out."""
@@ -17,9 +22,29 @@ LONGEST_NAME = 500
 """Characters of a name that are kept."""
 
 
-def make_sound(model: ir.Model) -> None:
-    """Write functions out, sort the nodes, and rename what could not be shown. Raises ValueError where that cannot be done."""
-    _refuse_endless(model)
+@contextmanager
+def report_unsound(path: Path) -> Iterator[None]:
+    """Turn whatever a library raises over a graph into a ShapecheckError: the graph is the user's."""
+    try:
+        yield
+    except Exception as error:
+        reason = one_line(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+        raise ShapecheckError(f"{path}: not a sound ONNX graph ({reason}); export or download it again") from None
+
+
+def convert(path: Path, proto: onnx.ModelProto) -> ir.Model:
+    """Return a new sanitized model of the file at `path`. Raises ShapecheckError if the graph is not sound."""
+    with report_unsound(path), quiet("onnx_ir"):
+        model = ir.from_proto(proto)
+        sanitize(model)
+    return model
+
+
+def sanitize(model: ir.Model) -> None:
+    """Write functions out, sort the nodes, and rename what could not be shown. Raises ValueError if that cannot be done."""
+    nodes = [*model.graph.all_nodes(), *(node for function in model.functions.values() for node in function.all_nodes())]
+    if _count_inlined(nodes, model, {}) > _MOST_NODES:  # functions that call functions could never be written out
+        raise ValueError(f"its functions come to more than {_MOST_NODES} nodes")
     passes.InlinePass()(model)
     model.graph.sort()
     _refuse_undecoded(model)
@@ -27,21 +52,14 @@ def make_sound(model: ir.Model) -> None:
     _make_printable(model)
 
 
-def _refuse_endless(model: ir.Model) -> None:
-    """Raise ValueError where functions that call functions come to more nodes than can be written out."""
-    nodes = [*model.graph.all_nodes(), *(node for function in model.functions.values() for node in function.all_nodes())]
-    if _written_out(nodes, model, {}) > _MOST_NODES:
-        raise ValueError(f"its functions come to more than {_MOST_NODES} nodes")
-
-
-def _written_out(nodes: Iterable[ir.Node], model: ir.Model, sizes: dict[ir.OperatorIdentifier, int]) -> int:
-    """How many nodes these are with every call replaced by its function; `sizes` keeps what is known of functions."""
+def _count_inlined(nodes: Iterable[ir.Node], model: ir.Model, sizes: dict[ir.OperatorIdentifier, int]) -> int:
+    """Count these nodes with every call replaced by its function; `sizes` keeps what is known of functions."""
     count = 0
     for node in nodes:
         called = node.op_identifier()
         if called in model.functions and called not in sizes:
             sizes[called] = _MOST_NODES  # while it is counted: what calls itself is too large
-            sizes[called] = _written_out(model.functions[called].all_nodes(), model, sizes)
+            sizes[called] = _count_inlined(model.functions[called].all_nodes(), model, sizes)
         count += 1 + sizes.get(called, 0)
     return count
 

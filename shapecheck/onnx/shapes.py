@@ -69,15 +69,11 @@ def _sized(proto: onnx.ModelProto, given: Mapping[str, Sequence[int | None]]) ->
         each.type.tensor_type.ClearField("shape")
     for node in proto.graph.node:
         if node.op_type == "GroupNormalization" and not node.domain:
-            _keep_shape(node)
+            # onnx has no inference rule for it; what it does to a shape is nothing
+            node.op_type = "Identity"
+            del node.input[1:]
+            del node.attribute[:]
     return proto
-
-
-def _keep_shape(node: onnx.NodeProto) -> None:
-    """Let an operator that onnx has no inference rule for stand for what it does to a shape: nothing."""
-    node.op_type = "Identity"
-    del node.input[1:]
-    del node.attribute[:]
 
 
 def _inferred(proto: onnx.ModelProto) -> Shapes:

@@ -9,7 +9,7 @@ from shapecheck.contract import Dim, Geometry, Shape, show
 from shapecheck.contract.dims import BATCH, constant
 from shapecheck.observe import sizes
 from shapecheck.onnx.input_roles import Roles
-from shapecheck.onnx.reading import DeclaredDim, Reading, Tensor
+from shapecheck.onnx.reading import DeclaredDim, GraphTensor, Reading
 from shapecheck.onnx.shapes import Shapes
 from shapecheck.progress import Progress
 
@@ -121,17 +121,17 @@ class _Trial:
         """
         given = {each.name: self._given(each, geometry) for each in self._roles.base if each.dims is not None}
         given |= {each.name: (1, 1, 1, 1) for each in self._roles.added}
-        measured = [each for each in self._roles.added if each.measured and each.landings]
+        measured = [each for each in self._roles.added if each.measured and each.adds]
         run = self._reading.at(given)
         for _ in measured:
-            seen = {each.name: run.known.get(each.landings[0].skip, given[each.name]) for each in measured}
+            seen = {each.name: run.known.get(each.adds[0].skip, given[each.name]) for each in measured}
             if seen.items() <= given.items():
                 break
             given |= seen
             run = self._reading.at(given)
         return run
 
-    def _given(self, each: Tensor, geometry: Geometry) -> Sequence[int | None]:
+    def _given(self, each: GraphTensor, geometry: Geometry) -> Sequence[int | None]:
         """What a base input measures at this size, as far as its declared shape tells."""
         return [_size(*axis, geometry) for axis in zip(each.dims or (), self._roles.symbols(each), strict=True)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import warnings
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from shapecheck.contract import Contract, Dim, Geometry, Input, Shape, ShapecheckError, Slot
+from shapecheck.contract import Contract, Dim, Geometry, ShapecheckError, Slot
 from shapecheck.contract.dims import BATCH, HEIGHT, WIDTH, constant
 from shapecheck.contract.errors import one_line
 from shapecheck.contract.naming import is_feature
 from shapecheck.models.forward_call import added, grouped
+from shapecheck.onnx.node_locations import BLOCK, SCOPES
 from shapecheck.progress import quiet
 
 OUTPUT = "out_sample"
@@ -25,13 +25,6 @@ OUTPUT = "out_sample"
 
 
 _PREFIX = "model."
-
-
-_SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-_GIVES_ON = re.compile(r"conv_in|down_blocks\.\d+\.\w+\.\d+|mid_block|up_blocks\.\d+")
-"""Modules whose outputs become skips, or are compared block by block."""
 
 
 class _Fits:
@@ -108,7 +101,7 @@ def trace_controlnet(model: nn.Module, contract: Contract, opset: int) -> ir.Mod
 
 def modules(node: ir.Node) -> list[str]:
     """The paths of the modules a node was traced in, outermost first; the model itself is the empty path."""
-    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
     return [str(scope).removeprefix(_PREFIX.rstrip(".")).removeprefix(".") for scope in scopes[1:-1]]
 
 
@@ -132,8 +125,10 @@ def drop_traces(model: ir.Model) -> None:
 
 def _trace(model: nn.Module, contract: Contract, residuals: list[Tensor], opset: int) -> ir.Model:
     geometry = _odd_geometry(contract)
-    tensors = [_empty(each.shape_at(geometry), getattr(torch, each.dtype)) for each in contract.inputs]
-    dynamic: list[dict[int, Any]] = [_dynamic_axes(each) for each in contract.inputs]
+    tensors, dynamic = [], []
+    for given in contract.inputs:
+        tensors.append(torch.empty(given.shape_at(geometry), device="meta", dtype=getattr(torch, given.dtype)))
+        dynamic.append({axis: torch.export.Dim.AUTO for axis, dim in enumerate(given.shape) if dim.symbol is not None})
     dynamic += [{} for _ in residuals]
     graph = _exported(_Flat(model, contract), (*tensors, *residuals), dynamic, opset)
     _keep_scopes(graph)
@@ -165,22 +160,14 @@ def _odd_geometry(contract: Contract) -> Geometry:
     return Geometry(2, contract.divisor * smallest, contract.divisor * (smallest + 8))
 
 
-def _empty(shape: Shape, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, device="meta", dtype=dtype)
-
-
-def _dynamic_axes(each: Input) -> dict[int, Any]:
-    return {axis: torch.export.Dim.AUTO for axis, dim in enumerate(each.shape) if dim.symbol is not None}
-
-
 def _keep_scopes(model: ir.Model) -> None:
     """Drop the stack traces: they outweigh the graph, and every check of it would copy them."""
     for graph in (model.graph, *model.functions.values()):
         for node in graph:
-            scopes = node.metadata_props.get(_SCOPES)
+            scopes = node.metadata_props.get(SCOPES)
             node.metadata_props.clear()
             if scopes is not None:
-                node.metadata_props[_SCOPES] = scopes
+                node.metadata_props[SCOPES] = scopes
 
 
 def _parameters_to_inputs(model: ir.Model) -> None:
@@ -215,14 +202,11 @@ def _promote(model: ir.Model) -> None:
 def _simplify(model: ir.Model) -> None:
     """Fold what is constant and share what is equal; the rewriter's other rules take a minute and gain nothing here."""
     passes.InlinePass()(model)
-    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_unless_transposed)
+    # Never fold a transposed weight into a copy of it.
+    should_fold = lambda node: False if node.op_type == "Transpose" else None  # noqa: E731
+    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
-
-
-def _unless_transposed(node: ir.Node) -> bool | None:
-    """What the folding pass asks: never fold a transposed weight into a copy of it."""
-    return False if node.op_type == "Transpose" else None
 
 
 def _symbolic(shape: tuple[Dim, ...]) -> ir.Shape:
@@ -242,6 +226,6 @@ def _name_outputs(model: ir.Model) -> None:
     """What conv_in, the parts of down blocks, the mid block and the up blocks give: the last value traced in each."""
     last: dict[str, ir.Value] = {}
     for node in model.graph:
-        last |= {module: node.outputs[0] for module in modules(node) if _GIVES_ON.fullmatch(module)}
+        last |= {module: node.outputs[0] for module in modules(node) if BLOCK.fullmatch(module)}
     for module, value in last.items():
         value.name = f"{module}.out"

@@ -13,14 +13,15 @@ from torch import nn
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.naming import detect, is_feature
 from shapecheck.observe.subject import TorchModel
-from shapecheck.onnx import reading, weight_comparison
+from shapecheck.onnx import file as onnx_file
+from shapecheck.onnx import weight_comparison
 from shapecheck.onnx.check import check
 from shapecheck.parity.plan import geometries_of
 from shapecheck.parity.results import Check, Ran, Result
 from shapecheck.runtime.onnx_session import PROVIDERS
-from shapecheck.tensorrt.check import check_engine
+from shapecheck.tensorrt.check import check_engine, compare_with_file
 from shapecheck.tensorrt.profiles import Range, range_of
-from shapecheck.tensorrt.record import read_engine
+from shapecheck.tensorrt.record import Engine, read_engine
 
 _TOLD = 3
 """How many names of a kind a reason gives."""
@@ -29,9 +30,12 @@ _TOLD = 3
 class File(Protocol):
     """What a backend runs, read and not yet opened."""
 
-    path: Path
     contract: Contract
     """Of the model, in the precision of the file."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -42,7 +46,7 @@ class File(Protocol):
         """In what the file is not of its contract."""
 
     @property
-    def graph(self) -> Path | None:
+    def graph(self) -> onnx_file.OnnxFile | None:
         """The ONNX file it is, or was built from; None where there is none, or it is not known."""
 
     @property
@@ -96,14 +100,14 @@ class Model:
 class OnnxFile:
     """An ONNX file."""
 
-    path: Path
+    graph: onnx_file.OnnxFile
     contract: Contract
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Sizes of a call that the file declares as numbers."""
 
     @cached_property
     def _checked(self) -> tuple[dict[str, str], tuple[Mismatch, ...]]:
-        found = check(self.path, self.contract)
+        found = check(self.graph, self.contract)
         return dict(found.names), found.mismatches
 
     @property
@@ -117,9 +121,9 @@ class OnnxFile:
         return self._checked[1]
 
     @property
-    def graph(self) -> Path:
-        """Itself."""
-        return self.path
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.graph.path
 
     @property
     def names_in_graph(self) -> Mapping[str, str]:
@@ -133,7 +137,7 @@ class OnnxFile:
 
     def weights(self, module: nn.Module) -> str | None:
         """In what its weights are not the module's; None where no tensor has a name that tells whose it is."""
-        found = weight_comparison.compare_weights(self.path, module.state_dict())
+        found = weight_comparison.compare_weights(self.graph, module.state_dict())
         if not found.different:
             return "" if found.same else None
         total = len(found.different) + found.same
@@ -141,7 +145,7 @@ class OnnxFile:
 
     def narrower(self) -> tuple[str, ...] | None:
         """Casts, weights and operators of a narrower type than the image that goes in."""
-        return weight_comparison.narrower(self.path, self.contract.dtype)
+        return weight_comparison.find_narrower(self.graph, self.contract.dtype)
 
 
 @dataclass
@@ -149,8 +153,9 @@ class EngineFile:
     """An engine with its record."""
 
     path: Path
+    record: Engine
     contract: Contract
-    graph: Path | None = None
+    graph: onnx_file.OnnxFile | None = None
     """The ONNX file it was built from, where that is given."""
 
     @cached_property
@@ -166,21 +171,18 @@ class EngineFile:
     @cached_property
     def mismatches(self) -> tuple[Mismatch, ...]:
         """What `shapecheck check` finds."""
-        return check_engine(self.path, self.contract).mismatches
+        return check_engine(self.path, self.record, self.contract).mismatches
 
     def geometries(self, ranges: tuple[Range, ...]) -> tuple[Geometry, ...]:
         """Those of the ranges, or of every profile it has."""
-        request = read_engine(self.path).request
+        request = self.record.request
         return geometries_of(self.contract, ranges or tuple(range_of(request.contract, each) for each in request.profiles))
 
     def weights(self, module: nn.Module) -> str | None:
         """Whether it was built from this ONNX file's bytes and weights; None where there is none to ask."""
         if self.graph is None:
             return None
-        found = check_engine(self.path, weights=str(self.graph)).weights
-        if found is None or found.same is None:
-            return None
-        return "" if found.same else f"it was not built from the weights of {self.graph}"
+        return "" if compare_with_file(self.record, self.graph).same else f"it was not built from the weights of {self.graph}"
 
     def narrower(self) -> tuple[str, ...] | None:
         """An engine does not tell."""
@@ -194,12 +196,14 @@ def file_for(backend: str, model: TorchModel, onnx: Path | None, engine: Path | 
     if backend in ("trt", "rtx"):
         if engine is None:
             raise ShapecheckError(f"{backend} runs engines: give one with --engine (`shapecheck build` makes one)")
-        own = read_engine(engine).request.contract
+        record = read_engine(engine)
+        own = record.request.contract
         _refuse_features(engine, [slot.name for slot in own.features])
-        return EngineFile(engine, model.contract(own.dtype, control=bool(own.slots)), onnx)
+        graph = onnx_file.OnnxFile(onnx) if onnx is not None else None
+        return EngineFile(engine, record, model.contract(own.dtype, control=bool(own.slots)), graph)
     if onnx is None:
         raise ShapecheckError(f"{backend} runs ONNX files: give one with --onnx (`shapecheck export` makes one)")
-    return _onnx_file(onnx, model)
+    return _onnx_file(onnx_file.OnnxFile(onnx), model)
 
 
 def judged(check: Check, file: File, ran: Ran, weights: str | None) -> Result:
@@ -222,17 +226,17 @@ def _told(check: Check, fault: str | None, unknown: str = "") -> Result:
     return Result(check, "failed" if fault else "passed", fault)
 
 
-def _onnx_file(path: Path, model: TorchModel) -> OnnxFile:
-    found = reading.read(path)
-    _refuse_features(path, [each.name for each in found.inputs if is_feature(each.name)])
+def _onnx_file(file: onnx_file.OnnxFile, model: TorchModel) -> OnnxFile:
+    found = file.reading
+    _refuse_features(file.path, [each.name for each in found.inputs if is_feature(each.name)])
     image = next((each for each in found.inputs if each.name == "sample"), None)
-    image = image or next((each for each in found.inputs if each.is_image and not each.landings), None)
+    image = image or next((each for each in found.inputs if each.is_image and not each.adds), None)
     if image is None:
-        raise ShapecheckError(f"{path} takes no image (batch, channels, height, width); is it a UNet?")
-    control = any(each.landings for each in found.inputs) or detect(each.name for each in found.inputs) is not None
+        raise ShapecheckError(f"{file} takes no image (batch, channels, height, width); is it a UNet?")
+    control = any(each.adds for each in found.inputs) or detect(each.name for each in found.inputs) is not None
     contract = model.contract(image.dtype, control=control)
     axes = zip(("batch", "", "h", "w"), image.dims or (), strict=False)
-    return OnnxFile(path, contract, {symbol: dim for symbol, dim in axes if symbol and isinstance(dim, int)})
+    return OnnxFile(file, contract, {symbol: dim for symbol, dim in axes if symbol and isinstance(dim, int)})
 
 
 def _refuse_features(path: Path, features: Sequence[str]) -> None:

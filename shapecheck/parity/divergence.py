@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract
-from shapecheck.onnx.intermediate_values import Inner, inner_values, marked, output_name
+from shapecheck.onnx.file import OnnxFile
+from shapecheck.onnx.intermediate_values import Inner, add_outputs, find_values, name_output
 from shapecheck.parity.metrics import compare
 from shapecheck.parity.polygraphy_repro import reproduce
 from shapecheck.parity.results import Divergence, Verdict
@@ -38,7 +39,7 @@ class _Case:
 
 
 def first_divergence(
-    path: Path,
+    file: OnnxFile,
     contract: Contract,
     names: Mapping[str, str],
     inputs: Mapping[str, Tensor],
@@ -62,17 +63,17 @@ def first_divergence(
     Where `folder` is given, what Polygraphy needs to show the same is written there. Raises ShapecheckError where the file
     cannot be read or run.
     """
-    values = inner_values(path, contract, names)
+    values = find_values(file, contract, names)
     expected = reference(values)
     cases = _cases(values, expected, own(values))
-    found = _found(path, cases, inputs, run or in_onnx_runtime(path, names, backend))
+    found = _found(file, cases, inputs, run or in_onnx_runtime(file.path, names, backend))
     agreed: list[str] = []
     for case in cases:
         verdict = _verdict(case, found[case.inner.value], times_own, dtype)
         if not verdict.passes:
             feed = {names[name]: value for name, value in inputs.items() if name in names}
             output = {case.inner.value: case.expected}
-            command = reproduce(path, feed, output, folder, allowed=verdict.allowed, backend=backend) if folder else ""
+            command = reproduce(file, feed, output, folder, allowed=verdict.allowed, backend=backend) if folder else ""
             return Divergence(case.inner.value, case.inner.module, _slot(contract, case.inner), verdict, tuple(agreed), command)
         agreed.append(case.inner.value)
     return None
@@ -94,11 +95,11 @@ def in_onnx_runtime(path: Path, names: Mapping[str, str], backend: str) -> Run:
     return run
 
 
-def _found(path: Path, cases: Sequence[_Case], inputs: Mapping[str, Tensor], run: Run) -> dict[str, Tensor]:
+def _found(file: OnnxFile, cases: Sequence[_Case], inputs: Mapping[str, Tensor], run: Run) -> dict[str, Tensor]:
     """The file's values, by their names in it."""
     values = [case.inner.value for case in cases]
-    outputs = run(marked(path, values), inputs)
-    return {value: outputs[output_name(value)] for value in values}
+    outputs = run(add_outputs(file, values), inputs)
+    return {value: outputs[name_output(value)] for value in values}
 
 
 def _verdict(case: _Case, found: Tensor, times_own: float, dtype: torch.dtype) -> Verdict:

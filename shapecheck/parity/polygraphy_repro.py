@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shapecheck.files import whole
-from shapecheck.onnx import file as onnx_file
-from shapecheck.onnx.external import external_tensors
+from shapecheck.onnx.file import LARGEST, OnnxFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,15 +18,11 @@ if TYPE_CHECKING:
 INPUTS, OUTPUTS = "inputs.json", "torch.json"
 
 
-_LARGEST = 2**31
-"""Bytes: where Polygraphy marks outputs, it puts model and weights into one message of protobuf."""
-
-
 _PROVIDERS = {"ort-cuda": "cuda", "ort-trt": "tensorrt"}
 
 
 def reproduce(
-    path: Path,
+    file: OnnxFile,
     inputs: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     folder: Path,
@@ -42,8 +37,10 @@ def reproduce(
     command is empty, where there is no Polygraphy, where no difference is allowed or denied (NaN), or where values inside
     of a model of more than 2 GiB would have to be marked. Raises ShapecheckError where the folder cannot be written.
     """
-    wanted = [name for name in expected if name not in _outputs(path)]
-    if not math.isfinite(allowed) or (wanted and _size(path) >= _LARGEST):
+    outputs = {value.name for value in file.proto.graph.output}
+    wanted = [name for name in expected if name not in outputs]
+    # Where Polygraphy marks outputs, it puts model and weights into one message of protobuf.
+    if not math.isfinite(allowed) or (wanted and file.size >= LARGEST):
         return ""
     try:
         from polygraphy.comparator import IterationResult, RunResults
@@ -54,20 +51,11 @@ def reproduce(
     for name, content in ((INPUTS, [_arrays(inputs)]), (OUTPUTS, RunResults([("PyTorch", [result])]))):
         with whole(folder / name) as partial:
             save_json(content, str(partial))
-    command = ["polygraphy", "run", str(path), "--onnxrt"]
+    command = ["polygraphy", "run", str(file), "--onnxrt"]
     command += ["--providers", _PROVIDERS[backend]] if backend in _PROVIDERS else []
     command += ["--onnx-outputs", *wanted] if wanted else []
     command += ["--load-inputs", str(folder / INPUTS), "--load-outputs", str(folder / OUTPUTS)]
     return shlex.join([*command, "--atol", f"{allowed:.6g}", "--rtol", "0", "--validate"])
-
-
-def _outputs(path: Path) -> frozenset[str]:
-    return frozenset(each.name for each in onnx_file.load(path).graph.output)
-
-
-def _size(path: Path) -> int:
-    """Bytes of a model with all its weights."""
-    return onnx_file.size_of(path) + sum(each.nbytes for each in external_tensors(path).values())
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shapecheck.contract import ShapecheckError
 from shapecheck.observe.subject import TorchModel
-from shapecheck.parity.artefacts import File
+from shapecheck.parity.artefacts import EngineFile, File
 from shapecheck.parity.cases import Call, Draws
 from shapecheck.parity.divergence import Run, Source, first_divergence, inner_of
 from shapecheck.parity.reference import ASSUMED, Sides, placed
@@ -24,7 +24,6 @@ from shapecheck.runtime.engine_session import EngineSession
 from shapecheck.runtime.onnx_session import PROVIDERS
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Range
-from shapecheck.tensorrt.record import read_engine
 
 _FUSED = "every value inside agrees when it is an output too: what is computed differently then is at fault, such as a fusion"
 
@@ -80,9 +79,9 @@ class Search:
 
     def _rebuilt(self, call: Call, model: bytes, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The engine built again from marked bytes, for the size of the call, beside the ONNX file that holds its weights."""
-        path = self.file.graph
-        assert path is not None
-        options = read_engine(self.file.path).request.options
+        assert isinstance(self.file, EngineFile)
+        assert self.file.graph is not None
+        path, options = self.file.graph.path, self.file.record.request.options
         with tempfile.TemporaryDirectory(prefix=".shapecheck-", dir=path.parent) as folder, _beside(path, model) as file:
             sizes = Range(call.geometry, call.geometry, call.geometry)
             built = build_engine(
@@ -93,8 +92,8 @@ class Search:
                 return {name: each.cpu() for name, each in found.items()}
 
     def _first(self, call: Call, backend: str, run: Run | None) -> Divergence | None:
-        contract, path = self.file.contract, self.file.graph
-        assert path is not None
+        contract, file = self.file.contract, self.file.graph
+        assert file is not None
         own = contract.dtype
         given = self.draws(call, expanded=False)
 
@@ -103,7 +102,7 @@ class Search:
 
         eps = torch.finfo(torch.float32).eps
         return first_divergence(
-            path,
+            file,
             contract,
             self.file.names_in_graph,
             self.draws(call),

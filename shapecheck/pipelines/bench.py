@@ -16,6 +16,7 @@ from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.doctor.environment import BACKENDS
 from shapecheck.onnx.contract_metadata import contract_inside
+from shapecheck.onnx.file import OnnxFile
 from shapecheck.pipelines.bench_record import Bench, Frame, Timing
 from shapecheck.pipelines.clock import Clock, measure_memory
 from shapecheck.pipelines.frame import Play, Stage
@@ -131,7 +132,7 @@ def bench(
 
 def _read_contract(artefact: str, model: str | None, offline: bool, progress: Progress) -> Contract:
     """Return what the artefact says it is, or else what the user says."""
-    contract = contract_inside(Path(artefact)) if model and artefact.lower().endswith(".onnx") else None
+    contract = contract_inside(OnnxFile(artefact)) if model and artefact.lower().endswith(".onnx") else None
     if contract is None:
         contract = contract_of(model or artefact, offline=offline, progress=progress)
     if contract.role != "unet":

@@ -17,6 +17,7 @@ from shapecheck.models import weights
 from shapecheck.observe.subject import take
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.export import export
+from shapecheck.onnx.file import OnnxFile
 from shapecheck.progress import Progress
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Profile
@@ -41,7 +42,8 @@ class ExportCache:
         """Say whether the ONNX file is there, whole, from this call or an earlier one."""
         path = self._path
         try:
-            return path.is_file() and path.with_name(f"{path.name}.data").is_file() and contract_inside(path) is not None
+            is_there = path.is_file() and path.with_name(f"{path.name}.data").is_file()
+            return is_there and contract_inside(OnnxFile(path)) is not None
         except ShapecheckError:  # damaged: it is exported again
             return False
 

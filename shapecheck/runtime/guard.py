@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shapecheck.contract import Config, Contract, ContractError, Mismatch, Shape, ShapecheckError
+from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.runtime.controlnet_emissions import Watch
 from shapecheck.runtime.residual_checks import (
     EMPTIED,
@@ -25,7 +26,7 @@ from shapecheck.runtime.residual_checks import (
     residual_faults,
     told,
 )
-from shapecheck.runtime.unet_call import DOWNS, Call, call_of, inner, places_of
+from shapecheck.runtime.unet_call import DOWNS, Call, call_of, places_of
 
 Mode = Literal["error", "warn"]
 
@@ -108,7 +109,7 @@ def guard(
         raise ShapecheckError(f'no guard mode {mode!r}; known: "error", "warn"')
     if not isinstance(unet, nn.Module):
         raise ShapecheckError(f"a guard is put on a UNet, not on a {type(unet).__name__}; of a pipeline give pipeline.unet")
-    _require_contract_of(inner(unet), contract)
+    _require_contract_of(unwrap_compiled(unet), contract)
     return Guard(unet, contract, _modules(controlnet), mode)
 
 
@@ -116,7 +117,7 @@ class Guard:
     """What `guard` put on a UNet. `remove()`, or the end of a `with`, takes it off again."""
 
     def __init__(self, unet: nn.Module, contract: Contract, controlnets: Sequence[nn.Module], mode: Mode) -> None:
-        self._unet, self._contract, self._mode = inner(unet), contract, mode
+        self._unet, self._contract, self._mode = unwrap_compiled(unet), contract, mode
         self._places = places_of(self._unet)
         self._names = tuple(slot.name for slot in contract.slots)
         self._shapes = Shapes(contract.slots)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.onnx.file import OnnxFile
 from shapecheck.runtime.contract_session import ContractSession
 from shapecheck.runtime.dropin import DropIn, Session
 from shapecheck.runtime.dropin_controlnet import DropInControlNet
@@ -102,11 +103,10 @@ def _open_onnx(
     where = torch.device(device) if device is not None else torch.device("cpu" if chosen == "ort" else "cuda")
     if (where.type == "cpu") != (chosen == "ort"):
         raise ShapecheckError(f"{chosen} does not run on {where}")
-    known = contract or _read_contract(path)
+    file = OnnxFile(path)
+    known = contract or _read_contract(file)
     if chosen == "ort-trt" and sizes:
-        from shapecheck.onnx.reading import read
-
-        names = known.match_names([declared.name for declared in read(path).inputs])  # the file's own
+        names = known.match_names([declared.name for declared in file.reading.inputs])  # the file's own
         ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)
         profiles = profile_formats.provider_options([profile_of(known, each).renamed(names) for each in ranges])
         options = {**{key: str(value) for key, value in profiles.items()}, **(options or {})}
@@ -119,15 +119,15 @@ def _open_onnx(
         return ContractSession.open_onnx(path, known, reuse=reuse)
 
 
-def _read_contract(path: Path) -> Contract:
+def _read_contract(file: OnnxFile) -> Contract:
     from shapecheck.onnx.contract_metadata import contract_inside
 
-    if not path.is_file():
-        raise ShapecheckError(f"no ONNX file at {path}")
-    if (found := contract_inside(path)) is None:
+    if not file.path.is_file():
+        raise ShapecheckError(f"no ONNX file at {file}")
+    if (found := contract_inside(file)) is None:
         raise ShapecheckError(
-            f"{path} holds no contract: say which model it is with contract=, such as shapecheck.probe('sd15'); "
-            f"`shapecheck check {path}` tells what can be seen in it"
+            f"{file} holds no contract: say which model it is with contract=, such as shapecheck.probe('sd15'); "
+            f"`shapecheck check {file}` tells what can be seen in it"
         )
     return found
 

@@ -63,9 +63,3 @@ def places_of(unet: nn.Module) -> Places:
 def call_of(places: Places, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
     """The call with these arguments; what was not passed is None."""
     return Call(*[args[place] if place < len(args) else kwargs.get(name) for name, place in places])
-
-
-def inner(module: nn.Module) -> nn.Module:
-    """The module itself, where torch.compile wrapped it."""
-    wrapped: nn.Module = getattr(module, "_orig_mod", module)
-    return wrapped

@@ -19,9 +19,7 @@ from shapecheck.doctor.environment import RTX_CAPABILITIES
 from shapecheck.files import locked, refuse_unwritable, whole
 from shapecheck.models import weights as checkpoints
 from shapecheck.onnx import contract_metadata
-from shapecheck.onnx.external import external_tensors, file_digest, tensors_of
-from shapecheck.onnx.file import WEIGHTS_KEY
-from shapecheck.onnx.reading import Reading, read
+from shapecheck.onnx.file import WEIGHTS_KEY, OnnxFile, file_digest
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt import graph_inputs, profile_check, size_trial
 from shapecheck.tensorrt.engine_io import DeclaredEngine, differences
@@ -72,29 +70,27 @@ _ANY_GPU = "every one that TensorRT for RTX supports, but 7.5"
 class Source:
     """The ONNX file an engine is made from, with what it is known to be."""
 
-    path: Path
-    reading: Reading
+    file: OnnxFile
     contract: Contract
     names: Mapping[str, str]
     """From the contract's name of an input to the file's."""
 
 
 def source_of(
-    file: str | Path, contract: Contract | None = None, names: Mapping[str, str] | None = None, progress: Progress = silent
+    file: OnnxFile, contract: Contract | None = None, names: Mapping[str, str] | None = None, progress: Progress = silent
 ) -> Source:
     """Read an ONNX file to build from. `names` says what it calls each input; by default as the naming scheme in it does.
 
     Raises ShapecheckError where it is no ONNX file, or holds no contract and none is given.
     """
-    path = Path(file)
-    progress(f"reading {path}")
-    reading = read(path)
-    known = contract or contract_metadata.contract_within(path, reading.metadata)
+    progress(f"reading {file}")
+    inputs = file.reading.inputs
+    known = contract or contract_metadata.contract_inside(file)
     if known is None:
-        raise ShapecheckError(f"{path} holds no contract: say which UNet it is with --model, or contract= from Python")
-    known = contract_metadata.printable(known)
-    called = names or known.match_names([each.name for each in reading.inputs])
-    return Source(path, reading, known, {name: called.get(name, name) for name in known.input_rules})
+        raise ShapecheckError(f"{file} holds no contract: say which UNet it is with --model, or contract= from Python")
+    known = contract_metadata.make_printable(known)
+    called = names or known.match_names([tensor.name for tensor in inputs])
+    return Source(file, known, {name: called.get(name, name) for name in known.input_rules})
 
 
 def build_engine(
@@ -123,7 +119,7 @@ def build_engine(
     """
     options = _checked(options or BuildOptions())
     target = _target(output, cache)
-    source = file if isinstance(file, Source) else source_of(file, contract, progress=progress)
+    source = file if isinstance(file, Source) else source_of(OnnxFile(file), contract, progress=progress)
     timings = Path(timing_cache) if timing_cache else Path(cache) / f"{options.target}.timings" if cache else None
     if timings is not None:
         _refuse_as_timings(timings, source, target)
@@ -132,14 +128,14 @@ def build_engine(
     digests = _digests(source, progress)
     with EngineProcess(options.target, progress) as process:
         ready = _ready(process, options)
-        outputs = tuple(each.name for each in source.reading.outputs)
+        outputs = tuple(each.name for each in source.file.reading.outputs)
         gpu = one_line(ready["gpu"]) or ", ".join(options.compute_capabilities) or _ANY_GPU
         release = one_line(ready["tensorrt"])
         request = Request(
             source.contract, wanted, tuple(source.names.items()), outputs, **digests, options=options, tensorrt=release, gpu=gpu
         )
         Engine.from_json(Engine(request, "", 0).to_json())  # what could not be read again is told before it is built
-        path = target or place(Path(cache or ""), source.path, request)
+        path = target or place(Path(cache or ""), source.file.path, request)
         progress(f"looking for {path}")
         hashing = lambda *bytes_: progress(f"hashing {path}", *bytes_)  # noqa: E731
         if not force and (engine := find(path, request, hashing)) is not None:
@@ -153,20 +149,20 @@ def check(source: Source, profiles: Sequence[Profile], progress: Progress = sile
     Needs no TensorRT: inputs of the graph as in the contract; every profile with exactly those inputs, all images of one
     range; dtypes; and sizes at which the graph works.
     """
-    declared = graph_inputs.ports_of(source.reading.inputs)
+    declared = graph_inputs.ports_of(source.file.reading.inputs)
     found: list[Mismatch] = [*graph_inputs.mismatches(source.contract, declared, source.names)]
     for profile in profiles:
         found += profile_check.mismatches(source.contract, profile)
         found += [each for each in graph_inputs.profile_mismatches(profile, declared, source.names) if _is_new(each, found)]
     for profile in () if found else profiles:
         sizes = range_of(source.contract, profile)
-        wrong = size_trial.refusal(source.reading, source.contract, source.names, sizes, progress)
+        wrong = size_trial.refusal(source.file.reading, source.contract, source.names, sizes, progress)
         found += [wrong] if wrong else []
     if not profiles:
         raise ShapecheckError("no profile was given; give --sizes, such as --sizes 512x512:768x768:1024x1024")
     if found:
         raise ContractError(
-            tuple(found), subject=f"{source.path}: graph, profile and contract do not agree", contract=source.contract
+            tuple(found), subject=f"{source.file}: graph, profile and contract do not agree", contract=source.contract
         )
 
 
@@ -242,7 +238,7 @@ def _refuse_unfit(path: Path) -> None:
 def _refuse_as_timings(timings: Path, source: Source, target: Path | None) -> None:
     """Raise ShapecheckError where a timing cache would be written over something else."""
     _refuse_unfit(timings)
-    others = {source.path, *(each.file for each in external_tensors(source.path).values())}
+    others = {source.file.path, *(each.file for each in source.file.external_tensors.values())}
     others |= {target, record_of(target)} if target else set()
     if timings.suffix.lower() in _NO_TIMINGS or timings.resolve() in {each.resolve() for each in others}:
         raise ShapecheckError(f"--timing-cache {timings}: that is another file's name, and it would be written over")
@@ -250,9 +246,9 @@ def _refuse_as_timings(timings: Path, source: Source, target: Path | None) -> No
 
 def _digests(source: Source, progress: Progress) -> dict[str, str]:
     """What the file and its weights are, by their bytes: what its metadata says may be older than the weights beside it."""
-    weights = checkpoints.digest(tensors_of(source.path), lambda *bytes_: progress("hashing the weights", *bytes_))
-    checkpoint = one_line(source.reading.metadata.get(WEIGHTS_KEY, ""))
-    return {"onnx": file_digest(source.path), "weights": weights, "checkpoint": checkpoint}
+    weights = checkpoints.digest(source.file.tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
+    checkpoint = one_line(source.file.metadata.get(WEIGHTS_KEY, ""))
+    return {"onnx": source.file.digest, "weights": weights, "checkpoint": checkpoint}
 
 
 def _ready(process: EngineProcess, options: BuildOptions) -> Mapping[str, Any]:
@@ -295,7 +291,7 @@ def _build(
 
 def _job(source: Source, request: Request, partial: Path, timings: Path | None) -> dict[str, Any]:
     return {
-        "onnx": str(source.path.absolute()),
+        "onnx": str(source.file.path.absolute()),
         "name": request.contract.digest,
         "profiles": encode([profile.renamed(request.engine_names) for profile in request.profiles]),
         "options": encode(request.options),
@@ -312,7 +308,7 @@ def _check_network(source: Source, request: Request, parsed: Mapping[str, Any]) 
     if sorted(outputs) != sorted(request.outputs):
         found += (Mismatch("name", "the outputs", ", ".join(outputs), ", ".join(request.outputs)),)
     if found:
-        raise ContractError(found, subject=f"TensorRT's parser reads {source.path} otherwise", contract=source.contract)
+        raise ContractError(found, subject=f"TensorRT's parser reads {source.file} otherwise", contract=source.contract)
 
 
 def _check_built(partial: Path, engine: Engine, path: Path, progress: Progress) -> None:
@@ -323,15 +319,15 @@ def _check_built(partial: Path, engine: Engine, path: Path, progress: Progress) 
 
 def _told(error: EngineError, source: Source, options: BuildOptions) -> EngineError:
     """The same error in the contract's words, TensorRT's own kept below."""
-    places = source.reading.places(source.contract, source.names)
+    places = source.file.reading.places(source.contract, source.names)
     if error.errors:
-        lines = [f"TensorRT's parser refuses {len(error.errors)} of the nodes of {source.path}:"]
+        lines = [f"TensorRT's parser refuses {len(error.errors)} of the nodes of {source.file}:"]
         for each in error.errors:
             place = places.of_node(each.node)
             lines.append(f"  {one_line(each.operator)} {one_line(each.node)}{f' ({place})' if place else ''}:")
             lines.append(f"    {one_line(each.text, _LONGEST)}")
     else:
-        lines = [f"TensorRT could not {'parse' if error.stage == 'parse' else 'build'} {source.path}:"]
+        lines = [f"TensorRT could not {'parse' if error.stage == 'parse' else 'build'} {source.file}:"]
         lines += [f"  {text}" for text in error.texts]
         lines += [f"  {name}: {place}" for name, place in places.named_in(" ".join(error.texts)).items()]
     if error.stage == "build" and options.target == "rtx" and options.refittable:

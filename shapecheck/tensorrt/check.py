@@ -12,22 +12,21 @@ from shapecheck.contract.mismatch import Port, compare, compare_inputs
 from shapecheck.models import weights as checkpoints
 from shapecheck.observe import subject
 from shapecheck.observe.fit import misfits
-from shapecheck.onnx.external import file_digest, tensors_of
-from shapecheck.onnx.file import WEIGHTS_KEY
-from shapecheck.onnx.reading import read
+from shapecheck.onnx.file import WEIGHTS_KEY, OnnxFile, file_digest
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.build import read_back
 from shapecheck.tensorrt.engine_io import differences
 from shapecheck.tensorrt.profile_check import mismatches
 from shapecheck.tensorrt.profiles import choose, range_of
-from shapecheck.tensorrt.record import Engine, EngineCheck, Fit, Read, Weights, read_engine, size_of_engine
+from shapecheck.tensorrt.record import Engine, EngineCheck, Fit, Read, Weights, size_of_engine
 
 _LONGEST = 300
 """Characters of a reason why an engine was not loaded."""
 
 
 def check_engine(
-    path: str | Path,
+    path: Path,
+    engine: Engine,
     model: Contract | None = None,
     *,
     controlnets: Sequence[str] = (),
@@ -38,16 +37,13 @@ def check_engine(
     offline: bool = False,
     progress: Progress = silent,
 ) -> EngineCheck:
-    """Everything that can be said of an engine here: from the engine itself where TensorRT can load it, else from its record.
+    """Return everything that can be said of an engine here: from itself if TensorRT can load it, else from its record.
 
     `model` is the contract it should keep. `asked` is a size it should serve; with `any_batch` and `any_tokens` at whatever it
     takes of those.
-    `weights` is an ONNX file or a model that it should have been built from. Raises ShapecheckError where the engine, its
-    record, a ControlNet or the weights cannot be read.
+    `weights` is an ONNX file or a model that it should have been built from. Raises ShapecheckError if the engine, a ControlNet
+    or the weights cannot be read.
     """
-    path = Path(path)
-    progress(f"reading {path}")
-    engine = read_engine(path)
     contract = engine.request.contract
     found = [*_file(path, engine, progress)]
     how, reason, seen = _read(path, engine, progress) if not found else ("record", "", ())
@@ -131,21 +127,13 @@ def _completed(asked: Geometry, usual: Geometry, any_batch: bool, any_tokens: bo
 
 def _weights(engine: Engine, name: str, offline: bool, progress: Progress) -> Weights:
     """Whether an engine was built from an ONNX file, or from one that was exported from a model's checkpoint."""
-    request, told = engine.request, lambda *bytes_: progress("hashing the weights", *bytes_)
-    path = Path(name)
-    if path.suffix.lower() == ".onnx":
-        own = checkpoints.digest(tensors_of(path), told)
-        if own == request.weights and file_digest(path) == request.onnx:
-            return Weights(name, True, "the very file")
-        if own == request.weights:
-            return Weights(name, True, "the same weights, in another ONNX file")
-        exported_from = read(path).metadata.get(WEIGHTS_KEY)
-        same = exported_from and exported_from == request.checkpoint
-        return Weights(name, False, "another export of the same checkpoint" if same else f"other weights: {own}")
+    if Path(name).suffix.lower() == ".onnx":
+        return replace(compare_with_file(engine, OnnxFile(name), progress), name=name)
+    request = engine.request
     taken = subject.take(name, offline=offline)
     if taken.stored is None:
         raise ShapecheckError(f"--weights {name}: {taken.absent}; give a folder that holds them, or an ONNX file")
-    own = checkpoints.digest(taken.stored, told)
+    own = checkpoints.digest(taken.stored, lambda *bytes_: progress("hashing the weights", *bytes_))
     if own == request.weights:
         return Weights(name, True, "bit by bit")
     if not request.checkpoint:
@@ -155,3 +143,14 @@ def _weights(engine: Engine, name: str, offline: bool, progress: Progress) -> We
     if {each.dtype for each in taken.stored.values()} == {request.contract.dtype}:
         return Weights(name, False, "the ONNX file was exported from them, and its weights were changed before it was built")
     return Weights(name, True, "in another precision, by the word of the ONNX file it was built from")
+
+
+def compare_with_file(engine: Engine, file: OnnxFile, progress: Progress = silent) -> Weights:
+    """Say whether an engine was built from an ONNX file's weights. Raises ShapecheckError if those cannot be read."""
+    request, name = engine.request, str(file)
+    own = checkpoints.digest(file.tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
+    if own == request.weights:
+        return Weights(name, True, "the very file" if file.digest == request.onnx else "the same weights, in another ONNX file")
+    exported_from = file.metadata.get(WEIGHTS_KEY)
+    same = exported_from and exported_from == request.checkpoint
+    return Weights(name, False, "another export of the same checkpoint" if same else f"other weights: {own}")

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from shapecheck.contract import Contract, Dim, Mismatch, ShapecheckError
 from shapecheck.contract.mismatch import Port
-from shapecheck.onnx.reading import Tensor
+from shapecheck.onnx.reading import GraphTensor
 from shapecheck.tensorrt.profiles import Profile
 
 
-def ports_of(tensors: Iterable[Tensor]) -> tuple[Port, ...]:
+def ports_of(tensors: Iterable[GraphTensor]) -> tuple[Port, ...]:
     """What an ONNX file declares. Raises ShapecheckError where an input has no shape."""
     tensors = tuple(tensors)
     if shapeless := [each.name for each in tensors if each.dims is None]:

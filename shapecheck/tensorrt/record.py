@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
 from shapecheck.contract.json_codec import TextFormat, decode, decode_record, encode, refuse_unprintable
 from shapecheck.contract.records import Mismatch
+from shapecheck.files import read_text, report_unreadable, require_regular
 from shapecheck.tensorrt.profile_formats import refuse_count
 from shapecheck.tensorrt.profiles import Profile, Range
 
@@ -213,22 +213,23 @@ def read_engine(path: str | Path) -> Engine:
 
     Raises ShapecheckError, naming the file, where there is none, or it is damaged or was edited.
     """
-    beside = record_of(Path(path))
-    try:
-        beside = beside if beside.exists() else record_of(Path(path).resolve())  # beside the file that a link stands for
-        if not stat.S_ISREG(beside.stat().st_mode):
-            raise ShapecheckError(f"{beside} is not a regular file, as an engine's record is")
-        with beside.open("rb") as file:
-            text = file.read(_FORMAT.largest + 1).decode("utf-8-sig")
-    except FileNotFoundError:
-        size_of_engine(Path(path))
-        raise ShapecheckError(
-            f"{path} has no {beside.name} beside it, where an engine's contract is kept; copy both together, or build it again"
-        ) from None
-    except OSError as error:
-        raise ShapecheckError(f"cannot read {beside}: {error.strerror or error}") from None
-    except UnicodeError:
-        raise ShapecheckError(f"{beside} is not UTF-8 text, as an engine's record is; build the engine again") from None
+    path = Path(path)
+    beside = record_of(path)
+    with report_unreadable(beside):
+        beside = beside if beside.exists() else record_of(path.resolve())  # beside the file that a link stands for
+        if not beside.exists():
+            size_of_engine(path)
+            raise ShapecheckError(
+                f"{path} has no {beside.name} beside it, where an engine's contract is kept; "
+                "copy both together, or build it again"
+            )
+        require_regular(beside, f"{beside} is not a regular file, as an engine's record is")
+        text = read_text(
+            beside,
+            _FORMAT.largest,
+            too_large=f"{beside} is larger than {_FORMAT.largest >> 20} MiB: not an engine's record; build the engine again",
+            not_text=f"{beside} is not UTF-8 text, as an engine's record is; build the engine again",
+        )
     try:
         return Engine.from_json(text)
     except ShapecheckError as error:
@@ -237,14 +238,8 @@ def read_engine(path: str | Path) -> Engine:
 
 def size_of_engine(path: Path) -> int:
     """Return the bytes of an engine. Raises ShapecheckError if it is not a regular file: nothing may wait for a pipe."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ShapecheckError(f"cannot read {path}: {error.strerror or error}") from None
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-        raise ShapecheckError(f"{path} is {kind}, not an engine")
-    return status.st_size
+    with report_unreadable(path):
+        return require_regular(path, f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'}, not an engine")
 
 
 def _digest(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from shapecheck.contract import Contract, ContractError, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.contract.geometry import USUAL_TOKENS
+from shapecheck.files import read_text, report_unreadable
 from shapecheck.onnx.records import Check
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt import profile_check
@@ -39,7 +40,7 @@ class Sizes:
 
 
 def examine(
-    file: Path, contract: Contract | None = None, progress: Progress = silent, *, control: bool = True
+    path: Path, contract: Contract | None = None, progress: Progress = silent, *, control: bool = True
 ) -> tuple[build.Source | None, Check]:
     """The file as a source of engines, or None where what `check` finds wrong in it would be built in.
 
@@ -47,18 +48,20 @@ def examine(
     Raises ShapecheckError where it is a ControlNet, and the contract that of a UNet.
     """
     from shapecheck.onnx.check import check
+    from shapecheck.onnx.file import OnnxFile
     from shapecheck.tensorrt import build  # needs onnx, and presets do not
 
-    if is_engine(file):
-        raise ShapecheckError(f"{file} is an engine already; give the ONNX file it was built from")
+    if is_engine(path):
+        raise ShapecheckError(f"{path} is an engine already; give the ONNX file it was built from")
     if not control and contract is None:
         raise ShapecheckError("--no-control goes with --model: the UNet that the file was exported of, without its slots")
     held = replace(contract, slots=()) if contract is not None and not control else contract
+    file = OnnxFile(path)
     found = check(file, held, progress=progress)
     if any(each.kind not in _HARMLESS for each in found.mismatches):
         return None, found
     source = build.source_of(file, found.contract, dict(found.names), progress)
-    if found.contract.role == "unet" and len(source.reading.outputs) > 1:
+    if found.contract.role == "unet" and len(source.file.reading.outputs) > 1:
         raise ShapecheckError(
             f"{file} is a ControlNet, and --model says which UNet its outputs are for, not what it takes; engines are built of "
             "ControlNets that `shapecheck export` wrote, which hold a contract of their own"
@@ -70,7 +73,7 @@ def examine(
 
 def _in_precision_of(source: build.Source) -> Contract:
     """The contract in the floating dtypes that the file declares: a model is exported in any."""
-    declared = {each.name: each.dtype for each in source.reading.inputs if each.is_float}
+    declared = {each.name: each.dtype for each in source.file.reading.inputs if each.is_float}
     inputs = source.contract.inputs
     return replace(
         source.contract,
@@ -95,14 +98,11 @@ def profiles_for(contract: Contract, wanted: Sizes, names: dict[str, str] | None
 
 def _read(file: Path, contract: Contract, names: dict[str, str]) -> tuple[Profile, ...]:
     ours = {theirs: name for name, theirs in names.items()}
+    nothing = f"{file} holds no profiles; `shapecheck profile --format json` writes them"
+    with report_unreadable(file):
+        text = read_text(file, _LARGEST, too_large=nothing, not_text=nothing)
     try:
-        with file.open("rb") as opened:
-            text = opened.read(_LARGEST + 1).decode("utf-8-sig")
         read, made_for = forms.loads(text)
-    except OSError as error:
-        raise ShapecheckError(f"cannot read {file}: {error.strerror or error}") from None
-    except UnicodeError:
-        raise ShapecheckError(f"{file} holds no profiles; `shapecheck profile --format json` writes them") from None
     except ShapecheckError as error:
         raise ShapecheckError(f"{file}: {one_line(error, 400)}") from None
     profiles = tuple(each.renamed(ours) for each in read)

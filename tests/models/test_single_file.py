@@ -22,7 +22,7 @@ from shapecheck import ShapecheckError, presets, probe
 from shapecheck.cli import main
 from shapecheck.contract import Config
 from shapecheck.models import diffusers_models, lookup
-from shapecheck.models.ldm_names import renamed
+from shapecheck.models.ldm_names import rename
 from shapecheck.presets.families import families, sharing
 
 PREFIX = {"unet": "model.diffusion_model.", "controlnet": "control_model."}
@@ -143,7 +143,7 @@ def test_names_are_translated_as_diffusers_does(preset):
     names = headers.original(model(preset), PREFIX["unet"])
     theirs = convert_ldm_unet_checkpoint({name: name for name in names}, model(preset).config)
     labels = "add_embedding" if "xl" in preset or "ssd" in preset else "class_embedding"
-    ours = renamed([name.removeprefix(PREFIX["unet"]) for name in names], labels=labels)
+    ours = rename([name.removeprefix(PREFIX["unet"]) for name in names], labels=labels)
     assert {new: PREFIX["unet"] + old for new, old in ours.items()} == theirs
     assert theirs.keys() == headers.shapes(model(preset)).keys()
 
@@ -151,7 +151,7 @@ def test_names_are_translated_as_diffusers_does(preset):
 def test_names_of_a_controlnet_are_translated_as_diffusers_does():
     names = headers.original(model("controlnet-sd15"), PREFIX["controlnet"])
     theirs = convert_controlnet_checkpoint({name: name for name in names}, model("controlnet-sd15").config)
-    ours = renamed([name.removeprefix(PREFIX["controlnet"]) for name in names], labels="class_embedding")
+    ours = rename([name.removeprefix(PREFIX["controlnet"]) for name in names], labels="class_embedding")
     assert {new: PREFIX["controlnet"] + old for new, old in ours.items()} == theirs
 
 

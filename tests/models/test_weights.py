@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from small import unet
 
 from shapecheck import ShapecheckError
-from shapecheck.models.safetensors import DTYPES, Stored, checkpoint_files, read_table
+from shapecheck.models.safetensors import DTYPES, TensorLocation, checkpoint_files, read_table
 from shapecheck.models.weights import copy, differing, digest, linkable, location, match
 
 torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def raw(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def held(stored: Stored) -> bytes:
+def held(stored: TensorLocation) -> bytes:
     return stored.file.read_bytes()[stored.offset : stored.offset + stored.nbytes]
 
 
@@ -397,7 +397,7 @@ def test_every_dtype_is_one_of_pytorch_and_of_the_library():
 # fitting them to a model
 
 
-TABLE = {name: Stored(Path("m.safetensors"), 0, 24, "float32", (2, 3)) for name in "abc"}
+TABLE = {name: TensorLocation(Path("m.safetensors"), 0, 24, "float32", (2, 3)) for name in "abc"}
 WANTED = dict.fromkeys("abc", (2, 3))
 
 
@@ -459,7 +459,7 @@ def test_a_fault_planted_in_a_real_unet(tmp_path, fault):
 # linking
 
 
-def runs(model: Path, stored: Stored, place: str) -> bool:
+def runs(model: Path, stored: TensorLocation, place: str) -> bool:
     """Whether onnx.checker and ONNX Runtime take an ONNX file with these weights, and read the right values."""
     weight = onnx.TensorProto(name="w", data_type=1, dims=stored.shape, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in (("location", place), ("offset", str(stored.offset)), ("length", str(stored.nbytes))):

@@ -13,6 +13,7 @@ import small
 import torch
 from click.testing import CliRunner
 from diffusers import MultiAdapter, T2IAdapter, UNet2DConditionModel
+from onnx_files import check
 
 from shapecheck import (
     Contract,
@@ -30,7 +31,6 @@ from shapecheck import (
 from shapecheck.cli import main
 from shapecheck.contract.naming import feature, is_feature
 from shapecheck.models import lookup
-from shapecheck.onnx.check import check
 from shapecheck.runtime.contract_session import ContractSession
 from shapecheck.runtime.dropin_unet import DropInUNet
 from shapecheck.tensorrt.profiles import Range, profile_of

@@ -11,11 +11,13 @@ from pathlib import Path
 import onnx
 import onnx_files as files
 import onnx_ir as ir
+import openings
 import pytest
 import small
 import torch
 from click.testing import CliRunner
 from diffusers import ControlNetModel
+from onnx_files import check
 
 from shapecheck import Contract, Geometry, Mismatch, ShapecheckError, presets, probe
 from shapecheck.artefact import contract_of
@@ -25,10 +27,7 @@ from shapecheck.contract.naming import SCHEMES, scheme
 from shapecheck.observe.fit import misfits
 from shapecheck.observe.probe import probe_controlnet
 from shapecheck.onnx import check_report as report
-from shapecheck.onnx import file as onnx_file
-from shapecheck.onnx.check import check
-from shapecheck.onnx.file import CONTRACT_KEY
-from shapecheck.onnx.reading import read
+from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile
 from shapecheck.onnx.records import Check
 from shapecheck.onnx.shapes import parameters_to_inputs, shapes_at
 
@@ -553,7 +552,7 @@ def test_sizes_are_compared_where_the_contract_allows_only_multiples(drawn):
 
 
 def test_no_weight_is_left_that_could_be_read(odd):
-    model = ir.from_proto(onnx_file.load(odd[0]))
+    model = ir.from_proto(OnnxFile(odd[0]).proto)
     parameters_to_inputs(model.graph)
     assert max(value.const_value.size for value in model.graph.initializers.values()) <= 64
     assert "model.conv_in.weight" in {value.name for value in model.graph.inputs}
@@ -658,8 +657,8 @@ def test_a_residual_that_forks_and_joins_is_followed_once(tmp_path):
     )
     graph = onnx.helper.make_graph(nodes, "g", given, end, value_info=inner[:-1])
     onnx.save(onnx.helper.make_model(graph), tmp_path / "x.onnx")
-    forked = next(each for each in read(tmp_path / "x.onnx").inputs if each.name == "forked")
-    assert [landing.skip for landing in forked.landings] == ["skip"]
+    forked = next(each for each in OnnxFile(tmp_path / "x.onnx").reading.inputs if each.name == "forked")
+    assert [add.skip for add in forked.adds] == ["skip"]
 
 
 EVIL = "evil\x1b[2J\nFINE: 13 slots\u202e\x9b"
@@ -708,6 +707,20 @@ def test_no_size_at_all_is_as_good_as_no_name(size, plant):
     checked = plant(files.declare("sample", size, 4, size, size))
     assert {each.kind for each in checked.mismatches} == {"symbol"}
     assert checked.inputs[0].shape == "?×4×?×?"
+
+
+def test_a_file_is_opened_and_parsed_once(odd, tmp_path):
+    path = files.planted(odd[0], tmp_path / "once.onnx", files.exchange("down_block_residual_01", "down_block_residual_02"))
+    for asked in ([], ["--latent", "17x25"], ["--size", "136x200"]):
+        with openings.counted() as counter:
+            assert CliRunner().invoke(main, ["check", str(path), *asked]).exit_code == 1
+        assert (counter["parsed"], counter["once.onnx"]) == (1, 1)
+
+
+def test_two_questions_open_it_twice_so_that_the_test_above_can_fail(odd):
+    with openings.counted() as counter:
+        assert OnnxFile(odd[0]).metadata == OnnxFile(odd[0]).metadata
+    assert (counter["parsed"], counter[odd[0].name]) == (2, 2)
 
 
 def test_the_parser_is_not_chosen_by_the_file_s_name(drawn, tmp_path):

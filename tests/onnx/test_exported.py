@@ -18,11 +18,11 @@ import torch
 from comparison import difference, given_to, inputs_for, session, with_onnx, with_torch
 from diffusers import UNet2DConditionModel
 from exports import LEAST
+from onnx_files import check
 from small import SHALLOW, TINY
 
 from shapecheck import Geometry, ShapecheckError, export, probe, read_contract
 from shapecheck.contract import show
-from shapecheck.onnx.check import check
 
 pytestmark = pytest.mark.full
 

@@ -22,8 +22,8 @@ from onnx_files import planted
 from small import SHALLOW, unet
 
 from shapecheck import Geometry, ShapecheckError
-from shapecheck.onnx import intermediate_values as marking
-from shapecheck.onnx.intermediate_values import inner_values, marked, output_name
+from shapecheck.onnx.file import OnnxFile
+from shapecheck.onnx.intermediate_values import add_outputs, find_values, name_output
 from shapecheck.parity.divergence import first_divergence, inner_of
 from shapecheck.parity.polygraphy_repro import reproduce
 from shapecheck.runtime.onnx_session import OnnxSession
@@ -82,7 +82,7 @@ class Case:
         own = {"reference": self.source(torch.float64), "own": self.source(torch.float32), "names": self.names} | changes
         names, reference, mine = own.pop("names"), own.pop("reference"), own.pop("own")
         return first_divergence(
-            path or self.path,
+            OnnxFile(path or self.path),
             self.contract,
             names,
             self.inputs,
@@ -164,7 +164,7 @@ def ours(model: ir.Model) -> None:
 
 
 def test_the_values_are_those_of_the_unet_in_its_order(case):
-    values = inner_values(case.path, case.contract, case.names)
+    values = find_values(OnnxFile(case.path), case.contract, case.names)
     assert [each.name for each in values] == IN_ORDER
     assert set(case.source(torch.float64)(values)) == set(IN_ORDER)
 
@@ -176,13 +176,13 @@ def test_a_healthy_file_agrees_everywhere(case, koala):
 
 def test_under_the_numbers_of_an_optimiser_skips_and_sums_are_still_found(case, tmp_path):
     path = planted(case.path, tmp_path / "numbers.onnx", onnx_files.forget_names)
-    found = [each.name for each in inner_values(path, case.contract, case.names)]
+    found = [each.name for each in find_values(OnnxFile(path), case.contract, case.names)]
     assert found == [name for name in IN_ORDER if not name.startswith("up_blocks") and name != "down_blocks.0.resnets.0.out"]
     assert case.find(path) is None
 
 
 def test_a_mid_slot_without_a_mid_block_shares_its_skip(koala):
-    sums = [each for each in inner_values(koala.path, koala.contract, koala.names) if each.slot]
+    sums = [each for each in find_values(OnnxFile(koala.path), koala.contract, koala.names) if each.slot]
     assert [(each.module, each.slot) for each in sums[-2:]] == [
         ("down_blocks.1.resnets.0", "down_block_residual_03"),
         ("down_blocks.1.resnets.0", "mid_block_residual"),
@@ -246,7 +246,7 @@ def test_a_planted_fault_is_found_where_it_is(case, tmp_path, fault):
     assert f"{found.module}.out" == place.partition("+")[0]
     assert found.slot == slot
     assert not found.verdict.passes
-    values = inner_values(path, case.contract, case.names)
+    values = find_values(OnnxFile(path), case.contract, case.names)
     at = next(index for index, each in enumerate(values) if each.name == place)
     assert [each.name for each in values] == IN_ORDER
     assert (found.value, found.agreed) == (values[at].value, tuple(each.value for each in values[:at]))
@@ -280,7 +280,7 @@ def test_the_files_own_names_of_its_inputs_are_followed(case, tmp_path):
 
 def test_a_residual_scaled_in_the_graph_is_still_a_sum(case, tmp_path):
     path = planted(case.path, tmp_path / "scaled.onnx", onnx_files.scale("mid_block_residual"))
-    values = inner_values(path, case.contract, case.names)
+    values = find_values(OnnxFile(path), case.contract, case.names)
     assert [each.name for each in values] == IN_ORDER
 
 
@@ -303,7 +303,7 @@ def test_an_addition_inside_of_a_branch_is_left_out(case, tmp_path):
         model.graph.remove(add, safe=True)
 
     path = planted(case.path, tmp_path / "branch.onnx", branch)
-    found = [each.name for each in inner_values(path, case.contract, case.names)]
+    found = [each.name for each in find_values(OnnxFile(path), case.contract, case.names)]
     assert found == [name for name in IN_ORDER if name != "mid_block.out+mid_block_residual"]
     assert case.find(path) is None
 
@@ -328,7 +328,7 @@ def test_where_pytorch_itself_overflows_nothing_passes(case):
 
 def test_values_of_modules_that_the_model_lacks_are_left_out(case):
     known = unet(**SHALLOW)
-    values = inner_values(case.path, case.contract, case.names)
+    values = find_values(OnnxFile(case.path), case.contract, case.names)
     asked = [*values, replace(values[0], module="up_blocks.7")]
     assert set(inner_of(known, case.contract, case.inputs, asked)) == set(IN_ORDER)
 
@@ -339,7 +339,7 @@ def hooks(module) -> int:
 
 def test_no_hook_remains_even_where_forward_raises(case):
     module = unet(**SHALLOW)
-    values = inner_values(case.path, case.contract, case.names)
+    values = find_values(OnnxFile(case.path), case.contract, case.names)
     inner_of(module, case.contract, case.inputs, values)
     assert hooks(module) == 0
     seen = []
@@ -351,7 +351,7 @@ def test_no_hook_remains_even_where_forward_raises(case):
 
 
 def test_a_sum_is_rounded_as_the_model_rounds(case):
-    values = [each for each in inner_values(case.path, case.contract, case.names) if each.module == "conv_in"]
+    values = [each for each in find_values(OnnxFile(case.path), case.contract, case.names) if each.module == "conv_in"]
     skip, total = inner_of(unet(**SHALLOW).bfloat16(), case.contract, case.inputs, values).values()
     expected = skip.bfloat16() + case.inputs["down_block_residual_00"].bfloat16()
     assert torch.equal(total, expected.double())
@@ -369,12 +369,12 @@ def test_weights_in_other_files_stay_there(case, tmp_path, files):
         location="weights.bin" if files == 1 else None,
         size_threshold=0,
     )
-    values = inner_values(path, case.contract, case.names)
-    model = marked(path, [each.value for each in values])
+    values = find_values(OnnxFile(path), case.contract, case.names)
+    model = add_outputs(OnnxFile(path), [each.value for each in values])
     assert len(model) < case.path.stat().st_size
     assert len(list(tmp_path.iterdir())) == 2 or files > 1
     with OnnxSession.open(model, folder=tmp_path) as session, OnnxSession.open(case.path) as healthy:
-        assert set(session.outputs) == {"out_sample", *(output_name(each.value) for each in values)}
+        assert set(session.outputs) == {"out_sample", *(name_output(each.value) for each in values)}
         found, expected = session(case.inputs), healthy(case.inputs)
     torch.testing.assert_close(found["out_sample"], expected["out_sample"], rtol=0, atol=1e-5)
     assert case.find(path) is None
@@ -383,33 +383,27 @@ def test_weights_in_other_files_stay_there(case, tmp_path, files):
 def test_a_value_of_another_precision_is_shown_as_float32(case, tmp_path):
     value = "/model/conv_in/Conv_output_0"
     path = planted(case.path, tmp_path / "half.onnx", in_half(value))
-    with OnnxSession.open(marked(path, [value]), folder=tmp_path) as session:
-        found = session(case.inputs)[output_name(value)]
-    exact = case.source(torch.float64)(inner_values(case.path, case.contract, case.names))["conv_in.out"]
+    with OnnxSession.open(add_outputs(OnnxFile(path), [value]), folder=tmp_path) as session:
+        found = session(case.inputs)[name_output(value)]
+    exact = case.source(torch.float64)(find_values(OnnxFile(case.path), case.contract, case.names))["conv_in.out"]
     assert found.dtype == torch.float32
     assert 1e-5 < (found - exact).abs().max() < 1e-2  # ONNX Runtime leaves out the rounding of what goes back to float32
 
 
 def test_an_unknown_value_and_no_model_at_all_are_told(case, tmp_path):
     with pytest.raises(ShapecheckError, match=r"unet\.onnx has no value nowhere$"):
-        marked(case.path, ["nowhere", "out_sample"])
+        add_outputs(OnnxFile(case.path), ["nowhere", "out_sample"])
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"\x01nothing")
     with pytest.raises(ShapecheckError, match="is no ONNX model"):
-        inner_values(broken, case.contract, case.names)
+        find_values(OnnxFile(broken), case.contract, case.names)
 
 
 def test_what_protobuf_cannot_hold_is_refused(case, monkeypatch):
-    class Huge:
-        def __getattr__(self, name):
-            return getattr(onnx.load(case.path), name)
-
-        def SerializeToString(self):  # noqa: N802  # protobuf's name
-            raise ValueError("exceeds maximum protobuf size of 2GB")
-
-    monkeypatch.setattr(marking.onnx_file, "load", lambda path: Huge())
-    with pytest.raises(ShapecheckError, match=r"cannot be given further outputs: .*2GB"):
-        marked(case.path, ["out_sample"])
+    file = OnnxFile(case.path)
+    monkeypatch.setattr("shapecheck.onnx.intermediate_values.LARGEST", len(file.proto.SerializeToString()))
+    with pytest.raises(ShapecheckError, match=r"unet\.onnx cannot be given further outputs: .* 2 GiB"):
+        add_outputs(file, ["out_sample"])
 
 
 def run(command: str) -> subprocess.CompletedProcess:
@@ -430,24 +424,24 @@ def test_polygraphy_agrees_with_the_verdict(case, tmp_path):
 
 @pytest.mark.full
 def test_polygraphy_passes_a_healthy_file_and_fails_one_with_nan(case, tmp_path):
-    values = inner_values(case.path, case.contract, case.names)
+    values = find_values(OnnxFile(case.path), case.contract, case.names)
     skip = next(each for each in values if each.name == "down_blocks.0.downsamplers.0.out")
     expected = case.source(torch.float64)(values)[skip.name]
-    healthy = run(reproduce(case.path, case.inputs, {skip.value: expected}, tmp_path, allowed=1e-5))
+    healthy = run(reproduce(OnnxFile(case.path), case.inputs, {skip.value: expected}, tmp_path, allowed=1e-5))
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr
     assert "FAILED" not in healthy.stdout
     path = planted(case.path, tmp_path / "nan.onnx", FAULTS["nan"][0])
-    assert run(reproduce(path, case.inputs, {skip.value: expected}, tmp_path, allowed=1e-5)).returncode != 0
+    assert run(reproduce(OnnxFile(path), case.inputs, {skip.value: expected}, tmp_path, allowed=1e-5)).returncode != 0
 
 
 def test_no_command_is_better_than_one_that_does_not_run(case, tmp_path, monkeypatch):
     expected = {"out_sample": torch.zeros(2, 4, 17, 25)}
-    assert reproduce(case.path, case.inputs, expected, tmp_path, allowed=float("nan")) == ""
-    command = reproduce(case.path, case.inputs, expected, tmp_path, allowed=1e-5, backend="ort-cuda")
+    assert reproduce(OnnxFile(case.path), case.inputs, expected, tmp_path, allowed=float("nan")) == ""
+    command = reproduce(OnnxFile(case.path), case.inputs, expected, tmp_path, allowed=1e-5, backend="ort-cuda")
     assert "--providers cuda" in command
     (tmp_path / "inputs.json").unlink()
     monkeypatch.setitem(sys.modules, "polygraphy.json", None)
-    assert reproduce(case.path, case.inputs, expected, tmp_path, allowed=1e-5) == ""
+    assert reproduce(OnnxFile(case.path), case.inputs, expected, tmp_path, allowed=1e-5) == ""
     assert not (tmp_path / "inputs.json").exists()
 
 
@@ -468,15 +462,16 @@ def weighing(path: Path, size: int) -> Path:
 
 def test_a_model_too_large_for_polygraphy_to_mark_gets_no_command(tmp_path):
     inputs, inside, image = ({name: torch.zeros(1)} for name in ("sample", "inner", "out_sample"))
-    path = weighing(tmp_path / "large.onnx", 2**31 - 4)
-    assert reproduce(path, inputs, inside, tmp_path, allowed=1e-5) == ""  # with the graph it is over 2 GiB
-    assert "--onnx-outputs" not in reproduce(path, inputs, image, tmp_path, allowed=1e-5)  # which would load the weights
-    path = weighing(tmp_path / "large.onnx", 2**31 - 4096)
-    assert "--onnx-outputs inner" in reproduce(path, inputs, inside, tmp_path, allowed=1e-5)
+    file = OnnxFile(weighing(tmp_path / "large.onnx", 2**31 - 4))
+    assert reproduce(file, inputs, inside, tmp_path, allowed=1e-5) == ""  # with the graph it is over 2 GiB
+    assert "--onnx-outputs" not in reproduce(file, inputs, image, tmp_path, allowed=1e-5)  # which would load the weights
+    file = OnnxFile(weighing(tmp_path / "large.onnx", 2**31 - 4096))
+    assert "--onnx-outputs inner" in reproduce(file, inputs, inside, tmp_path, allowed=1e-5)
 
 
 def test_bfloat16_is_written_as_float32(case, tmp_path):
-    reproduce(case.path, {"sample": torch.ones(1, 2).bfloat16()}, {"out_sample": torch.ones(1)}, tmp_path, allowed=1.0)
+    feed, image = {"sample": torch.ones(1, 2).bfloat16()}, {"out_sample": torch.ones(1)}
+    reproduce(OnnxFile(case.path), feed, image, tmp_path, allowed=1.0)
     from polygraphy.json import load_json
 
     (feed,) = load_json(str(tmp_path / "inputs.json"))
@@ -490,7 +485,7 @@ def test_our_own_files_name_every_value(tmp_path):
     contract, path = made.contract, folder / made.path.name
     inputs = inputs_of(contract)
     names = {name: name for name in inputs}
-    values = inner_values(path, contract, names)
+    values = find_values(OnnxFile(path), contract, names)
     assert [each.name for each in values] == [
         "conv_in.out",
         "down_blocks.0.resnets.0.out",
@@ -505,7 +500,7 @@ def test_our_own_files_name_every_value(tmp_path):
 
     def find(file: Path):
         return first_divergence(
-            file,
+            OnnxFile(file),
             contract,
             names,
             inputs,

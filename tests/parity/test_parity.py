@@ -16,6 +16,7 @@ import engines
 import exports
 import full_size
 import onnx_files
+import openings
 import parity_faults as faults
 import pytest
 import small
@@ -114,7 +115,10 @@ def test_a_healthy_file_passes_in_all(model, healthy):
 
 
 def test_slots_exchanged(model, healthy, folder):
-    found = side(model, planted(healthy, folder / "exchanged.onnx", exchange(NAMES[2], NAMES[3])))
+    path = planted(healthy, folder / "exchanged.onnx", exchange(NAMES[2], NAMES[3]))
+    with openings.counted() as counter:
+        found = side(model, path)
+    assert (counter["parsed"], counter["exchanged.onnx"]) == (1, 1)
     wrong = failed(found)
     assert "down_block_residual_02 acts where down_block_residual_03 belongs (down_blocks.1.resnets.0)" in wrong[SLOTS[2]]
     assert "down_block_residual_03 acts where down_block_residual_02 belongs (down_blocks.0.downsamplers.0)" in wrong[SLOTS[3]]

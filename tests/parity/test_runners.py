@@ -8,7 +8,8 @@ import torch
 from onnx import TensorProto, helper
 
 from shapecheck import ShapecheckError
-from shapecheck.onnx.weight_comparison import narrower
+from shapecheck.onnx.file import OnnxFile
+from shapecheck.onnx.weight_comparison import find_narrower
 from shapecheck.runtime.onnx_session import OnnxSession
 
 
@@ -56,16 +57,16 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused_unless_it_is_asked_for(h
 
 
 def test_what_computes_in_less_than_the_image_that_goes_in(tmp_path, healthy):
-    assert narrower(healthy, "float32") == ()
+    assert find_narrower(OnnxFile(healthy), "float32") == ()
     lowered = cast("down", "sample", "low", TensorProto.FLOAT16), cast("up", "low", "image", TensorProto.FLOAT)
     weight = helper.make_tensor("weight", TensorProto.FLOAT16, [1], [1.0])
     path = written(tmp_path / "half.onnx", *lowered, weights=[weight])
-    assert narrower(path, "float32") == ("weight weight is float16", "cast to float16 at down")
-    assert narrower(path, "float16") == ()
+    assert find_narrower(OnnxFile(path), "float32") == ("weight weight is float16", "cast to float16 at down")
+    assert find_narrower(OnnxFile(path), "float16") == ()
     scale = helper.make_tensor("scale", TensorProto.FLOAT, [], [1.0])
     nodes = (
         helper.make_node("QuantizeLinear", ["sample", "scale"], ["low"], name="q"),
         helper.make_node("DequantizeLinear", ["low", "scale"], ["image"], name="d"),
     )
-    told = narrower(written(tmp_path / "quantised.onnx", *nodes, weights=[scale]), "float32")
+    told = find_narrower(OnnxFile(written(tmp_path / "quantised.onnx", *nodes, weights=[scale])), "float32")
     assert [each.split(" ")[0] for each in told] == ["QuantizeLinear", "DequantizeLinear"]

@@ -19,7 +19,9 @@ from shapecheck import Contract, Geometry, probe
 from shapecheck.contract import Input, Slot
 from shapecheck.observe.probe import probe_controlnet
 from shapecheck.observe.subject import meta_twin
-from shapecheck.onnx.file import CONTRACT_KEY
+from shapecheck.onnx import check as checking
+from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile
+from shapecheck.onnx.records import Check
 
 XL = {
     "block_out_channels": (8, 16),
@@ -39,6 +41,11 @@ DEEP = {
     "layers_per_block": 1,
 }
 """Three halvings, as SD1.5 has."""
+
+
+def check(path: str | Path, *args: object, **options: object) -> Check:
+    """Check the file at a path."""
+    return checking.check(OnnxFile(path), *args, **options)
 
 
 class Flat(nn.Module):

@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import engines
 import onnx
 import onnx_files
+import openings
 import pytest
 import small
 from click.testing import CliRunner
@@ -20,12 +22,17 @@ from shapecheck.contract.json_codec import decode
 from shapecheck.models.safetensors import checkpoint_files, read_table
 from shapecheck.models.weights import digest
 from shapecheck.observe.fit import misfits
-from shapecheck.onnx.external import external_tensors
-from shapecheck.tensorrt.check import check_engine
+from shapecheck.onnx.file import OnnxFile
+from shapecheck.tensorrt import check as tensorrt_check
 from shapecheck.tensorrt.engine_io import DeclaredEngine, DeclaredTensor, differences
 from shapecheck.tensorrt.profiles import Range, profile_of
-from shapecheck.tensorrt.record import read_engine
+from shapecheck.tensorrt.record import EngineCheck, read_engine
 from shapecheck.tensorrt.size_ranges import written
+
+
+def check_engine(path: Path, *args: object, **options: object) -> EngineCheck:
+    """Check the engine at a path, its record read afresh."""
+    return tensorrt_check.check_engine(path, read_engine(path), *args, **options)
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +135,19 @@ def test_weights_are_told_apart(made, tmp_path):
     changed = onnx.load(made / "unet.onnx")
     changed.producer_name = "another"
     onnx.save(changed, tmp_path / "same.onnx")
-    renamed = check(made / "unet.plan", "--weights", tmp_path / "same.onnx")
-    assert (renamed.exit_code, "(the same weights, in another ONNX file)" in renamed.stdout) == (0, True)
+    renamed = check(made / "unet.plan", "--weights", f"{tmp_path}/./same.onnx")
+    assert (renamed.exit_code, "./same.onnx (the same weights, in another ONNX file)" in renamed.stdout) == (0, True)
     unknown = check(made / "unet.plan", "--weights", made / "controlnet")
     assert unknown.exit_code == 2
     assert "does not say from which checkpoint; give the ONNX file instead" in unknown.stderr
+
+
+def test_a_record_and_the_file_it_is_held_to_are_read_once(copied):
+    with openings.counted() as counter:
+        result = check(copied / "unet.plan", "--latent", "17x25", "--weights", copied / "unet.onnx")
+    assert (result.exit_code, "(the very file)" in result.stdout) == (0, True)
+    assert (counter["unet.plan.shapecheck.json"], counter["parsed"]) == (1, 1)
+    assert counter["unet.onnx"] == 2  # to parse it, and to hash its bytes
 
 
 def test_a_checkpoint_is_believed_by_its_bytes(made, tmp_path):
@@ -355,7 +370,7 @@ def test_weights_are_read_in_the_file_s_own_folder_only(location, message, tmp_p
     graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "w"], ["y"])], "g", [value], [out], [weight])
     (folder / "unet.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
     with pytest.raises(ShapecheckError, match=message):
-        external_tensors(folder / "unet.onnx")
+        OnnxFile(folder / "unet.onnx").tensors  # noqa: B018
 
 
 def test_weights_without_a_length_reach_to_the_end(tmp_path):
@@ -366,7 +381,7 @@ def test_weights_without_a_length_reach_to_the_end(tmp_path):
     out = onnx.helper.make_tensor_value_info("y", 1, [4])
     graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["y"])], "g", [], [out], [weight])
     (tmp_path / "unet.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
-    (stored,) = external_tensors(tmp_path / "unet.onnx").values()
+    (stored,) = OnnxFile(tmp_path / "unet.onnx").external_tensors.values()
     assert (stored.offset, stored.nbytes, stored.dtype, stored.shape) == (8, 16, "float32", (4,))
 
 
