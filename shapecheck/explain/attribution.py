@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from shapecheck.contract import Contract, Geometry, Mismatch
 from shapecheck.explain.matching import find_slot, reproduces
 from shapecheck.explain.parse_text import read_symptoms
 from shapecheck.explain.residual_table import ResidualShapes, ResidualTable, right_shapes
-from shapecheck.explain.simulate import simulate_call
+from shapecheck.explain.simulate import FailureKind, simulate_call
 from shapecheck.explain.symptom import Symptom
 from shapecheck.explain.torch_messages import say_eager, say_meta
 from shapecheck.explain.traceback_calls import FailedCall
@@ -24,10 +24,7 @@ Reason = Literal["shape", "dtype", "device", "container", "value", "mid", "name"
 """The property of residuals that an exception is about: `container` is a list that is not one, `value` an item that is not a
 tensor, `mid` a missing mid residual, `name` an input that the text itself names."""
 _SHAPES = {"channels", "size", "rounding", "batch", "rank", "broadcast", "missing", "surplus"}
-_OF_SHAPES = (
-    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "attention", "reshape", "upsample", "keyword",
-    "unequal", "dimensions",
-)  # fmt: skip
+_OF_SHAPES = (*get_args(FailureKind), "unequal", "dimensions")
 _OF_DTYPES = re.compile(r"\bd(?:ata)?types?\b|\bscalar types?\b")
 _OF_DEVICES = re.compile(r"\bsame device\b|not on the expected device")
 _OF_MEMORY = re.compile(r"out of memory|can't allocate memory|bad_alloc")

@@ -73,10 +73,6 @@ class Reading:
     answers: tuple[Answer, ...] = ()
     causes: tuple[Cause, ...] = ()
 
-    @property
-    def is_diagnosis(self) -> bool:
-        return bool(self.answers or self.causes)
-
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
@@ -89,4 +85,4 @@ class Diagnosis:
     @property
     def found(self) -> tuple[Reading, ...]:
         """The readings that explain something."""
-        return tuple(reading for reading in self.readings if reading.is_diagnosis)
+        return tuple(reading for reading in self.readings if reading.answers or reading.causes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import get_args
 
 from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.explain.candidate_sizes import candidate_geometries
@@ -14,17 +15,14 @@ from shapecheck.explain.hints import Hints
 from shapecheck.explain.matching import find_slot, is_of_slot, reproduces
 from shapecheck.explain.parse_text import find_symptoms, flatten_text
 from shapecheck.explain.residual_table import Fault, RequestedSize, ResidualTable
-from shapecheck.explain.simulate import Failure, Stage, simulate_call
+from shapecheck.explain.simulate import Failure, FailureKind, Stage, simulate_call
 from shapecheck.explain.symptom import Symptom
 from shapecheck.explain.unet_layout import UNetLayout, lay_out_unet
 from shapecheck.explain.unrelated import find_other_subject
 
 _MOST_SYMPTOMS, _MOST_SIMULATED, _MOST_SIZES = 12, 4, 4
 """Symptoms of one text that are read, those for which every fault is simulated, and sizes of those after the first."""
-_SIMULATED = (
-    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "attention", "reshape", "upsample", "keyword",
-    "unequal", "pair", "dimensions",
-)  # fmt: skip
+_SIMULATED = (*get_args(FailureKind), "unequal", "pair", "dimensions")
 Sizes = Mapping[tuple[str, ...], tuple[Geometry, ...]]
 """The sizes to try, by models that treat residuals alike."""
 

@@ -64,7 +64,6 @@ def explained(
 
 
 def _explain_error(error: Exception, log: CallLog, contract: Contract | None, unet: nn.Module) -> ExplainedError | None:
-    """Return the error that says more, if residuals explain this one."""
     if any(isinstance(cause, ContractError) or is_of_memory(cause) for cause in follow_causes(error)):
         return None
     known = cache(lambda: contract or contract_of_live(unwrap_compiled(unet)))

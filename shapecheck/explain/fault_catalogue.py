@@ -25,33 +25,33 @@ def list_faults(table: ResidualTable, hints: Hints = Hints()) -> list[tuple[Faul
 
 def _list_single(table: ResidualTable, hints: Hints) -> Iterator[Fault]:
     for index, (slot, right) in enumerate(zip(table.contract.slots, table.flat, strict=True)):
-        residual = table.name_residual(index)
         for kind, flaw, change, shape in _list_wrong_shapes(table, hints, right, slot.stride):
-            yield Fault(kind, f"{residual} has {flaw}", change, table.replace_shape(index, shape), (slot.name,))
+            message = f"{table.name_residual(index)} has {flaw}"
+            yield Fault(kind, message, change, table.replace_shape(index, shape), (slot.name,))
 
 
 def _list_wrong_shapes(
     table: ResidualTable, hints: Hints, right: Shape, stride: int
 ) -> Iterator[tuple[FaultKind, str, str, Shape]]:
     batch, channels, *size = right
+    change = "give each residual the channels of its own slot"
     for width in dict.fromkeys((*(level.channels for level in table.levels), *hints.widths)):
         if width != channels:
-            change = "give each residual the channels of its own slot"
             yield "width", f"{width} channels, not {channels}", change, (batch, width, *size)
 
     sizes = {level.size: f"stride {level.stride}" for level in table.levels}
     for rows, columns in hints.sizes:
         for other in complete_size(rows, columns, (size[0], size[1]), table.latent):
             sizes.setdefault(other, f"{show(other)} cells")
+    change = "give each residual the size of its own slot"
     for other, words in sizes.items():
         if other != tuple(size):
-            change = "give each residual the size of its own slot"
             yield "stride", f"{words}, not stride {stride}", change, (batch, channels, *other)
 
+    change = "give every residual the batch of the latents"
     for count in dict.fromkeys((1, *hints.batches)):
         if count != batch:
             silent = ": PyTorch adds it to every image" if count == 1 else ""
-            change = "give every residual the batch of the latents"
             yield "batch", f"batch {count}, not {batch}{silent}", change, (count, *right[1:])
     change = "give (batch, channels, height, width)"
     yield "rank", "no batch axis: PyTorch adds it to every image in silence", change, right[1:]

@@ -14,7 +14,7 @@ _LARGEST = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What residuals are said to have: channels, heights and widths in cells (None for an unknown side), batches."""
+    """Channels, heights and widths in cells (None for an unknown side), and batches that residuals are said to have."""
 
     widths: tuple[int, ...] = ()
     sizes: tuple[tuple[int | None, int | None], ...] = ()

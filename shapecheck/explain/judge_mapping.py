@@ -14,7 +14,7 @@ from shapecheck.explain.hints import Hints
 from shapecheck.explain.mapping import MID, Claim
 from shapecheck.explain.mapping_parser import parse_value
 from shapecheck.explain.matching import reproduces
-from shapecheck.explain.residual_table import Fault, RequestedSize, ResidualShapes, ResidualTable, right_shapes
+from shapecheck.explain.residual_table import Fault, RequestedSize, ResidualShapes, ResidualTable, name_slots, right_shapes
 from shapecheck.explain.simulate import Failure, simulate_call
 from shapecheck.explain.unet_layout import lay_out_unet
 from shapecheck.models import lookup
@@ -48,7 +48,7 @@ class Judgement:
     mismatches: tuple[Mismatch, ...]
     """Every slot that is wrong, missing or surplus."""
     failure: Failure | None
-    """What PyTorch raises first; None if it runs."""
+    """The first error of PyTorch; None if it runs."""
     matches: tuple[Match, ...]
     """Mistakes that lead to this very table, else the nearest."""
     tells_mid: bool = True
@@ -166,9 +166,7 @@ def _judge_meanings(claim: Claim, table: ResidualTable, models: tuple[str, ...],
     # of residuals by name, those left out come first in the report, then what is wrong with the others
     judgement = _judge(tables[0], claim.named_shapes(table), table, models, sized=sized)
     others = _match_faults(claim.completed(table), table, sized)
-    downs = [str(number) for number in claim.gaps if number != MID]
-    parts = [f"slot{'s' * (len(downs) > 1)} {', '.join(downs)}"] if downs else []
-    which = " and ".join([*parts, *["mid"] * (MID in claim.gaps)])
+    which = name_slots([number for number in claim.gaps if number != MID], has_mid=MID in claim.gaps)
     verb, names = ("is", "its name") if len(claim.gaps) == 1 else ("are", "their names")
     message = f"{which} {verb} left out under {names}{'' if others else ', the others are in place'}"
     slots = tuple(table.names[index] for index in claim.gaps if index < len(table.names))

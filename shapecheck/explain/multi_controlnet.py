@@ -81,7 +81,6 @@ def _explain_difference(one: _Summand, other: _Summand) -> tuple[str, str]:
 
 
 def _list_mismatches(one: _Summand, other: _Summand) -> Iterator[Mismatch]:
-    """Yield every slot at which they differ, in slot order."""
     for name in dict.fromkeys((*list(one.shapes)[:-1], *list(other.shapes)[:-1], SHAPECHECK.mid)):
         expected, actual = one.shapes.get(name), other.shapes.get(name)
         if expected == actual:

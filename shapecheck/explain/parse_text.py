@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from shapecheck.explain import patterns_pytorch, patterns_runtimes
-from shapecheck.explain.pattern import MessagePattern
 from shapecheck.explain.raise_site import find_raise_site
-from shapecheck.explain.symptom import Symptom
+from shapecheck.explain.symptom import MessagePattern, Symptom
 
 _LONGEST = 2**19
 """Characters that are read from the start of a text, and as many from its end."""

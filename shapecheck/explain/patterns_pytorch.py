@@ -1,4 +1,4 @@
-"""What PyTorch, diffusers and ComfyUI print when residuals do not fit."""
+"""Messages of PyTorch, diffusers and ComfyUI about residuals that do not fit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from shapecheck.explain import pattern
-from shapecheck.explain.pattern import AXIS, GIVEN, GIVEN_DTYPE, GIVEN_SHAPE, WANTED, WANTED_DTYPE, WANTED_SHAPE, parse_size
-from shapecheck.explain.symptom import Symptom
+from shapecheck.explain import symptom as facts
+from shapecheck.explain.symptom import AXIS, GIVEN, GIVEN_DTYPE, GIVEN_SHAPE, WANTED, WANTED_DTYPE, WANTED_SHAPE, Symptom
 
 
 def _add_stride(symptom: Symptom, match: re.Match[str]) -> Symptom:
@@ -26,7 +25,7 @@ def _count_axis(symptom: Symptom, match: re.Match[str]) -> Symptom:
 
 def _add_matrices(symptom: Symptom, match: re.Match[str]) -> Symptom:
     """Add the shapes of text and weights: tokens × width, width × channels."""
-    tokens, channels = parse_size(match["tokens"]) or 0, parse_size(match["channels"]) or 0
+    tokens, channels = facts.parse_size(match["tokens"]) or 0, facts.parse_size(match["channels"]) or 0
     return replace(symptom, wanted_shape=(symptom.wanted or 0, channels), given_shape=(tokens, symptom.given or 0))
 
 
@@ -40,8 +39,8 @@ def _add_argument(symptom: Symptom, match: re.Match[str]) -> Symptom:
 
 _SIZES = "Sizes of tensors must match except"
 _ON_DEVICE = r"torch\.cuda\.|torch\.(?!cuda)|MPS"
-_torch = pattern.MessagePattern
-_diffusers = partial(pattern.MessagePattern, source="diffusers")
+_torch = facts.MessagePattern
+_diffusers = partial(facts.MessagePattern, source="diffusers")
 PATTERNS = (
     # PyTorch, real tensors; under torch.export with formulas for sizes
     _torch("broadcast", "must match the size of tensor b",

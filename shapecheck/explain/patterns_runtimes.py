@@ -1,4 +1,4 @@
-"""What ONNX Runtime, TensorRT, Polygraphy and StreamDiffusion's engines print when residuals do not fit."""
+"""Messages of ONNX Runtime, TensorRT, Polygraphy and StreamDiffusion's engines about residuals that do not fit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import re
 from dataclasses import replace
 from functools import partial
 
-from shapecheck.explain import pattern
-from shapecheck.explain.pattern import AXIS, GIVEN, GIVEN_DTYPE, GIVEN_SHAPE, NAME, WANTED, WANTED_DTYPE, WANTED_SHAPE
-from shapecheck.explain.symptom import Symptom
+from shapecheck.explain import symptom as facts
+from shapecheck.explain.symptom import AXIS, GIVEN, GIVEN_DTYPE, GIVEN_SHAPE, NAME, WANTED, WANTED_DTYPE, WANTED_SHAPE, Symptom
 
 
 def _add_indices(symptom: Symptom, match: re.Match[str]) -> Symptom:
@@ -24,24 +23,24 @@ def _add_indices(symptom: Symptom, match: re.Match[str]) -> Symptom:
 
 def _add_unequal(symptom: Symptom, match: re.Match[str]) -> Symptom:
     """Add two sizes, either of which may be the UNet's; the method of ONNX Runtime shows if they are of the last axis."""
-    numbers = tuple(filter(None, map(pattern.parse_size, match.group("small", "large"))))
+    numbers = tuple(filter(None, map(facts.parse_size, match.group("small", "large"))))
     return replace(symptom, axis=3 if match["method"] == "Init" else None, given_shape=numbers)
 
 
 def _add_lowest(symptom: Symptom, match: re.Match[str]) -> Symptom:
-    return replace(symptom, given=pattern.parse_size(match["low"]))
+    return replace(symptom, given=facts.parse_size(match["low"]))
 
 
 def _add_bounded(symptom: Symptom, match: re.Match[str]) -> Symptom:
     sizes = [size if size.strip().isdigit() else "-1" for size in match["bounded"].split(",")]
-    return replace(symptom, wanted_shape=pattern.parse_shape(", ".join(sizes)))
+    return replace(symptom, wanted_shape=facts.parse_shape(", ".join(sizes)))
 
 
 _RUNNING = r"node\. Name:'(?P<name>[^']{1,300})' Status Message: .{1,300}?"
 _LISTED = r"\{(?P<names>[^{}]{1,4000})\}"
 _RANGE = r": \[(?P<low>[-\d, ]{1,200})\]\.\.\[(?P<high>[-\d, ]{1,200})\]"
 _ort, _trt, _polygraphy, _stream = (
-    partial(pattern.MessagePattern, source=source) for source in ("ONNX Runtime", "TensorRT", "Polygraphy", "StreamDiffusion")
+    partial(facts.MessagePattern, source=source) for source in ("ONNX Runtime", "TensorRT", "Polygraphy", "StreamDiffusion")
 )
 PATTERNS = (
     _ort("dimensions", "Got invalid dimensions for input",

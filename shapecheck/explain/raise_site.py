@@ -1,4 +1,4 @@
-"""Where a text says that it was raised: at an addition of residuals, on the way up, or somewhere else."""
+"""The place that a text says it was raised at: an addition of residuals, on the way up, or somewhere else."""
 
 from __future__ import annotations
 
@@ -55,18 +55,11 @@ _RAISED_AT = re.compile(r"(?<!\S)([^\s\"]{1,400}?\.py):\d{1,7}: \w{0,60}(?:Error
 
 
 class RaiseSite(NamedTuple):
-    """Where a message was raised, as far as the text around it shows."""
+    """The place that raised a message, as far as the text around it shows."""
 
     stage: Stage | Literal["nets"] | None = None
     elsewhere: str = ""
     """The file, if it neither adds nor uses residuals."""
-
-
-class Frame(NamedTuple):
-    """A frame of a traceback: its file, with forward slashes, and the source that is shown of it."""
-
-    file: str
-    source: str
 
 
 def find_raise_site(text: str, start: int, end: int, kind: str) -> RaiseSite:
@@ -80,28 +73,23 @@ def find_raise_site(text: str, start: int, end: int, kind: str) -> RaiseSite:
     last, stage = max((part.rfind(line), stage) for line, stage in _LINES)
     if last >= 0:
         return RaiseSite(stage)
-
     matches = list(_FRAME.finditer(part))
-    ends = [*(match.start() for match in matches), len(part)][1:]
-    frames = [
-        Frame(match[match.lastgroup or 0].replace("\\", "/"), part[match.end() : end])
-        for match, end in zip(matches, ends, strict=True)
-    ]
-    own = [number for number, frame in enumerate(frames) if not _TORCH.search(frame.file)]
-    if not own or any(_TRACER.search(frame.file) for frame in frames[own[-1] + 1 :]):
+    files = [match[match.lastgroup or 0].replace("\\", "/") for match in matches]
+    frame = next((number for number in reversed(range(len(files))) if not _TORCH.search(files[number])), None)
+    if frame is None or any(map(_TRACER.search, files[frame + 1 :])):
         return RaiseSite()
-    raising = frames[own[-1]]
-    return RaiseSite(None, "" if _may_be_unet(frames, raising, kind) else raising.file.rsplit("/", 1)[-1])
+    source = part[matches[frame].end() : matches[frame + 1].start() if frame + 1 < len(matches) else None]
+    return RaiseSite(None, "" if _may_be_unet(files, files[frame], source, kind) else files[frame].rsplit("/", 1)[-1])
 
 
-def _may_be_unet(frames: Sequence[Frame], last: Frame, kind: str) -> bool:
+def _may_be_unet(files: Sequence[str], file: str, source: str, kind: str) -> bool:
+    """Return whether a frame, with its file and source, may add or use residuals; `files` are those of the whole traceback."""
     if kind == "from_unet":
-        return "diffusers" in last.file
+        return "diffusers" in file
     in_controlnet = kind in ("dtype", "text width", "sample channels")  # a ControlNet's layers say these too
-    if _UNET.search(last.file) or (in_controlnet and _CONTROLNET.search(last.file)):
+    if _UNET.search(file) or (in_controlnet and _CONTROLNET.search(file)):
         return True
-    if (part := _PART.search(last.file)) and part[1] in _PARTS.get(kind, "").split():
-        callers = [frame.file for frame in frames]
-        through = any(map(_UNET.search, callers)) or (in_controlnet and any(map(_CONTROLNET.search, callers)))
-        return through or not any(map(_OTHERS.search, callers))
-    return not _OTHERS.search(last.file) and bool(_ABOUT_RESIDUALS.search(last.source))
+    if (part := _PART.search(file)) and part[1] in _PARTS.get(kind, "").split():
+        through = any(map(_UNET.search, files)) or (in_controlnet and any(map(_CONTROLNET.search, files)))
+        return through or not any(map(_OTHERS.search, files))
+    return not _OTHERS.search(file) and bool(_ABOUT_RESIDUALS.search(source))

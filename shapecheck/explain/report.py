@@ -8,6 +8,7 @@ from shapecheck.contract import Geometry, show
 from shapecheck.explain.diagnosis import Answer, Candidate, Diagnosis, Reading
 from shapecheck.explain.judge_mapping import Judgement
 from shapecheck.explain.mapping_report import list_judgement, list_others, name_models
+from shapecheck.explain.residual_table import name_slots
 from shapecheck.explain.symptom import Symptom
 from shapecheck.report.document import LINE, Document, Facts, Format, Heading, Paragraph, Part, Points, Table
 from shapecheck.report.numbers import format_count
@@ -94,13 +95,13 @@ def explain_symptom(symptom: Symptom) -> str:
 
 
 def _list_answer(answer: Answer) -> Iterator[Part]:
-    here, others = _split_candidates(answer)
-    count = len(here or others)
-    more = f"; {len(others)} more at other sizes" if here and others else ""
+    same_size, others = _split_candidates(answer)
+    count = len(same_size or others)
+    more = f"; {len(others)} more at other sizes" if same_size and others else ""
     verb = "gives" if count == 1 else "give"
     where = f"{format_count(count, 'fault')} {verb} exactly this text, at {_name_places(answer)}{more}"
     yield Heading(f"On {name_models(answer.models)}, {where}")
-    for candidates in _group_by_slot(here):
+    for candidates in _group_by_slot(same_size):
         first = candidates[0]
         met = f"the UNet has {show(first.wanted)}, and meets {show(first.given) if first.given else 'nothing'}"
         yield Heading(f"{first.slot} ({first.module}): {met}", 3, indent="  ")
@@ -135,8 +136,8 @@ def _list_answer(answer: Answer) -> Iterator[Part]:
 
 def _split_candidates(answer: Answer) -> tuple[list[Candidate], list[Candidate]]:
     """Return the candidates at the size of the answer, and those that need another."""
-    here = [candidate for candidate in answer.candidates if answer.geometry in candidate.geometries]
-    return here, [candidate for candidate in answer.candidates if answer.geometry not in candidate.geometries]
+    same_size = [candidate for candidate in answer.candidates if answer.geometry in candidate.geometries]
+    return same_size, [candidate for candidate in answer.candidates if answer.geometry not in candidate.geometries]
 
 
 def _group_by_slot(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
@@ -172,8 +173,5 @@ def _name_places(answer: Answer) -> str:
     """Return `slots 0, 1, 2, 3 and mid`: at the size of the answer, if there are any."""
     names = [slot.name for slot in answer.contract.slots]
     places = dict.fromkeys(candidate.slot for candidate in _split_candidates(answer)[0] or answer.candidates)
-    numbers = [str(names.index(name)) for name in places if name in names[:-1]]
-    parts = [f"slot{'s' * (len(numbers) > 1)} {', '.join(numbers)}"] if numbers else []
-    parts += ["mid"] if names[-1] in places else []
-    parts += [name for name in places if name not in names]
-    return " and ".join(parts)
+    slots = name_slots([names.index(name) for name in places if name in names[:-1]], has_mid=names[-1] in places)
+    return " and ".join([*([slots] if slots else []), *(name for name in places if name not in names)])

@@ -45,6 +45,12 @@ class ResidualShapes:
         return named if self.mid is None else named | {SHAPECHECK.mid: self.mid}
 
 
+def name_slots(numbers: Sequence[int], *, has_mid: bool) -> str:
+    """Return `slots 2, 5 and mid`."""
+    downs = [f"slot{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"] if numbers else []
+    return " and ".join([*downs, *["mid"] * has_mid])
+
+
 def right_shapes(contract: Contract, geometry: Geometry) -> ResidualShapes:
     """Return what the UNet of this contract needs at that geometry. Raises ShapecheckError if it refuses it."""
     return ResidualShapes.split(tuple(contract.shapes(geometry).values()))
@@ -63,7 +69,7 @@ class Fault:
 
     kind: FaultKind
     told: str
-    """What was done, in words; `change` is what to do instead."""
+    """The mistake in words; `change` says what to do instead."""
     change: str
     given: ResidualShapes
     slots: tuple[str, ...] = ()

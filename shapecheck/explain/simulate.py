@@ -1,4 +1,4 @@
-"""What diffusers' UNet2DConditionModel does with residuals of given shapes: it runs, or fails at one place in one way.
+"""Simulate diffusers' UNet2DConditionModel with residuals of given shapes: it runs, or fails at one place in one way.
 
 Follows `forward` of diffusers 0.42 (models/unets/unet_2d_condition.py): the adds on the way down and after mid, and the
 concatenations on the way up, which see a list of skips cut short if too few residuals were given.
@@ -24,9 +24,9 @@ Stage = Literal["down", "mid", "feature", "up"]
 FailureKind = Literal[
     "broadcast", "output", "concat", "rank", "norm", "groups", "index", "keyword", "attention", "reshape", "upsample"
 ]
-"""How PyTorch fails: sizes that do not broadcast, a sum larger than what it is written to, sizes or ranks that cannot be
-concatenated, channels that a GroupNorm does not have or cannot divide, a list with too few skips, an argument that a block does
-not take, a batch that is not the text's (attention, reshape), a skip of another rank to take the size from."""
+"""The ways in which PyTorch fails: sizes that do not broadcast, a sum larger than what it is written to, sizes or ranks that
+cannot be concatenated, channels that a GroupNorm does not have or cannot divide, a list with too few skips, an argument that a
+block does not take, a batch that is not the text's (attention, reshape), a skip of another rank to take the size from."""
 
 
 @dataclass(frozen=True, slots=True)

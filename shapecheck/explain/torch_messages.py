@@ -1,4 +1,4 @@
-"""What PyTorch says of a failure, in the words of its CPU and CUDA kernels and in those of meta and fake tensors."""
+"""PyTorch's message for a failure, in the words of its CPU and CUDA kernels and in those of meta and fake tensors."""
 
 from __future__ import annotations
 

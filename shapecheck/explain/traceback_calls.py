@@ -1,10 +1,11 @@
-"""Where an exception came from: the calls of modules that it passed through, as the frames of its traceback hold them."""
+"""The origin of an exception: the calls of modules that it passed through, as the frames of its traceback hold them."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
+from types import CodeType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -35,14 +36,10 @@ def follow_causes(error: BaseException) -> Iterator[BaseException]:
 
 def find_calls(error: BaseException, matches: Callable[[nn.Module], bool]) -> list[FailedCall]:
     """Return the calls of matching modules that this exception passed through, outermost first; not those of its causes."""
-    frames = [
-        (frame.f_code.co_name, module, frame.f_locals)
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-        if isinstance(module := frame.f_locals.get("self"), nn.Module)
-    ]
+    frames = _list_module_frames(error)
     calls = []
-    for index, (function, module, values) in enumerate(frames):
-        if function == "_call_impl" and matches(module):
+    for index, (code, module, values) in enumerate(frames):
+        if code.co_name == "_call_impl" and matches(module):
             names = {id(child): name for name, child in unwrap_compiled(module).named_modules() if name}
             inside = next((names[id(later)] for _, later, _ in frames[index:] if id(later) in names), "")
             calls.append(FailedCall(error, module, values.get("args", ()), values.get("kwargs", {}), inside))
@@ -51,8 +48,13 @@ def find_calls(error: BaseException, matches: Callable[[nn.Module], bool]) -> li
 
 def find_raising_module(error: BaseException, file: str) -> nn.Module | None:
     """Return the module whose own forward raised this, if that stands in a file whose name begins so."""
-    last = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if isinstance(module := frame.f_locals.get("self"), nn.Module):
-            last = module, PurePath(frame.f_code.co_filename).name
-    return last[0] if last and last[1].startswith(file) else None
+    frames = _list_module_frames(error)
+    return frames[-1][1] if frames and PurePath(frames[-1][0].co_filename).name.startswith(file) else None
+
+
+def _list_module_frames(error: BaseException) -> list[tuple[CodeType, nn.Module, Mapping[str, Any]]]:
+    return [
+        (frame.f_code, module, frame.f_locals)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if isinstance(module := frame.f_locals.get("self"), nn.Module)
+    ]

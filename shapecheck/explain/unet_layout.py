@@ -1,4 +1,4 @@
-"""Where a UNet's skips go: what is added to what and what is concatenated to what, at one geometry."""
+"""The layout of a UNet's skips: what is added to what and what is concatenated to what, at one geometry."""
 
 from __future__ import annotations
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import get_args
 
+from shapecheck.explain.simulate import FailureKind
 from shapecheck.explain.symptom import Symptom
 
 _LORA = r"\blora[_.\w]*|\bLoRA\b"
@@ -37,9 +39,7 @@ _SUBJECTS: tuple[tuple[str, str], ...] = (
     (r"PermissionError|Permission denied", "a file may not be read or written"),
 )
 """The first that matches counts."""
-_OF_SIZES = (
-    "broadcast", "output", "concat", "rank", "norm", "groups", "index", "attention", "reshape", "upsample", "text width",
-)  # fmt: skip
+_OF_SIZES = {*get_args(FailureKind), "text width"} - {"keyword"}
 """Symptoms of two sizes, which may come from any code."""
 
 

@@ -86,7 +86,6 @@ def emitted_shapes(contract: Contract, geometry: Geometry) -> ResidualShapes:
 
 
 def _take_other_family(table: ResidualTable) -> Iterator[Fault]:
-    """Take the table of another model."""
     tables: dict[ResidualShapes, list[str]] = {}
     for names, contract in list_families():
         tables.setdefault(emitted_shapes(contract, table.geometry), []).extend(names)
@@ -96,7 +95,6 @@ def _take_other_family(table: ResidualTable) -> Iterator[Fault]:
 
 
 def _run_at_other_size(table: ResidualTable, hints: Hints) -> Iterator[Fault]:
-    """Run the ControlNet at another size than the UNet."""
     divisor = table.contract.divisor
     change = "give the ControlNet an image of the size that is drawn"
     for rows, columns in hints.sizes:
@@ -108,7 +106,6 @@ def _run_at_other_size(table: ResidualTable, hints: Hints) -> Iterator[Fault]:
 
 
 def _run_at_other_batch(table: ResidualTable, hints: Hints) -> Iterator[Fault]:
-    """Run the ControlNet at another batch than the UNet."""
     change = "give both the same batch: with classifier-free guidance the latents are doubled for both"
     for batch in dict.fromkeys((1, *hints.batches)):
         if batch != table.geometry.batch:
