@@ -1,16 +1,17 @@
-"""The explanation of an error text, as text or Markdown; and beside it a table that was claimed."""
+"""The explanation of an error text, and a table compared with a UNet, as text or Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from shapecheck.contract import Geometry, show
+from shapecheck.contract.records import shape_or_words
 from shapecheck.explain.diagnosis import Answer, Candidate, Diagnosis, Reading
 from shapecheck.explain.judge_mapping import Judgement
-from shapecheck.explain.mapping_report import list_judgement, list_others, name_models
 from shapecheck.explain.residual_table import name_slots
 from shapecheck.explain.symptom import Symptom
-from shapecheck.report.document import LINE, Document, Facts, Format, Heading, Paragraph, Part, Points, Table
+from shapecheck.explain.torch_messages import say_eager
+from shapecheck.report.document import LINE, Cell, Document, Facts, Format, Heading, Paragraph, Part, Points, Table
 from shapecheck.report.numbers import format_count
 
 
@@ -32,7 +33,8 @@ def render_text(
         if (agrees := judgement.reproduces(diagnosis)) is not None:
             wrong = "this table does not lead to the text above: that comes from other residuals"
             parts.append(Points(["this table leads to the text above" if agrees else wrong], "note: "))
-        parts += list_others(others)
+        rows = [(_name_models(other.models), _describe_verdict(other)) for other in others]
+        parts += [Heading("On other models"), Table(("models", "verdict"), rows)] if rows else []
     return Document("", parts).render(form)
 
 
@@ -50,7 +52,7 @@ def _list_reading(reading: Reading, model: str | None) -> Iterator[Part]:
     answers = sorted(reading.answers, key=lambda answer: -len(answer.models))
     if model is None:
         yield Heading("Models that can give this text")
-        rows = [(name_models(answer.models), _name_places(answer), len(answer.candidates)) for answer in answers]
+        rows = [(_name_models(answer.models), _name_places(answer), len(answer.candidates)) for answer in answers]
         yield Table(("models", "where it shows", "faults"), rows)
     yield from _list_answer(answers[0])
 
@@ -100,7 +102,7 @@ def _list_answer(answer: Answer) -> Iterator[Part]:
     more = f"; {len(others)} more at other sizes" if same_size and others else ""
     verb = "gives" if count == 1 else "give"
     where = f"{format_count(count, 'fault')} {verb} exactly this text, at {_name_places(answer)}{more}"
-    yield Heading(f"On {name_models(answer.models)}, {where}")
+    yield Heading(f"On {_name_models(answer.models)}, {where}")
     for candidates in _group_by_slot(same_size):
         first = candidates[0]
         met = f"the UNet has {show(first.wanted)}, and meets {show(first.given) if first.given else 'nothing'}"
@@ -175,3 +177,51 @@ def _name_places(answer: Answer) -> str:
     places = dict.fromkeys(candidate.slot for candidate in _split_candidates(answer)[0] or answer.candidates)
     slots = name_slots([names.index(name) for name in places if name in names[:-1]], has_mid=names[-1] in places)
     return " and ".join([*([slots] if slots else []), *(name for name in places if name not in names)])
+
+
+def _name_models(models: Sequence[str]) -> str:
+    """Return some of the models, and how many more there are."""
+    return ", ".join(models[:4]) + (f" and {len(models) - 4} more" if len(models) > 4 else "")
+
+
+def list_judgement(judgement: Judgement) -> Iterator[Part]:
+    """Yield the report of a table compared with a UNet."""
+    yield Heading(f"The table given, on {_name_models(judgement.models)}, {judgement.geometry}", 1)
+    yield Paragraph(_describe_verdict(judgement))
+    if judgement.failure is not None:
+        yield Facts([("PyTorch says", say_eager(judgement.failure) or "an error that is not known here")])
+    if judgement.matches:
+        exact = judgement.matches[0].differs == 0
+        rows = [(fault.kind, fault.told, str(match.differs or "")) for match in judgement.matches for fault in match.faults]
+        yield Heading("This is what was done" if exact else "No known mistake gives this table; the nearest")
+        yield Table(("fault", "what was done", "slots that differ"), rows)
+        changes = dict.fromkeys((match.fault.kind, match.fault.change) for match in judgement.matches)
+        yield Heading("What to change")
+        yield Table(("fault", "change"), list(changes))
+    yield Heading("Slot by slot")
+    yield Table(("#", "slot", "given", "UNet takes", "verdict", "skip from", "likely cause"), list(_tabulate_slots(judgement)))
+    about_mid = [] if judgement.tells_mid else ["this table says nothing of the mid residual: it is taken to be right"]
+    yield Points([*judgement.notes, *about_mid], "note: ")
+
+
+def _tabulate_slots(judgement: Judgement) -> Iterator[tuple[Cell, ...]]:
+    """Yield every slot, right or wrong, then residuals that no slot takes."""
+    wrong = {mismatch.where: mismatch for mismatch in judgement.mismatches}
+    for number, slot in enumerate(judgement.contract.slots):
+        expected = show(slot.shape_at(judgement.geometry))
+        if mismatch := wrong.pop(slot.name, None):
+            actual = shape_or_words(mismatch.observed)
+            yield number, slot.name, actual, expected, mismatch.kind, slot.producer, mismatch.cause
+        else:
+            yield number, slot.name, expected, expected, "right", slot.producer, ""
+    for mismatch in wrong.values():
+        yield "", mismatch.where, shape_or_words(mismatch.observed), "no such slot", mismatch.kind, "", mismatch.cause
+
+
+def _describe_verdict(judgement: Judgement) -> str:
+    if judgement.is_right:
+        return f"RIGHT: every one of the {len(judgement.contract.slots)} slots gets what it takes"
+    count = format_count(len(judgement.mismatches), "slot")
+    if judgement.is_silent:
+        return f"WRONG IN SILENCE: {count} do not fit, and PyTorch runs all the same: the image is wrong"
+    return f"WRONG: {count} do not fit; PyTorch fails at {judgement.failure.slot if judgement.failure else 'some place'}"

@@ -16,7 +16,7 @@ from shapecheck.cli import main
 from shapecheck.contract.naming import SCHEMES
 from shapecheck.explain.judge_mapping import judge_claim
 from shapecheck.explain.mapping_parser import FORMS, parse_mapping, side_of
-from shapecheck.explain.mapping_report import list_judgement
+from shapecheck.explain.report import list_judgement
 from shapecheck.explain.residual_table import RequestedSize, ResidualTable
 from shapecheck.report.document import Document
 
