@@ -84,11 +84,10 @@ def export(model: str, output: Path, verify: bool, form: str, **options: Any) ->
     """
     from shapecheck.onnx import export as exporter
     from shapecheck.onnx import export_report as report
+    from shapecheck.parity import export_check
 
     if verify:
-        from shapecheck.onnx import export_verify
-
-        export_verify.refuse_unverifiable(options["dtype"], options["weights"])
+        export_check.refuse_unverifiable(options["dtype"], options["weights"])
     with progress() as tell:
         done = exporter.export(model, output, **options, progress=tell)
     try:
@@ -221,9 +220,9 @@ def _check_engine(
 
 
 def _verify(exported: Exported, model: str, variant: str | None, offline: bool) -> tuple[Agreement, ...]:
-    from shapecheck.onnx import export_verify
+    from shapecheck.parity import export_check
 
-    needed = export_verify.memory_needed(exported) / 1e9
+    needed = export_check.estimate_memory(exported) / 1e9
     click.echo(f"verifying: up to {needed:.1f} GB of memory, PyTorch and ONNX Runtime one after the other", err=True)
     with progress() as tell:
-        return export_verify.verify(exported, model, variant=variant, offline=offline, progress=tell)
+        return export_check.verify_export(exported, model, variant=variant, offline=offline, progress=tell)

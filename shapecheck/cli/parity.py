@@ -68,7 +68,7 @@ def parity(report: Path | None, form: Form | Literal["html"], output: Path | Non
     MODEL is a diffusers folder or hub id with weights. Each slot and each base input is perturbed alone, and has to change
     the image as it does in PyTorch: what is swapped, dropped, scaled or baked is named. Control on, off and switched, halves
     of a batch, several sizes. Without --sizes an engine's own profiles, else three small sizes. Where an image differs, the
-    first value inside that does is looked for.
+    first value inside that does is looked for. Of a ControlNet every residual is compared, and every input perturbed.
 
     Exit status 0 for PARITY, 1 for BROKEN, a backend that cannot run included, 2 where nothing could be compared.
 
@@ -81,12 +81,12 @@ def parity(report: Path | None, form: Form | Literal["html"], output: Path | Non
     from shapecheck.parity import report as parity_report
     from shapecheck.parity.page import render_page
     from shapecheck.parity.report import write_all
-    from shapecheck.parity.request import ParityRequest, study_of
+    from shapecheck.parity.request import ParityRequest, create_run
 
     if report is not None:
         make_folder(report)
     with progress() as tell:
-        found = study_of(ParityRequest(**options, folder=report), tell).report()
+        found = create_run(ParityRequest(**options, folder=report), tell).report()
     if report is not None:
         write_all(found, report)
     if form == "html":

@@ -26,8 +26,10 @@ def grouped(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def arguments(contract: Contract, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for the UNet's forward, from a value for every input and every slot of its contract."""
+    """Return the keyword arguments for a forward, from a value for every input, and for every slot that a UNet takes."""
     call = grouped({each.argument: values[each.name] for each in contract.inputs})
+    if contract.role == "controlnet":
+        return call
     residuals, features = ([values[slot.name] for slot in slots] for slots in (contract.slots, contract.features))
     return call | added(residuals, features)
 

@@ -208,13 +208,11 @@ _PROCESS = 2e9
 
 
 class TorchModel:
-    """A UNet with its weights: named, and then loaded from its files each time, or a live module, which stays as it is."""
+    """A model with its weights: named, and then loaded from its files each time, or a live module, which stays as it is."""
 
     def __init__(self, model: str | Path | nn.Module, *, variant: str | None = None, offline: bool = False) -> None:
         self._variant = variant
         self._subject = take(model, variant=variant, offline=offline)
-        if self._subject.role != "unet":
-            raise ShapecheckError(f"{self._subject.name} is a ControlNet; parity is of UNets: `shapecheck export --verify`")
         if self._subject.stored is None and self._subject.live is None:
             raise ShapecheckError(f"no weights for {self._subject.name}: {self._subject.absent}; give a folder that holds them")
         self._live = unwrap_compiled(model) if isinstance(model, nn.Module) else None
@@ -225,31 +223,36 @@ class TorchModel:
         """As reports call it."""
         return self._subject.origin
 
-    def contract(self, dtype: str, *, control: bool) -> Contract:
-        """What a file of it has to take."""
-        return self._subject.contract(dtype, control=control)
+    @property
+    def role(self) -> Role:
+        """Whether it is a UNet or a ControlNet."""
+        return self._subject.role
+
+    def contract(self, dtype: str, *, control: bool, adapter: bool = False) -> Contract:
+        """Return what a file of it has to take and give."""
+        return self._subject.contract(dtype, control=control, adapter=adapter)
 
     def dtype(self) -> str:
-        """The precision of the weights."""
+        """Return the precision of the weights."""
         return self._subject.dtype(None)
 
     def load(self, precision: str) -> nn.Module:
-        """The UNet in that precision, in eval mode."""
+        """Return the model in that precision, in eval mode."""
         if self._source is not None:
             return diffusers_models.load(self._source, self._variant, getattr(torch, precision))
         assert self._live is not None
         with quiet("diffusers"):
             return copy.deepcopy(self._live).to("cpu", getattr(torch, precision)).eval()
 
-    def reference(self, wanted: Precision, parameters: int) -> str:
-        """float64 where twice the memory of float32 is free, else float32."""
+    def choose_reference(self, wanted: Precision, parameters: int) -> str:
+        """Return float64 if twice the memory of float32 is free, else float32."""
         if wanted != "auto":
             return wanted
-        return "float64" if parameters * 8 * _ROOM + _PROCESS <= _available() else "float32"
+        return "float64" if parameters * 8 * _ROOM + _PROCESS <= _available_memory() else "float32"
 
 
-def _available() -> float:
-    """Bytes of memory that are free, or would be if caches were dropped."""
+def _available_memory() -> float:
+    """Return the bytes of memory that are free, or would be if caches were dropped."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -109,7 +109,9 @@ class _Finder:
 
     def values(self) -> Iterator[Inner]:
         sums = self._placed_sums()
-        skips = {slot.producer: sums[slot.name].skip for slot in self._contract.slots if slot.name in sums}
+        fed = {feature.producer for feature in self._contract.features}  # their skips have a feature added already
+        bare = [slot for slot in self._contract.slots if slot.name in sums and slot.producer not in fed]
+        skips = {slot.producer: sums[slot.name].skip for slot in bare}
         blocks = skips | self._blocks
         found = [(float(self._ranks[value]), Inner(value.name or "", module)) for module, value in blocks.items()]
         found += [(float(self._ranks[each.value]), self._inner(each.value, slot)) for slot, each in sums.items()]

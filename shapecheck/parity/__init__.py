@@ -19,6 +19,6 @@ def parity(model: str | Path | nn.Module, **asked: Any) -> Parity:
     `backends=("ort", "trt")`, `controlnet`, `sizes=("512x512:512x512:904x512",)`, `batch`, `seed`, … Returns the record of the
     run: `passes`, `sides`, and in each the results check by check. Raises ShapecheckError where nothing can be compared.
     """
-    from shapecheck.parity.request import ParityRequest, study_of
+    from shapecheck.parity.request import ParityRequest, create_run
 
-    return study_of(ParityRequest(model, **asked)).report()
+    return create_run(ParityRequest(model, **asked)).report()

@@ -1,252 +1,195 @@
-"""The files of a parity run, before anything runs: which contract each has to keep, and what can be told by reading it."""
+"""The files of a parity run, before anything runs: which contract each has to keep, and what reading it tells."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 from torch import nn
 
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
-from shapecheck.contract.naming import detect, is_feature
+from shapecheck.contract.naming import detect
 from shapecheck.observe.subject import TorchModel
-from shapecheck.onnx import file as onnx_file
 from shapecheck.onnx import weight_comparison
 from shapecheck.onnx.check import check
-from shapecheck.parity.plan import geometries_of
+from shapecheck.onnx.file import OnnxFile
+from shapecheck.onnx.input_roles import match, sort_out
+from shapecheck.onnx.reading import Reading
+from shapecheck.parity.plan import choose_geometries
 from shapecheck.parity.results import Check, Ran, Result
 from shapecheck.runtime.onnx_session import PROVIDERS
+from shapecheck.runtime.torch_session import output_names
 from shapecheck.tensorrt.check import check_engine, compare_with_file
 from shapecheck.tensorrt.profiles import Range, range_of
 from shapecheck.tensorrt.record import Engine, read_engine
 
-_TOLD = 3
-"""How many names of a kind a reason gives."""
+ENGINE_BACKENDS = ("trt", "rtx")
 
 
-class File(Protocol):
-    """What a backend runs, read and not yet opened."""
+_SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True)
+class ParityFile:
+    """What a backend runs, read and not yet opened. PyTorch itself runs the model, and has no file."""
 
     contract: Contract
     """Of the model, in the precision of the file."""
-
-    @property
-    def path(self) -> Path:
-        """Where it lies."""
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        """From the contract's name of an input to the file's, for those that it has."""
-
-    @property
-    def mismatches(self) -> tuple[Mismatch, ...]:
-        """In what the file is not of its contract."""
-
-    @property
-    def graph(self) -> onnx_file.OnnxFile | None:
-        """The ONNX file it is, or was built from; None where there is none, or it is not known."""
-
-    @property
-    def names_in_graph(self) -> Mapping[str, str]:
-        """What that ONNX file calls the contract's inputs."""
-
-    def geometries(self, ranges: tuple[Range, ...]) -> tuple[Geometry, ...]:
-        """The sizes to run at."""
-
-    def weights(self, module: nn.Module) -> str | None:
-        """In what its weights are not the module's; empty where they are, None where that cannot be told."""
-
-    def narrower(self) -> tuple[str, ...] | None:
-        """What computes in less than its precision; None where that cannot be told."""
-
-
-@dataclass(slots=True)
-class Model:
-    """The model itself, for a backend that is PyTorch."""
-
-    contract: Contract
+    names: Mapping[str, str]
+    """From the contract's name of an input to the session's, for those that it has."""
+    outputs: Mapping[str, str]
+    """Likewise of the outputs."""
     path: Path = Path()
-    mismatches: tuple[Mismatch, ...] = ()
-
-    graph: None = None
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        """Its own."""
-        return {name: name for name in self.contract.input_rules}
-
-    @property
-    def names_in_graph(self) -> Mapping[str, str]:
-        """None has any."""
-        return {}
-
-    def geometries(self, ranges: tuple[Range, ...]) -> tuple[Geometry, ...]:
-        """Those of the ranges, or three small ones."""
-        return geometries_of(self.contract, ranges)
-
-    def weights(self, module: nn.Module) -> str | None:
-        """Its own."""
-        return ""
-
-    def narrower(self) -> tuple[str, ...] | None:
-        """Nothing."""
-        return ()
-
-
-@dataclass
-class OnnxFile:
-    """An ONNX file."""
-
-    graph: onnx_file.OnnxFile
-    contract: Contract
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    """Sizes of a call that the file declares as numbers."""
-
-    @cached_property
-    def _checked(self) -> tuple[dict[str, str], tuple[Mismatch, ...]]:
-        found = check(self.graph, self.contract)
-        return dict(found.names), found.mismatches
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        """From the contract's name of an input to the file's, for those that it has."""
-        return self._checked[0]
-
-    @property
-    def mismatches(self) -> tuple[Mismatch, ...]:
-        """What `shapecheck check` finds."""
-        return self._checked[1]
-
-    @property
-    def path(self) -> Path:
-        """Where it lies."""
-        return self.graph.path
-
-    @property
-    def names_in_graph(self) -> Mapping[str, str]:
-        """Its own."""
-        return self.names
+    graph: OnnxFile | None = None
+    """The ONNX file it is, or was built from, if there is one and it is known."""
+    names_in_graph: Mapping[str, str] = field(default_factory=dict)
+    """What that ONNX file calls the contract's inputs."""
+    record: Engine | None = None
+    """What was written of an engine when it was built."""
+    ranges: tuple[Range, ...] = ()
+    """The sizes that it was made for."""
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of a call that it declares as numbers, by symbols: batch, h, w."""
+    find_mismatches: Callable[[], tuple[Mismatch, ...]] = tuple
+    """Returns in what it is not of its contract."""
+    compare_weights: Callable[[nn.Module], str | None] = lambda module: ""
+    """Returns in what its weights are not the module's; None if that cannot be told."""
+    find_narrower: Callable[[], tuple[str, ...] | None] = tuple
+    """Returns what computes in less than its precision; None if that cannot be told."""
 
     def geometries(self, ranges: tuple[Range, ...]) -> tuple[Geometry, ...]:
-        """Those of the ranges; without any, three small ones, or as far as the file fixes them, its own."""
-        found = geometries_of(self.contract, ranges)
-        return found if ranges else tuple(dict.fromkeys(geometry.with_sizes(self.sizes) for geometry in found))
+        """Return the sizes of the ranges; without any its own, else three small ones as far as it does not fix them."""
+        found = choose_geometries(self.contract, ranges or self.ranges)
+        return found if ranges else tuple(dict.fromkeys(geometry.with_sizes(self.fixed) for geometry in found))
 
-    def weights(self, module: nn.Module) -> str | None:
-        """In what its weights are not the module's; None where no tensor has a name that tells whose it is."""
-        found = weight_comparison.compare_weights(self.graph, module.state_dict())
+
+def read_files(backends: Sequence[str], model: TorchModel, onnx: Path | None, engine: Path | None) -> dict[str, ParityFile]:
+    """Return what each backend runs, every file read once. Raises ShapecheckError if it is not given or cannot be read."""
+
+    graph = OnnxFile(onnx) if onnx is not None else None
+
+    @cache
+    def read_kind(kind: str) -> ParityFile:
+        if kind == "engine" and engine is not None:
+            return _read_engine(engine, model, graph)
+        if kind == "onnx" and graph is not None:
+            return _read_onnx(graph, model)
+        contract = model.contract(model.dtype(), control=True)
+        return ParityFile(contract, _keep_names(contract.input_rules), _keep_names(output_names(contract)))
+
+    files = {}
+    for backend in backends:
+        if backend in ENGINE_BACKENDS and engine is None:
+            raise ShapecheckError(f"{backend} runs engines: give one with --engine (`shapecheck build` makes one)")
+        if backend in PROVIDERS and onnx is None:
+            raise ShapecheckError(f"{backend} runs ONNX files: give one with --onnx (`shapecheck export` makes one)")
+        files[backend] = read_kind("engine" if backend in ENGINE_BACKENDS else "onnx" if backend in PROVIDERS else "torch")
+    return files
+
+
+def _read_onnx(file: OnnxFile, model: TorchModel) -> ParityFile:
+    reading = file.reading
+    roles = sort_out(reading)
+    image = roles.sample or next((tensor for tensor in roles.base if tensor.is_image), None)
+    if image is None:
+        raise ShapecheckError(f"{file} takes no image (batch, channels, height, width); is it a UNet?")
+    _require_role(file.path, "controlnet" if roles.is_controlnet else "unet", model)
+    contract = model.contract(image.dtype, control=bool(roles.slots) or roles.is_controlnet, adapter=bool(roles.features))
+    names = _match_names(reading, contract)
+    axes = zip(("batch", "", "h", "w"), image.dims or (), strict=False)
+
+    def compare_weights(module: nn.Module) -> str | None:
+        found = weight_comparison.compare_weights(file, module.state_dict())
         if not found.different:
             return "" if found.same else None
         total = len(found.different) + found.same
-        return f"{len(found.different)} of {total} tensors are not the model's: {_several(found.different)}"
+        return f"{len(found.different)} of {total} tensors are not the model's: {_list_names(found.different)}"
 
-    def narrower(self) -> tuple[str, ...] | None:
-        """Casts, weights and operators of a narrower type than the image that goes in."""
-        return weight_comparison.find_narrower(self.graph, self.contract.dtype)
+    return ParityFile(
+        contract,
+        names,
+        _match_outputs(contract, [output.name for output in reading.outputs]),
+        file.path,
+        file,
+        names,
+        fixed={side: size for side, size in axes if side and isinstance(size, int)},
+        find_mismatches=cache(lambda: check(file, contract).mismatches),
+        compare_weights=compare_weights,
+        find_narrower=cache(lambda: weight_comparison.find_narrower(file, image.dtype)),
+    )
 
 
-@dataclass
-class EngineFile:
-    """An engine with its record."""
+def _read_engine(path: Path, model: TorchModel, graph: OnnxFile | None) -> ParityFile:
+    record = read_engine(path)
+    request, own = record.request, record.request.contract
+    _require_role(path, own.role, model)
+    contract = model.contract(own.dtype, control=bool(own.slots), adapter=bool(own.features))
 
-    path: Path
-    record: Engine
-    contract: Contract
-    graph: onnx_file.OnnxFile | None = None
-    """The ONNX file it was built from, where that is given."""
-
-    @cached_property
-    def names_in_graph(self) -> Mapping[str, str]:
-        """What that ONNX file calls the contract's inputs."""
-        return dict(check(self.graph, self.contract).names) if self.graph else {}
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        """The contract's: a session takes those."""
-        return {name: name for name in self.contract.input_rules}
-
-    @cached_property
-    def mismatches(self) -> tuple[Mismatch, ...]:
-        """What `shapecheck check` finds."""
-        return check_engine(self.path, self.record, self.contract).mismatches
-
-    def geometries(self, ranges: tuple[Range, ...]) -> tuple[Geometry, ...]:
-        """Those of the ranges, or of every profile it has."""
-        request = self.record.request
-        return geometries_of(self.contract, ranges or tuple(range_of(request.contract, each) for each in request.profiles))
-
-    def weights(self, module: nn.Module) -> str | None:
-        """Whether it was built from this ONNX file's bytes and weights; None where there is none to ask."""
-        if self.graph is None:
+    def compare_weights(module: nn.Module) -> str | None:
+        if graph is None:
             return None
-        return "" if compare_with_file(self.record, self.graph).same else f"it was not built from the weights of {self.graph}"
+        return "" if compare_with_file(record, graph).same else f"it was not built from the weights of {graph}"
 
-    def narrower(self) -> tuple[str, ...] | None:
-        """An engine does not tell."""
-        return None
-
-
-def file_for(backend: str, model: TorchModel, onnx: Path | None, engine: Path | None) -> File:
-    """What a backend runs. Raises ShapecheckError where it is not given or cannot be read."""
-    if backend.startswith("torch"):
-        return Model(model.contract(model.dtype(), control=True))
-    if backend in ("trt", "rtx"):
-        if engine is None:
-            raise ShapecheckError(f"{backend} runs engines: give one with --engine (`shapecheck build` makes one)")
-        record = read_engine(engine)
-        own = record.request.contract
-        _refuse_features(engine, [slot.name for slot in own.features])
-        graph = onnx_file.OnnxFile(onnx) if onnx is not None else None
-        return EngineFile(engine, record, model.contract(own.dtype, control=bool(own.slots)), graph)
-    if onnx is None:
-        raise ShapecheckError(f"{backend} runs ONNX files: give one with --onnx (`shapecheck export` makes one)")
-    return _onnx_file(onnx_file.OnnxFile(onnx), model)
+    return ParityFile(
+        contract,
+        _keep_names(contract.input_rules),  # a session takes the contract's names
+        _match_outputs(contract, request.outputs),
+        path,
+        graph,
+        _match_names(graph.reading, contract) if graph is not None else {},
+        record,
+        ranges=tuple(range_of(own, profile) for profile in request.profiles),
+        find_mismatches=cache(lambda: check_engine(path, record, contract).mismatches),
+        compare_weights=compare_weights,
+        find_narrower=lambda: None,
+    )
 
 
-def judged(check: Check, file: File, ran: Ran, weights: str | None) -> Result:
-    """What reading a file proves, and what really ran it; `weights` is what `File.weights` said."""
+def _require_role(path: Path, role: str, model: TorchModel) -> None:
+    if role != model.role:
+        names = {"unet": "a UNet", "controlnet": "a ControlNet"}
+        raise ShapecheckError(f"{path} is {names[role]} and {model.name} {names[model.role]}: give the model it was made of")
+
+
+def _match_names(reading: Reading, contract: Contract) -> dict[str, str]:
+    return dict(match(sort_out(reading), contract).names)
+
+
+def _match_outputs(contract: Contract, outputs: Sequence[str]) -> dict[str, str]:
+    """Return what a file calls the outputs that it has: residuals by their names if those are known, else by their order."""
+    ours, scheme = output_names(contract), detect(outputs)
+    if contract.role == "unet" or scheme is None:
+        return dict(zip(ours, outputs, strict=False))
+    return {name: own for name, own in zip(ours, scheme.names(len(ours) - 1), strict=True) if own in outputs}
+
+
+def _keep_names(names: Sequence[str] | Mapping[str, object]) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+def evaluate_file(check: Check, file: ParityFile, ran: Ran, weights: str | None) -> Result:
+    """Return what reading a file proves, and what really ran it; `weights` is what `compare_weights` said."""
+    unknown = ""
+    fault: str | None
     if check.kind == "provider":
-        wanted = PROVIDERS.get(check.backend, ran.provider)
-        return _told(check, "" if ran.provider == wanted else f"{ran.provider} runs, where {check.backend} is {wanted}")
-    if check.kind == "contract":
-        return _told(check, "; ".join(map(str, file.mismatches)))
-    if check.kind == "weights":
-        return _told(check, weights, "no tensor of the file has a name that tells which of the model's it is")
-    lower = file.narrower()
-    told = None if lower is None else f"{len(lower)} in less than {ran.precision}: {_several(lower)}" if lower else ""
-    return _told(check, told, "an engine does not tell in what it computes; its numbers do")
-
-
-def _told(check: Check, fault: str | None, unknown: str = "") -> Result:
+        expected = PROVIDERS.get(check.backend, ran.provider)
+        fault = "" if ran.provider == expected else f"{ran.provider} runs, where {check.backend} is {expected}"
+    elif check.kind == "contract":
+        fault = "; ".join(map(str, file.find_mismatches()))
+    elif check.kind == "weights":
+        fault, unknown = weights, "no tensor of the file has a name that tells which of the model's it is"
+    else:
+        narrower, unknown = file.find_narrower(), "an engine does not tell in what it computes; its numbers do"
+        fault = None if narrower is None else ""
+        if narrower:
+            fault = f"{len(narrower)} in less than {ran.precision}: {_list_names(narrower)}"
     if fault is None:
         return Result(check, "not run", unknown)
     return Result(check, "failed" if fault else "passed", fault)
 
 
-def _onnx_file(file: onnx_file.OnnxFile, model: TorchModel) -> OnnxFile:
-    found = file.reading
-    _refuse_features(file.path, [each.name for each in found.inputs if is_feature(each.name)])
-    image = next((each for each in found.inputs if each.name == "sample"), None)
-    image = image or next((each for each in found.inputs if each.is_image and not each.adds), None)
-    if image is None:
-        raise ShapecheckError(f"{file} takes no image (batch, channels, height, width); is it a UNet?")
-    control = any(each.adds for each in found.inputs) or detect(each.name for each in found.inputs) is not None
-    contract = model.contract(image.dtype, control=control)
-    axes = zip(("batch", "", "h", "w"), image.dims or (), strict=False)
-    return OnnxFile(file, contract, {symbol: dim for symbol, dim in axes if symbol and isinstance(dim, int)})
-
-
-def _refuse_features(path: Path, features: Sequence[str]) -> None:
-    if features:
-        raise ShapecheckError(
-            f"{path} takes a T2I-Adapter's features ({', '.join(features)}), which a parity run does not give yet; "
-            "`shapecheck export --adapter --verify` compares its numbers with PyTorch's"
-        )
-
-
-def _several(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-    return ", ".join(names[:_TOLD]) + more
+def _list_names(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more

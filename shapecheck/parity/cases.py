@@ -1,4 +1,4 @@
-"""The calls of a parity run, and the numbers of their inputs: drawn from a seed, the same for every side."""
+"""The forward calls of a parity run, and the numbers of their inputs: drawn from a seed, the same for every backend."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shapecheck.contract import Contract, Geometry, Input, ShapecheckError
+from shapecheck.contract import Contract, Geometry, Input, ShapecheckError, Slot
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.models import diffusers_models, lookup
 from shapecheck.models.inputs import controlled, controlnet_inputs
 from shapecheck.models.safetensors import checkpoint_files
 
-Emitted = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
-"""A real ControlNet's residuals for the base inputs of a call, and a frame's number."""
+EmitResiduals = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
+"""Returns a real ControlNet's residuals for the base inputs of a call, and a frame's number."""
 
 
-_FIRST, _LAST = 11.3, 967.7
+_FIRST_TIMESTEP, _LAST_TIMESTEP = 11.3, 967.7
 """Timesteps are between these, a fraction each: one that is cut to a whole number is seen."""
 
 
-_STEP = 173.0
+_TIMESTEP_CHANGE = 173.0
+
+
+_SCALE, _OTHER_SCALE = 0.8, 0.5
+"""A ControlNet's conditioning_scale, and its perturbation: neither is 1, so that one that is baked is seen."""
 
 
 _LOUD = 16.0
@@ -32,8 +36,8 @@ _LOUD = 16.0
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One forward. Base inputs are the same in all calls of a geometry, every row of the batch another."""
+class ForwardCase:
+    """One forward call. Base inputs are the same in all calls of a geometry, every row of the batch another."""
 
     geometry: Geometry
     frame: int | None = None
@@ -51,78 +55,90 @@ class Call:
         return f"{self.geometry}, control {control}" + (f", {self.perturbed} perturbed" if self.perturbed else "")
 
 
-class Draws:
-    """The inputs of calls. Without `emitted` residuals are drawn too, from a normal distribution of width 1."""
+def residual_slots(contract: Contract) -> tuple[Slot, ...]:
+    """Return the slots that are inputs of the model: a UNet's residuals and features, and none of a ControlNet."""
+    return contract.residuals if contract.role == "unet" else ()
 
-    def __init__(self, contract: Contract, seed: int, emitted: Emitted | None = None) -> None:
-        self._contract, self._seed, self._emitted = contract, seed, emitted
+
+class InputGenerator:
+    """Makes the inputs of forward calls.
+
+    Residuals are those of `emit`, or drawn from a normal distribution of width 1 as a T2I-Adapter's features always are.
+    """
+
+    def __init__(self, contract: Contract, seed: int, emit: EmitResiduals | None = None) -> None:
+        self._contract, self._seed, self._emit = contract, seed, emit
+        self._slots = residual_slots(contract)
         self._dtypes = {name: getattr(torch, dtype) for name, dtype in contract.input_dtypes.items()}
         self._frames: dict[tuple[Geometry, int], dict[str, Tensor]] = {}
 
-    def __call__(self, call: Call, *, expanded: bool = True) -> dict[str, Tensor]:
-        """A tensor for every input and slot of the contract, in its dtype, on the CPU; pooled residuals `expanded` or 1×1."""
-        geometry = call.geometry
-        given = {each.name: self._base(each, geometry) for each in self._contract.inputs}
-        given |= self._residuals(given, call)
-        if call.pooled:
-            given |= self._pooled(given, call.geometry, expanded)
-        if call.perturbed:
-            given[call.perturbed] = self.perturbed(call.perturbed, given[call.perturbed])
-        return given
+    def __call__(self, case: ForwardCase, *, expanded: bool = True) -> dict[str, Tensor]:
+        """Return a tensor for every input and slot, in its dtype, on the CPU; pooled residuals are `expanded` or 1×1."""
+        self._contract.require(case.geometry)
+        values = {spec.name: self._draw_input(spec, case.geometry) for spec in self._contract.inputs}
+        values |= self._residuals(values, case)
+        if case.pooled:
+            values |= self._pool(values, case.geometry, expanded)
+        if case.perturbed:
+            values[case.perturbed] = self.perturb(case.perturbed, values[case.perturbed])
+        return values
 
-    def perturbed(self, name: str, value: Tensor) -> Tensor:
-        """The value with the input's or slot's own perturbation added."""
+    def perturb(self, name: str, value: Tensor) -> Tensor:
+        """Return the value with the input's or slot's own perturbation added."""
         if name == "timestep":
-            return ((value + _STEP) % 1000).to(value.dtype)
+            return ((value + _TIMESTEP_CHANGE) % 1000).to(value.dtype)
+        if name == "conditioning_scale":
+            return torch.full_like(value, _OTHER_SCALE)
         if not value.is_floating_point():
-            return (value + 1) % self._labels()
+            return (value + 1) % self._count_labels()
         noise = self._noise(f"perturb {name}", (1, *value.shape[1:])).expand(value.shape)
         if name == "time_ids":
             return (value.double() + 300 * noise.abs()).to(value.dtype)
         return (value.double() + noise * (_LOUD if value.dtype.itemsize < 4 else 1)).to(value.dtype)
 
-    def _base(self, each: Input, geometry: Geometry) -> Tensor:
-        shape, dtype = each.shape_at(geometry), self._dtypes[each.name]
-        if each.name == "timestep":
-            steps = torch.linspace(_FIRST, _LAST, shape[0] + 2, dtype=torch.float64)[1:-1]
+    def _draw_input(self, spec: Input, geometry: Geometry) -> Tensor:
+        shape, dtype = spec.shape_at(geometry), self._dtypes[spec.name]
+        if spec.name == "timestep":
+            steps = torch.linspace(_FIRST_TIMESTEP, _LAST_TIMESTEP, shape[0] + 2, dtype=torch.float64)[1:-1]
             return steps.reshape(shape).to(dtype)
+        if spec.name == "conditioning_scale":
+            return torch.full(shape, _SCALE, dtype=dtype)
         if not dtype.is_floating_point:
-            return (torch.arange(shape[0]) % self._labels()).reshape(shape).to(dtype)
-        noise = self._noise(f"{each.name} {geometry}", shape)
-        return (64 * (1 + noise.abs()).mul(4).floor() if each.name == "time_ids" else noise).to(dtype)
+            return (torch.arange(shape[0]) % self._count_labels()).reshape(shape).to(dtype)
+        noise = self._noise(f"{spec.name} {geometry}", shape)
+        return (64 * (1 + noise.abs()).mul(4).floor() if spec.name == "time_ids" else noise).to(dtype)
 
-    def _labels(self) -> int:
+    def _count_labels(self) -> int:
         return int(self._contract.config.get("num_class_embeds") or 1000)
 
-    def _residuals(self, base: Mapping[str, Tensor], call: Call) -> dict[str, Tensor]:
-        shapes = self._contract.shapes(call.geometry)
-        if call.frame is None or not shapes:
+    def _residuals(self, base: Mapping[str, Tensor], case: ForwardCase) -> dict[str, Tensor]:
+        if case.frame is None or not self._slots:
+            shapes = {slot.name: slot.shape_at(case.geometry) for slot in self._slots}
             return {name: torch.zeros(shape, dtype=self._dtypes[name]) for name, shape in shapes.items()}
-        key = (call.geometry, call.frame)
+        key = (case.geometry, case.frame)
         if key not in self._frames:
-            self._frames[key] = self._drawn(base, call.geometry, call.frame)
-        given = dict(self._frames[key])
-        if call.half:
-            rows = call.geometry.batch // 2
-            given = {name: torch.cat([each[:rows], torch.zeros_like(each[rows:])]) for name, each in given.items()}
-        return given
+            self._frames[key] = self._draw_frame(base, case.geometry, case.frame)
+        if not case.half:
+            return dict(self._frames[key])
+        rows = case.geometry.batch // 2
+        return {name: torch.cat([value[:rows], torch.zeros_like(value[rows:])]) for name, value in self._frames[key].items()}
 
-    def _pooled(self, given: Mapping[str, Tensor], geometry: Geometry, expanded: bool) -> dict[str, Tensor]:
+    def _pool(self, values: Mapping[str, Tensor], geometry: Geometry, expanded: bool) -> dict[str, Tensor]:
         shapes = self._contract.shapes(geometry)
-        cells = {name: given[name].double().mean((2, 3), keepdim=True).mul(4).to(given[name].dtype) for name in shapes}
-        return {name: each.expand(shapes[name]) if expanded else each for name, each in cells.items()}
+        cells = {name: values[name].double().mean((2, 3), keepdim=True).mul(4).to(values[name].dtype) for name in shapes}
+        return {name: cell.expand(shapes[name]) if expanded else cell for name, cell in cells.items()}
 
-    def _drawn(self, base: Mapping[str, Tensor], geometry: Geometry, frame: int) -> dict[str, Tensor]:
-        shapes = self._contract.shapes(geometry)
-        if self._emitted is None:
-            return {
-                name: self._noise(f"{name} {geometry} frame {frame}", shape).to(self._dtypes[name])
-                for name, shape in shapes.items()
-            }
-        given = {name: each.to(self._dtypes.get(name, each.dtype)) for name, each in self._emitted(base, frame).items()}
-        self._contract.verify(given, geometry)
-        refuse_zeros(given)
-        return given
+    def _draw_frame(self, base: Mapping[str, Tensor], geometry: Geometry, frame: int) -> dict[str, Tensor]:
+        values = {
+            slot.name: self._noise(f"{slot.name} {geometry} frame {frame}", slot.shape_at(geometry)).to(self._dtypes[slot.name])
+            for slot in self._slots
+        }
+        if self._emit is None:
+            return values
+        emitted = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in self._emit(base, frame).items()}
+        self._contract.verify(emitted, geometry)
+        refuse_zeros(emitted)
+        return values | emitted
 
     def _noise(self, what: str, shape: tuple[int, ...]) -> Tensor:
         seed = zlib.crc32(f"{self._seed} {what}".encode())
@@ -130,18 +146,18 @@ class Draws:
 
 
 def refuse_zeros(residuals: Mapping[str, Tensor]) -> None:
-    """Raise ShapecheckError where every residual is zero: with those, a slot that is not even connected passes."""
-    if residuals and not any(bool(each.any()) for each in residuals.values()):
+    """Raise ShapecheckError if every residual is zero: with those, a slot that is not even connected passes."""
+    if residuals and not any(bool(value.any()) for value in residuals.values()):
         raise ShapecheckError(
             "every residual is zero, so nothing would be proven: an untrained ControlNet has zero convolutions; "
             "give one with trained weights, or fill them with numbers"
         )
 
 
-def emitted_by(name: str, *, variant: str | None = None, offline: bool = False) -> Emitted:
-    """What the named ControlNet, in float32, gives for a random image a frame.
+def load_controlnet(name: str, *, variant: str | None = None, offline: bool = False) -> EmitResiduals:
+    """Return what the named ControlNet, in float32, emits for a random image a frame.
 
-    Raises ShapecheckError where it, or its weights, cannot be had.
+    Raises ShapecheckError if it, or its weights, cannot be had.
     """
     source = lookup.find(name, "controlnet", offline=offline)
     if source.folder is None or not checkpoint_files(source.folder, variant=variant):
@@ -153,17 +169,17 @@ def emitted_by(name: str, *, variant: str | None = None, offline: bool = False) 
         batch, _, height, width = base["sample"].shape
         sizes = {"batch": batch, "h": height, "w": width, "tokens": 1}
         generator = torch.Generator().manual_seed(frame)
-        given = {}
-        for each in inputs:
-            if each.name in ("controlnet_cond", "control_type"):
-                given[each.argument] = torch.rand([dim.at(sizes) for dim in each.shape], generator=generator)
-            elif each.name in base:
-                value = base[each.name]
-                given[each.argument] = value.float() if value.is_floating_point() else value
+        arguments = {}
+        for spec in inputs:
+            if spec.name in ("controlnet_cond", "control_type"):
+                arguments[spec.argument] = torch.rand([dim.at(sizes) for dim in spec.shape], generator=generator)
+            elif spec.name in base:
+                value = base[spec.name]
+                arguments[spec.argument] = value.float() if value.is_floating_point() else value
             else:
-                raise ShapecheckError(f"{name} takes {each.name}, which the UNet does not")
+                raise ShapecheckError(f"{name} takes {spec.name}, which the UNet does not")
         with torch.inference_mode():
-            downs, mid = net(**controlled(given), return_dict=False)
+            downs, mid = net(**controlled(arguments), return_dict=False)
         return dict(zip(SHAPECHECK.names(len(downs)), (*downs, mid), strict=True))
 
     return emit

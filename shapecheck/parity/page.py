@@ -67,7 +67,7 @@ def _describe_side(parity: Parity, index: int, place: Place) -> dict[str, Any]:
         "rows": rows,
         "inputs": [*_choose_rows(rows, "input").values()],
         "slots": slots,
-        "drawing": draw_unet(parity.contract, results) if side.results else None,
+        "drawing": draw_unet(parity.contract, results) if side.results and parity.contract.role == "unet" else None,
     }
 
 

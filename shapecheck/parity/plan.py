@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shapecheck.contract import Contract, Geometry
-from shapecheck.parity.cases import Call
+from shapecheck.parity.cases import ForwardCase, residual_slots
 from shapecheck.parity.results import Check
+from shapecheck.runtime.torch_session import output_names
 from shapecheck.tensorrt.profiles import Range
 
 FILE_KINDS = ("provider", "contract", "weights", "precision")
@@ -15,24 +16,26 @@ FILE_KINDS = ("provider", "contract", "weights", "precision")
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """A check, and the calls it is decided by, the judged one last; for `switch` all of them, in this order."""
+class PlannedCheck:
+    """A check, and the calls that decide it, the judged one last; for `switch` all of them, in this order."""
 
     check: Check
-    calls: tuple[Call, ...] = ()
+    cases: tuple[ForwardCase, ...] = ()
+    output: str = ""
+    """The output that is judged; empty for each of them."""
 
 
-def geometries_of(contract: Contract, ranges: Sequence[Range]) -> tuple[Geometry, ...]:
-    """Each range's min, opt and max and an odd size between; without ranges three small sizes, of batch 2, 1 and 3."""
+def choose_geometries(contract: Contract, ranges: Sequence[Range]) -> tuple[Geometry, ...]:
+    """Return each range's min, opt and max and an odd size between; without ranges three small sizes, of batch 2, 1 and 3."""
     if not ranges:
         step = contract.divisor
         return Geometry(2, 17 * step, 25 * step), Geometry(1, 24 * step, 40 * step), Geometry(3, 9 * step, 14 * step)
-    several = (each for sizes in ranges for each in (*sizes.geometries, _between(sizes, contract.divisor)))
+    several = (geometry for sizes in ranges for geometry in (*sizes.geometries, _choose_between(sizes, contract.divisor)))
     return tuple(dict.fromkeys(several))
 
 
-def _between(sizes: Range, divisor: int) -> Geometry:
-    """A size between min and max whose sides are odd multiples of the divisor where there are any."""
+def _choose_between(sizes: Range, divisor: int) -> Geometry:
+    """Return a size between min and max whose sides are odd multiples of the divisor if there are any."""
 
     def odd(least: int, most: int, step: int) -> int:
         steps = range(-(-least // step), most // step + 1)
@@ -48,29 +51,49 @@ def _between(sizes: Range, divisor: int) -> Geometry:
     )
 
 
-def planned(contract: Contract, backend: str, geometries: Sequence[Geometry]) -> tuple[Planned, ...]:
-    """Every check of one backend, in the order in which they explain each other."""
-    small = min(geometries, key=lambda each: each.height * each.width * each.batch)
-    off = Call(small)
-    found = [Planned(Check(backend, kind, "")) for kind in FILE_KINDS]  # type: ignore[arg-type]  # mypy widens the literals
-    found += [Planned(Check(backend, "input", each.name), (off, Call(small, perturbed=each.name))) for each in contract.inputs]
-    found += [Planned(Check(backend, "slot", slot.name), (off, Call(small, perturbed=slot.name))) for slot in contract.slots]
-    if contract.slots:
-        even = [each for each in geometries if each.batch % 2 == 0]
-        halves = min(even, key=lambda each: each.height * each.width * each.batch, default=None)
-        found.append(Planned(Check(backend, "cfg", ""), (Call(halves), Call(halves, 0, half=True)) if halves else ()))
-        found.append(Planned(Check(backend, "switch", ""), tuple(Call(small, frame) for frame in (0, None, 1, None, 0))))
+def plan_checks(contract: Contract, backend: str, geometries: Sequence[Geometry]) -> tuple[PlannedCheck, ...]:
+    """Return every check of one backend, in the order in which they explain each other."""
+    small = min(geometries, key=_count_cells)
+    off, slots = ForwardCase(small), residual_slots(contract)
+    plans = [PlannedCheck(Check(backend, kind, "")) for kind in FILE_KINDS]  # type: ignore[arg-type]  # mypy widens the literals
+    for kind, parts in (("input", contract.inputs), ("slot", slots)):
+        checks = [Check(backend, kind, part.name) for part in parts]  # type: ignore[arg-type]  # likewise
+        plans += [PlannedCheck(check, (off, ForwardCase(small, perturbed=check.where))) for check in checks]
+    if slots:
+        even = [geometry for geometry in geometries if geometry.batch % 2 == 0]
+        halves = min(even, key=_count_cells, default=None)
+        cases = (ForwardCase(halves), ForwardCase(halves, 0, half=True)) if halves else ()
+        plans.append(PlannedCheck(Check(backend, "cfg", ""), cases))
+        frames = (0, None, 1, None, 0)
+        plans.append(PlannedCheck(Check(backend, "switch", ""), tuple(ForwardCase(small, frame) for frame in frames)))
     for geometry in geometries:
-        for frame in (None, 0) if contract.slots else (None,):
-            call = Call(geometry, frame)
-            where = f"{geometry}, control {'off' if frame is None else 'on'}" if contract.slots else str(geometry)
-            found.append(Planned(Check(backend, "case", where), (call,)))
-    if contract.slots:
-        pooled = Check(backend, "case", f"{small}, control on, pooled residuals")
-        found.append(Planned(pooled, (Call(small, 0, pooled=True),)))
-    return tuple(found)
+        for frame in (None, 0) if slots else (None,):
+            plans += _plan_case(contract, backend, ForwardCase(geometry, frame))
+    return (*plans, *(_plan_case(contract, backend, ForwardCase(small, 0, pooled=True)) if slots and contract.slots else ()))
 
 
-def calls_of(plans: Sequence[Planned]) -> tuple[Call, ...]:
-    """Every call, once."""
-    return tuple(dict.fromkeys(call for each in plans for call in each.calls))
+def plan_outputs(contract: Contract, backend: str, geometries: Sequence[Geometry]) -> tuple[PlannedCheck, ...]:
+    """Return the shortest proof that a backend computes the same: what runs, and every output once a size."""
+    frame = 0 if residual_slots(contract) else None
+    cases = [ForwardCase(geometry, frame) for geometry in geometries]
+    plans = [plan for case in cases for plan in _plan_case(contract, backend, case)]
+    return (PlannedCheck(Check(backend, "provider", "")), *plans)
+
+
+def _plan_case(contract: Contract, backend: str, case: ForwardCase) -> list[PlannedCheck]:
+    """One check of each output."""
+    where = str(case.geometry)
+    if residual_slots(contract):
+        where += f", control {'off' if case.frame is None else 'on'}" + (", pooled residuals" if case.pooled else "")
+    outputs = output_names(contract)
+    several = len(outputs) > 1
+    return [PlannedCheck(Check(backend, "case", f"{where}, {name}" if several else where), (case,), name) for name in outputs]
+
+
+def list_cases(plans: Sequence[PlannedCheck]) -> tuple[ForwardCase, ...]:
+    """Return every call, once."""
+    return tuple(dict.fromkeys(case for plan in plans for case in plan.cases))
+
+
+def _count_cells(geometry: Geometry) -> int:
+    return geometry.height * geometry.width * geometry.batch

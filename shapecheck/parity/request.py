@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from shapecheck.contract import ContractError, ShapecheckError
 from shapecheck.contract.geometry import USUAL_TOKENS
-from shapecheck.models import lookup
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.profiles import Range
 from shapecheck.tensorrt.record import read_engine
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shapecheck.observe.subject import Precision
-    from shapecheck.parity.cases import Emitted
-    from shapecheck.parity.run import Study
+    from shapecheck.parity.cases import EmitResiduals
+    from shapecheck.parity.run import ParityRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +26,7 @@ class ParityRequest:
     """What to compare with what. Fields are named as the options of the command line are."""
 
     model: str | Path | nn.Module
-    """What `probe` takes, with weights; or a live UNet."""
+    """A UNet or ControlNet: what `probe` takes, with weights; or a live module."""
     onnx: str | Path | None = None
     engine: str | Path | None = None
     backends: tuple[str, ...] = ()
@@ -46,62 +45,59 @@ class ParityRequest:
 
     @property
     def what_runs(self) -> tuple[str, ...]:
-        """The backends asked for, or else what the files need. Raises ShapecheckError where that is nothing."""
-        return self.backends or _usual(self)
+        """The backends requested, or else what the files need. Raises ShapecheckError if that is nothing."""
+        return self.backends or _choose_backends(self)
 
 
-def study_of(request: ParityRequest, progress: Progress = silent) -> Study:
-    """The run that is asked for, nothing compared yet. Raises ShapecheckError where it cannot be made."""
+def create_run(request: ParityRequest, progress: Progress = silent) -> ParityRun:
+    """Return the run that is requested, nothing compared yet. Raises ShapecheckError if it cannot be made."""
     if (request.batch or request.tokens) and not request.sizes:
         raise ShapecheckError("--batch and --tokens go with --sizes")
     if not request.times_own > 0:
         raise ShapecheckError(f"--times-own must be more than 0, got {request.times_own}")
-    ranges = _ranges(request)
-    from shapecheck.parity.cases import emitted_by
-    from shapecheck.parity.run import Options, Study
+    from shapecheck.observe.subject import find
+    from shapecheck.parity.cases import load_controlnet
+    from shapecheck.parity.run import ParityOptions, ParityRun
 
-    options = Options(
+    ranges: tuple[Range, ...] = ()
+    if request.sizes:
+        is_named = isinstance(request.model, str | Path)
+        factor = find(str(request.model), offline=request.offline).vae_factor if is_named else 8
+        ranges = parse_ranges(request.sizes, request.batch or ("1",), request.tokens or str(USUAL_TOKENS), vae_factor=factor)
+    options = ParityOptions(
         ranges, request.seed, request.times_own, request.reference, request.variant, request.offline, request.folder
     )
-    emitted = emitted_by(request.controlnet, offline=request.offline) if request.controlnet else None
-    study = Study(
+    emit = load_controlnet(request.controlnet, offline=request.offline) if request.controlnet else None
+    run = ParityRun(
         request.model,
         request.what_runs,
         onnx=request.onnx,
         engine=request.engine,
         options=options,
-        emitted=emitted,
+        emit=emit,
         progress=progress,
     )
-    if emitted is not None:
-        _try(study, emitted, request)
-    return study
+    if emit is not None:
+        _try_controlnet(run, emit, request)
+    return run
 
 
-def _try(study: Study, emitted: Emitted, request: ParityRequest) -> None:
-    """The ControlNet at the smallest size, before anything long is begun: it may not fit, or give nothing but zeros."""
-    from shapecheck.parity.cases import Draws
-    from shapecheck.parity.plan import calls_of
+def _try_controlnet(run: ParityRun, emit: EmitResiduals, request: ParityRequest) -> None:
+    """Try the ControlNet at the smallest size, before anything long is begun: it may not fit, or give nothing but zeros."""
+    from shapecheck.parity.cases import InputGenerator
+    from shapecheck.parity.plan import list_cases
 
-    given = [call for plans in study.plans.values() for call in calls_of(plans) if call.frame is not None]
-    small = min(given, key=lambda call: call.geometry.height * call.geometry.width * call.geometry.batch, default=None)
+    cases = [case for plans in run.plans.values() for case in list_cases(plans) if case.frame is not None]
+    small = min(cases, key=lambda case: case.geometry.height * case.geometry.width * case.geometry.batch, default=None)
     if small is None:
         return
     try:
-        Draws(study.contract, request.seed, emitted)(small)
+        InputGenerator(run.contract, request.seed, emit)(small)
     except ContractError as error:
         raise ShapecheckError(f"{request.controlnet} does not fit the model: {error}") from None
 
 
-def _ranges(request: ParityRequest) -> tuple[Range, ...]:
-    if not request.sizes:
-        return ()
-    named = isinstance(request.model, str | Path)
-    factor = lookup.find(str(request.model), "unet", offline=request.offline).vae_factor if named else 8
-    return parse_ranges(request.sizes, request.batch or ("1",), request.tokens or str(USUAL_TOKENS), vae_factor=factor)
-
-
-def _usual(request: ParityRequest) -> tuple[str, ...]:
+def _choose_backends(request: ParityRequest) -> tuple[str, ...]:
     found: tuple[str, ...] = ("ort",) if request.onnx is not None else ()
     if request.engine is not None:
         found += (read_engine(request.engine).request.options.target,)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,49 +14,57 @@ from shapecheck import doctor
 from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.doctor.environment import check_known
 from shapecheck.observe.subject import Precision, TorchModel
-from shapecheck.parity.artefacts import File, file_for, judged
-from shapecheck.parity.cases import Call, Draws, Emitted
-from shapecheck.parity.evaluate import Judge, square_of
-from shapecheck.parity.plan import FILE_KINDS, Planned, calls_of, planned
-from shapecheck.parity.reference import Lazily, Sides, computed, device
+from shapecheck.parity.artefacts import ParityFile, evaluate_file, read_files
+from shapecheck.parity.cases import EmitResiduals, ForwardCase, InputGenerator
+from shapecheck.parity.evaluate import Evaluator, combine_results, square_of
+from shapecheck.parity.plan import FILE_KINDS, PlannedCheck, list_cases, plan_checks
+from shapecheck.parity.reference import LazyReference, Outputs, ReferenceOutputs, compute_reference, reference_device
 from shapecheck.parity.results import Check, Divergence, Parity, Ran, Result, Side
-from shapecheck.parity.runners import Artefact, Runner, open_runner
+from shapecheck.parity.runners import Session, describe_session, open_session
 from shapecheck.parity.search import Search
 from shapecheck.progress import Progress, silent
+from shapecheck.runtime.engine_session import EngineSession
+from shapecheck.runtime.torch_session import OUTPUT
 from shapecheck.tensorrt.profiles import Range
 
-TIMES_OWN = 4.0
+TOLERANCE_FACTOR = 4.0
 """How many times PyTorch's own error a backend may have, unless something else is asked for."""
 
 
-Opener = Callable[[str, Artefact], Runner]
+OpenSession = Callable[[str, ParityFile], Session]
 
 
-_Key = tuple[Contract, tuple[Geometry, ...]]
+Plan = Callable[[Contract, str, Sequence[Geometry]], tuple[PlannedCheck, ...]]
+
+
+_Reference = tuple[InputGenerator, dict[str, ReferenceOutputs]]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ParityOptions:
     """How a run is made."""
 
     ranges: tuple[Range, ...] = ()
     """Sizes to run at; none for an engine's own profiles, else three small ones."""
     seed: int = 0
-    times_own: float = TIMES_OWN
+    tolerance_factor: float = TOLERANCE_FACTOR
     reference: Precision = "auto"
     variant: str | None = None
     offline: bool = False
     folder: Path | None = None
     """Where to write what reproduces a difference without shapecheck; None for nowhere."""
+    plan: Plan = plan_checks
+    explain: bool = True
+    """Whether to find out why an output differs, and where: that takes further calls of PyTorch."""
 
 
-class Study:
+class ParityRun:
     """A run that computes what its checks need when the first of them is asked for, once for all of them.
 
-    `model` is what `probe` takes, with weights, or a live UNet. `onnx` and `engine` are files made of it; each of `backends`
-    (keys of `contract.environment.BACKENDS`) runs the one or the other, `torch` the model itself. `emitted` gives the
-    residuals of a real ControlNet; `opener` opens a backend of one's own. Raises ShapecheckError where a file or the model is
-    missing, or cannot be read.
+    `model` is a UNet or ControlNet: what `probe` takes, with weights, or a live module. `onnx` and `engine` are files made of
+    it; each of `backends` (keys of `contract.environment.BACKENDS`) runs the one or the other, `torch` the model itself. `emit`
+    gives the residuals of a real ControlNet; `opener` opens a backend of one's own. Raises ShapecheckError if a file or the
+    model is missing, or cannot be read.
     """
 
     def __init__(
@@ -67,29 +74,31 @@ class Study:
         *,
         onnx: str | Path | None = None,
         engine: str | Path | None = None,
-        options: Options = Options(),  # frozen
-        emitted: Emitted | None = None,
+        options: ParityOptions = ParityOptions(),  # frozen
+        emit: EmitResiduals | None = None,
         progress: Progress = silent,
-        opener: Opener | None = None,
+        opener: OpenSession | None = None,
     ) -> None:
         check_known(backends)
-        self.options, self._emitted, self._progress, self._opener = options, emitted, progress, opener
+        self.options, self._emit, self._progress, self._opener = options, emit, progress, opener
         self._model = TorchModel(model, variant=options.variant, offline=options.offline)
-        paths = [Path(each) if each is not None else None for each in (onnx, engine)]
-        self._files: dict[str, File] = {each: file_for(each, self._model, *paths) for each in backends}
-        self._torch: dict[_Key, tuple[Draws, Sides]] = {}
+        if emit is not None and self._model.role == "controlnet":
+            raise ShapecheckError(f"{self._model.name} is a ControlNet and takes no residuals: --controlnet is for UNets")
+        paths = [Path(path) if path is not None else None for path in (onnx, engine)]
+        self._files = read_files(backends, self._model, *paths)
+        self._references: dict[tuple[Contract, tuple[Geometry, ...]], _Reference] = {}
         self._weights: dict[str, str | None] = {}
-        self._done: dict[str, Side] = {}
+        self._sides: dict[str, Side] = {}
 
     @cached_property
-    def plans(self) -> Mapping[str, tuple[Planned, ...]]:
+    def plans(self) -> Mapping[str, tuple[PlannedCheck, ...]]:
         """Every check of every backend, known before anything runs."""
-        return {name: planned(file.contract, name, self._sizes(name)) for name, file in self._files.items()}
+        return {name: self.options.plan(file.contract, name, self._geometries(name)) for name, file in self._files.items()}
 
     @property
     def checks(self) -> tuple[Check, ...]:
         """What is to be proven."""
-        return tuple(each.check for plans in self.plans.values() for each in plans)
+        return tuple(plan.check for plans in self.plans.values() for plan in plans)
 
     @property
     def contract(self) -> Contract:
@@ -97,148 +106,187 @@ class Study:
         return next(iter(self._files.values())).contract
 
     def result(self, check: Check) -> Result:
-        """What a check came to; the first of a backend runs the backend."""
-        return next(each for each in self.side(check.backend).results if each.check == check)
+        """Return what a check came to; the first of a backend runs the backend."""
+        return next(result for result in self.side(check.backend).results if result.check == check)
 
     def side(self, backend: str) -> Side:
-        """Everything of one backend."""
-        if backend not in self._done:
-            self._done[backend] = self._run(backend)
-        return self._done[backend]
+        """Return everything of one backend."""
+        if backend not in self._sides:
+            self._sides[backend] = self._run(backend)
+        return self._sides[backend]
 
     @property
     def is_complete(self) -> bool:
         """Whether every backend has been run."""
-        return self._done.keys() == self._files.keys()
+        return self._sides.keys() == self._files.keys()
 
     @property
     def reference(self) -> str:
         """What backends are compared with, once one has been."""
-        precisions = sorted({sides.precision for _, sides in self._torch.values()})
-        return f"PyTorch {' and '.join(precisions)} on {device()}" if precisions else "none: no backend could run"
+        precisions = sorted({each.precision for _, outputs in self._references.values() for each in outputs.values()})
+        return f"PyTorch {' and '.join(precisions)} on {reference_device()}" if precisions else "none: no backend could run"
 
     def report(self) -> Parity:
-        """The whole run."""
+        """Return the whole run."""
         sides = tuple(self.side(name) for name in self._files)
-        sizes = tuple(dict.fromkeys(size for name in self._files for size in self._sizes(name)))
+        sizes = tuple(dict.fromkeys(size for name in self._files for size in self._geometries(name)))
         return Parity(
-            self._model.name, self.contract, self.reference, self.options.times_own, self.options.seed, sizes, sides,
+            self._model.name, self.contract, self.reference, self.options.tolerance_factor, self.options.seed, sizes, sides,
             self.contract.header.versions,
         )  # fmt: skip
 
-    def _sizes(self, backend: str) -> tuple[Geometry, ...]:
+    def _geometries(self, backend: str) -> tuple[Geometry, ...]:
         return self._files[backend].geometries(self.options.ranges)
 
     def _run(self, backend: str) -> Side:
         file, plans = self._files[backend], self.plans[backend]
-        told = self._model.name if file.path == Path() else str(file.path)
-        if self._opener is None and (reason := _hindrance(backend)):
-            return Side(backend, told, None, _cannot_run(plans, reason))
-        draws, sides = self._computed(file.contract, self._sizes(backend))
-        self._progress(f"opening {told} with {backend}")
+        artefact = self._model.name if file.path == Path() else str(file.path)
+        if self._opener is None and (reason := _find_hindrance(backend)):
+            return Side(backend, artefact, None, _fail_all(plans, reason))
+        generate, references = self._compute_reference(file.contract, self._geometries(backend))
+        self._progress(f"opening {artefact} with {backend}")
         try:
-            runner = self._open(backend, file)
+            session: Session | EngineSession
+            if self._opener is not None:
+                session = self._opener(backend, file)
+            else:
+                session = open_session(backend, file, self._geometries(backend), self._model.load)
+            ran = describe_session(backend, session, file)
         except ShapecheckError as error:
-            return Side(backend, told, None, _cannot_run(plans, str(error)))
+            return Side(backend, artefact, None, _fail_all(plans, str(error)))
         try:
-            found, switched, seconds = self._images(runner, plans, draws)
+            actual, switched, seconds = self._compute(backend, session, plans, generate)
         finally:
-            runner.close()
-        compute = Lazily(self._model, file.contract)
-        squares = {call: compute(draws(call)) for call in found.keys() - sides.reference.keys()}
-        sides = replace(sides, reference={**sides.reference, **squares})
-        judge = Judge(file.contract, draws, sides, self.options.times_own, compute, found, switched)
-        results = tuple(self._judged(each, judge, file, runner.ran, seconds) for each in _runnable(plans, found))
-        del judge, compute
-        gc.collect()
-        where, notes = self._search(backend, file, (draws, sides), plans, results)
-        return Side(backend, told, runner.ran, results, where, notes)
+            session.close()
+        # PyTorch in the file's precision is loaded when something has to be explained, after the backend gave back its memory
+        compute = LazyReference(self._model, file.contract)
+        squares = {case: compute(generate(case)) for case in actual.keys() - next(iter(references.values())).reference.keys()}
+
+        def evaluator(name: str) -> Evaluator:
+            known = references[name]
+            found = {case: outputs if isinstance(outputs, str) else outputs[name] for case, outputs in actual.items()}
+            steps = [outputs if isinstance(outputs, str) else outputs[name] for outputs in switched]
+            return Evaluator(
+                file.contract,
+                generate,
+                replace(known, reference={**known.reference, **{case: outputs[name] for case, outputs in squares.items()}}),
+                self.options.tolerance_factor,
+                (lambda inputs: compute(inputs)[name]) if self.options.explain else None,
+                found,
+                steps,
+                {other: sibling for other, sibling in references.items() if other != name},
+            )
+
+        evaluators = {name: evaluator(name) for name in file.outputs}
+        results = tuple(self._evaluate(plan, evaluators, file, ran, seconds) for plan in _prefer_squares(plans, actual))
+        compute.close()
+        divergence, notes = self._search(backend, file, (generate, references), plans, results)
+        return Side(backend, artefact, ran, results, divergence, notes)
 
     def _search(
-        self, backend: str, file: File, torch_: tuple[Draws, Sides], plans: Sequence[Planned], results: Sequence[Result]
+        self, backend: str, file: ParityFile, known: _Reference, plans: Sequence[PlannedCheck], results: Sequence[Result]
     ) -> tuple[Divergence | None, tuple[str, ...]]:
-        """Where the first wrong image leaves PyTorch's; a backend of one's own is not searched, for it is no file."""
-        calls = {each.check: each.calls for each in plans if each.check.kind == "case"}
-        wrong = [each for each in results if each.check in calls and each.status == "failed" and each.verdict is not None]
-        if not wrong or file.graph is None or self._opener is not None:
+        """Find where the first wrong image leaves PyTorch's.
+
+        A backend of one's own is not searched, for it is no file, and no ControlNet, whose residuals are its values inside.
+        """
+        cases = {plan.check: plan.cases for plan in plans if plan.check.kind == "case"}
+        wrong = [result for result in results if result.check in cases and result.status == "failed" and result.verdict]
+        is_unet = self._model.role == "unet"
+        if not wrong or file.graph is None or self._opener is not None or not self.options.explain or not is_unet:
             return None, ()
         self._progress("looking for the first value that is not PyTorch's")
-        search = Search(self._model, file, *torch_, self.options.times_own, self.options.folder)
-        return search.at(calls[wrong[0].check][0], backend)
+        generate, references = known
+        precision = references[OUTPUT].precision
+        search = Search(self._model, file, generate, precision, self.options.tolerance_factor, self.options.folder)
+        return search.find(cases[wrong[0].check][0], backend)
 
-    def _judged(self, plan: Planned, judge: Judge, file: File, ran: Ran, seconds: Mapping[Call, float]) -> Result:
+    def _evaluate(
+        self,
+        plan: PlannedCheck,
+        evaluators: Mapping[str, Evaluator],
+        file: ParityFile,
+        ran: Ran,
+        seconds: Mapping[ForwardCase, float],
+    ) -> Result:
         if plan.check.kind in FILE_KINDS:
-            return judged(plan.check, file, ran, self._weights[plan.check.backend])
-        return replace(judge.result(plan, file.names), seconds=sum(seconds[call] for call in plan.calls[-1:]))
+            return evaluate_file(plan.check, file, ran, self._weights.get(plan.check.backend))
+        if plan.output and plan.output not in evaluators:
+            return Result(plan.check, "failed", f"the file has no output for {plan.output}: it is left out")
+        if plan.output or len(evaluators) == 1:
+            result = evaluators[plan.output or next(iter(evaluators))].evaluate(plan, file.names)
+        else:
+            result = combine_results((name, each.evaluate(plan, file.names)) for name, each in evaluators.items())
+        return replace(result, seconds=sum(seconds[case] for case in plan.cases[-1:]))
 
-    def _open(self, backend: str, file: File) -> Runner:
-        artefact = Artefact(file.path, file.contract, file.names)
-        if self._opener is not None:
-            return self._opener(backend, artefact)
-        return open_runner(backend, artefact, self._sizes(backend), self._model.load)
-
-    def _computed(self, contract: Contract, sizes: tuple[Geometry, ...]) -> tuple[Draws, Sides]:
-        """PyTorch's side for every backend whose file has this contract and these sizes."""
-        if (contract, sizes) not in self._torch:
-            alike = [name for name, file in self._files.items() if file.contract == contract and self._sizes(name) == sizes]
-            calls = calls_of([each for name in alike for each in self.plans[name]])
-            draws = Draws(contract, self.options.seed, self._emitted)
+    def _compute_reference(self, contract: Contract, geometries: tuple[Geometry, ...]) -> _Reference:
+        """Compute PyTorch's side for every backend whose file has this contract and these sizes."""
+        key = contract, geometries
+        if key not in self._references:
+            alike = [name for name, file in self._files.items() if (file.contract, self._geometries(name)) == key]
+            cases = list_cases([plan for name in alike for plan in self.plans[name]])
+            generate = InputGenerator(contract, self.options.seed, self._emit)
 
             def look(module: nn.Module) -> None:
                 for name in alike:
-                    self._weights[name] = self._files[name].weights(module)
+                    if any(plan.check.kind == "weights" for plan in self.plans[name]):
+                        self._weights[name] = self._files[name].compare_weights(module)
 
-            made = computed(self._model, contract, calls, draws, self.options.reference, look, self._progress)
-            self._torch[contract, sizes] = draws, made
-        return self._torch[contract, sizes]
+            outputs = compute_reference(self._model, contract, cases, generate, self.options.reference, look, self._progress)
+            self._references[key] = generate, outputs
+        return self._references[key]
 
-    def _images(
-        self, runner: Runner, plans: Sequence[Planned], draws: Draws
-    ) -> tuple[dict[Call, Tensor | str], list[Tensor | str], dict[Call, float]]:
-        """The backend's images: first those of control switched, in a fresh session; then every call once, with its seconds."""
-        seconds = {}
+    def _compute(
+        self, backend: str, session: Session | EngineSession, plans: Sequence[PlannedCheck], generate: InputGenerator
+    ) -> tuple[dict[ForwardCase, Outputs | str], list[Outputs | str], dict[ForwardCase, float]]:
+        """Return a backend's outputs: every call once, those of control switched first and apart; and the calls' seconds."""
+        file, seconds = self._files[backend], dict[ForwardCase, float]()
 
-        def image(call: Call) -> Tensor | str:
-            self._progress(f"computing with {runner.ran.backend}: {call}")
-            given, began = draws(call), time.perf_counter()
+        def compute(case: ForwardCase) -> Outputs | str:
+            self._progress(f"computing with {backend}: {case}")
+            values, began = generate(case), time.perf_counter()
             try:
-                return runner(given).clone()
+                outputs = session({own: values[name].to(session.device) for name, own in file.names.items()})
+                # a session may write into the same memory in the next call
+                return {name: outputs[own].cpu().clone() for name, own in file.outputs.items()}
             except ShapecheckError as error:
                 return str(error)
             finally:
-                seconds[call] = time.perf_counter() - began
+                seconds[case] = time.perf_counter() - began
 
-        switched = [image(call) for each in plans if each.check.kind == "switch" for call in each.calls]
-        found = {call: image(call) for call in calls_of(plans)}
-        squares = {square_of(call) for call, given in found.items() if isinstance(given, str)}
-        found |= {call: image(call) for call in squares if call is not None and call not in found}
+        switched = [compute(case) for plan in plans if plan.check.kind == "switch" for case in plan.cases]
+        found = {case: compute(case) for case in list_cases(plans)}
+        squares = {square_of(case) for case, outputs in found.items() if isinstance(outputs, str)}
+        found |= {case: compute(case) for case in squares if case is not None and case not in found}
         return found, switched, seconds
 
 
-def _runnable(plans: Sequence[Planned], found: Mapping[Call, Tensor | str]) -> tuple[Planned, ...]:
-    """Inputs and slots probed at a square size, where calls of another cannot be run."""
+def _prefer_squares(
+    plans: Sequence[PlannedCheck], actual: Mapping[ForwardCase, Mapping[str, Tensor] | str]
+) -> tuple[PlannedCheck, ...]:
+    """Probe inputs and slots at a square size if calls of another cannot be run."""
 
-    def squared(plan: Planned) -> Planned:
-        calls = tuple(square_of(call) or call for call in plan.calls)
-        stuck = plan.check.kind in ("input", "slot") and isinstance(found[plan.calls[0]], str)
-        return replace(plan, calls=calls) if stuck and found.keys() >= set(calls) else plan
+    def choose(plan: PlannedCheck) -> PlannedCheck:
+        cases = tuple(square_of(case) or case for case in plan.cases)
+        is_stuck = plan.check.kind in ("input", "slot") and isinstance(actual[plan.cases[0]], str)
+        return replace(plan, cases=cases) if is_stuck and actual.keys() >= set(cases) else plan
 
-    return tuple(map(squared, plans))
+    return tuple(map(choose, plans))
 
 
-def _hindrance(backend: str) -> str:
-    """Why a backend cannot run here; empty where it can, or that shows when it is opened."""
+def _find_hindrance(backend: str) -> str:
+    """Return why a backend cannot run here; empty if it can, or if that shows when it is opened."""
     if backend in ("torch", "ort"):
         return ""
     known = doctor.backend(backend)
     return "" if known.runs else f"{known.name} cannot run here: {known.reason}" + (f"; {known.fix}" if known.fix else "")
 
 
-def _cannot_run(plans: Sequence[Planned], reason: str) -> tuple[Result, ...]:
-    """A backend that was asked for and does not run: one failure, and nothing else."""
+def _fail_all(plans: Sequence[PlannedCheck], reason: str) -> tuple[Result, ...]:
+    """Return the results of a backend that was asked for and does not run: one failure, and nothing else."""
     return tuple(
-        Result(each.check, "failed", reason)
-        if each.check.kind == "provider"
-        else Result(each.check, "not run", f"{each.check.backend} does not run")
-        for each in plans
+        Result(plan.check, "failed", reason)
+        if plan.check.kind == "provider"
+        else Result(plan.check, "not run", f"{plan.check.backend} does not run")
+        for plan in plans
     )

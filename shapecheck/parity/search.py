@@ -15,10 +15,10 @@ from torch import Tensor
 
 from shapecheck.contract import ShapecheckError
 from shapecheck.observe.subject import TorchModel
-from shapecheck.parity.artefacts import EngineFile, File
-from shapecheck.parity.cases import Call, Draws
-from shapecheck.parity.divergence import Run, Source, first_divergence, inner_of
-from shapecheck.parity.reference import ASSUMED, Sides, placed
+from shapecheck.parity.artefacts import ParityFile
+from shapecheck.parity.cases import ForwardCase, InputGenerator
+from shapecheck.parity.divergence import RunMarked, Source, compute_inner, find_divergence
+from shapecheck.parity.reference import ASSUMED_ERROR, to_device
 from shapecheck.parity.results import Divergence
 from shapecheck.runtime.engine_session import EngineSession
 from shapecheck.runtime.onnx_session import PROVIDERS
@@ -33,31 +33,32 @@ class Search:
     """One file beside the model."""
 
     model: TorchModel
-    file: File
-    draws: Draws
-    sides: Sides
-    times_own: float
+    file: ParityFile
+    generate: InputGenerator
+    precision: str
+    """Of the reference."""
+    tolerance_factor: float
     folder: Path | None
     """Where to write what Polygraphy needs to show the same."""
 
-    def at(self, call: Call, backend: str) -> tuple[Divergence | None, tuple[str, ...]]:
-        """The first value that differs in a call, and notes on what was found out otherwise.
+    def find(self, case: ForwardCase, backend: str) -> tuple[Divergence | None, tuple[str, ...]]:
+        """Return the first value that differs in a call, and notes on what was found out otherwise.
 
         An engine gives no values inside. It is built again from its ONNX file with those values as outputs; where that cannot
         be done, the ONNX file is searched in ONNX Runtime in its place. Either is said.
         """
         failures: list[str] = []
-        for provider, run, note, agreeing in self._ways(call, backend):
+        for provider, run, note, agreeing in self._list_ways(case, backend):
             try:
-                found = self._first(call, provider, run)
+                found = self._find_first(case, provider, run)
             except (ShapecheckError, OSError) as error:
                 failures.append(f"where it differs could not be found: {error}")
                 continue
             return (replace(found, note=note), tuple(failures)) if found else (None, (*failures, agreeing))
         return None, tuple(failures)
 
-    def _ways(self, call: Call, backend: str) -> list[tuple[str, Run | None, str, str]]:
-        """What can be searched, best first: a backend or what runs in its place, and what is said of a find and of none."""
+    def _list_ways(self, case: ForwardCase, backend: str) -> list[tuple[str, RunMarked | None, str, str]]:
+        """Return what can be searched, best first: what runs, and what is said of a find and of none."""
         if backend in PROVIDERS:
             return [(backend, None, "", _FUSED)]
         graph = f"{self.file.graph}, which the engine was built from"
@@ -65,7 +66,7 @@ class Search:
         return [
             (
                 "ort",
-                partial(self._rebuilt, call),
+                partial(self._rebuild, case),
                 f"found in {graph}, built again with marked outputs",
                 f"{same}, when it is built with its values as outputs: a fusion may be at fault",
             ),
@@ -77,13 +78,13 @@ class Search:
             ),
         ]
 
-    def _rebuilt(self, call: Call, model: bytes, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The engine built again from marked bytes, for the size of the call, beside the ONNX file that holds its weights."""
-        assert isinstance(self.file, EngineFile)
+    def _rebuild(self, case: ForwardCase, model: bytes, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Run the engine built again from marked bytes for the size of the call, beside the ONNX file with its weights."""
+        assert self.file.record is not None
         assert self.file.graph is not None
         path, options = self.file.graph.path, self.file.record.request.options
         with tempfile.TemporaryDirectory(prefix=".shapecheck-", dir=path.parent) as folder, _beside(path, model) as file:
-            sizes = Range(call.geometry, call.geometry, call.geometry)
+            sizes = Range(case.geometry, case.geometry, case.geometry)
             built = build_engine(
                 file, Path(folder) / "marked.plan", profiles=sizes, contract=self.file.contract, options=options
             )
@@ -91,24 +92,24 @@ class Search:
                 found = session({name: each.cuda() for name, each in inputs.items()})
                 return {name: each.cpu() for name, each in found.items()}
 
-    def _first(self, call: Call, backend: str, run: Run | None) -> Divergence | None:
+    def _find_first(self, case: ForwardCase, backend: str, run: RunMarked | None) -> Divergence | None:
         contract, file = self.file.contract, self.file.graph
         assert file is not None
         own = contract.dtype
-        given = self.draws(call, expanded=False)
+        values = self.generate(case, expanded=False)
 
         def source(precision: str) -> Source:
-            return lambda values: inner_of(placed(self.model.load(precision)), contract, given, values)
+            return lambda inner: compute_inner(to_device(self.model.load(precision)), contract, values, inner)
 
         eps = torch.finfo(torch.float32).eps
-        return first_divergence(
+        return find_divergence(
             file,
             contract,
             self.file.names_in_graph,
-            self.draws(call),
-            source(self.sides.precision),
+            self.generate(case),
+            source(self.precision),
             source(own),
-            times_own=self.times_own * (ASSUMED / eps if self.sides.precision == own else 1),
+            tolerance_factor=self.tolerance_factor * (ASSUMED_ERROR / eps if self.precision == own else 1),
             dtype=getattr(torch, own),
             backend=backend,
             run=run,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shapecheck.pytest_plugin.options import build_request, get_study, option
+from shapecheck.pytest_plugin.options import build_request, get_run, option
 
 if TYPE_CHECKING:
     from shapecheck.contract import Contract
@@ -19,7 +19,7 @@ def shapecheck_contract(pytestconfig: pytest.Config) -> Contract:
     """Return the contract of `--shapecheck-model`, in the precision of the file beside it; skip if no model is given."""
     if not option(pytestconfig, "model"):
         pytest.skip("no --shapecheck-model")
-    return get_study(pytestconfig).contract
+    return get_run(pytestconfig).contract
 
 
 @pytest.fixture(scope="session")
@@ -34,12 +34,12 @@ def shapecheck_parity(pytestconfig: pytest.Config) -> Callable[..., Parity]:
         from dataclasses import replace
 
         from shapecheck import ShapecheckError
-        from shapecheck.parity.request import study_of
+        from shapecheck.parity.request import create_run
 
         if model is None and not option(pytestconfig, "model"):
             raise ShapecheckError("no model: give one, or --shapecheck-model")
         changed: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-        return study_of(replace(build_request(pytestconfig, model), **changed)).report()
+        return create_run(replace(build_request(pytestconfig, model), **changed)).report()
 
     return compare
 

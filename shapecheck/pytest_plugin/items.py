@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shapecheck.pytest_plugin.options import get_study, option
+from shapecheck.pytest_plugin.options import get_run, option
 
 if TYPE_CHECKING:
     from shapecheck.parity.results import Check
@@ -25,7 +25,7 @@ class ParityChecks(pytest.Collector):
 
     def collect(self) -> list[pytest.Item]:
         """One item a check."""
-        return [CheckItem.from_parent(self, name=str(check), check=check) for check in get_study(self.config).checks]
+        return [CheckItem.from_parent(self, name=str(check), check=check) for check in get_run(self.config).checks]
 
 
 class ReasonItem(pytest.Item):
@@ -55,7 +55,7 @@ class CheckItem(ReasonItem):
         """Fail with the reason, or skip with it. If nothing can be computed, the first check of the backend fails for all."""
         from shapecheck import ShapecheckError
 
-        study, stuck, backend = get_study(self.config), self.config.stash.setdefault(_STUCK, {}), self.check.backend
+        study, stuck, backend = get_run(self.config), self.config.stash.setdefault(_STUCK, {}), self.check.backend
         if backend in stuck:
             pytest.skip(f"nothing of {backend} can be computed: {stuck[backend]}")
         try:

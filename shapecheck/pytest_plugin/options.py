@@ -13,17 +13,17 @@ import pytest
 if TYPE_CHECKING:
     from shapecheck.doctor.environment import Backend
     from shapecheck.parity.request import ParityRequest
-    from shapecheck.parity.run import Study
+    from shapecheck.parity.run import ParityRun
 
 
-STUDY = pytest.StashKey["Study"]()
+STUDY = pytest.StashKey["ParityRun"]()
 
 
 _BACKENDS = pytest.StashKey["Sequence[Backend]"]()
 
 
 OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("model", {"metavar": "MODEL", "help": "the UNet: a diffusers folder or hub id with weights"}),
+    ("model", {"metavar": "MODEL", "help": "the UNet or ControlNet: a diffusers folder or hub id with weights"}),
     ("onnx", {"metavar": "FILE", "help": "the ONNX file made of it"}),
     ("engine", {"metavar": "PLAN", "help": "the engine made of it, its record beside it"}),
     (
@@ -86,13 +86,13 @@ def try_backends(config: pytest.Config) -> Sequence[Backend]:
     return config.stash[_BACKENDS]
 
 
-def get_study(config: pytest.Config) -> Study:
+def get_run(config: pytest.Config) -> ParityRun:
     """Return the run of this session, made once."""
     if STUDY not in config.stash:
-        from shapecheck.parity.request import study_of
+        from shapecheck.parity.request import create_run
 
         with _usage_errors():
-            config.stash[STUDY] = study_of(build_request(config))
+            config.stash[STUDY] = create_run(build_request(config))
     return config.stash[STUDY]
 
 

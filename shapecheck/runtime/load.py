@@ -147,6 +147,8 @@ def _load_in_torch(
         contract = take(module).contract(_precision(next(module.parameters()).dtype), control=True)
         return DropInUNet(ContractSession.of_unet(module, contract), finite=finite)
     named = TorchModel(model, variant=variant)
+    if named.role != "unet":
+        raise ShapecheckError(f"{named.name} is a ControlNet, which needs no stand-in in PyTorch: give a UNet, or an ONNX file")
     precision = _precision(dtype) if dtype is not None else named.dtype()
     module = named.load(precision).to(device or "cpu")
     contract = named.contract(precision, control=True)

@@ -48,8 +48,10 @@ class OnnxSession:
     gives, or into new ones on the CPU.
     """
 
-    def __init__(self, session: Any, backend: str, device: torch.device) -> None:
+    def __init__(self, session: Any, backend: str, device: torch.device, detail: str = "") -> None:
         self.backend = backend
+        self.detail = detail
+        """The version of ONNX Runtime, and whether TF32 is off."""
         self.device = device
         """Where inputs should lie: those that lie elsewhere are copied by ONNX Runtime."""
         self._session = session
@@ -91,7 +93,9 @@ class OnnxSession:
         except Exception as error:  # its classes of errors are not public
             told = "the model" if isinstance(model, bytes) else model
             raise ShapecheckError(f"ONNX Runtime cannot load {told}: {_words(error)}") from None
-        found = cls(session, backend, torch.device("cpu") if backend == "ort" else torch.device("cuda", device))
+        detail = f"onnxruntime {onnxruntime.__version__}" + (", TF32 off" if chosen[1].get("use_tf32") == "0" else "")
+        place = torch.device("cpu") if backend == "ort" else torch.device("cuda", device)
+        found = cls(session, backend, place, detail)
         if strict and found.provider != PROVIDERS[backend]:
             raise ShapecheckError(
                 f"{backend} was asked for and ONNX Runtime fell back to {found.provider}; "

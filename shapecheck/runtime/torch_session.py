@@ -1,4 +1,4 @@
-"""A UNet in PyTorch, called as every other backend is: a tensor for each input and slot of its contract."""
+"""A UNet or ControlNet in PyTorch, called as every other backend is: a tensor for each input and slot of its contract."""
 
 from __future__ import annotations
 
@@ -15,26 +15,36 @@ from shapecheck.models.forward_call import arguments
 OUTPUT = "out_sample"
 
 
-class TorchSession:
-    """A UNet, in the precision and on the device where its weights are.
+def output_names(contract: Contract) -> tuple[str, ...]:
+    """Return what a model of this contract gives: a UNet an image, a ControlNet a residual for every slot."""
+    return (OUTPUT,) if contract.role == "unet" else tuple(slot.name for slot in contract.slots)
 
-    Call it with a tensor for every input of the contract and for every slot; it returns the image under `out_sample`.
-    Where it is to be compared it computes `exactly`: on a GPU not in TF32.
+
+class TorchSession:
+    """A model in the precision and on the device where its weights are.
+
+    Call it with a tensor for every input of the contract and for every slot that a UNet takes; it returns a tensor for each of
+    `output_names`. If it is to be compared it computes `exactly`: on a GPU not in TF32.
     """
+
+    provider = "eager"
 
     def __init__(self, module: nn.Module, contract: Contract, *, exactly: bool = True) -> None:
         self.module, self.contract, self._exactly = module.eval(), contract, exactly
         first = next(module.parameters())
         self.device, self.dtype = first.device, first.dtype
+        self.detail = f"torch {torch.__version__}" + (", TF32 off" if exactly and self.device.type != "cpu" else "")
 
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The image for these inputs, which are cast to the module's precision, all but the timestep.
+        """Return the outputs for these inputs, which are cast to the module's precision, all but the timestep.
 
         `outputs` are left alone: PyTorch allocates its own.
         """
         given = {name: self._placed(name, each) for name, each in inputs.items()}
         with torch.no_grad(), exact() if self._exactly else nullcontext():
-            return {OUTPUT: self.module(**arguments(self.contract, given), return_dict=False)[0]}
+            first, *mid = self.module(**arguments(self.contract, given), return_dict=False)
+        tensors = [first] if self.contract.role == "unet" else [*first, *mid]
+        return dict(zip(output_names(self.contract), tensors, strict=True))
 
     def _placed(self, name: str, value: Tensor) -> Tensor:
         cast = value.is_floating_point() and name != "timestep"

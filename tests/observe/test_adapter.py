@@ -404,9 +404,13 @@ def test_check_knows_features(exported, tmp_path):
 
 
 @pytest.mark.full
-def test_parity_says_that_it_gives_no_features(exported, computing):
-    with pytest.raises(ShapecheckError, match=r"takes a T2I-Adapter's features .*export --adapter --verify"):
-        parity(computing, onnx=exported, backends=("ort",))
+def test_parity_proves_every_feature_and_slot(exported, computing):
+    found = parity(computing, onnx=exported, sizes=("72x112",), batch=("2",))
+    (side,) = found.sides
+    assert found.passes, found
+    assert {each.status for each in side.results} == {"passed"}, side.results
+    proven = {each.check.where for each in side.results if each.check.kind == "slot"}
+    assert proven == {slot.name for slot in found.contract.residuals} > set(FEATURES)
 
 
 def test_a_controlnet_takes_no_features(tmp_path):

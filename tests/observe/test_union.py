@@ -14,7 +14,7 @@ from shapecheck import Contract, ContractError, ShapecheckError, export, guard, 
 from shapecheck.cli import main
 from shapecheck.models import lookup
 from shapecheck.observe.fit import misfits
-from shapecheck.parity.cases import emitted_by
+from shapecheck.parity.cases import load_controlnet
 
 KINDS = 3
 PLAIN = small.SHALLOW | {
@@ -109,7 +109,7 @@ def test_its_residuals_can_be_those_of_a_parity_run(tmp_path):
     net = union()
     net.save_pretrained(tmp_path)
     base = {"sample": torch.randn(2, 4, 9, 13), "timestep": torch.ones(2), "encoder_hidden_states": torch.randn(2, 7, 12)}
-    given = emitted_by(str(tmp_path), offline=True)(base, 0)
+    given = load_controlnet(str(tmp_path), offline=True)(base, 0)
     picture = torch.rand(2, 3, 72, 104, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         _, mid = net(**base, controlnet_cond=[picture], control_type=torch.eye(KINDS)[[0, 0]], control_type_idx=[0],

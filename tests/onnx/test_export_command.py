@@ -14,7 +14,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import engines
 import exports
+import onnx_files
+import parity_faults
 import pytest
 import small
 import torch
@@ -26,8 +29,9 @@ from shapecheck.cli import main
 from shapecheck.observe.subject import take
 from shapecheck.onnx import export as exporter
 from shapecheck.onnx import export_report as report
-from shapecheck.onnx import export_verify
 from shapecheck.onnx.records import Agreement, Exported
+from shapecheck.parity import export_check
+from shapecheck.parity.export_check import verify_export
 
 CHECKPOINT = "diffusion_pytorch_model.safetensors"
 SAMPLE = Exported(
@@ -97,16 +101,7 @@ def test_weights_that_are_not_the_models_are_found_by_verifying(linked, tmp_path
     content = checkpoint.read_bytes()
     assert content.count(kernel) == 1
     checkpoint.write_bytes(content.replace(kernel, kernel[:-4] + torch.tensor(1.5).numpy().tobytes()))
-    assert not all(each.agrees for each in export_verify.verify(replace(linked, path=folder / "unet.onnx"), linked.path.parent))
-
-
-@pytest.mark.full
-def test_a_live_module_is_verified_where_it_is(linked):
-    unet = small.unet(**small.SHALLOW)
-    assert all(each.agrees for each in export_verify.verify(linked, unet))
-    with torch.no_grad():
-        unet.conv_out.weight *= 1.001
-    assert not any(each.agrees for each in export_verify.verify(linked, unet))
+    assert not any(each.agrees for each in verify_export(replace(linked, path=folder / "unet.onnx"), linked.path.parent))
 
 
 def test_not_a_number_is_no_agreement():
@@ -118,7 +113,7 @@ def test_not_a_number_is_no_agreement():
 def test_a_disagreement_ends_in_status_1(monkeypatch):
     found = (Agreement("out_sample", Geometry(1, 8, 8), 0.5, 1e-5), Agreement("out_sample", Geometry(2, 9, 8), 0.0, 1e-5))
     monkeypatch.setattr(exporter, "export", lambda *given, **options: SAMPLE)
-    monkeypatch.setattr(export_verify, "verify", lambda *given, **options: found)
+    monkeypatch.setattr(export_check, "verify_export", lambda *given, **options: found)
     result = run("model", "-o", "unet.onnx", "--verify")
     assert result.exit_code == 1
     assert result.stdout.endswith("EXPORTED, and DISAGREES with PyTorch\n")
@@ -132,6 +127,61 @@ def test_what_cannot_be_verified_is_refused_before_the_export(folder, options):
     assert names(folder) == ["unet"]
 
 
+@pytest.fixture(scope="module")
+def compared(saved):
+    """Return what is found of a file made by torch's older exporter of the saved model, after an edit."""
+
+    def compare(path, *edits, model=saved, factor=10):
+        if edits:
+            onnx_files.planted(path, path, *edits)
+        job = {"model": str(model), "onnx": str(path), "factor": factor, "sizes": [(2, 17, 25, 7), (1, 24, 16, 7)]}
+        return [Agreement(*found) for found in export_check.compare_outputs(job | {"variant": None, "offline": True})]
+
+    return compare
+
+
+def test_every_output_is_compared_at_every_size(compared, tmp_path):
+    path, _ = engines.exported(tmp_path / "unet.onnx", exports.LEAST)
+    found = compared(path)
+    assert [(each.output, each.geometry) for each in found] == [
+        ("out_sample", Geometry(2, 17, 25, 7)),
+        ("out_sample", Geometry(1, 24, 16, 7)),
+    ]
+    assert all(0 < each.difference <= 2e-6 and each.agrees for each in found)
+    assert all(each.allowed == pytest.approx(1e-5) for each in found)
+    net = small.controlnet(small.unet(**small.TINY))
+    net.save_pretrained(tmp_path / "net")
+    found = compared(onnx_files.controlnet_written(tmp_path / "net.onnx", net, latent=(17, 25)), model=tmp_path / "net")
+    assert [each.output for each in found] == ["down_block_residual_00", "down_block_residual_01", "mid_block_residual"] * 2
+    assert all(each.agrees for each in found)
+
+
+def test_numbers_that_differ_are_none_or_cannot_be_had_do_not_agree(compared, tmp_path):
+    path, _ = engines.exported(tmp_path / "unet.onnx", exports.LEAST)
+    found = compared(path, parity_faults.scaled("down_block_residual_01", 0.99))
+    assert all(1e-5 < each.difference < 0.1 and not each.agrees for each in found)
+    found = compared(path, parity_faults.not_a_number(2, 4))
+    assert all(math.isnan(each.difference) and not each.agrees for each in found)
+    fixed, _ = engines.exported(tmp_path / "fixed.onnx", exports.LEAST)
+    with pytest.raises(ShapecheckError, match="ONNX Runtime cannot run this call: "):
+        compared(fixed, parity_faults.transposed("down_block_residual_01"))
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "told"),
+    [
+        (-9, "", r"^verifying: the process was killed; it needs about 4\.6 GB of memory\. The file is written; "),
+        (1, "a warning\nONNX Runtime cannot load it\n", "^verifying: ONNX Runtime cannot load it$"),
+        (2, "", "^verifying: no reason given$"),
+    ],
+)
+def test_a_process_that_dies_is_told_with_the_memory_it_needs(monkeypatch, status, words, told):
+    ended = subprocess.CompletedProcess([], status, "", words)
+    monkeypatch.setattr(export_check.subprocess, "run", lambda *command, **options: ended)
+    with pytest.raises(ShapecheckError, match=told):
+        verify_export(replace(SAMPLE, weights="copy"), "model")
+
+
 @pytest.mark.full
 def test_a_controlnet_of_zeros_cannot_be_verified(tmp_path):
     net = small.controlnet(small.unet(**small.TINY))
@@ -140,7 +190,7 @@ def test_a_controlnet_of_zeros_cannot_be_verified(tmp_path):
         torch.nn.init.zeros_(convolution.weight)
     net.save_pretrained(tmp_path / "net")
     with pytest.raises(ShapecheckError, match="zero everywhere, so nothing can be compared; an untrained ControlNet"):
-        export_verify.verify(done, str(tmp_path / "net"))
+        verify_export(done, str(tmp_path / "net"))
 
 
 def header(length, table):
@@ -228,7 +278,7 @@ def test_verifying_runs_no_code_of_the_current_folder(linked, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     for module in ("safetensors", "torch", "onnxruntime"):
         (tmp_path / f"{module}.py").write_text("raise SystemExit('code of the current folder was run')")
-    found = export_verify.verify(linked, str(linked.path.parent))
+    found = verify_export(linked, str(linked.path.parent))
     assert [each.agrees for each in found] == [True, True]
     assert max(each.difference for each in found) <= 2e-6
 
@@ -256,7 +306,7 @@ def test_the_files_of_a_variant_are_linked_and_right(tmp_path):
     small.unet(**exports.LEAST).half().save_pretrained(tmp_path / "unet", variant="fp16")
     done = export(tmp_path, tmp_path / "unet.onnx", variant="fp16")
     assert (done.weights, done.dtype, done.files[1].name) == ("link", "float16", "diffusion_pytorch_model.fp16.safetensors")
-    found = export_verify.verify(done, tmp_path, variant="fp16")
+    found = verify_export(done, tmp_path, variant="fp16")
     assert [each.agrees for each in found] == [True, True]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ import small
 from peak import peak_of
 
 from shapecheck import Geometry, read_contract
-from shapecheck.onnx import export_verify
 from shapecheck.onnx.records import Exported
+from shapecheck.parity.export_check import verify_export
 from shapecheck.tensorrt.record import read_engine
 
 CASES = {
@@ -25,6 +26,8 @@ CASES = {
 """How weights are split; the most bytes that an export may add to its libraries in memory, and write; sizes to compare at."""
 LIBRARIES = "import diffusers, onnx, onnx_ir, onnxscript, torch, shapecheck.onnx.export; diffusers.UNet2DConditionModel"
 """What an export loads before it begins: what that takes is PyTorch's affair, and a build for CUDA takes half a GB more."""
+VERIFIER = "import diffusers, onnxruntime, shapecheck.parity.run; diffusers.UNet2DConditionModel"
+"""Likewise what compares its numbers."""
 
 
 def measure_export(folder: Path, output: Path) -> float:
@@ -67,6 +70,20 @@ def test_linking_wide_layers_loads_no_weights_and_writes_none(tmp_path):
     assert output.stat().st_size <= 1e6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["unet", "unet.onnx"]
     assert hash_weights(tmp_path / "unet") == before
+    job = {
+        "model": str(tmp_path),
+        "onnx": str(output),
+        "factor": 10,
+        "sizes": [(1, 9, 14, 7)],
+        "variant": None,
+        "offline": True,
+    }
+    found, peak = peak_of("-m", "shapecheck.parity.export_check", json.dumps(job))
+    more = peak - peak_of("-c", VERIFIER)[1]
+    print(f"comparing its numbers takes {more / 1e6:.0f} MB more than its libraries")
+    assert more <= 1.3 * weights  # of one side at a time
+    ((name, _, difference, allowed),) = json.loads(found)
+    assert (name, difference <= allowed) == ("out_sample", True)
 
 
 @pytest.mark.nightly
@@ -82,7 +99,7 @@ def test_a_linked_file_is_small_made_in_little_memory_and_right(preset, tmp_path
     assert output.stat().st_size <= size
     assert sorted(path.name for path in tmp_path.iterdir()) == ["unet", "unet.onnx"]
     exported = Exported(output, read_contract(output), "link", "", (output,), "float32", 20, "shapecheck")
-    found = export_verify.verify(exported, str(tmp_path), geometries=geometries)
+    found = verify_export(exported, str(tmp_path), geometries=geometries)
     print(*(f"{each.geometry}: {each.difference:.2e}" for each in found), sep="\n")
     assert [each.geometry for each in found] == geometries
     assert all(each.agrees for each in found)  # 7e-7 to 3e-6, as the processor has it

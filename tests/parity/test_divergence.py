@@ -24,7 +24,7 @@ from small import SHALLOW, unet
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.intermediate_values import add_outputs, find_values, name_output
-from shapecheck.parity.divergence import first_divergence, inner_of
+from shapecheck.parity.divergence import compute_inner, find_divergence
 from shapecheck.parity.polygraphy_repro import reproduce
 from shapecheck.runtime.onnx_session import OnnxSession
 
@@ -73,7 +73,7 @@ class Case:
         def values_of(values):
             key = (dtype, frozenset(each.name for each in values))
             if key not in self._known:
-                self._known[key] = inner_of(unet(**self.config).to(dtype), self.contract, self.inputs, values)
+                self._known[key] = compute_inner(unet(**self.config).to(dtype), self.contract, self.inputs, values)
             return self._known[key]
 
         return values_of
@@ -81,14 +81,14 @@ class Case:
     def find(self, path: Path | None = None, **changes):
         own = {"reference": self.source(torch.float64), "own": self.source(torch.float32), "names": self.names} | changes
         names, reference, mine = own.pop("names"), own.pop("reference"), own.pop("own")
-        return first_divergence(
+        return find_divergence(
             OnnxFile(path or self.path),
             self.contract,
             names,
             self.inputs,
             reference,
             mine,
-            times_own=TIMES_OWN,
+            tolerance_factor=TIMES_OWN,
             dtype=torch.float32,
             **own,
         )
@@ -330,7 +330,7 @@ def test_values_of_modules_that_the_model_lacks_are_left_out(case):
     known = unet(**SHALLOW)
     values = find_values(OnnxFile(case.path), case.contract, case.names)
     asked = [*values, replace(values[0], module="up_blocks.7")]
-    assert set(inner_of(known, case.contract, case.inputs, asked)) == set(IN_ORDER)
+    assert set(compute_inner(known, case.contract, case.inputs, asked)) == set(IN_ORDER)
 
 
 def hooks(module) -> int:
@@ -340,19 +340,19 @@ def hooks(module) -> int:
 def test_no_hook_remains_even_where_forward_raises(case):
     module = unet(**SHALLOW)
     values = find_values(OnnxFile(case.path), case.contract, case.names)
-    inner_of(module, case.contract, case.inputs, values)
+    compute_inner(module, case.contract, case.inputs, values)
     assert hooks(module) == 0
     seen = []
     module.conv_out.register_forward_pre_hook(lambda *_: (seen.append(hooks(module)), 1 / 0))
     with pytest.raises(ZeroDivisionError):
-        inner_of(module, case.contract, case.inputs, values)
+        compute_inner(module, case.contract, case.inputs, values)
     assert seen[0] >= len(IN_ORDER)
     assert hooks(module) == 0
 
 
 def test_a_sum_is_rounded_as_the_model_rounds(case):
     values = [each for each in find_values(OnnxFile(case.path), case.contract, case.names) if each.module == "conv_in"]
-    skip, total = inner_of(unet(**SHALLOW).bfloat16(), case.contract, case.inputs, values).values()
+    skip, total = compute_inner(unet(**SHALLOW).bfloat16(), case.contract, case.inputs, values).values()
     expected = skip.bfloat16() + case.inputs["down_block_residual_00"].bfloat16()
     assert torch.equal(total, expected.double())
     assert not torch.equal(total, skip + case.inputs["down_block_residual_00"].double())
@@ -499,14 +499,14 @@ def test_our_own_files_name_every_value(tmp_path):
     assert all(each.name == each.value for each in values[:-1])
 
     def find(file: Path):
-        return first_divergence(
+        return find_divergence(
             OnnxFile(file),
             contract,
             names,
             inputs,
-            lambda wanted: inner_of(unet(**exports.LEAST).double(), contract, inputs, wanted),
-            lambda wanted: inner_of(unet(**exports.LEAST), contract, inputs, wanted),
-            times_own=TIMES_OWN,
+            lambda wanted: compute_inner(unet(**exports.LEAST).double(), contract, inputs, wanted),
+            lambda wanted: compute_inner(unet(**exports.LEAST), contract, inputs, wanted),
+            tolerance_factor=TIMES_OWN,
             dtype=torch.float32,
         )
 

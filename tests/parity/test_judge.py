@@ -13,11 +13,11 @@ import torch
 
 from shapecheck import Geometry, Mismatch, presets
 from shapecheck.contract.dims import constant
-from shapecheck.parity.artefacts import judged
-from shapecheck.parity.cases import Call, Draws
-from shapecheck.parity.evaluate import Judge
-from shapecheck.parity.plan import FILE_KINDS, calls_of, planned
-from shapecheck.parity.reference import Sides
+from shapecheck.parity.artefacts import evaluate_file
+from shapecheck.parity.cases import ForwardCase, InputGenerator
+from shapecheck.parity.evaluate import Evaluator
+from shapecheck.parity.plan import FILE_KINDS, list_cases, plan_checks
+from shapecheck.parity.reference import ReferenceOutputs
 from shapecheck.parity.results import Check, Ran
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,8 +36,8 @@ CONTRACT = replace(
 )
 """SD1.5's, four channels wide, with the slots of two levels and the mid slot."""
 NAMES = [slot.name for slot in CONTRACT.slots]
-DRAWS = Draws(CONTRACT, 0)
-PLANS = [plan for plan in planned(CONTRACT, "ort", [SIZE]) if plan.check.kind not in FILE_KINDS]
+GENERATE = InputGenerator(CONTRACT, 0)
+PLANS = [plan for plan in plan_checks(CONTRACT, "ort", [SIZE]) if plan.check.kind not in FILE_KINDS]
 SWITCH = next(plan for plan in PLANS if plan.check.kind == "switch")
 ON, OFF = f"case[{SIZE}, control on]", f"case[{SIZE}, control off]"
 
@@ -65,23 +65,23 @@ SUMS = Sums()
 
 
 @functools.cache
-def known_sides() -> Sides:
+def known_sides() -> ReferenceOutputs:
     """Return PyTorch's side of every call, in float64 and in float32."""
-    calls = [*calls_of(PLANS), Call(SQUARE, 0)]
-    reference = {call: SUMS(DRAWS(call), torch.float64) for call in calls}
-    images = {call: SUMS(DRAWS(call)) for call in calls}
+    calls = [*list_cases(PLANS), ForwardCase(SQUARE, 0)]
+    reference = {call: SUMS(GENERATE(call), torch.float64) for call in calls}
+    images = {call: SUMS(GENERATE(call)) for call in calls}
     shares = {call: float((images[call] - reference[call]).abs().max() / reference[call].abs().max()) for call in calls}
-    return Sides("float64", reference, images, shares, 6e-8)
+    return ReferenceOutputs("float64", reference, images, shares, 6e-8)
 
 
 def judge(fault=lambda given: given, *, spoil=lambda call, image: image, switched=None, sides=None, has=()):
     """Return every result by its check, for a backend with a fault in what it makes of its inputs, or in its images."""
     sides = sides or known_sides()
-    found = {call: spoil(call, SUMS(fault(DRAWS(call)))) for call in sides.reference}
-    steps = [found[call] for call in SWITCH.calls] if switched is None else switched
-    judging = Judge(CONTRACT, DRAWS, sides, 4.0, SUMS, found, steps)
+    found = {call: spoil(call, SUMS(fault(GENERATE(call)))) for call in sides.reference}
+    steps = [found[call] for call in SWITCH.cases] if switched is None else switched
+    judging = Evaluator(CONTRACT, GENERATE, sides, 4.0, SUMS, found, steps)
     names = set(has) or {each.name for each in (*CONTRACT.inputs, *CONTRACT.slots)}
-    results = [judging.result(plan, names) for plan in PLANS]
+    results = [judging.evaluate(plan, names) for plan in PLANS]
     return {str(result.check).removeprefix("ort/"): result for result in results}
 
 
@@ -151,12 +151,12 @@ def test_the_strength_of_an_effect_may_be_as_far_from_1_as_pytorch_s_own_roundin
     name = NAMES[4]
     faint, coarse = scaled(0.9, name), replace(known_sides(), shares=dict.fromkeys(known_sides().shares, 0.006))
     assert judge(faint, sides=coarse)[f"slot[{name}]"].status == "failed"
-    alone = next(call for call in coarse.images if call.perturbed == name)
-    rounded = coarse.images[Call(SIZE)] + 0.98 * (coarse.images[alone] - coarse.images[Call(SIZE)])
-    rough = replace(coarse, images={**coarse.images, alone: rounded})
+    alone = next(call for call in coarse.rounded if call.perturbed == name)
+    rounded = coarse.rounded[ForwardCase(SIZE)] + 0.98 * (coarse.rounded[alone] - coarse.rounded[ForwardCase(SIZE)])
+    rough = replace(coarse, rounded={**coarse.rounded, alone: rounded})
     assert judge(faint, sides=rough)[f"slot[{name}]"].status == "passed"
-    assert judge(scaled(0.99, name), sides=replace(coarse, images={}))[f"slot[{name}]"].status == "passed"
-    assert judge(faint, sides=replace(coarse, images={}))[f"slot[{name}]"].status == "failed"
+    assert judge(scaled(0.99, name), sides=replace(coarse, rounded={}))[f"slot[{name}]"].status == "passed"
+    assert judge(faint, sides=replace(coarse, rounded={}))[f"slot[{name}]"].status == "failed"
 
 
 def test_a_slot_that_acts_as_no_share_of_it_would():
@@ -283,12 +283,12 @@ def test_an_image_that_is_wrong_anyway_is_no_fault_of_any_slot_and_one_that_is_e
 def kept(*, always: bool):
     """The images of a session that keeps residuals: those of the call before, or of the last call that had any."""
     images, held = [], None
-    for call in SWITCH.calls:
-        own = {name: DRAWS(call)[name] for name in NAMES}
+    for call in SWITCH.cases:
+        own = {name: GENERATE(call)[name] for name in NAMES}
         on = call.frame is not None
         given = own if held is None or (on and not always) else held
         held = own if on or always else held
-        images.append(SUMS(DRAWS(call) | given))
+        images.append(SUMS(GENERATE(call) | given))
     return images
 
 
@@ -299,7 +299,7 @@ def test_residuals_of_an_earlier_call_kept(always):
 
 
 def test_a_call_in_between_that_is_kept():
-    *images, last = [SUMS(DRAWS(call)) for call in SWITCH.calls]
+    *images, last = [SUMS(GENERATE(call)) for call in SWITCH.cases]
     told = "the image is not that of step 1, which was given the same: a call in between is kept"
     assert failed(judge(switched=[*images, last + 0.01])) == {"switch": f"step 5, control on with frame 0: {told}"}
 
@@ -314,31 +314,31 @@ def test_what_drowns_in_what_is_allowed_is_not_judged():
 
 
 def test_without_two_halves_there_is_no_guidance_to_judge():
-    plans = planned(CONTRACT, "ort", [replace(SIZE, batch=1)])
+    plans = plan_checks(CONTRACT, "ort", [replace(SIZE, batch=1)])
     (plan,) = [plan for plan in plans if plan.check.kind == "cfg"]
-    result = Judge(CONTRACT, DRAWS, known_sides(), 4.0, SUMS, {}).result(plan, ())
+    result = Evaluator(CONTRACT, GENERATE, known_sides(), 4.0, SUMS, {}).evaluate(plan, ())
     assert (result.status, result.reason) == ("not run", "no size of this run has a batch of two halves")
 
 
 def test_what_is_allowed_in_a_call_is_not_set_by_a_louder_one():
     """A perturbation in half precision is loud, and so is its rounding: the images without it are held to their own."""
-    quiet, louder, loud = Call(SIZE), Call(SIZE, 0), Call(SIZE, 0, perturbed="sample")
+    quiet, louder, loud = ForwardCase(SIZE), ForwardCase(SIZE, 0), ForwardCase(SIZE, 0, perturbed="sample")
     reference = {call: torch.full((2,), 2.0, dtype=torch.float64) for call in (quiet, louder, loud)}
-    sides = Sides("float64", reference, reference, {quiet: 0.01, louder: 0.02, loud: 0.5}, 0.001)
-    assert [sides.own(call) for call in (quiet, louder, loud)] == [0.04, 0.04, 1.0]
-    assert replace(sides, shares={}).own(loud) == 0.002
-    assert math.isnan(replace(sides, shares=sides.shares | {loud: math.nan}).own(loud))
+    sides = ReferenceOutputs("float64", reference, reference, {quiet: 0.01, louder: 0.02, loud: 0.5}, 0.001)
+    assert [sides.torch_error(call) for call in (quiet, louder, loud)] == [0.04, 0.04, 1.0]
+    assert replace(sides, shares={}).torch_error(loud) == 0.002
+    assert math.isnan(replace(sides, shares=sides.shares | {loud: math.nan}).torch_error(loud))
 
 
 # What is told by reading a file, and by what really ran it
 
 RAN = Ran("ort", "CPUExecutionProvider", "cpu", "float32", "")
-HEALTHY = {"mismatches": (), "narrower": tuple}
+HEALTHY = {"find_mismatches": tuple, "find_narrower": tuple}
 
 
 def read(kind: str, weights: str | None = "", ran: Ran = RAN, **file) -> tuple[str, str]:
     """Return status and reason of a check of a file."""
-    result = judged(Check(ran.backend, kind, ""), SimpleNamespace(**HEALTHY | file), ran, weights)
+    result = evaluate_file(Check(ran.backend, kind, ""), SimpleNamespace(**HEALTHY | file), ran, weights)
     return result.status, result.reason
 
 
@@ -356,15 +356,15 @@ def test_another_provider_than_was_asked_for():
 
 def test_a_file_of_another_contract_other_weights_or_a_lower_precision():
     wrong = (Mismatch("missing", NAMES[0], "nothing", "a residual"), Mismatch("name", "sample", "x", "sample"))
-    assert read("contract", mismatches=wrong) == ("failed", "; ".join(map(str, wrong)))
+    assert read("contract", find_mismatches=lambda: wrong) == ("failed", "; ".join(map(str, wrong)))
     assert read("weights", "2 of 9 tensors are not the model's: a, b") == ("failed", "2 of 9 tensors are not the model's: a, b")
     casts = tuple(f"cast to float16 at {number}" for number in range(5))
     told = "5 in less than float32: cast to float16 at 0, cast to float16 at 1, cast to float16 at 2 and 2 more"
-    assert read("precision", narrower=lambda: casts) == ("failed", told)
+    assert read("precision", find_narrower=lambda: casts) == ("failed", told)
 
 
 def test_what_a_file_does_not_tell_is_not_run():
     told = "no tensor of the file has a name that tells which of the model's it is"
     assert read("weights", None) == ("not run", told)
     told = "an engine does not tell in what it computes; its numbers do"
-    assert read("precision", narrower=lambda: None) == ("not run", told)
+    assert read("precision", find_narrower=lambda: None) == ("not run", told)

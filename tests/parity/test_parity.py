@@ -28,20 +28,18 @@ from peak import peak_of
 from shapecheck import Geometry, ShapecheckError, presets
 from shapecheck.observe.subject import TorchModel
 from shapecheck.parity import reference, run
-from shapecheck.parity.artefacts import file_for
-from shapecheck.parity.cases import Call, Draws, refuse_zeros
-from shapecheck.parity.plan import geometries_of
+from shapecheck.parity.artefacts import read_files
+from shapecheck.parity.cases import ForwardCase, InputGenerator, refuse_zeros
+from shapecheck.parity.plan import choose_geometries
 from shapecheck.parity.results import KINDS
-from shapecheck.parity.run import Options, Study
-from shapecheck.parity.runners import OnnxRunner
+from shapecheck.parity.run import ParityOptions, ParityRun
 from shapecheck.parity.search import Search
-from shapecheck.progress import silent
 from shapecheck.runtime.onnx_session import OnnxSession
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Range
 
 SIZE = Geometry(2, 9, 14, 7)
-ONE_SIZE = Options(ranges=(Range(SIZE, SIZE, SIZE),))
+ONE_SIZE = ParityOptions(ranges=(Range(SIZE, SIZE, SIZE),))
 SHAPES = [(8, 1), (8, 1), (8, 2), (8, 2), (8, 4), (8, 4), (8, 8), (16, 8), (16, 8)]
 """Channels and stride: the first six are three pairs of equal shape."""
 
@@ -83,21 +81,21 @@ _KNOWN: dict = {}
 def side(model, path, options=ONE_SIZE, **given):
     """Run one file; PyTorch's side, which is the same whatever is wrong with a file, is computed once."""
 
-    def once(subject, contract, calls, draws, wanted, look, progress):
-        key = (id(model), options, given.get("emitted"), contract, tuple(calls))
+    def once(subject, contract, cases, generate, wanted, look, progress):
+        key = (id(model), options, given.get("emit"), contract, tuple(cases))
         if key not in _KNOWN:
-            _KNOWN[key] = reference.computed(subject, contract, calls, draws, wanted, look, progress)
+            _KNOWN[key] = reference.compute_reference(subject, contract, cases, generate, wanted, look, progress)
         look(subject.load(contract.dtype))
         return _KNOWN[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "computed", once)
-        (found,) = Study(model, ["ort"], onnx=path, options=options, **given).report().sides
+        patch.setattr(run, "compute_reference", once)
+        (found,) = ParityRun(model, ["ort"], onnx=path, options=options, **given).report().sides
     return found
 
 
 def test_a_healthy_file_passes_in_all(model, healthy):
-    report = Study(model, ["ort", "torch"], onnx=healthy).report()
+    report = ParityRun(model, ["ort", "torch"], onnx=healthy).report()
     assert report.passes, report
     assert report.verdict == "PARITY"
     assert report.reference == f"PyTorch float64 on {'cuda' if torch.cuda.is_available() else 'cpu'}"
@@ -217,26 +215,28 @@ def test_a_layer_in_the_wrong_precision(model, healthy, folder):
     assert 5 * off.verdict.own < off.verdict.absolute.difference < 1e-3
 
 
-class Stale(OnnxRunner):
-    """A wrapper that keeps residuals it should not: those of the call before, or of the last call that had any."""
+class Stale:
+    """A session that keeps residuals it should not: those of the call before, or of the last call that had any."""
 
-    def __init__(self, session, artefact, *, always):
-        super().__init__(session, artefact)
-        self._always, self._kept = always, None
+    def __init__(self, session, *, always):
+        self._session, self._always, self._kept = session, always, None
+
+    def __getattr__(self, name):
+        return getattr(self._session, name)
 
     def __call__(self, inputs):
         own = {name: each for name, each in inputs.items() if "residual" in name}
         on = any(bool(each.any()) for each in own.values())
         given = own if self._kept is None or (on and not self._always) else self._kept
         self._kept = own if on or self._always else self._kept
-        return super().__call__({**inputs, **given})
+        return self._session({**inputs, **given})
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("always", [False, True])
 def test_residuals_of_an_earlier_call_kept(model, healthy, always):
-    def opener(backend, artefact):
-        return Stale(OnnxSession.open(artefact.path), artefact, always=always)
+    def opener(backend, file):
+        return Stale(OnnxSession.open(file.path), always=always)
 
     found = side(model, healthy, opener=opener)
     told = "step 2, control off: the image is that of step 1, control on with frame 0: residuals of an earlier call are kept"
@@ -245,15 +245,17 @@ def test_residuals_of_an_earlier_call_kept(model, healthy, always):
 
 @pytest.mark.full
 def test_a_backend_that_fell_back_to_the_cpu(model, healthy):
-    def opener(backend, artefact):
-        return OnnxRunner(OnnxSession.open(artefact.path, backend=backend, strict=False), artefact)
+    def opener(backend, file):
+        session = OnnxSession.open(file.path, backend=backend, strict=False)
+        session.device = torch.device("cpu")
+        return session
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: nothing falls back")
-    (found,) = Study(model, ["ort-cuda"], onnx=healthy, options=ONE_SIZE, opener=opener).report().sides
+    (found,) = ParityRun(model, ["ort-cuda"], onnx=healthy, options=ONE_SIZE, opener=opener).report().sides
     told = {str(each.check): each.reason for each in found.failed}
     assert told == {"ort-cuda/provider": "CPUExecutionProvider runs, where ort-cuda is CUDAExecutionProvider"}
-    (refused,) = Study(model, ["ort-cuda"], onnx=healthy, options=ONE_SIZE).report().sides
+    (refused,) = ParityRun(model, ["ort-cuda"], onnx=healthy, options=ONE_SIZE).report().sides
     (only,) = refused.failed
     assert only.check.kind == "provider"
     assert only.reason.startswith("ort-cuda cannot run here: ")
@@ -274,7 +276,7 @@ def test_zero_residuals_prove_nothing(contract):
         return {name: torch.zeros(shape) for name, shape in contract.shapes(Geometry(rows, height, width)).items()}
 
     with pytest.raises(ShapecheckError, match="every residual is zero, so nothing would be proven"):
-        Draws(contract, 0, untrained)(Call(SIZE, 0))
+        InputGenerator(contract, 0, untrained)(ForwardCase(SIZE, 0))
     refuse_zeros({"a": torch.zeros(2), "b": torch.tensor([0.0, math.nan])})
 
 
@@ -282,35 +284,35 @@ def test_zero_residuals_prove_nothing(contract):
 def test_a_real_controlnet_s_residuals(model, healthy):
     net = small.controlnet(model)
 
-    def emitted(base, frame):
+    def emit(base, frame):
         generator = torch.Generator().manual_seed(frame)
         image = 20 * torch.rand(len(base["sample"]), 3, *(8 * side for side in base["sample"].shape[-2:]), generator=generator)
         with torch.no_grad():
             downs, mid = net(**base, controlnet_cond=image, return_dict=False)
         return dict(zip(NAMES, (*downs, mid), strict=True))
 
-    found = side(model, healthy, emitted=emitted)
+    found = side(model, healthy, emit=emit)
     assert {each.status for each in found.results} == {"passed"}, found.results
 
 
 def test_what_is_drawn(contract):
-    draws = Draws(contract, 3)
-    on, off = draws(Call(SIZE, 0)), draws(Call(SIZE))
+    generate = InputGenerator(contract, 3)
+    on, off = generate(ForwardCase(SIZE, 0)), generate(ForwardCase(SIZE))
     assert on.keys() == off.keys() == {"sample", "timestep", "encoder_hidden_states", *NAMES}
     assert all(bool(on[name].any()) and not bool(off[name].any()) for name in NAMES)
     assert all(torch.equal(on[name], off[name]) for name in ("sample", "timestep", "encoder_hidden_states"))
     assert len(set(on["timestep"].tolist())) == SIZE.batch
     assert all(float(each) % 1 for each in on["timestep"])
     assert all(not torch.equal(each[0], each[1]) for each in (on["sample"], *(on[name] for name in NAMES)))
-    again, other = Draws(contract, 3)(Call(SIZE, 0)), Draws(contract, 4)(Call(SIZE, 0))
+    again, other = InputGenerator(contract, 3)(ForwardCase(SIZE, 0)), InputGenerator(contract, 4)(ForwardCase(SIZE, 0))
     assert all(torch.equal(on[name], again[name]) for name in on)
     assert not any(torch.equal(on[name], other[name]) for name in NAMES)
-    assert not any(torch.equal(on[name], draws(Call(SIZE, 1))[name]) for name in NAMES)
-    half = draws(Call(SIZE, 0, half=True))
+    assert not any(torch.equal(on[name], generate(ForwardCase(SIZE, 1))[name]) for name in NAMES)
+    half = generate(ForwardCase(SIZE, 0, half=True))
     assert all(torch.equal(half[name][0], on[name][0]) and not half[name][1].any() for name in NAMES)
-    changed = draws(Call(SIZE, perturbed=NAMES[1]))
+    changed = generate(ForwardCase(SIZE, perturbed=NAMES[1]))
     assert [name for name in changed if not torch.equal(changed[name], off[name])] == [NAMES[1]]
-    small_, large = draws(Call(SIZE, 0, pooled=True), expanded=False), draws(Call(SIZE, 0, pooled=True))
+    small_, large = generate(ForwardCase(SIZE, 0, pooled=True), expanded=False), generate(ForwardCase(SIZE, 0, pooled=True))
     assert all(
         small_[name].shape[2:] == (1, 1) and torch.equal(small_[name].expand_as(large[name]), large[name]) for name in NAMES
     )
@@ -318,11 +320,11 @@ def test_what_is_drawn(contract):
 
 def test_every_input_of_sdxl_is_perturbed_within_what_it_may_be():
     contract = presets.contract("sdxl")
-    draws, off = Draws(contract, 0), Draws(contract, 0)(Call(SIZE))
+    generate, off = InputGenerator(contract, 0), InputGenerator(contract, 0)(ForwardCase(SIZE))
     for name in ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"):
-        changed = draws(Call(SIZE, perturbed=name))
+        changed = generate(ForwardCase(SIZE, perturbed=name))
         assert [each for each in changed if not torch.equal(changed[each], off[each])] == [name]
-    sizes = draws(Call(SIZE, perturbed="time_ids"))["time_ids"]
+    sizes = generate(ForwardCase(SIZE, perturbed="time_ids"))["time_ids"]
     assert bool((sizes >= off["time_ids"]).all())  # sizes in pixels: no less than before, and never negative
     assert bool((off["time_ids"] >= 64).all())
 
@@ -330,9 +332,149 @@ def test_every_input_of_sdxl_is_perturbed_within_what_it_may_be():
 def test_sizes_of_a_run(contract):
     sizes = Range(Geometry(1, 8, 16), Geometry(2, 16, 16), Geometry(4, 32, 24))
     between = Geometry(3, 21, 21)
-    assert geometries_of(contract, [sizes]) == (*sizes.geometries, between)
+    assert choose_geometries(contract, [sizes]) == (*sizes.geometries, between)
     fixed = Range(SIZE, SIZE, SIZE)
-    assert geometries_of(contract, [fixed, sizes]) == (SIZE, *sizes.geometries, between)
+    assert choose_geometries(contract, [fixed, sizes]) == (SIZE, *sizes.geometries, between)
+
+
+# Features of a T2I-Adapter, and ControlNets
+
+
+@pytest.fixture(scope="module")
+def fed(folder):
+    """A UNet whose file takes the features of SDXL's T2I-Adapter too, the last two of one shape."""
+    config = onnx_files.DEEP | {
+        "block_out_channels": (8, 16, 24),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("UpBlock2D",) * 3,
+        "mid_block_type": "UNetMidBlock2D",
+    }
+    path, contract = engines.exported(folder / "fed.onnx", config, adapter=True)
+    assert [(slot.channels, slot.stride) for slot in contract.features] == [(8, 2), (16, 2), (24, 4), (24, 4)]
+    return small.unet(**config), path
+
+
+FEATURES = [f"down_intrablock_residual_{index:02}" for index in range(4)]
+
+
+def test_every_feature_is_a_slot(fed):
+    found = side(*fed)
+    assert {each.status for each in found.results} == {"passed"}, found.results
+    assert [each.check.where for each in found.results if each.check.kind == "slot"] == [*NAMES[:6], NAMES[-1], *FEATURES]
+
+
+def test_features_exchanged(fed, folder):
+    model, path = fed
+    found = side(model, planted(path, folder / "features.onnx", exchange(FEATURES[2], FEATURES[3])))
+    assert f"{FEATURES[2]} acts where {FEATURES[3]} belongs" in failed(found)[f"slot[{FEATURES[2]}]"]
+    assert f"{FEATURES[3]} acts where {FEATURES[2]} belongs" in failed(found)[f"slot[{FEATURES[3]}]"]
+    assert kinds(found) == {"slot": 2, "contract": 1, "case": 2}
+    assert found.divergence is not None
+
+
+@pytest.mark.parametrize("edits", [(unconsume(FEATURES[1]),), (unconsume(FEATURES[1]), onnx_files.drop(FEATURES[1]))])
+def test_a_feature_ignored_or_baked(fed, folder, edits):
+    model, path = fed
+    found = side(model, planted(path, folder / "ignored.onnx", *edits))
+    told = failed(found)[f"slot[{FEATURES[1]}]"]
+    assert told in (
+        f"{FEATURES[1]} changes nothing: what the T2I-Adapter gives there is lost",
+        f"the file has no input for {FEATURES[1]}: it is baked into it, or left out",
+    )
+    assert ("changes nothing" in told) == (len(edits) == 1)
+    assert kinds(found) == {"slot": 1, "contract": 1, "case": 2}
+
+
+def real_controlnet():
+    """Return a ControlNet that sees its image, as a fresh one does not."""
+    model = small.controlnet(small.unet(**small.SHALLOW))
+    torch.nn.init.normal_(model.controlnet_cond_embedding.conv_out.weight)
+    return model
+
+
+@pytest.fixture(scope="module")
+def net(folder):
+    """A ControlNet of five residuals, two of one shape, and its file."""
+    model = real_controlnet()
+    return model, onnx_files.controlnet_written(folder / "net.onnx", model, latent=(17, 25))
+
+
+EMITTED = [f"down_block_residual_{index:02}" for index in range(4)] + ["mid_block_residual"]
+
+
+def test_every_residual_of_a_controlnet_is_judged(net):
+    found = side(*net)
+    assert {each.status for each in found.results} == {"passed"}, found.results
+    cases = [each for each in found.results if each.check.kind == "case"]
+    assert [each.check.where for each in cases] == [f"{SIZE}, {name}" for name in EMITTED]
+    assert all(0 < each.verdict.own < 1e-5 and each.verdict.absolute.difference <= each.verdict.allowed for each in cases)
+    inputs = [each for each in found.results if each.check.kind == "input"]
+    assert {each.check.where for each in inputs} > {"sample", "timestep", "controlnet_cond", "conditioning_scale"}
+    assert all(abs(each.effect.strength - 1) < 1e-4 for each in inputs)
+
+
+@pytest.mark.parametrize(
+    "names", [[f"input_control_{index:02}" for index in range(4)] + ["input_control_middle"], list("abcde")]
+)
+def test_residuals_are_known_by_their_names_or_by_their_order(net, folder, names):
+    model, path = net
+
+    def edit(graph):
+        for value, name in zip(graph.graph.outputs, names, strict=True):
+            value.name = name
+
+    file = planted(path, folder / f"{names[0]}.onnx", edit)
+    (known,) = read_files(["ort"], TorchModel(model), file, None).values()
+    assert known.outputs == dict(zip(EMITTED, names, strict=True))
+
+
+def test_residuals_of_one_shape_exchanged_in_the_outputs(net, folder):
+    model, path = net
+
+    def edit(graph):
+        first, second = graph.graph.outputs[:2]
+        first.name, second.name = "between", first.name
+        first.name = EMITTED[1]
+        graph.graph.outputs[:2] = [second, first]
+
+    found = side(model, planted(path, folder / "exchanged outputs.onnx", edit))
+    wrong = failed(found)
+    for one, other in (EMITTED[:2], EMITTED[1::-1]):
+        assert wrong[f"case[{SIZE}, {one}]"].startswith(f"it holds what belongs in {other}; largest difference ")
+    assert kinds(found)["case"] == 2
+    assert not {each.check.where for each in found.failed} & set(EMITTED[2:])
+    assert found.divergence is None
+
+
+def test_a_residual_that_is_wrong_missing_or_without_its_scale(net, folder):
+    model, path = net
+    found = side(model, planted(path, folder / "scale.onnx", faults.frozen("conditioning_scale", 1)))
+    told = "conditioning_scale changes nothing: it is baked into the file, in down_block_residual_00"
+    assert failed(found)["input[conditioning_scale]"] == told
+    assert kinds(found)["case"] == len(EMITTED)
+
+    def cut(graph):
+        graph.graph.outputs.pop()
+
+    found = side(model, planted(path, folder / "cut.onnx", cut))
+    assert failed(found)[f"case[{SIZE}, {EMITTED[-1]}]"] == f"the file has no output for {EMITTED[-1]}: it is left out"
+    assert kinds(found)["case"] == 1
+    other = real_controlnet()
+    with torch.no_grad():
+        other.controlnet_down_blocks[3].weight.mul_(1.001)
+    found = side(other, path)
+    assert [each.check.where for each in found.failed if each.check.kind == "case"] == [f"{SIZE}, {EMITTED[3]}"]
+    assert failed(found)["weights"].endswith("are not the model's: controlnet_down_blocks.3.weight")
+
+
+def test_a_controlnet_whose_residuals_are_zero_proves_nothing(net):
+    model, path = net
+    zero = real_controlnet()
+    torch.nn.init.zeros_(zero.controlnet_down_blocks[2].weight)
+    with pytest.raises(ShapecheckError, match="down_block_residual_02 is zero everywhere, so nothing can be compared"):
+        side(zero, path)
+    with pytest.raises(ShapecheckError, match="is a ControlNet and takes no residuals: --controlnet is for UNets"):
+        ParityRun(model, ["ort"], onnx=path, emit=lambda base, frame: {})
 
 
 # Other seeds, precisions, files and sizes
@@ -346,7 +488,7 @@ def ratios(model, path, seeds: range) -> list[float]:
     """Return how many times PyTorch's own error that of ONNX Runtime is, in each case of each seed; all checks pass."""
     errors = []
     for seed in seeds:
-        found = side(model, path, Options(seed=seed))
+        found = side(model, path, ParityOptions(seed=seed))
         assert statuses(found) == {"passed"}, (seed, found.results)
         cases = [each.verdict for each in found.results if each.check.kind == "case"]
         errors += [verdict.absolute.difference / verdict.own for verdict in cases]
@@ -379,7 +521,7 @@ def half(tmp_path_factory):
 
 @pytest.mark.full
 def test_half_precision(half):
-    found = side(*half, Options())
+    found = side(*half, ParityOptions())
     assert statuses(found) == {"passed"}, found.results
     assert found.ran.precision == "float16"
 
@@ -393,14 +535,14 @@ def test_half_precision_over_twenty_seeds(half):
 def test_faults_in_half_precision(half):
     model, path = half
     folder = path.parent  # where its weights lie
-    exchanged = side(model, planted(path, folder / "exchanged.onnx", exchange(NAMES[2], NAMES[3])), Options())
+    exchanged = side(model, planted(path, folder / "exchanged.onnx", exchange(NAMES[2], NAMES[3])), ParityOptions())
     assert f"acts where {NAMES[3]} belongs" in failed(exchanged)[SLOTS[2]]
     assert f"acts where {NAMES[2]} belongs" in failed(exchanged)[SLOTS[3]]
     assert kinds(exchanged)["slot"] == 2
-    scaled = side(model, planted(path, folder / "scaled.onnx", faults.scaled(NAMES[5], 0.9)), Options())
+    scaled = side(model, planted(path, folder / "scaled.onnx", faults.scaled(NAMES[5], 0.9)), ParityOptions())
     assert next(iter(failed(scaled))) == SLOTS[5]
     assert 0.88 < float(failed(scaled)[SLOTS[5]].split(" acts as if ")[1].split(" of it ")[0]) < 0.92
-    ignored = side(model, planted(path, folder / "ignored.onnx", unconsume("mid_block_residual")), Options())
+    ignored = side(model, planted(path, folder / "ignored.onnx", unconsume("mid_block_residual")), ParityOptions())
     assert failed(ignored)["slot[mid_block_residual]"].startswith("mid_block_residual changes nothing")
     assert kinds(scaled)["slot"] == kinds(ignored)["slot"] == 1
 
@@ -453,7 +595,7 @@ def test_sd15_at_its_real_size(tmp_path):
 @pytest.mark.full
 def test_a_range_of_sizes(model, healthy):
     sizes = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(4, 33, 41))
-    found = side(model, healthy, Options(ranges=(sizes,)))
+    found = side(model, healthy, ParityOptions(ranges=(sizes,)))
     assert statuses(found) == {"passed"}
     assert len({each.geometry for each in found.results if each.check.kind == "case"}) == 4
 
@@ -467,12 +609,10 @@ def test_where_an_engine_differs_is_looked_for_in_its_onnx_file(tmp_path):
     size = Geometry(2, 9, 14, 7)
     build_engine(faulty, tmp_path / "faulty.plan", profiles=Range(size, size, size), options=engines.RTX)
     model = TorchModel(small.unet(**onnx_files.XL))
-    file = file_for("rtx", model, faulty, tmp_path / "faulty.plan")
-    call = Call(size, 0)
-    draws = Draws(file.contract, 0)
-    sides = reference.computed(model, file.contract, [call], draws, "float64", lambda module: None, silent)
+    file = read_files(["rtx"], model, faulty, tmp_path / "faulty.plan")["rtx"]
+    generate = InputGenerator(file.contract, 0)
     before = set(tmp_path.iterdir())
-    found, notes = Search(model, file, draws, sides, 4, None).at(call, "rtx")
+    found, notes = Search(model, file, generate, "float64", 4, None).find(ForwardCase(size, 0), "rtx")
     assert (found.module, found.slot) == ("down_blocks.0.resnets.0", "down_block_residual_01")
     assert found.note == f"found in {faulty}, which the engine was built from, in ONNX Runtime on the CPU"
     assert len(notes) == 1

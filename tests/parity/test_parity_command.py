@@ -67,11 +67,11 @@ def recorded(monkeypatch):
     def record(sample: str) -> list[ParityRequest]:
         asked = []
 
-        def study_of(request, progress=None):
+        def create_run(request, progress=None):
             asked.append(request)
             return RecordedStudy(SAMPLES[sample]())
 
-        monkeypatch.setattr(requests, "study_of", study_of)
+        monkeypatch.setattr(requests, "create_run", create_run)
         return asked
 
     return record
@@ -100,6 +100,19 @@ def test_a_healthy_file_is_parity_and_status_0(made):
     assert re.search(r"^ran +CPUExecutionProvider on cpu, float32$", text, re.MULTILINE)
     assert len(re.findall(r"^down_block_residual_0\d .* passed$", text, re.MULTILINE)) == 2
     assert result.stderr == ""
+
+
+def test_a_controlnet_s_file_is_compared_residual_by_residual(made, tmp_path):
+    net = ControlNetModel.from_pretrained(made.folder / "controlnet")
+    file = onnx_files.controlnet_written(tmp_path / "net.onnx", net, latent=(17, 25))
+    result = parity(str(made.folder / "controlnet"), "--onnx", str(file), *SIZE, "--report", str(tmp_path / "report"))
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^PARITY: \d+ checks on ort, 1 of them not judged$", result.stdout, re.MULTILINE)  # it ignores its image
+    assert (
+        len(re.findall(r"^batch 2, latent 13×9, (?:down|mid)_block_residual\w* .* passed$", result.stdout, re.MULTILINE)) == 3
+    )
+    page = (tmp_path / "report" / "parity.html").read_text(encoding="utf-8")
+    assert "This is a ControlNet: its residuals are the outputs below." in page
 
 
 def test_a_slot_of_part_of_its_strength_is_broken_and_status_1(made, tmp_path):
@@ -181,8 +194,8 @@ def test_sizes_in_pixels_become_latents_with_an_odd_one_between(made):
     request = ParityRequest(
         made.model, backends=("torch",), sizes=("48x40:56x64:88x72",), batch=("1:1:2",), tokens="5:7:9", seed=7
     )
-    study = requests.study_of(request)
-    calls = [plan.calls[0] for plan in study.plans["torch"] if plan.check.kind == "case"]
+    run = requests.create_run(request)
+    calls = [plan.cases[0] for plan in run.plans["torch"] if plan.check.kind == "case"]
     sizes = [call.geometry for call in calls if call.frame is None]
     assert [(each.batch, each.height, each.width, each.tokens) for each in sizes[:3]] == [
         (1, 5, 6, 5),
@@ -191,7 +204,7 @@ def test_sizes_in_pixels_become_latents_with_an_odd_one_between(made):
     ]
     (between,) = sizes[3:]
     assert 5 < between.height < 9 and between.height % 2 and 6 < between.width < 11 and between.width % 2
-    assert study.options.seed == 7
+    assert run.options.seed == 7
 
 
 @pytest.mark.full
@@ -204,7 +217,7 @@ def test_a_real_controlnet_gives_the_residuals(made):
 
 def test_a_controlnet_with_weights_is_tried_before_anything_is_computed(made):
     request = ParityRequest(made.model, onnx=made.healthy, sizes=("72x104",), controlnet=str(made.folder / "controlnet"))
-    assert requests.study_of(request).checks
+    assert requests.create_run(request).checks
 
 
 @pytest.mark.parametrize(
@@ -249,7 +262,10 @@ def test_what_cannot_be_compared_is_status_2_and_one_message(made, arguments, me
     assert message.format(healthy=made.healthy) in told
 
 
-@pytest.mark.parametrize(("model", "message"), [("sd15", "no weights for "), ("controlnet", "is a ControlNet; parity is of")])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("sd15", "no weights for "), ("controlnet", "controlnet a ControlNet: give the model it was made of")],
+)
 def test_a_model_that_cannot_be_run_is_refused(made, model, message, monkeypatch):
     monkeypatch.chdir(made.folder)
     told = refused(f"./{model}" if model == "controlnet" else model, "--onnx", made.healthy, "--offline")

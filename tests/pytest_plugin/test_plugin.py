@@ -99,11 +99,11 @@ def recorded(monkeypatch):
     def record(parity, study=RecordedStudy) -> list[ParityRequest]:
         asked = []
 
-        def study_of(request):
+        def create_run(request):
             asked.append(request)
             return study(parity)
 
-        monkeypatch.setattr(requests, "study_of", study_of)
+        monkeypatch.setattr(requests, "create_run", create_run)
         return asked
 
     return record

@@ -29,9 +29,9 @@ RTX = BuildOptions("rtx", compute_capabilities=("8.9",))
 SIZES = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(3, 33, 41))
 
 
-def exported(path: Path, config: dict, *, latent: tuple[int, int] = (17, 25)) -> tuple[Path, Contract]:
+def exported(path: Path, config: dict, *, latent: tuple[int, int] = (17, 25), **options: bool) -> tuple[Path, Contract]:
     """A small real UNet as one ONNX file with its weights and contract inside; in a second, where `export` takes ten."""
-    path, contract = onnx_files.exported(path, config, latent=latent)
+    path, contract = onnx_files.exported(path, config, latent=latent, **options)
     return sealed(path, contract), contract
 
 

@@ -65,31 +65,43 @@ class Flat(nn.Module):
             if each.name in self.constants:
                 value = value.expand(given[0].shape[0], *value.shape[1:])
             (call.setdefault(group, {}) if group else call)[key] = value
+        residuals, features = waiting[: len(self.contract.slots)], waiting[len(self.contract.slots) :]
+        if features:
+            call["down_intrablock_additional_residuals"] = features
         return self.model(
-            **call, down_block_additional_residuals=waiting[:-1], mid_block_additional_residual=waiting[-1], return_dict=False
+            **call,
+            down_block_additional_residuals=residuals[:-1],
+            mid_block_additional_residual=residuals[-1],
+            return_dict=False,
         )[0]
 
 
-def exported(path: Path, config: dict, *, latent: tuple[int, int], baked: tuple[str, ...] = ()) -> tuple[Path, Contract]:
+def exported(path: Path, config: dict, *, latent: tuple[int, int], **options) -> tuple[Path, Contract]:
     """A small real UNet through torch's TorchScript exporter, dynamic axes named as a contract names them."""
-    return written(path, unet(**config), latent=latent, baked=baked)
+    return written(path, unet(**config), latent=latent, **options)
 
 
-def written(path: Path, model: nn.Module, *, latent: tuple[int, int], baked: tuple[str, ...] = ()) -> tuple[Path, Contract]:
-    """The same for a live UNet. Exported once a run for all who ask for the same model; each has a copy."""
+def written(
+    path: Path, model: nn.Module, *, latent: tuple[int, int], baked: tuple[str, ...] = (), adapter: bool = False
+) -> tuple[Path, Contract]:
+    """The same for a live UNet, with an `adapter` taking its features too.
+
+    Exported once a run for all who ask for the same model; each has a copy.
+    """
 
     def export(folder: Path) -> None:
-        contract = probe(meta_twin(model))  # the same, and nothing is computed
+        contract = probe(meta_twin(model), adapter=adapter or None)  # the same, and nothing is computed
         (folder / "contract.json").write_text(contract.to_json(), encoding="utf-8")
         _trace(folder / "unet.onnx", model, contract, latent, baked)
 
-    made = make_once({"exporter": "TorchScript", "latent": latent, "baked": baked, **identify(model)}, export)
+    recipe = {"exporter": "TorchScript", "latent": latent, "baked": baked, "adapter": adapter, **identify(model)}
+    made = make_once(recipe, export)
     shutil.copyfile(made / "unet.onnx", path)
     return path, Contract.from_json((made / "contract.json").read_text(encoding="utf-8"))
 
 
 def _trace(path: Path, model: nn.Module, contract: Contract, latent: tuple[int, int], baked: tuple[str, ...]) -> None:
-    rules = {each.name: each.shape for each in (*contract.inputs, *contract.slots)}
+    rules = {each.name: each.shape for each in (*contract.inputs, *contract.residuals)}
     dtypes = contract.input_dtypes
     shapes = contract.input_shapes(Geometry(2, *latent, 7))
     tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtypes[name])) for name, shape in shapes.items()}

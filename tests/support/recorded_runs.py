@@ -7,9 +7,9 @@ from shapecheck.parity.results import Check, Parity, Result, Side
 
 
 class RecordedStudy:
-    """Stands in for `shapecheck.parity.run.Study`, and says what a record holds.
+    """Stands in for `shapecheck.parity.run.ParityRun`, and says what a record holds.
 
-    Patch `shapecheck.parity.request.study_of` with a function that gives it.
+    Patch `shapecheck.parity.request.create_run` with a function that gives it.
     """
 
     def __init__(self, parity: Parity) -> None:

@@ -1,0 +1,132 @@
+"""An exported file's numbers beside PyTorch's, as a short parity run in a process of its own.
+
+Its memory is that of one side at a time, none of it stays behind, and a system that has too little kills nothing else. Run as
+`python -m shapecheck.parity.export_check JOB`, the job being what `verify_export` writes: the outputs are printed as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from shapecheck.contract import Geometry, ShapecheckError
+from shapecheck.onnx.records import Agreement, Exported
+from shapecheck.progress import Progress, silent
+from shapecheck.tensorrt.profiles import Range
+
+_FLOAT32_FACTOR = 10
+"""Times the error assumed of PyTorch, which makes 1e-5: ten times the largest difference measured at full size, and a hundredth
+of a scale wrong by 0.1 %."""
+_HALF_FACTOR = 2
+"""Times PyTorch's own error, which is measured."""
+_PROCESS = 0.6e9
+"""Bytes of a process with PyTorch before any weights."""
+
+
+def refuse_unverifiable(dtype: str | None, weights: str | None) -> None:
+    """Raise ShapecheckError before an export whose numbers could not be compared afterwards."""
+    if find_spec("onnxruntime") is None:
+        raise ShapecheckError("--verify needs ONNX Runtime: pip install onnxruntime, or onnxruntime-gpu")
+    if weights == "none":
+        raise ShapecheckError("--verify needs weights; drop --weights none, or --verify")
+    if dtype == "bfloat16":
+        raise ShapecheckError("--verify cannot run bfloat16: ONNX Runtime computes no bfloat16 convolutions on the CPU")
+
+
+def estimate_memory(exported: Exported) -> int:
+    """Return the bytes that `verify_export` takes at most: a side after the other, each with all weights, PyTorch's float32."""
+    return int((exported.contract.header.parameters or 0) * 4 * 1.15 + _PROCESS)
+
+
+def verify_export(
+    exported: Exported,
+    model: str | Path,
+    *,
+    geometries: Sequence[Geometry] = (),
+    variant: str | None = None,
+    offline: bool = False,
+    progress: Progress = silent,
+) -> tuple[Agreement, ...]:
+    """Compare a file with the model it was made from: every output, at the given sizes or at two, one of them odd.
+
+    In float32 a difference of 1e-5 of the largest value is allowed, in a half precision twice PyTorch's own error. Raises
+    ShapecheckError if a side cannot run.
+    """
+    refuse_unverifiable(exported.dtype, exported.weights)
+    step = exported.contract.divisor
+    sizes = geometries or (Geometry(2, 17 * step, 25 * step), Geometry(1, 24 * step, 16 * step))
+    job = {
+        "model": str(model),
+        "onnx": str(exported.path),
+        "factor": _FLOAT32_FACTOR if exported.dtype == "float32" else _HALF_FACTOR,
+        "sizes": [astuple(geometry) for geometry in sizes],
+        "variant": variant,
+        "offline": offline,
+    }
+    progress("computing with PyTorch, then with ONNX Runtime")
+    command = [sys.executable, "-P", "-m", __name__, json.dumps(job)]  # -P: no modules of the current folder
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603  # this interpreter, our own module
+    if done.returncode < 0:
+        raise ShapecheckError(
+            f"verifying: the process was killed; it needs about {estimate_memory(exported) / 1e9:.1f} GB of memory. The file "
+            "is written; verify it on a larger machine"
+        )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ShapecheckError(f"verifying: {reason[:600]}")
+    return tuple(
+        Agreement(name, Geometry(*size), *numbers) for name, size, *numbers in json.loads(done.stdout.splitlines()[-1])
+    )
+
+
+def compare_outputs(job: Mapping[str, Any]) -> Iterator[tuple[str, Geometry, float, float]]:
+    """Yield every output at every size: the largest difference, and the allowed one, as shares of the largest value."""
+    from shapecheck.parity.plan import plan_outputs
+    from shapecheck.parity.run import ParityOptions, ParityRun
+
+    sizes = [Geometry(*size) for size in job["sizes"]]
+    options = ParityOptions(
+        tuple(Range(size, size, size) for size in sizes),
+        tolerance_factor=job["factor"],
+        reference="float32",  # float64 would take twice the memory
+        variant=job["variant"],
+        offline=job["offline"],
+        plan=plan_outputs,
+        explain=False,
+    )
+    run = ParityRun(job["model"], ["ort"], onnx=job["onnx"], options=options)
+    outputs = {plan.check: plan.output for plan in run.plans["ort"]}
+    for result in run.side("ort").results:
+        verdict = result.verdict
+        if verdict is None or result.geometry is None:
+            if result.status == "passed":
+                continue
+            raise ShapecheckError(result.reason)
+        difference, allowed = math.inf, 0.0
+        if verdict.nan:
+            difference = math.nan
+        elif verdict.absolute and not verdict.inf:
+            difference = verdict.absolute.difference / verdict.scale
+        if not verdict.fault:  # else there is no scale
+            allowed = verdict.allowed / verdict.scale
+        yield outputs[result.check], result.geometry, difference, allowed
+
+
+def main(job: str) -> None:
+    """Carry out a job and print its outputs."""
+    try:
+        found = [(name, astuple(size), *numbers) for name, size, *numbers in compare_outputs(json.loads(job))]
+    except ShapecheckError as error:
+        sys.exit(" ".join(str(error).split()))
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
