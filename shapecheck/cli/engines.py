@@ -45,15 +45,13 @@ from shapecheck.terminal import progress, write
 @output_option
 def profile(
     model: str,
-    sizes: tuple[str, ...],
-    batch: tuple[str, ...],
-    tokens: str | None,
     contract: str | None,
     control: bool,
     tool: Tool | None,
     offline: bool,
     form: str,
     output: Path | None,
+    **sizes: Any,
 ) -> int:
     """Print the optimization profiles of MODEL: min, opt and max of every dynamic input, all images of one range of sizes.
 
@@ -71,8 +69,7 @@ def profile(
     from shapecheck.tensorrt import build_report
     from shapecheck.tensorrt import profile_report as report
 
-    requested, names = Sizes(sizes, batch, tokens), dict[str, str]()
-    fixed: set[str] = set()
+    requested, names, fixed = Sizes(**sizes), dict[str, str](), set[str]()
     try:
         with progress() as steps:
             expected = find_contract(contract, offline, steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,17 +31,7 @@ from shapecheck.terminal import progress, write
 @click.option("--latent", metavar="HxW", help="The same in latent cells.")
 @click.option("--batch", type=click.IntRange(min=1), help="Batch to show shapes at.  [default: 1]")
 @result_options
-def probe(
-    model: str,
-    controlnets: tuple[str, ...],
-    adapter: str | None,
-    size: str | None,
-    latent: str | None,
-    batch: int | None,
-    offline: bool,
-    form: Form,
-    output: Path | None,
-) -> int:
+def probe(offline: bool, form: Form, output: Path | None, **options: Any) -> int:
     """Observe MODEL and its ControlNet, and a T2I-Adapter if one is named, and print the exact slot table.
 
     MODEL is a preset (see `shapecheck presets`), a UNet's config.json, a diffusers folder, a .safetensors checkpoint, a hub id,
@@ -58,7 +49,7 @@ def probe(
     from shapecheck.observe import report
     from shapecheck.observe.request import carry_out
 
-    request = request_for(model, controlnets, size, latent, batch, adapter)
+    request = request_for(**options)
     if request.mapping is not None:
         from shapecheck.cli.explain import render_mapping
         from shapecheck.explain.judge_mapping import judge_mapping

@@ -67,13 +67,13 @@ def time_frames(
 
     def make_frame(name: str) -> PlayFrame:
         if name in TORCH_BACKENDS:
-            return maker.make_torch_frame(compiled=name == "torch-compile")
+            return maker.make_frame(torch.compile(maker.torch_unet) if name == "torch-compile" else maker.torch_unet)
         # A profile of this one size: without one ONNX Runtime builds its own engine again and again for whatever comes.
         profiles = [profile_of(contract, Range(geometry, geometry, geometry))] if name == "ort-trt" else []
         options = profile_formats.provider_options(profiles) if profiles else None
         backend: Any = name
         known = None if is_engine(path) else contract
-        return maker.make_session_frame(load(artefact, backend, contract=known, device=device, options=options))
+        return maker.make_frame(load(artefact, backend, contract=known, device=device, options=options))
 
     def prepare(name: str) -> Timing:
         """Load a backend and play frames that do not count. Return its timing, still without frames."""

@@ -27,11 +27,10 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One backend of a run. Without frames it could not run, and `reason` says why."""
+    """One backend of a run, and in `ran` what really ran, with its precision. Without frames it did not, for a `reason`."""
 
     backend: str
     ran: str
-    """What really ran, and in which precision."""
     frames: tuple[Frame, ...] = ()
     memory: int | None = None
     """Bytes that loading it and its first frames added, to the process or on the GPU; None if unknown."""

@@ -28,25 +28,24 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """A whole run: one picture in PyTorch, and the same one with another backend in the UNet's place."""
+    """A whole run: one picture in PyTorch, and the same one with another backend in the UNet's place.
+
+    `size_px` is width and height, `backend` a key of `doctor.environment.BACKENDS`, `artefact` the name in the demo's folder of
+    the ONNX file or engine that ran, `contract` a digest. With `random` weights the pictures are textures.
+    """
 
     model: str
     controlnet: str
     random: bool
-    """The weights are random, and the pictures textures."""
     prompt: str
     size_px: tuple[int, int]
-    """Width and height."""
     steps: int
     seed: int
     backend: str
-    """A key of `doctor.environment.BACKENDS`."""
     device: str
     precision: str
     artefact: str
-    """Name of the ONNX file or engine that ran, in the demo's folder."""
     contract: str
-    """Its digest."""
     slots: int
     pictures: tuple[Picture, ...]
     difference: Change

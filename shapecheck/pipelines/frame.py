@@ -6,7 +6,7 @@ Models in PyTorch have random weights, which take as much time as any.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -21,7 +21,7 @@ from shapecheck.models.forward_call import arguments
 from shapecheck.models.lookup import ModelSource
 from shapecheck.progress import quiet
 from shapecheck.runtime.combine import combined
-from shapecheck.runtime.dropin import DropIn, Session
+from shapecheck.runtime.dropin import DropIn
 
 
 class Clock:
@@ -60,18 +60,18 @@ PlayFrame = Callable[[Clock], None]
 """Plays one frame with five marks: its start, the end of the ControlNets, start and end of the UNet, and its own end."""
 
 
-class _MarkedSession:
-    """A session that marks the start and the end of its calls."""
+class _MarkedCall:
+    """A UNet in PyTorch or a session that marks the start and the end of its calls."""
 
-    def __init__(self, session: Session, clock: Clock) -> None:
-        self._session, self._clock = session, clock
+    def __init__(self, call: Any, clock: Clock) -> None:
+        self._call, self._clock = call, clock
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
+        return getattr(self._call, name)
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
         self._clock.mark()
-        outputs = self._session(inputs)
+        outputs = self._call(*arguments, **options)
         self._clock.mark()
         return outputs
 
@@ -94,29 +94,24 @@ class FrameMaker:
         self._image = torch.rand(pixels, generator=generator).to(device, self._dtype)
         self._nets = [self._fill(diffusers_models.implied_controlnet(self._build_unet())) for _ in range(controlnets)]
 
-    def make_torch_frame(self, *, compiled: bool) -> PlayFrame:
-        """Return a frame with the UNet in PyTorch."""
-        unet: Any = torch.compile(self._torch_unet) if compiled else self._torch_unet
+    @cached_property
+    def torch_unet(self) -> nn.Module:
+        """The UNet in PyTorch, made when a backend first needs it."""
+        return self._fill(self._build_unet())
+
+    def make_frame(self, unet: Any) -> PlayFrame:
+        """Return a frame of a UNet in PyTorch, or of a session in its place."""
+        session = unet.engine if isinstance(unet, DropIn) else None
 
         def play(clock: Clock) -> None:
             residuals = self._run_controlnets(clock)
-            clock.mark()
-            unet(**self._base, **residuals, return_dict=False)
-            clock.mark()
-            # Nothing follows the UNet here: the last part is empty.
-            clock.mark()
-
-        return play
-
-    def make_session_frame(self, unet: DropIn) -> PlayFrame:
-        """Return a frame with a session in the UNet's place."""
-        session = unet.engine
-
-        def play(clock: Clock) -> None:
-            residuals = self._run_controlnets(clock)
-            marked: Any = _MarkedSession(session, clock)
-            unet.engine = marked
-            unet(**self._base, **residuals, return_dict=False)
+            called = unet
+            # What a session's call does around its engine, such as checks, belongs to the hand-over.
+            if session is None:
+                called = _MarkedCall(unet, clock)
+            else:
+                unet.engine = _MarkedCall(session, clock)
+            called(**self._base, **residuals, return_dict=False)
             clock.mark()
 
         return play
@@ -129,10 +124,6 @@ class FrameMaker:
             return {}
         downs, mid = combined(emitted)
         return {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid}
-
-    @cached_property
-    def _torch_unet(self) -> nn.Module:
-        return self._fill(self._build_unet())
 
     def _build_unet(self) -> nn.Module:
         name = self._contract.class_name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
@@ -10,8 +10,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from shapecheck.progress import quiet
-
-Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 def build_tiny_pipeline(*, seed: int = 0) -> Any:
@@ -22,18 +20,16 @@ def build_tiny_pipeline(*, seed: int = 0) -> Any:
     """
     with quiet("transformers"):
         from diffusers import StableDiffusionControlNetPipeline
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        unet = freeze(
-            UNet2DConditionModel(
-                sample_size=16,
-                norm_num_groups=8,
-                block_out_channels=(32, 64, 96, 96),
-                down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-                up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-                attention_head_dim=8,
-                cross_attention_dim=32,
-            )
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            norm_num_groups=8,
+            block_out_channels=(32, 64, 96, 96),
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            attention_head_dim=8,
+            cross_attention_dim=32,
         )
         # Noise of deviation 0.9, as a trained UNet predicts: what changes the noise has to change the image.
         unet.conv_out.weight *= 3
@@ -48,19 +44,19 @@ def build_tiny_pipeline(*, seed: int = 0) -> Any:
             eos_token_id=tokenizer.eos_token_id,  # where the pooled text is read
             pad_token_id=tokenizer.pad_token_id,
         )
-        text_encoder = freeze(CLIPTextModel(text_config))
+        text_encoder = CLIPTextModel(text_config)
         controlnet = build_controlnet(unet, seed + 1)
         # No norm is scaled: the last one keeps pixels apart, by a deviation of 45/255, whatever the latents' size.
-        vae = freeze(
-            AutoencoderKL(
-                block_out_channels=(8, 16, 16, 16),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                norm_num_groups=8,
-                sample_size=128,
-                force_upcast=False,  # else the XL pipelines cast it at each call, and diffusers logs a warning
-            )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            norm_num_groups=8,
+            sample_size=128,
+            force_upcast=False,  # else the XL pipelines cast it at each call, and diffusers logs a warning
         )
+    for module in (unet, text_encoder, vae):
+        module.eval().requires_grad_(False)
     betas: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     return StableDiffusionControlNetPipeline(
         vae=vae,
@@ -87,12 +83,7 @@ def build_controlnet(unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
         for layer in net.controlnet_cond_embedding.modules():
             if isinstance(layer, torch.nn.Conv2d):
                 torch.nn.init.normal_(layer.weight, std=1.7 * layer.weight[0].numel() ** -0.5)
-        return freeze(net)
-
-
-def freeze(module: Module) -> Module:
-    """Return the module in evaluation mode, without gradients."""
-    return module.eval().requires_grad_(False)
+        return net.eval().requires_grad_(False)
 
 
 def _build_tokenizer() -> CLIPTokenizer:

@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import shapecheck
-from shapecheck.pipelines.tiny_pipeline import build_controlnet, build_tiny_pipeline, freeze
+from shapecheck.pipelines.tiny_pipeline import build_controlnet, build_tiny_pipeline
 from shapecheck.runtime.dropin import DropIn
 
 Kind = Literal["sd15", "sdxl"]
@@ -81,9 +81,10 @@ def build_parts(kind: Kind) -> Parts:
     changes = {"hidden_size": 48, "intermediate_size": 96, "hidden_act": "gelu", "projection_dim": 40}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = freeze(UNet2DConditionModel(**SDXL))
+        unet = UNet2DConditionModel(**SDXL).eval().requires_grad_(False)
         unet.conv_out.weight *= 3  # as in the small pipeline: what changes the noise has to change the image
-        second = freeze(CLIPTextModelWithProjection(CLIPTextConfig(**pipe.text_encoder.config.to_dict() | changes)))
+        config = CLIPTextConfig(**pipe.text_encoder.config.to_dict() | changes)
+        second = CLIPTextModelWithProjection(config).eval().requires_grad_(False)
     encoders, tokenizers = (pipe.text_encoder, second), (pipe.tokenizer, build_tiny_pipeline().tokenizer)
     return Parts(kind, unet, build_controlnet(unet, 1), pipe.vae, encoders, tokenizers)
 
