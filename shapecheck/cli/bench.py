@@ -9,9 +9,8 @@ import click
 
 from shapecheck import ShapecheckError
 from shapecheck.cli.options import Form, read_names, read_size, result_options
+from shapecheck.pipelines.bench_record import BENCH_BACKENDS
 from shapecheck.terminal import progress, write
-
-_KNOWN = "torch, torch-compile, ort, ort-cuda, ort-trt, trt"
 
 
 @click.command()
@@ -22,14 +21,14 @@ _KNOWN = "torch, torch-compile, ort, ort-cuda, ort-trt, trt"
     metavar="NAMES",
     default="",
     callback=read_names,
-    help=f"What to time, with commas: {_KNOWN}.  [default: torch, torch-compile, and what ARTEFACT is for]",
+    help=f"What to time, with commas: {', '.join(BENCH_BACKENDS)}.  [default: torch, torch-compile, and what ARTEFACT is for]",
 )
 @click.option("--size", "size_px", metavar="WxH", callback=read_size, help="Image size in pixels.  [default: the model's own]")
 @click.option("--batch", type=click.IntRange(1, 1024), default=1, show_default=True, help="2 for guidance with one image.")
 @click.option(
     "--controlnets",
     type=click.IntRange(0, 64),
-    help="How many run in every frame, in PyTorch.  [default: 1 where the UNet takes residuals]",
+    help="How many run in every frame, in PyTorch.  [default: 1 if the UNet takes residuals]",
 )
 @click.option("--frames", type=click.IntRange(1, 100_000), default=20, show_default=True, help="How many are timed.")
 @click.option("--warm-up", type=click.IntRange(1, 1000), default=3, show_default=True, help="How many are played before.")
@@ -41,7 +40,7 @@ def bench(artefact: str, form: Form, output: Path | None, **options: Any) -> int
     is the ControlNets, the hand-over of their residuals and one call of the UNet. The backends take turns, so that the ratios
     hold on a machine that does other things too. On a GPU times are those of CUDA events.
 
-    Exit status 0, or 2 where a backend that was named, or that ARTEFACT is for, did not run.
+    Exit status 0, or 2 if a backend that was named, or that ARTEFACT is for, did not run.
 
     \b
     Examples:
@@ -50,9 +49,9 @@ def bench(artefact: str, form: Form, output: Path | None, **options: Any) -> int
       shapecheck bench unet.onnx --backends torch,ort-cuda,ort-trt --frames 100
     """
     from shapecheck.pipelines import bench_report as report
-    from shapecheck.pipelines.bench import bench as time_frames
+    from shapecheck.pipelines.bench import time_frames
 
-    with progress() as tell:
-        found = time_frames(artefact, **options, progress=tell)
-    write(report.render_json(found) if form == "json" else report.render_text(found, form), output)
-    return 0 if found.ran else ShapecheckError.exit_status
+    with progress() as steps:
+        result = time_frames(artefact, **options, progress=steps)
+    write(report.render_json(result) if form == "json" else report.render_text(result, form), output)
+    return 0 if result.ran else ShapecheckError.exit_status

@@ -132,15 +132,15 @@ def check(
 ) -> int:
     """Say what is wrong with FILE: an ONNX file that anybody exported, or an engine with its record.
 
-    Of an ONNX file the graph is read and no weights. Without --model it is held to the contract inside it, else to the
-    preset it fits best, else to itself. Without --size every size that the contract allows has to work. A ControlNet's file
-    is held to the contract inside it, or its outputs to the UNet of --model.
+    Of an ONNX file the graph is read and no weights. Without --model it is compared with the contract inside it, else with
+    the preset it fits best, else with itself. Without --size every size that the contract allows has to work. A ControlNet's
+    file is compared with the contract inside it, or its outputs with the UNet of --model.
 
-    An engine (.plan, .engine, .trt) is read where TensorRT can load it, else the record beside it: does it belong to the
+    An engine (.plan, .engine, .trt) is read if TensorRT can load it, else the record beside it: does it belong to the
     record, which profile does the size fit, does the ControlNet fit, was it built from these weights; and what to do if not.
 
-    Exit status 0 says that the file is fine, 1 that something is wrong or does not fit. It is 2, and the verdict NOT CHECKED,
-    where nothing was found wrong but sizes could not be followed through the graph.
+    Exit status 0 if the file is fine, 1 if something is wrong or does not fit. It is 2, and the verdict NOT CHECKED, if
+    nothing was found wrong but sizes could not be followed through the graph.
 
     \b
     Examples:

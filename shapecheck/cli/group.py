@@ -1,4 +1,4 @@
-"""How a command line ends: errors of the user as one message and a status, bugs as tracebacks."""
+"""End a command line: errors of the user become one message and a status, bugs tracebacks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -15,29 +14,21 @@ import click
 from shapecheck import ShapecheckError, extras
 from shapecheck.terminal import drop_stdout
 
-_INTERRUPTED = 130
-
 
 class Commands(click.Group):
-    """Turns our errors into one message on stderr and their exit status; bugs stay tracebacks, and end in 2."""
+    """A group that turns our errors into one message on stderr and their exit status. Bugs stay tracebacks, and end in 2."""
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
+    def main(self, *args: Any, **options: Any) -> Any:
         """Run a command line. Status 1 says that shapes disagree, so nothing that goes wrong here may end in it."""
+        # At SIGTERM as at Ctrl-C: files that are half written are removed.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half written goes, as at Ctrl-C
-        if not standalone_mode:
-            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if not options.get("standalone_mode", True):
+            return super().main(*args, **options)
         try:
-            status = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            status = super().main(*args, **options | {"standalone_mode": False})
         except click.Abort:
-            status = _INTERRUPTED
+            status = 130
         except click.ClickException as error:
             error.show()
             status = ShapecheckError.exit_status
@@ -52,9 +43,10 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run a subcommand; an error of the user ends it with one message."""
+        # File names need not be text.
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # file names need not be text
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except ShapecheckError as error:

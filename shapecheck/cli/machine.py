@@ -1,4 +1,4 @@
-"""The subcommand about this machine."""
+"""The subcommand about this machine: doctor."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from shapecheck.terminal import progress, write
     "required",
     multiple=True,
     metavar="BACKEND",
-    help=f"Exit with 1 where this cannot run: {', '.join(BACKENDS)}. Repeatable.",
+    help=f"Exit with 1 if this cannot run: {', '.join(BACKENDS)}. Repeatable.",
 )
 @human_or_json
 @output_option
 def doctor(required: tuple[str, ...], form: str, output: Path | None) -> int:
-    """Say what is installed, what can really run here, and which command puts right what cannot.
+    """List what is installed, what can really run here, and which command fixes what cannot.
 
-    Every backend is tried in a process of its own: a provider counts as running only where it computed something. Exit
-    status 0 whatever is missing; 1 where something required cannot run.
+    Every backend is tried in a process of its own: a provider counts as running only if it computed something. Exit
+    status 0 whatever is missing; 1 if something required cannot run.
 
     \b
     Examples:
@@ -38,8 +38,7 @@ def doctor(required: tuple[str, ...], form: str, output: Path | None) -> int:
     from shapecheck.doctor import report
 
     check_known(required)
-    with progress() as tell:
-        environment = examiner.examine(progress=tell)
-    text = report.render_json(environment, required) if form == "json" else report.render_text(environment, required)
-    write(text, output)
+    with progress() as steps:
+        environment = examiner.examine(progress=steps)
+    write((report.render_json if form == "json" else report.render_text)(environment, required), output)
     return ContractError.exit_status if environment.failing(required) else 0

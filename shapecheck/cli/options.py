@@ -1,9 +1,10 @@
-"""What several subcommands take."""
+"""Options that several subcommands have."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 Form = Literal["human", "json", "markdown"]
 Command = Callable[..., int]
+
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 def read_size(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -46,27 +51,16 @@ def choose_format(*forms: str) -> Callable[[Command], Command]:
 
 format_option, human_or_json = choose_format(*get_args(Form)), choose_format("human", "json")
 offline_option = click.option("--offline", is_flag=True, help="Never ask the hub; use its local cache only.")
-output_option = click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    callback=_check_output,
-    help="Write to this file instead of stdout.",
-)
+output_option = click.option("-o", "--output", type=FILE, callback=_check_output, help="Write to this file instead of stdout.")
 variant_option = click.option("--variant", metavar="NAME", help="Which of a checkpoint's files, such as fp16.")
 
 
 def use_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Return the decorator that gives a command several options, in that order."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    """Return the decorator that adds several options to a command, in that order."""
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
 
 
+result_options = use_options(offline_option, format_option, output_option)
 engine_options = use_options(
     click.option(
         "--sizes",
@@ -83,9 +77,6 @@ engine_options = use_options(
     ),
     click.option("--tokens", metavar="MIN:OPT:MAX", help=f"Text tokens, or one number.  [default: {USUAL_TOKENS}]"),
 )
-"""The sizes of an engine."""
-
-
 source_options = use_options(
     click.option("--model", "contract", metavar="MODEL", help="The UNet of an ONNX file that holds no contract."),
     click.option(
@@ -94,8 +85,6 @@ source_options = use_options(
         help="--no-control: the UNet is taken without its slots, as `export --no-control` does.",
     ),
 )
-"""What an engine is made of."""
-result_options = use_options(offline_option, format_option, output_option)
 
 
 def request_for(
@@ -106,7 +95,7 @@ def request_for(
     batch: int | None,
     adapter: str | None = None,
 ) -> Request:
-    """Return what to probe, as the command line or a .toml file says it. Raises ShapecheckError if that is not a request."""
+    """Return the request on the command line or in a .toml file. Raises ShapecheckError if there is none in it."""
     from shapecheck.observe import request as requests
 
     path = Path(model)
@@ -122,8 +111,8 @@ def request_for(
     return requests.Request(model, controlnets, adapter, size_px, cells, number)
 
 
-def find_contract(model: str | None, offline: bool, tell: ProgressLine) -> Contract | None:
-    """Return the contract of the model that a file is said to be of; None if none is named."""
+def find_contract(model: str | None, offline: bool, steps: ProgressLine) -> Contract | None:
+    """Return the contract of the model that an option names, or None."""
     from shapecheck.artefact import contract_of
 
-    return contract_of(model, offline=offline, progress=tell) if model else None
+    return contract_of(model, offline=offline, progress=steps) if model else None

@@ -50,7 +50,7 @@ from shapecheck.terminal import progress, write
     type=click.Choice(["auto", "float64", "float32"]),
     default="auto",
     show_default=True,
-    help="PyTorch's precision; auto is float64 where memory allows it.",
+    help="PyTorch's precision; auto is float64 if memory allows it.",
 )
 @variant_option
 @offline_option
@@ -67,10 +67,10 @@ def parity(report: Path | None, form: Form | Literal["html"], output: Path | Non
 
     MODEL is a diffusers folder or hub id with weights. Each slot and each base input is perturbed alone, and has to change
     the image as it does in PyTorch: what is swapped, dropped, scaled or baked is named. Control on, off and switched, halves
-    of a batch, several sizes. Without --sizes an engine's own profiles, else three small sizes. Where an image differs, the
-    first value inside that does is looked for. Of a ControlNet every residual is compared, and every input perturbed.
+    of a batch, several sizes. Without --sizes an engine's own profiles, else three small sizes. If an image differs, the
+    first value inside that does is looked for. Of a ControlNet every residual is compared and every input perturbed.
 
-    Exit status 0 for PARITY, 1 for BROKEN, a backend that cannot run included, 2 where nothing could be compared.
+    Exit status 0 for PARITY, 1 for BROKEN, a backend that cannot run included, 2 if nothing could be compared.
 
     \b
     Examples:

@@ -1,10 +1,11 @@
-"""Frames of one UNet on several backends, timed in turns."""
+"""Time frames of one UNet on several backends, in turns."""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,18 @@ from shapecheck.contract.errors import one_line
 from shapecheck.doctor.environment import BACKENDS
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.file import OnnxFile
-from shapecheck.pipelines.bench_record import Bench, Frame, Timing
-from shapecheck.pipelines.clock import Clock, measure_memory
-from shapecheck.pipelines.frame import Play, Stage
+from shapecheck.pipelines.bench_record import BENCH_BACKENDS, TORCH_BACKENDS, Bench, Frame, Timing
+from shapecheck.pipelines.frame import Clock, FrameMaker, PlayFrame
 from shapecheck.progress import Progress, silent
 from shapecheck.runtime.load import load
 from shapecheck.tensorrt import profile_formats
 from shapecheck.tensorrt.profiles import Range, profile_of
 from shapecheck.tensorrt.record import is_engine
 
-IN_TORCH = {"torch": "PyTorch, eager", "torch-compile": "PyTorch, torch.compile"}
-ON_GPU = ("ort-cuda", "ort-trt", "trt")
-KNOWN = (*IN_TORCH, "ort", *ON_GPU)
 _PACKAGES = ("torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
-_LONGEST = 300
 
 
-@dataclass
-class _Run:
-    """One backend while it is timed; without `play` it does not run."""
-
-    play: Play | None = None
-    memory: int | None = None
-    reason: str = ""
-    frames: list[Frame] = field(default_factory=list)
-
-
-def bench(
+def time_frames(
     artefact: str,
     *,
     model: str | None = None,
@@ -56,11 +42,11 @@ def bench(
     offline: bool = False,
     progress: Progress = silent,
 ) -> Bench:
-    """Time frames of an ONNX file or engine, or of a model in PyTorch alone: one of every backend in turn.
+    """Time frames of an ONNX file or engine, or of a model in PyTorch alone: one frame of every backend in turn.
 
-    What disturbs the machine so disturbs all backends. `model` is the UNet of an ONNX file that does not say so itself;
-    `backends` are of `KNOWN`, by default PyTorch, torch.compile and what the artefact is for; `size_px` is by default the
-    model's own; `controlnets` run in every frame, by default one if the UNet takes residuals.
+    So what disturbs the machine disturbs all backends. `model` is the UNet of an ONNX file that holds no contract; `backends`
+    are of `BENCH_BACKENDS`, by default PyTorch, torch.compile and what the artefact is for; `size_px` is by default the model's
+    own; `controlnets` run in every frame, by default one if the UNet takes residuals.
 
     A backend that does not run is reported with its reason. Raises ShapecheckError if nothing can be timed, or if backends of
     CPU and GPU are requested at once.
@@ -77,61 +63,53 @@ def bench(
     contract.require(geometry)
 
     clock = Clock(device)
+    plays: dict[str, PlayFrame] = {}
 
-    def make_play(name: str) -> Play:
-        if name in IN_TORCH:
-            return stage.play_in_torch(compiled=name == "torch-compile")
-        # For the one size: ONNX Runtime would build its own engine again and again for whatever comes.
-        profile = [profile_of(contract, Range(geometry, geometry, geometry))] if name == "ort-trt" else []
-        options = profile_formats.provider_options(profile) if profile else None
+    def make_frame(name: str) -> PlayFrame:
+        if name in TORCH_BACKENDS:
+            return maker.make_frame(torch.compile(maker.torch_unet) if name == "torch-compile" else maker.torch_unet)
+        # A profile of this one size: without one ONNX Runtime builds its own engine again and again for whatever comes.
+        profiles = [profile_of(contract, Range(geometry, geometry, geometry))] if name == "ort-trt" else []
+        options = profile_formats.provider_options(profiles) if profiles else None
         backend: Any = name
         known = None if is_engine(path) else contract
-        return stage.play_in_session(load(artefact, backend, contract=known, device=device, options=options))
+        return maker.make_frame(load(artefact, backend, contract=known, device=device, options=options))
 
-    def prepare(name: str) -> _Run:
-        """Load a backend, and play frames that do not count."""
+    def prepare(name: str) -> Timing:
+        """Load a backend and play frames that do not count. Return its timing, still without frames."""
         progress("compiling with torch.compile: minutes" if name == "torch-compile" else f"loading {name}")
         gc.collect()
-        before = measure_memory(device)
+        before, asked = _measure_memory(device), name not in optional
+        # A compiler may raise anything.
         caught = Exception if name == "torch-compile" else (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)
         try:
-            play = make_play(name)
+            play = make_frame(name)
             for _ in range(warm_up):
                 clock.begin()
                 play(clock)
-        except caught as error:  # a compiler may raise anything
+        except caught as error:
             problem = extras.missing(error, name) if isinstance(error, ModuleNotFoundError) else error
-            return _Run(reason=one_line(str(problem) or type(problem).__name__, longest=_LONGEST))
-        after = measure_memory(device)
-        return _Run(play, None if before is None or after is None else max(0, after - before))
+            return Timing(name, "", reason=one_line(str(problem) or type(problem).__name__, longest=300), asked=asked)
+        plays[name], after = play, _measure_memory(device)
+        memory = None if before is None or after is None else max(0, after - before)
+        return Timing(name, f"{TORCH_BACKENDS.get(name) or BACKENDS[name]}, {contract.dtype}", (), memory, asked=asked)
 
     progress("making models with random weights")
     with torch.no_grad():
-        stage = Stage(contract, geometry, device, nets)
-        runs = {name: prepare(name) for name in names}
+        maker = FrameMaker(contract, geometry, device, nets)
+        timings = [prepare(name) for name in names]
+        measured: dict[str, list[Frame]] = {name: [] for name in names}
         for number in range(frames):
             progress(f"timing frame {number + 1} of {frames}")
-            for run in runs.values():
-                if run.play is not None:
-                    run.frames.append(_time_frame(run.play, clock))
-    precision = contract.dtype
-    timings = [
-        Timing(
-            name,
-            "" if run.reason else f"{IN_TORCH.get(name) or BACKENDS[name]}, {precision}",
-            tuple(run.frames),
-            run.memory,
-            run.reason,
-            asked=name not in optional,
-        )
-        for name, run in runs.items()
-    ]
+            for name, play in plays.items():
+                measured[name].append(_time_frame(play, clock))
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return Bench(artefact, contract.digest, geometry, nets, place, tuple(timings), extras.versions(_PACKAGES))
+    timed = tuple(replace(timing, frames=tuple(measured[timing.backend])) for timing in timings)
+    return Bench(artefact, contract.digest, geometry, nets, place, timed, extras.versions(_PACKAGES))
 
 
 def _read_contract(artefact: str, model: str | None, offline: bool, progress: Progress) -> Contract:
-    """Return what the artefact says it is, or else what the user says."""
+    """Return the contract inside the artefact, or else that of the model it is said to be."""
     contract = contract_inside(OnnxFile(artefact)) if model and artefact.lower().endswith(".onnx") else None
     if contract is None:
         contract = contract_of(model or artefact, offline=offline, progress=progress)
@@ -140,39 +118,48 @@ def _read_contract(artefact: str, model: str | None, offline: bool, progress: Pr
     return contract
 
 
-def _time_frame(play: Play, clock: Clock) -> Frame:
-    """Time a frame, after one that does not count.
-
-    So every frame follows one of its own backend: ONNX Runtime's threads go on spinning after a call, and slow down what
-    comes next.
-    """
-    clock.begin()
-    play(clock)
-    clock.begin()
-    play(clock)
-    controlnet, before, unet, after = clock.parts()
-    return Frame(controlnet, before + after, unet)
-
-
 def _choose_backends(path: Path, requested: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the backends to time, and those of them that nobody named and the artefact is not for."""
-    if unknown := [name for name in requested if name not in KNOWN]:
-        raise ShapecheckError(f"no backend {unknown[0]!r} to time; known: {', '.join(KNOWN)}")
+    if unknown := [name for name in requested if name not in BENCH_BACKENDS]:
+        raise ShapecheckError(f"no backend {unknown[0]!r} to time; known: {', '.join(BENCH_BACKENDS)}")
     if requested:
         return tuple(dict.fromkeys(requested)), ()
     if is_engine(path):
-        return (*IN_TORCH, "trt"), tuple(IN_TORCH)
+        return (*TORCH_BACKENDS, "trt"), tuple(TORCH_BACKENDS)
     if path.suffix.lower() == ".onnx":
-        return (*IN_TORCH, "ort-cuda" if torch.cuda.is_available() else "ort"), tuple(IN_TORCH)
-    return tuple(IN_TORCH), ("torch-compile",)
+        return (*TORCH_BACKENDS, "ort-cuda" if torch.cuda.is_available() else "ort"), tuple(TORCH_BACKENDS)
+    return tuple(TORCH_BACKENDS), ("torch-compile",)
 
 
 def _choose_device(names: Sequence[str]) -> torch.device:
     """Return one device for all: numbers of a CPU and of a GPU are not compared."""
-    on_gpu = [name for name in names if name in ON_GPU]
+    on_gpu = [name for name in names if name not in TORCH_BACKENDS and name != "ort"]
     if on_gpu and "ort" in names:
         raise ShapecheckError(f"ort runs on the CPU and {on_gpu[0]} on a GPU: time them in two runs")
     if on_gpu and not torch.cuda.is_available():
         problems = "; ".join(gap.problem for gap in doctor.backend(on_gpu[0]).gaps)
         raise ShapecheckError(f"{on_gpu[0]} cannot run here: {problems or 'PyTorch sees no GPU'}")
     return torch.device("cuda" if on_gpu or ("ort" not in names and torch.cuda.is_available()) else "cpu")
+
+
+def _measure_memory(device: torch.device) -> int | None:
+    """Return the bytes in use, on a GPU by everybody, else by this process; None if the system does not say."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def _time_frame(play: PlayFrame, clock: Clock) -> Frame:
+    # Each timed frame follows one of its own backend: ONNX Runtime's threads go on spinning after a call, and slow down what
+    # comes next.
+    clock.begin()
+    play(clock)
+    clock.begin()
+    play(clock)
+    controlnet, before, unet, after = clock.measure_parts()
+    return Frame(controlnet, before + after, unet)

@@ -1,4 +1,4 @@
-"""How long frames take on several backends, measured in one run: records of numbers, no tensors."""
+"""Records of how long frames take on several backends, measured in one run: numbers, no tensors."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from dataclasses import dataclass
 
 from shapecheck.contract.geometry import Geometry
 
+TORCH_BACKENDS = {"torch": "PyTorch, eager", "torch-compile": "PyTorch, torch.compile"}
+BENCH_BACKENDS = (*TORCH_BACKENDS, "ort", "ort-cuda", "ort-trt", "trt")
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Milliseconds of one frame: the ControlNets, what carries their residuals to the UNet, and the UNet."""
+    """Milliseconds of one frame. `handover` sums residuals, checks the call and returns outputs."""
 
     controlnet: float
     handover: float
-    """Summing residuals, checking the call, returning outputs."""
     unet: float
 
     @property
     def total(self) -> float:
-        """Return the milliseconds of the whole frame."""
         return self.controlnet + self.handover + self.unet
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One backend of a run. Without frames it could not run, and `reason` says why."""
+    """One backend of a run, and in `ran` what really ran, with its precision. Without frames it did not, for a `reason`."""
 
     backend: str
     ran: str
-    """What really ran, and in which precision."""
     frames: tuple[Frame, ...] = ()
     memory: int | None = None
     """Bytes that loading it and its first frames added, to the process or on the GPU; None if unknown."""
@@ -53,18 +53,19 @@ class Timing:
         """Return frames a second, by the median."""
         return 1000 / self.median
 
-    def share(self, part: str) -> float:
-        """Return what share of all frames a part, a field of `Frame`, takes: 0 to 1."""
-        return float(sum(getattr(frame, part) for frame in self.frames) / sum(frame.total for frame in self.frames))
+    @property
+    def shares(self) -> dict[str, float]:
+        """Return the share of all frames that each part, a field of `Frame`, takes: 0 to 1."""
+        total = sum(frame.total for frame in self.frames)
+        return {part: sum(getattr(frame, part) for frame in self.frames) / total for part in Frame.__dataclass_fields__}
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A whole run: one UNet, one size, backends whose frames took turns."""
+    """A whole run: one UNet, one size, backends whose frames took turns. `contract` is the digest."""
 
     artefact: str
     contract: str
-    """Its digest."""
     geometry: Geometry
     controlnets: int
     device: str
@@ -73,6 +74,6 @@ class Bench:
 
     @property
     def ran(self) -> bool:
-        """Say whether every backend that somebody named ran, and any at all."""
+        """Return whether every backend that somebody named ran, and any at all."""
         named = all(timing.frames for timing in self.timings if timing.asked)
         return named and any(timing.frames for timing in self.timings)

@@ -1,4 +1,4 @@
-"""The demo: a picture in PyTorch, and the same one with the UNet exported and exchanged by `accelerate`."""
+"""Draw a picture in PyTorch, and the same one with the UNet exported and exchanged by `accelerate`."""
 
 from __future__ import annotations
 
@@ -16,23 +16,15 @@ from shapecheck.contract import Geometry, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.doctor.environment import BACKENDS
 from shapecheck.observe.probe import probe
-from shapecheck.pipelines import pictures, tiny_pipeline
+from shapecheck.pipelines import pictures
 from shapecheck.pipelines.accelerate import accelerate
 from shapecheck.pipelines.demo_record import Demo, DemoBackend, Picture
-from shapecheck.pipelines.pictures import Floats
+from shapecheck.pipelines.tiny_pipeline import build_tiny_pipeline
 from shapecheck.progress import Progress, hide_progress_bars, quiet, silent
 from shapecheck.runtime.dropin import DropIn
 from shapecheck.version import __version__
 
-SMALL_SIZE_PX = (136, 104)
-"""Width and height: 17×13 latent cells, odd, so that every halving rounds."""
-_GUIDANCE = 5.0
-_ALLOWED = 1.0
-"""Of 255: too little to be seen."""
-_PACKAGES = (
-    "torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt",
-    "tensorrt-rtx-cu13",
-)  # fmt: skip
+_PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
 
 
 def draw_demo(
@@ -59,17 +51,22 @@ def draw_demo(
     device, dtype = ("cpu", torch.float32) if backend == "ort" else ("cuda", torch.float16)
     if device == "cuda" and not torch.cuda.is_available():
         raise ShapecheckError(f"{backend} runs on a GPU, and PyTorch sees none here: `shapecheck doctor` says what is missing")
-    opened = pictures.read_image(image) if image is not None else None
+    control_image = pictures.read_image(image) if image is not None else None
     if model is None or controlnet is None:
-        pipe, (width, height) = _make_small_pipeline(), size_px or SMALL_SIZE_PX
+        # 17×13 latent cells: odd, so that every halving rounds.
+        pipe, (width, height) = build_tiny_pipeline(), size_px or (136, 104)
     else:
         pipe, (width, height) = _load_pipeline(model, controlnet, size_px, dtype, variant, offline, progress)
     pipe.set_progress_bar_config(disable=True)
-    with quiet("diffusers"):  # it warns of casts, also where there is nothing to warn of
+    # diffusers warns of casts even if there is nothing to warn of.
+    with quiet("diffusers"):
         pipe.to(device, dtype)
-    control = pictures.draw_scene(height, width) if opened is None else pictures.fit_image(opened, height, width)
+    if control_image is None:
+        control, control_name, origin = pictures.draw_scene(height, width), "depth", ", a depth map: nearer is brighter"
+    else:
+        control, control_name, origin = pictures.fit_image(control_image, height, width), "control", ""
 
-    def draw(label: str, *, scale: float = 1.0) -> tuple[Floats, float]:
+    def draw(label: str, *, scale: float = 1.0) -> tuple[pictures.Floats, float]:
         """Return the picture from the same noise, words and image, and the median seconds of a step after the first."""
         ends = list[float]()
 
@@ -80,19 +77,19 @@ def draw_demo(
             progress(f"drawing with {label}: step {step + 1} of {steps}")
             return values
 
-        drawn = pipe(
+        result = pipe(
             prompt,
             image=control[None],
             height=height,
             width=width,
             num_inference_steps=steps,
-            guidance_scale=_GUIDANCE,
+            guidance_scale=5.0,
             controlnet_conditioning_scale=scale,
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
             callback_on_step_end=end_step,
         )
-        return drawn.images[0], statistics.median(later - earlier for earlier, later in pairwise(ends))
+        return result.images[0], statistics.median(later - earlier for earlier, later in pairwise(ends))
 
     exchanged = accelerate(
         pipe, folder, backend, sizes=[f"{width}x{height}"], batch=["1:2:2"], fallback="error", progress=progress
@@ -100,24 +97,25 @@ def draw_demo(
     with exchanged:
         assert isinstance(exchanged.unet, DropIn) and exchanged.artefact is not None
         contract, artefact = exchanged.unet.contract, exchanged.artefact.name
-        theirs, backend_seconds = draw(backend)
-    ours, torch_seconds = draw("PyTorch")
-    without, _ = draw("PyTorch, no ControlNet", scale=0.0)
+        backend_picture, backend_seconds = draw(backend)
+    torch_picture, torch_seconds = draw("PyTorch")
+    uncontrolled, _ = draw("PyTorch, no ControlNet", scale=0.0)
+
+    def amplify(other: pictures.Floats, caption: str) -> tuple[str, pictures.Floats]:
+        apart, factor = pictures.amplify_difference(torch_picture, other)
+        return caption + (f", times {factor}" if factor > 1 else ""), apart
 
     # Two rows of three on the page.
-    apart, factor = pictures.amplify_difference(ours, theirs)
-    effect, strength = pictures.amplify_difference(ours, without)
-    name, made = ("depth", ", a depth map: nearer is brighter") if image is None else ("control", "")
     shown = {
-        "pytorch": ("PyTorch, with the ControlNet", ours),
-        backend: (f"The same, the UNet in {BACKENDS[backend]}", theirs),
-        "difference": (f"What these two differ by{_render_factor(factor)}", apart),
-        name: (f"The control image{made}", control),
-        "without": ("PyTorch without the ControlNet", without),
-        "effect": (f"What the ControlNet changes{_render_factor(strength)}", effect),
+        "pytorch": ("PyTorch, with the ControlNet", torch_picture),
+        backend: (f"The same, the UNet in {BACKENDS[backend]}", backend_picture),
+        "difference": amplify(backend_picture, "What these two differ by"),
+        control_name: (f"The control image{origin}", control),
+        "without": ("PyTorch without the ControlNet", uncontrolled),
+        "effect": amplify(uncontrolled, "What the ControlNet changes"),
     }
     for name, (_, picture) in shown.items():
-        pictures.save(picture, folder / f"{name}.png")
+        pictures.save_picture(picture, folder / f"{name}.png")
     return Demo(
         model=model or "a small UNet like Stable Diffusion 1.5's",
         controlnet=controlnet or "a small ControlNet of the same topology",
@@ -133,37 +131,12 @@ def draw_demo(
         contract=contract.digest,
         slots=len(contract.slots),
         pictures=tuple(Picture(f"{name}.png", caption) for name, (caption, _) in shown.items()),
-        difference=pictures.compare(ours, theirs),
-        control=pictures.compare(ours, without),
-        allowed=_ALLOWED if dtype == torch.float32 else None,
+        difference=pictures.measure_change(torch_picture, backend_picture),
+        control=pictures.measure_change(torch_picture, uncontrolled),
+        allowed=1.0 if dtype == torch.float32 else None,  # of 255: too little to be seen
         torch_seconds=torch_seconds,
         backend_seconds=backend_seconds,
         versions=(("shapecheck", __version__), *extras.versions(_PACKAGES)),
-    )
-
-
-def _make_small_pipeline() -> Any:
-    with quiet("transformers"):
-        from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        clip_sample=False,
-        set_alpha_to_one=False,
-    )
-    parts = tiny_pipeline.parts("sd15")
-    return StableDiffusionControlNetPipeline(
-        vae=parts.vae,
-        unet=parts.unet,
-        controlnet=parts.controlnet,
-        scheduler=scheduler,
-        text_encoder=parts.text_encoders[0],
-        tokenizer=parts.tokenizers[0],
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
 
 
@@ -185,28 +158,19 @@ def _load_pipeline(
     progress("loading the pipeline")
     with quiet("transformers"):
         from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
-    own: dict[str, Any]
-    options = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": offline}
+    options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": offline}
+    kind: Any = StableDiffusionControlNetPipeline
+    own: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     if contract.config.get("addition_embed_type") == "text_time":
         kind, own = StableDiffusionXLControlNetPipeline, {"add_watermarker": False}
-    else:
-        kind, own = StableDiffusionControlNetPipeline, {"safety_checker": None, "requires_safety_checker": False}
-    name = controlnet
+    name, libraries = controlnet, ("diffusers", "transformers")
     try:
-        with (
-            quiet("diffusers"),
-            quiet("transformers"),
-            hide_progress_bars("diffusers", "transformers"),
-            warnings.catch_warnings(),
-        ):
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # and diffusers 0.35 knows no other
+        with quiet("diffusers"), quiet("transformers"), hide_progress_bars(*libraries), warnings.catch_warnings():
+            # The oldest diffusers that is supported knows no other name.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             net = ControlNetModel.from_pretrained(name, **options)
             name = model
             return kind.from_pretrained(name, controlnet=net, variant=variant, **own, **options), size
     except Exception as error:  # the files are the user's: diffusers may raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ShapecheckError(f"diffusers cannot load {name}: {one_line(lines[0], longest=300)}") from None
-
-
-def _render_factor(factor: int) -> str:
-    return f", times {factor}" if factor > 1 else ""

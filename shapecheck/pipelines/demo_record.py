@@ -1,4 +1,4 @@
-"""The result of `shapecheck demo`: records of numbers and names, no tensors."""
+"""Records of what `shapecheck demo` measured: numbers and names, no tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DemoBackend = Literal["ort", "ort-cuda", "ort-trt", "trt", "rtx"]
-"""Those of `contract.environment.BACKENDS` that run what `accelerate` makes."""
+"""The backends of `doctor.environment.BACKENDS` that run what `accelerate` makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,31 +28,30 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """A whole run: one picture in PyTorch, and the same one with another backend in the UNet's place."""
+    """A whole run: one picture in PyTorch, and the same one with another backend in the UNet's place.
+
+    `size_px` is width and height, `backend` a key of `doctor.environment.BACKENDS`, `artefact` the name in the demo's folder of
+    the ONNX file or engine that ran, `contract` a digest. With `random` weights the pictures are textures.
+    """
 
     model: str
     controlnet: str
     random: bool
-    """The pictures are then textures."""
     prompt: str
     size_px: tuple[int, int]
-    """Width and height."""
     steps: int
     seed: int
     backend: str
-    """A key of `contract.environment.BACKENDS`."""
     device: str
     precision: str
     artefact: str
-    """Name of the ONNX file or engine that ran, in the demo's folder."""
     contract: str
-    """Its digest."""
     slots: int
     pictures: tuple[Picture, ...]
     difference: Change
     """Between PyTorch's picture and the backend's."""
     control: Change
-    """Between PyTorch's picture and the one it gives without the ControlNet."""
+    """Between PyTorch's pictures with the ControlNet and without."""
     allowed: float | None
     """The largest difference that passes; None in half precision, where rounding alone moves pictures."""
     torch_seconds: float
@@ -62,12 +61,12 @@ class Demo:
 
     @property
     def acted(self) -> bool:
-        """Say whether the ControlNet changed more than may differ. If it did not, a backend without its slots would pass."""
+        """Return whether the ControlNet changed more than may differ. If not, a backend without its slots would pass."""
         return math.isfinite(self.control.largest) and self.control.largest > (self.allowed or 0)
 
     @property
     def passes(self) -> bool:
-        """Say whether both pictures are the same and the ControlNet acted; in half precision, whether it changed more."""
+        """Return whether both pictures are the same and the ControlNet acted; in half precision, whether it changed more."""
         if self.allowed is None:
             return math.isfinite(self.difference.largest) and self.difference.mean < self.control.mean and self.acted
         return self.difference.largest <= self.allowed and self.acted

@@ -1,4 +1,4 @@
-"""Files made of a live UNet and found again: an ONNX file, and engines of that."""
+"""Export a live UNet into a folder and build engines of it, or find there what was made of the same UNet before."""
 
 from __future__ import annotations
 
@@ -24,12 +24,6 @@ from shapecheck.tensorrt.profiles import Profile
 from shapecheck.tensorrt.record import BuildOptions, Target
 from shapecheck.version import __version__
 
-_DIGITS = 16
-
-
-_MAKERS = ("torch", "diffusers", "onnxscript")
-"""Another release of these, or of shapecheck, may export another graph."""
-
 
 class ExportCache:
     """The files of one live UNet in a folder, each made once."""
@@ -39,7 +33,7 @@ class ExportCache:
 
     @property
     def is_exported(self) -> bool:
-        """Say whether the ONNX file is there, whole, from this call or an earlier one."""
+        """Return whether the ONNX file is there, whole, from this call or an earlier one."""
         path = self._path
         try:
             is_there = path.is_file() and path.with_name(f"{path.name}.data").is_file()
@@ -47,34 +41,34 @@ class ExportCache:
         except ShapecheckError:  # damaged: it is exported again
             return False
 
-    def onnx(self) -> Path:
+    def export_onnx(self) -> Path:
         """Return the ONNX file, its weights beside it. Raises ShapecheckError if the UNet cannot be exported."""
-        path = self._path
         with locked(self._folder):
             if not self.is_exported:
-                export(self._unet, path, weights="copy", progress=self._progress)
-        return path
+                export(self._unet, self._path, weights="copy", progress=self._progress)
+        return self._path
 
-    def engine(self, target: Target, profiles: Sequence[Profile]) -> Path:
+    def build_engine(self, target: Target, profiles: Sequence[Profile]) -> Path:
         """Return the engine of the ONNX file. Raises ShapecheckError if TensorRT is missing or refuses it."""
-        options = BuildOptions(target=target)
-        return build_engine(self.onnx(), cache=self._folder, profiles=profiles, options=options, progress=self._progress).path
+        path, options = self.export_onnx(), BuildOptions(target=target)
+        return build_engine(path, cache=self._folder, profiles=profiles, options=options, progress=self._progress).path
 
     @cached_property
     def _path(self) -> Path:
-        """Named after all that the file depends on: the modules and how they are set, the weights, and what exports it."""
+        """Name the file after all that it depends on: the modules and their settings, the weights, and what exports it."""
         subject = take(self._unet)
-        # Settings are no part of a config: FreeU's factors, an attention processor.
+        # A config holds no settings, such as FreeU's factors or an attention processor: they are attributes of modules.
         layers = [
-            (name, type(module).__qualname__, {key: value for key, value in vars(module).items() if _is_setting(key)})
+            (
+                name,
+                type(module).__qualname__,
+                {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"},
+            )
             for name, module in subject.module.named_modules()
         ]
         settings = json.dumps(layers, sort_keys=True, skipkeys=True, default=lambda value: type(value).__qualname__)
-        own = weights.digest(subject.live or {}, lambda *bytes_: self._progress("hashing the weights", *bytes_))
-        makers = [f"shapecheck {__version__}", *(f"{name} {version(name)}" for name in _MAKERS)]
-        digest = hashlib.sha256("\n".join([settings, own, *makers]).encode()).hexdigest()
-        return self._folder / f"unet-{digest[:_DIGITS]}.onnx"
-
-
-def _is_setting(key: str) -> bool:
-    return not key.startswith("_") and key != "training"
+        weights_digest = weights.digest(subject.live or {}, lambda *sizes: self._progress("hashing the weights", *sizes))
+        # Another release of any of these may export another graph.
+        makers = [f"shapecheck {__version__}", *(f"{name} {version(name)}" for name in ("torch", "diffusers", "onnxscript"))]
+        digest = hashlib.sha256("\n".join([settings, weights_digest, *makers]).encode()).hexdigest()
+        return self._folder / f"unet-{digest[:16]}.onnx"

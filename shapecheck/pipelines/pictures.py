@@ -1,4 +1,4 @@
-"""Pictures of a demo: drawn, read, compared and written. In memory they are (height, width, 3) from 0 to 1."""
+"""Draw, read, compare and write the pictures of a demo. In memory they are (height, width, 3) from 0 to 1."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ from shapecheck.files import whole
 from shapecheck.pipelines.demo_record import Change
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
-_LEVELS = 255
-_MOST = 1_000_000
-"""The largest amplification of a difference: what would need more is rounding."""
 
-# The scene, in units of the camera's height above the floor: right, down, ahead.
-_WALL = 6.0
+# The scene, in units of the camera's height above the floor (right, down, ahead): balls by middle and radius, a box by two
+# opposite corners, and how far the wall is.
 _BALLS = (((-0.85, 0.2, 3.0), 0.8), ((0.2, 0.6, 2.1), 0.4))
-"""Middle and radius."""
 _BOX = ((0.7, -1.0, 3.2), (1.5, 1.0, 4.2))
-"""Two opposite corners."""
+_WALL = 6.0
 
 
 def draw_scene(height: int, width: int) -> Floats:
@@ -52,8 +48,8 @@ def draw_scene(height: int, width: int) -> Floats:
 def read_image(path: Path) -> Image.Image:
     """Read an image file. Raises ShapecheckError if Pillow cannot."""
     try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # the file is the user's: Pillow may raise anything
         reason = getattr(error, "strerror", None) or error
         raise ShapecheckError(f"cannot read the image {path}: {one_line(reason, longest=200)}") from None
@@ -61,35 +57,29 @@ def read_image(path: Path) -> Image.Image:
 
 def fit_image(image: Image.Image, height: int, width: int) -> Floats:
     """Scale an image to a size; what does not fit is cut off about its middle."""
-    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS), dtype=np.float32) / _LEVELS
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS), dtype=np.float32) / 255
 
 
-def save(picture: Floats, path: Path) -> None:
+def save_picture(picture: Floats, path: Path) -> None:
     """Write a PNG; NaN becomes black. Raises ShapecheckError if the system refuses."""
-    levels = np.rint(np.clip(np.nan_to_num(picture), 0, 1) * _LEVELS).astype(np.uint8)
+    levels = np.rint(np.clip(np.nan_to_num(picture), 0, 1) * 255).astype(np.uint8)
     with whole(path) as partial:
         Image.fromarray(levels).save(partial, format="PNG")
 
 
-def compare(one: Floats, other: Floats) -> Change:
+def measure_change(one: Floats, other: Floats) -> Change:
     """Measure how far two pictures are from each other; NaN if one holds a NaN."""
-    apart = np.abs(one.astype(np.float64) - other.astype(np.float64)) * _LEVELS
+    apart = np.abs(one.astype(np.float64) - other.astype(np.float64)) * 255
     return Change(float(apart.max()), float(apart.mean()))
 
 
 def amplify_difference(one: Floats, other: Floats) -> tuple[Floats, int]:
     """Return the difference of two pictures times a round number, the largest at which nothing is cut off, and that number."""
-    apart = np.abs(one - other)
+    apart, factor = np.abs(one - other), 1
     largest = float(apart.max())
-    factor = _round_down(min(1 / largest, _MOST)) if 0 < largest <= 1 else 1
+    if 0 < largest <= 1:
+        # A difference that takes more than a million to be seen is rounding.
+        most = min(1 / largest, 1_000_000)
+        digit: int = 10 ** math.floor(math.log10(most))
+        factor = digit * math.floor(most / digit)
     return apart * factor, factor
-
-
-def _round_down(number: float) -> int:
-    """Round to the first digit.
-
-    >>> _round_down(3.7), _round_down(267.0)
-    (3, 200)
-    """
-    power: int = 10 ** math.floor(math.log10(number))
-    return power * math.floor(number / power)

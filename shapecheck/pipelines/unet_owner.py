@@ -1,4 +1,4 @@
-"""Where a pipeline or a stream keeps its UNet, and how another is put there."""
+"""Find where a pipeline or a stream keeps its UNet, and put another one there."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ from shapecheck.contract import ShapecheckError
 from shapecheck.models.diffusers_models import is_controlnet, is_unet
 from shapecheck.runtime.dropin import DropIn
 
-_WITHIN = ("stream", "pipe")
-"""From a wrapper to its StreamDiffusion, and from that to its pipeline."""
-
-
+# From an attribute of a UNet that cannot be exported as it is to the advice.
 _OBSTACLES = {
     "_hf_hook": "the UNet is moved between devices by a hook (enable_model_cpu_offload?): call pipe.remove_all_hooks()",
     "peft_config": "the UNet has a LoRA beside its weights: call pipe.fuse_lora() and pipe.unload_lora_weights()",
 }
-"""From an attribute of a UNet that cannot be exported as it is to what to do."""
 
 
 class UNetOwners:
@@ -27,8 +23,8 @@ class UNetOwners:
 
     def __init__(self, pipe_or_stream: Any) -> None:
         """Raises ShapecheckError if nothing holds a UNet in PyTorch, or it cannot be exported as it is."""
-        reached = tuple(_reach(pipe_or_stream))
-        self._owners = tuple(owner for owner in reached if isinstance(getattr(owner, "unet", None), nn.Module))
+        owners = _walk_owners(pipe_or_stream)
+        self._owners = tuple(owner for owner in owners if isinstance(getattr(owner, "unet", None), nn.Module))
         if not self._owners:
             kind = type(pipe_or_stream).__name__
             raise ShapecheckError(f"{kind} holds no UNet: give a diffusers pipeline or a StreamDiffusion")
@@ -46,7 +42,7 @@ class UNetOwners:
 
     @property
     def controlnets(self) -> list[nn.Module]:
-        """Return the pipeline's ControlNets in PyTorch; none if it has none, or if one of them is something else."""
+        """Return the pipeline's ControlNets in PyTorch, or none if one of them is something else."""
         held = next((net for owner in self._owners if (net := getattr(owner, "controlnet", None)) is not None), None)
         nets = list(getattr(held, "nets", [] if held is None else [held]))
         return nets if all(is_controlnet(net) and not isinstance(net, DropIn) for net in nets) else []
@@ -57,19 +53,21 @@ class UNetOwners:
         stream = next((owner for owner in self._owners if hasattr(owner, "trt_unet_batch_size")), None)
         return None if stream is None else (int(stream.width), int(stream.height), int(stream.trt_unet_batch_size))
 
-    def put(self, unet: nn.Module, instead_of: nn.Module) -> bool:
-        """Put a UNet wherever the other one still is. Returns whether that was everywhere."""
-        holding = [owner for owner in self._owners if owner.unet is instead_of]
-        for owner in holding:
-            owner.unet = unet
+    def replace_unet(self, old: nn.Module, new: nn.Module) -> bool:
+        """Put a UNet wherever the old one still is, and return whether that was everywhere."""
+        owners = [owner for owner in self._owners if owner.unet is old]
+        for owner in owners:
+            owner.unet = new
+            # StreamDiffusion looks once which kind of UNet it calls, and remembers.
             if hasattr(owner, "_is_unet_tensorrt"):
-                owner._is_unet_tensorrt = None  # StreamDiffusion looks once what kind of UNet it calls, and remembers
-        return len(holding) == len(self._owners)
+                owner._is_unet_tensorrt = None
+        return len(owners) == len(self._owners)
 
 
-def _reach(start: Any) -> Iterator[Any]:
+def _walk_owners(start: Any) -> Iterator[Any]:
+    """Yield an object, the StreamDiffusion in it if it is a wrapper, and the pipeline in that."""
     yield start
-    for name in _WITHIN:
+    for name in ("stream", "pipe"):
         inner = getattr(start, name, None)
         if inner is not None and not isinstance(inner, (nn.Module, str)):
-            yield from _reach(inner)
+            yield from _walk_owners(inner)

@@ -180,7 +180,7 @@ def test_a_latent_that_the_unet_refuses_is_exit_status_2(write_config):
 
 @pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt, 130), (click.Abort, 130), (RuntimeError, 2), (OSError, 2)])
 def test_nothing_but_a_mismatch_ends_in_1(monkeypatch, raised, status):
-    def fail(*_):
+    def fail(**_):
         raise raised("planted")
 
     monkeypatch.setattr(models, "request_for", fail)

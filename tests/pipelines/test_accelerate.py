@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import AttnProcessor
 import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.doctor.environment import Backend, Gap
-from shapecheck.pipelines import accelerate as road
+from shapecheck.pipelines import accelerate as acceleration
 from shapecheck.pipelines import export_cache as files
 from shapecheck.runtime.dropin_unet import DropInUNet
 
@@ -121,11 +121,11 @@ def test_a_block_puts_it_back_even_when_it_fails(pipe, unet, folder):
 
 
 def test_a_file_is_made_once_and_again_where_it_is_damaged(unet, tmp_path, exports):
-    path = files.ExportCache(unet, tmp_path, lambda *_: None).onnx()
-    assert files.ExportCache(unet, tmp_path, lambda *_: None).onnx() == path
+    path = files.ExportCache(unet, tmp_path, lambda *_: None).export_onnx()
+    assert files.ExportCache(unet, tmp_path, lambda *_: None).export_onnx() == path
     assert exports == [path]
     path.write_bytes(path.read_bytes()[:1000])
-    assert files.ExportCache(unet, tmp_path, lambda *_: None).onnx() == path
+    assert files.ExportCache(unet, tmp_path, lambda *_: None).export_onnx() == path
     assert exports == [path, path]
 
 
@@ -139,7 +139,7 @@ def test_another_file_is_made_where_weights_or_settings_change(unet, tmp_path, m
         asked.append(path)
 
     def take_file():
-        return files.ExportCache(unet, tmp_path, lambda *_: None).onnx()
+        return files.ExportCache(unet, tmp_path, lambda *_: None).export_onnx()
 
     monkeypatch.setattr(files, "export", export)
     found = [take_file(), take_file()]
@@ -168,7 +168,9 @@ def test_every_step_down_is_logged_with_its_reason(pipe, unet, folder, no_gpu, e
     ]
     assert not exports
     done()
-    with pytest.raises(road.AccelerationError, match=r"stays in PyTorch\n  trt: it runs on a GPU.*\n  ort-cuda: ") as caught:
+    with pytest.raises(
+        acceleration.AccelerationError, match=r"stays in PyTorch\n  trt: it runs on a GPU.*\n  ort-cuda: "
+    ) as caught:
         shapecheck.accelerate(pipe, folder, fallback="error")
     assert caught.value.refusals == done.refusals
 
@@ -181,7 +183,7 @@ def test_the_next_one_is_taken_where_one_refuses(gpu_pipe, tmp_path, no_gpu, mon
         loaded.append((artefact, backend, device))
         return shapecheck.load(artefact, "ort")
 
-    monkeypatch.setattr(road, "load", load)
+    monkeypatch.setattr(acceleration, "load", load)
     say_what_runs(monkeypatch, "ort-cuda")
     with shapecheck.accelerate(gpu_pipe, tmp_path) as done:
         assert done.backend == "ort-cuda"
@@ -310,7 +312,7 @@ def test_a_backend_that_fails_leaves_the_pipeline_as_it_was(pipe, unet, folder, 
     def fails(*_, **__):
         raise ShapecheckError("out of file handles")
 
-    monkeypatch.setattr(road, "load", fails)
+    monkeypatch.setattr(acceleration, "load", fails)
     done = shapecheck.accelerate(pipe, folder, "ort")
     assert done.refusals == (("ort", "out of file handles"),)
     assert pipe.unet is unet
@@ -325,7 +327,7 @@ def test_an_engine_is_built_beside_the_file_and_found_again(gpu_pipe, tmp_path, 
         opened.append((artefact, backend, artefact.stat().st_mtime_ns))
         raise ShapecheckError("it runs on a GPU only")
 
-    monkeypatch.setattr(road, "load", load)
+    monkeypatch.setattr(acceleration, "load", load)
     say_what_runs(monkeypatch, "rtx")
     for size in ("104x72", "104x72", "72x72"):
         done = shapecheck.accelerate(gpu_pipe, tmp_path, "rtx", sizes=[size], batch=["1:2:2"])

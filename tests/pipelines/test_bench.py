@@ -1,4 +1,4 @@
-"""Frames timed on several backends: what is measured, told, and refused. No test depends on how long anything took."""
+"""Frames timed on several backends: measurements, reports and refusals. No test depends on how long anything took."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ import shapecheck
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.cli import main
 from shapecheck.doctor.environment import Backend, Gap
-from shapecheck.pipelines import bench as benches
+from shapecheck.pipelines import bench, frame
 from shapecheck.pipelines import bench_report as report
-from shapecheck.pipelines import clock
-from shapecheck.pipelines.bench import bench
+from shapecheck.pipelines.bench import time_frames
 from shapecheck.pipelines.bench_record import Bench, Frame, Timing
 from shapecheck.runtime.load import load
 
@@ -41,7 +40,7 @@ def ticking(monkeypatch):
     """A clock that is one second later whenever it is looked at, so that parts are known."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # on a GPU its own events are the clock
     ticks = iter(range(10_000))
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(frame.time, "perf_counter", lambda: float(next(ticks)))
 
 
 def run(*arguments):
@@ -52,7 +51,7 @@ def timing(backend, *totals, **more):
     return Timing(backend, f"{backend}, float32", tuple(Frame(total / 2, total / 8, total * 3 / 8) for total in totals), **more)
 
 
-def told(*timings, **more):
+def make_bench(*timings, **more):
     values = {
         "artefact": "unet.onnx",
         "contract": "sha256:ab",
@@ -65,17 +64,17 @@ def told(*timings, **more):
 
 
 def test_numbers_are_those_of_the_frames():
-    found = timing("ort", *range(1, 101))
-    assert (found.median, found.p95, found.rate) == (50.5, 95.0, 1000 / 50.5)
-    assert [found.share(part) for part in ("controlnet", "handover", "unet")] == [0.5, 0.125, 0.375]
+    result = timing("ort", *range(1, 101))
+    assert (result.median, result.p95, result.rate) == (50.5, 95.0, 1000 / 50.5)
+    assert result.shares == {"controlnet": 0.5, "handover": 0.125, "unet": 0.375}
     assert timing("ort", 7.0).p95 == 7.0
 
 
 def test_the_report_compares_with_the_first_that_ran():
-    found = told(
+    result = make_bench(
         Timing("torch", "", reason="out of memory", asked=False), timing("torch-compile", 40, memory=3 << 20), timing("ort", 10)
     )
-    text = report.render_text(found)
+    text = report.render_text(result)
     rows = [re.split(r"  +", line.strip()) for line in text.splitlines() if "×" in line and "%" in line]
     assert rows == [
         ["torch-compile", "40.00", "40.00", "25.00", "1.00×", "3", "50.0%", "12.5%", "37.5%"],
@@ -83,14 +82,14 @@ def test_the_report_compares_with_the_first_that_ran():
     ]
     assert "note: torch did not run: out of memory" in text
     assert "ControlNets    2, in PyTorch" in text
-    assert report.render_text(found, "markdown").startswith("# Frames of unet.onnx\n\n- device: cpu, 2 threads\n")
-    assert found.ran
-    assert not replace(found, timings=(*found.timings, Timing("trt", "", reason="no GPU"))).ran
-    assert not told(Timing("torch", "", reason="no memory", asked=False)).ran
+    assert report.render_text(result, "markdown").startswith("# Frames of unet.onnx\n\n- device: cpu, 2 threads\n")
+    assert result.ran
+    assert not replace(result, timings=(*result.timings, Timing("trt", "", reason="no GPU"))).ran
+    assert not make_bench(Timing("torch", "", reason="no memory", asked=False)).ran
 
 
 def test_json_holds_every_frame():
-    values = json.loads(report.render_json(told(timing("ort", 10, 30), Timing("trt", "", reason="no GPU"))))
+    values = json.loads(report.render_json(make_bench(timing("ort", 10, 30), Timing("trt", "", reason="no GPU"))))
     first, second = values["timings"]
     assert (values["shapecheck_bench"], values["geometry"]["width"], values["controlnets"]) == (1, 17, 2)
     assert first["frames"] == [{"controlnet": n / 2, "handover": n / 8, "unet": n * 3 / 8} for n in (10, 30)]
@@ -102,8 +101,8 @@ def test_json_holds_every_frame():
 @pytest.mark.parametrize("name", ["torch", "ort"])
 def test_parts_lie_between_the_marks(file, ticking, name):
     """Five marks a frame: four parts, one tick each, of which two are the hand-over; as many in PyTorch as in a session."""
-    found = bench(str(file), backends=(name,), size_px=(136, 72), frames=2, warm_up=1)
-    assert found.timings[0].frames == (Frame(1000.0, 2000.0, 1000.0),) * 2
+    result = time_frames(str(file), backends=(name,), size_px=(136, 72), frames=2, warm_up=1)
+    assert result.timings[0].frames == (Frame(1000.0, 2000.0, 1000.0),) * 2
 
 
 def test_backends_take_turns_and_compute_the_same_call(file, monkeypatch):
@@ -126,24 +125,24 @@ def test_backends_take_turns_and_compute_the_same_call(file, monkeypatch):
         unet.register_forward_pre_hook(watch_session, with_kwargs=True)
         return unet
 
-    monkeypatch.setattr(benches, "load", load_watched)
+    monkeypatch.setattr(bench, "load", load_watched)
     monkeypatch.setattr(UNet2DConditionModel, "forward", watch_torch)
-    found = bench(str(file), backends=("torch", "ort"), size_px=(136, 72), batch=3, controlnets=2, frames=3, warm_up=2)
+    result = time_frames(str(file), backends=("torch", "ort"), size_px=(136, 72), batch=3, controlnets=2, frames=3, warm_up=2)
     slots = len(shapecheck.read_contract(file).slots)
     assert [name for name, *_ in calls] == ["torch"] * 2 + ["ort"] * 2 + ["torch", "torch", "ort", "ort"] * 3
     assert {tuple(rest) for _, *rest in calls} == {((3, 4, 9, 17), slots - 1)}
-    assert [len(timing.frames) for timing in found.timings] == [3, 3]
-    assert all(part > 0 for timing in found.timings for frame in timing.frames for part in (frame.controlnet, frame.unet))
+    assert [len(timing.frames) for timing in result.timings] == [3, 3]
+    assert all(part > 0 for timing in result.timings for frame in timing.frames for part in (frame.controlnet, frame.unet))
     calls.clear()
-    bench(str(file), backends=("ort",), size_px=(136, 72), controlnets=0, frames=1, warm_up=1)
+    time_frames(str(file), backends=("ort",), size_px=(136, 72), controlnets=0, frames=1, warm_up=1)
     assert calls == [("ort", (1, 4, 9, 17), 0)] * 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where it is read off /proc")
 def test_memory_is_what_is_taken():
-    before = clock.measure_memory(torch.device("cpu"))
+    before = bench._measure_memory(torch.device("cpu"))
     kept = torch.ones(16, 2**20)  # 64 MiB
-    assert clock.measure_memory(torch.device("cpu")) - before >= kept.nbytes / 2
+    assert bench._measure_memory(torch.device("cpu")) - before >= kept.nbytes / 2
 
 
 def test_the_command_prints_and_writes(file, tmp_path):
@@ -162,7 +161,7 @@ def test_a_backend_that_does_not_run_is_told_and_fails(file, monkeypatch):
     def refuses(*_, **__):
         raise ShapecheckError("out of file handles")
 
-    monkeypatch.setattr(benches, "load", refuses)
+    monkeypatch.setattr(bench, "load", refuses)
     done = run(file, "--backends", "torch,ort", "--size", SIZE, "--frames", 1, "--warm-up", 1)
     assert done.exit_code == 2
     assert "note: ort did not run: out of file handles" in done.stdout
@@ -175,10 +174,10 @@ def test_what_a_compiler_raises_is_told_and_no_failure_where_nobody_asked(file, 
 
     monkeypatch.setattr(torch, "compile", raises)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = bench(str(file), size_px=(136, 72), frames=1, warm_up=1)
-    assert [timing.backend for timing in found.timings if timing.frames] == ["torch", "ort"]
-    assert r"no compiler\nis here" in found.timings[1].reason
-    assert found.ran
+    result = time_frames(str(file), size_px=(136, 72), frames=1, warm_up=1)
+    assert [timing.backend for timing in result.timings if timing.frames] == ["torch", "ort"]
+    assert r"no compiler\nis here" in result.timings[1].reason
+    assert result.ran
 
 
 @pytest.mark.parametrize(
@@ -201,7 +200,7 @@ def test_what_cannot_be_timed_is_said_at_once(file, options, words):
 def test_a_gpu_that_is_not_there_is_said_at_once(file, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gaps = (Gap("no NVIDIA GPU and no driver", ""),)
-    monkeypatch.setattr(benches.doctor, "backend", lambda name: Backend(name, False, "", gaps))
+    monkeypatch.setattr(bench.doctor, "backend", lambda name: Backend(name, False, "", gaps))
     done = run(file, "--backends", "ort-cuda")
     assert (done.exit_code, done.stdout) == (2, "")
     assert "ort-cuda cannot run here: no NVIDIA GPU" in done.stderr
@@ -222,7 +221,7 @@ def test_a_controlnet_or_a_unet_without_slots_says_what_to_give(file, tmp_path):
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # said by torch, of its own compiler
 def test_torch_compile_is_timed_beside_the_file(file):
-    found = bench(str(file), size_px=(136, 72), frames=2, warm_up=1)
-    assert [timing.reason for timing in found.timings] == ["", "", ""]
-    ran = [(timing.backend, len(timing.frames)) for timing in found.timings]
+    result = time_frames(str(file), size_px=(136, 72), frames=2, warm_up=1)
+    assert [timing.reason for timing in result.timings] == ["", "", ""]
+    ran = [(timing.backend, len(timing.frames)) for timing in result.timings]
     assert ran == [("torch", 2), ("torch-compile", 2), ("ort", 2)]

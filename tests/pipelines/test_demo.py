@@ -31,10 +31,10 @@ from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.cli.demo import demo as command
 from shapecheck.cli.group import Commands
 from shapecheck.pipelines import accelerate, export_cache, pictures
-from shapecheck.pipelines import demo as road
-from shapecheck.pipelines import tiny_pipeline as parts_of
+from shapecheck.pipelines import demo as drawing
 from shapecheck.pipelines.demo_record import Change, Demo, Picture
 from shapecheck.pipelines.demo_report import render_json, render_page, render_text
+from shapecheck.pipelines.tiny_pipeline import build_controlnet
 
 PICTURES = ["pytorch.png", "ort.png", "difference.png", "depth.png", "without.png", "effect.png"]
 SIZE = (104, 72)
@@ -49,9 +49,9 @@ def observe(*_):
     return shapecheck.read_contract(real_pipelines.export_unet("shallow"))
 
 
-def take_shallow(_kind):
-    """Two levels in place of SD1.5's four, which the README's demo has."""
-    return real_pipelines.take_parts("shallow")
+def build_shallow():
+    """Return a pipeline of two levels in place of SD1.5's four, which the README's demo has."""
+    return real_pipelines.PIPELINES["controlnet"](real_pipelines.take_parts("shallow"))
 
 
 def runs(_backend):
@@ -60,7 +60,7 @@ def runs(_backend):
 
 
 EXPORT = (export_cache, "export", engines.exported_quickly)
-QUICK = (EXPORT, (doctor, "backend", runs), (accelerate, "probe", observe), (parts_of, "parts", take_shallow))
+QUICK = (EXPORT, (doctor, "backend", runs), (accelerate, "probe", observe), (drawing, "build_tiny_pipeline", build_shallow))
 """Stand-ins for what other tests are of."""
 
 
@@ -145,7 +145,7 @@ def test_the_text_begins_with_the_verdict(shown):
     words = " ".join(verdict.split())
     number = r"[\d.e-]+"
     assert re.fullmatch(
-        rf"PARITY: ort gives PyTorch's picture, at most {number} of 255 apart; the ControlNet changes it by up to \d+", words
+        rf"PARITY: ort draws PyTorch's picture, at most {number} of 255 apart; the ControlNet changes it by up to \d+", words
     )
     assert "these are textures, no chairs" in shown.result.stdout
     assert shown.result.stderr == ""
@@ -163,17 +163,18 @@ def test_a_backend_without_its_slots_ends_in_status_1(again):
     read = json.loads(result.stdout)
     assert (read["verdict"], read["passes"]) == ("broken", False)
     assert read["difference"]["largest"] == pytest.approx(read["control"]["largest"], abs=0.1)
-    assert "does not give PyTorch" in (again / "index.html").read_text(encoding="utf-8")
+    assert "does not draw PyTorch" in (again / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.full
 def test_a_controlnet_that_does_nothing_ends_in_status_1(again):
     """Planted: its zero convolutions are zero, as in one that was never trained."""
-    parts = replace(take_shallow("sd15"), controlnet=parts_of.another_controlnet(take_shallow("sd15").unet, 1))
-    for convolution in (*parts.controlnet.controlnet_down_blocks, parts.controlnet.controlnet_mid_block):
+    pipe = build_shallow()
+    pipe.controlnet = build_controlnet(pipe.unet, 1)
+    for convolution in (*pipe.controlnet.controlnet_down_blocks, pipe.controlnet.controlnet_mid_block):
         convolution.weight.zero_()
         convolution.bias.zero_()
-    with patched(*QUICK, (parts_of, "parts", lambda _: parts)):
+    with patched(*QUICK, (drawing, "build_tiny_pipeline", lambda: pipe)):
         result = demo("--out", str(again), *SHORT)
     assert result.exit_code == ContractError.exit_status
     assert "BROKEN: the ControlNet changes PyTorch's picture by 0 of 255" in " ".join(result.stdout.split())
@@ -210,7 +211,7 @@ def test_checkpoints_are_loaded_as_the_pipeline_they_are_of(saved, tmp_path):
     with patched(
         (torch.cuda, "is_available", lambda: True),
         (DiffusionPipeline, "to", lambda _pipe, *where: seen.extend(where)),
-        (road, "accelerate", take_pipeline),
+        (drawing, "accelerate", take_pipeline),
     ):
         result = show(folder, tmp_path, "--backend", "ort-cuda")
     assert (result.exit_code, result.stderr) == (2, "error: it went this far\n"), (
@@ -251,7 +252,7 @@ def test_two_that_do_not_fit_are_told_before_weights_are_read(saved, tmp_path):
         (["--variant", "fp16"], "--variant says which files of --model are read"),
         (["--size", "100x104"], "width 100 is not a multiple of 8"),
         (["--size", "large"], "'large' is not a size; expected WxH in pixels"),
-        (["--prompt", "a\udcffb"], "the prompt is no text in UTF-8"),
+        (["--prompt", "a\udcffb"], "the prompt is not text in UTF-8"),
         (["--image", "absent.png"], "cannot read the image absent.png: No such file"),
         (["--image", __file__], r"cannot read the image .*test_demo\.py: cannot identify"),
         (["--model", "sd15", "--controlnet", "sd15"], "sd15 is a preset, which has no weights: give a diffusers folder"),
@@ -317,12 +318,12 @@ HALF = {"allowed": None, "precision": "float16", "backend": "trt"}
 @pytest.mark.parametrize(
     ("changes", "verdict", "words"),
     [
-        ({}, "PARITY", "ort gives PyTorch's picture, at most 0.01 of 255 apart; the ControlNet changes it by up to 90"),
+        ({}, "PARITY", "ort draws PyTorch's picture, at most 0.01 of 255 apart; the ControlNet changes it by up to 90"),
         ({"difference": Change(1.0, 0.5)}, "PARITY", "at most 1 of 255 apart"),
         (
             {"difference": Change(1.4, 0.5)},
             "BROKEN",
-            "ort does not give PyTorch's picture: they are 1.4 of 255 apart, 1 allowed",
+            "ort does not draw PyTorch's picture: they are 1.4 of 255 apart, 1 allowed",
         ),
         ({"difference": NAN}, "BROKEN", "they are NaN of 255 apart"),
         ({"control": NAN}, "BROKEN", "the ControlNet changes PyTorch's picture by NaN of 255"),
@@ -334,7 +335,7 @@ HALF = {"allowed": None, "precision": "float16", "backend": "trt"}
             "trt is on average 9 of 255 from PyTorch's picture, which the ControlNet changes by 9",
         ),
         ({"difference": Change(30.0, 1.0), **HALF}, "NOT JUDGED", "trt and PyTorch differ by at most 30 of 255, in float16"),
-        ({"difference": NAN, **HALF}, "BROKEN", "trt and PyTorch differ by NaN: a picture holds values that are no numbers"),
+        ({"difference": NAN, **HALF}, "BROKEN", "trt and PyTorch differ by NaN: a picture holds values that are not numbers"),
         ({"control": Change(0.0, 0.0), **HALF}, "BROKEN", "by 0 of 255"),
     ],
 )
@@ -387,8 +388,8 @@ def test_what_is_no_number_is_black_and_no_small_difference(tmp_path):
     picture = np.full((2, 3, 3), 0.5, dtype=np.float32)
     other = picture.copy()
     other[0, 0, 0] = math.nan
-    assert math.isnan(pictures.compare(picture, other).largest)
-    pictures.save(other, tmp_path / "a.png")
+    assert math.isnan(pictures.measure_change(picture, other).largest)
+    pictures.save_picture(other, tmp_path / "a.png")
     assert pictures.read_image(tmp_path / "a.png").getpixel((0, 0)) == (0, 128, 128)
 
 
@@ -488,7 +489,7 @@ def test_in_a_browser_no_text_makes_the_page_wider(browser, tmp_path, changes):
 @pytest.mark.full
 def test_the_whole_road_with_checkpoints_and_an_image(saved, tmp_path):
     _, folder = saved
-    pictures.save(real_pipelines.rings(90, 200)[0], tmp_path / "rings.png")
+    pictures.save_picture(real_pipelines.rings(90, 200)[0], tmp_path / "rings.png")
     with patched(EXPORT):
         result = show(folder, tmp_path / "out", "--image", str(tmp_path / "rings.png"), "--steps", "2")
     assert result.exit_code == 0, result.output

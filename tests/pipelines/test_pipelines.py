@@ -14,7 +14,7 @@ from diffusers import MultiControlNetModel
 
 import shapecheck
 from shapecheck import ShapecheckError
-from shapecheck.pipelines import tiny_pipeline as parts_of
+from shapecheck.pipelines.tiny_pipeline import build_controlnet
 from shapecheck.runtime.dropin import UnsupportedError
 
 ALLOWED = 1 / 255
@@ -126,7 +126,7 @@ def test_what_a_pipeline_does_to_residuals_reaches_the_file(name, case):
 @pytest.mark.full
 def test_several_controlnets_and_their_exchange():
     parts, unet = real_pipelines.take_parts("sd15"), real_pipelines.open_session("sd15")
-    other = parts_of.another_controlnet(parts.unet, 7)
+    other = build_controlnet(parts.unet, 7)
     image = [picture(real_pipelines.HEIGHT, real_pipelines.WIDTH) for picture in (real_pipelines.rings, real_pipelines.waves)]
     options = {"image": image, "controlnet_conditioning_scale": [0.7, 0.4]}
 
@@ -144,7 +144,7 @@ def test_several_controlnets_and_their_exchange():
 
 def test_a_controlnet_acts_and_another_acts_otherwise():
     parts, unet = real_pipelines.take_parts("sd15"), real_pipelines.open_session("sd15")
-    other = parts_of.another_controlnet(parts.unet, 7)
+    other = build_controlnet(parts.unet, 7)
     controlled = real_pipelines.PIPELINES["controlnet"](parts, unet=unet)
     on = real_pipelines.images(controlled)
     off = real_pipelines.images(real_pipelines.PIPELINES["text"](parts, unet=unet))
@@ -158,7 +158,7 @@ def test_a_controlnet_acts_and_another_acts_otherwise():
 def test_on_off_on_and_sizes_and_controlnets_between_leave_nothing_behind():
     """Bitwise what fresh sessions give, whatever was computed before."""
     parts, path = real_pipelines.take_parts("shallow"), real_pipelines.export_unet("shallow")
-    nets = {"": None, "own": parts.controlnet, "other": parts_of.another_controlnet(parts.unet, 7)}
+    nets = {"": None, "own": parts.controlnet, "other": build_controlnet(parts.unet, 7)}
     runs = [
         ("text", "", (72, 104)),
         ("controlnet", "own", (72, 104)),
@@ -221,7 +221,7 @@ def test_an_exported_controlnet_takes_a_controlnets_place(tmp_path):
 
 def test_what_a_session_cannot_do_is_said_by_pipelines_too(monkeypatch):
     unet = real_pipelines.open_session("shallow")
-    pipe = real_pipelines.PIPELINES["controlnet"](parts_of.parts("sd15"), unet=unet)  # its own: some are cast
+    pipe = real_pipelines.PIPELINES["controlnet"](real_pipelines.build_parts("sd15"), unet=unet)  # its own: some are cast
     with pytest.raises(UnsupportedError, match=r"enable_freeu: .* then export that"):
         pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     for module in ("utils", "loaders.lora_pipeline"):  # diffusers looks it up in one or the other

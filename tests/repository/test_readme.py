@@ -21,7 +21,6 @@ from PIL import Image
 
 from shapecheck import parse_ranges, presets, profile_of
 from shapecheck.cli import main
-from shapecheck.pipelines import tiny_pipeline as parts_of
 from shapecheck.tensorrt import profile_formats
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Profile
@@ -88,7 +87,7 @@ def prepare(text: str) -> None:
 
 def prepare_pipeline() -> None:
     """A whole pipeline, a ControlNet and a picture."""
-    parts = parts_of.parts("sd15")
+    parts = real_pipelines.build_parts("sd15")
     real_pipelines.PIPELINES["text"](parts).save_pretrained("my-model")
     parts.controlnet.save_pretrained("my-controlnet")
     picture = (real_pipelines.rings(real_pipelines.HEIGHT, real_pipelines.WIDTH)[0] * 255).astype("uint8")

@@ -1,7 +1,7 @@
 """Whole real pipelines made of small parts, the UNet of these parts as a file, and the images that they give.
 
 What is shared here is made once: the parts and a session once a process, a file and PyTorch's images once a run. Who changes
-parts takes some of its own, from `shapecheck.pipelines.tiny_pipeline`.
+parts takes some of its own, from `build_parts`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any, Literal
 
 import diffusers
 import engines
@@ -20,13 +21,14 @@ import numpy as np
 import small
 import torch
 from artefacts import make_once
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import shapecheck
-from shapecheck.pipelines import tiny_pipeline as parts_of
-from shapecheck.pipelines.tiny_pipeline import parts as build_parts  # the real one, also where a test exchanges the module's
+from shapecheck.pipelines.tiny_pipeline import build_controlnet, build_tiny_pipeline
 from shapecheck.runtime.dropin import DropIn
 
+Kind = Literal["sd15", "sdxl"]
 STEPS = 4
 HEIGHT, WIDTH = 72, 104  # pixels: 9×13 latent cells, odd at the first level already
 SCHEDULERS = {
@@ -55,7 +57,56 @@ def new_scheduler(name: str):
         return class_(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, **settings)
 
 
-def build(class_, parts: parts_of.Parts, *, unet=None, controlnet=None, scheduler=None) -> DiffusionPipeline:
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a pipeline; SD1.5 has one text encoder and tokenizer, SDXL two of each."""
+
+    kind: Kind
+    unet: Any
+    controlnet: Any
+    vae: Any
+    text_encoders: tuple[Any, ...]
+    tokenizers: tuple[Any, ...]
+
+
+def build_parts(kind: Kind) -> Parts:
+    """Return new parts: those of the small pipeline of `shapecheck demo`, or for SDXL with its own UNet and a second encoder.
+
+    The text is (batch, 77, 32) for SD1.5, and (batch, 77, 80) with (batch, 40) pooled for SDXL.
+    """
+    pipe = build_tiny_pipeline()
+    if kind == "sd15":
+        return Parts(kind, pipe.unet, pipe.controlnet, pipe.vae, (pipe.text_encoder,), (pipe.tokenizer,))
+    pipe.vae.register_to_config(scaling_factor=0.13025)
+    changes = {"hidden_size": 48, "intermediate_size": 96, "hidden_act": "gelu", "projection_dim": 40}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(**SDXL).eval().requires_grad_(False)
+        unet.conv_out.weight *= 3  # as in the small pipeline: what changes the noise has to change the image
+        config = CLIPTextConfig(**pipe.text_encoder.config.to_dict() | changes)
+        second = CLIPTextModelWithProjection(config).eval().requires_grad_(False)
+    encoders, tokenizers = (pipe.text_encoder, second), (pipe.tokenizer, build_tiny_pipeline().tokenizer)
+    return Parts(kind, unet, build_controlnet(unet, 1), pipe.vae, encoders, tokenizers)
+
+
+SDXL = {
+    "sample_size": 16,
+    "norm_num_groups": 8,
+    "block_out_channels": (32, 64, 96),
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "transformer_layers_per_block": (1, 2, 2),
+    "attention_head_dim": (4, 8, 12),
+    "use_linear_projection": True,
+    "cross_attention_dim": 32 + 48,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 40,
+}
+"""SDXL's topology, small."""
+
+
+def build(class_, parts: Parts, *, unet=None, controlnet=None, scheduler=None) -> DiffusionPipeline:
     """The pipeline of these parts; a UNet, ControlNet or scheduler given takes the place of theirs."""
     offered = {
         "vae": parts.vae,
@@ -88,7 +139,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
 }
 
 
-SHALLOW: dict[str, tuple[parts_of.Kind, dict]] = {
+SHALLOW: dict[str, tuple[Kind, dict]] = {
     "shallow": ("sd15", {"cross_attention_dim": 32}),
     "shallow-xl": (
         "sdxl",
@@ -99,20 +150,20 @@ SHALLOW: dict[str, tuple[parts_of.Kind, dict]] = {
 """Name → the kind whose other parts they have, and what their UNet takes of those; it has two levels and five slots."""
 
 
-def kind(name: str) -> parts_of.Kind:
+def kind(name: str) -> Kind:
     """Which parts the pipeline of this name is made of."""
     return "sdxl" if name.startswith("xl-") else "sd15"
 
 
 @cache
-def take_parts(name: str) -> parts_of.Parts:
+def take_parts(name: str) -> Parts:
     """Return the parts of SD1.5's or SDXL's topology, or with a UNet and a ControlNet of two levels, in a tenth of the time."""
     if name not in SHALLOW:
         return build_parts(name)
     of, changes = SHALLOW[name]
     unet = small.unet(**small.SHALLOW | changes).requires_grad_(False)
     unet.conv_out.weight *= 3  # as in other parts: what changes the noise has to change the image
-    return replace(build_parts(of), unet=unet, controlnet=parts_of.another_controlnet(unet, 1))
+    return replace(build_parts(of), unet=unet, controlnet=build_controlnet(unet, 1))
 
 
 def export_unet(name: str) -> Path:
