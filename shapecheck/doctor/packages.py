@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from packaging.version import InvalidVersion, parse
@@ -13,8 +13,6 @@ from shapecheck.doctor.probes import Answer
 
 CPU = "onnxruntime CPUExecutionProvider"
 """The probe of ONNX Runtime itself."""
-Answers = Mapping[str, Answer]
-"""From each probe to what it found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +40,33 @@ REQUIREMENTS = {
 INSTALLED = " ".join(("distributions", *REQUIREMENTS))
 
 
+class Answers(dict[str, Answer]):
+    """The answers by probe, and the distributions that they show."""
+
+    @property
+    def installed(self) -> dict[str, str]:
+        """The version of every installed distribution."""
+        return dict(self[INSTALLED].facts.get("installed", {}))
+
+    def owners(self, module: str) -> list[str]:
+        """Return the installed distributions that bring a module."""
+        return list(self[INSTALLED].facts.get("owners", {}).get(module, ()))
+
+    def distribution(self, module: str) -> str:
+        """Return the distribution that brings a module, or that should."""
+        return next(iter(self.owners(module)), suggest_distribution(module))
+
+    def bindings(self, module: str) -> str:
+        """Return the distribution of TensorRT's bare Python bindings for a module, or an empty text."""
+        pattern = re.compile(rf"{module.replace('_', '-')}-cu\d+-bindings")
+        return next((name for name in self.installed if pattern.fullmatch(name)), "")
+
+
 def summarize_package(module: str, answers: Answers) -> Package:
     """Return a package as it was found."""
-    facts, owners, installed = answers[REQUIREMENTS[module].probe].facts, list_owners(answers, module), _list_installed(answers)
+    facts, installed = answers[REQUIREMENTS[module].probe].facts, answers.installed
     gaps = [*(find_conflicts(answers) if module == "onnxruntime" else ()), *find_lacks(answers, [module])]
-    names = owners or [_find_bindings(module, answers) or suggest_distribution(module)]
+    names = answers.owners(module) or [answers.bindings(module) or suggest_distribution(module)]
     known = " + ".join(dict.fromkeys(installed[name] for name in names if name in installed))
     version = facts.get("version") or known or ("" if facts.get("missing") == module else "unknown")
     return Package(" + ".join(names), module, version, "version" in facts, gaps[0] if gaps else None)
@@ -58,23 +78,22 @@ def find_lacks(answers: Answers, modules: Sequence[str], install: str = "") -> I
     `install` is the command for one that is not there, if it is not the usual one.
     """
     for module in modules:
-        requirement, name = REQUIREMENTS[module], name_distribution(answers, module)
+        requirement, name = REQUIREMENTS[module], answers.distribution(module)
         answer = answers[requirement.probe]
         version = answer.facts.get("version")
-        if version is None and answer.facts.get("missing") == module and not list_owners(answers, module):
+        if version is None and answer.facts.get("missing") == module and not answers.owners(module):
             absent = _explain_absence(module, answers)
             yield replace(absent, fix=install) if install else absent
         elif version is None:
-            bindings = _find_bindings(module, answers)
-            whole = _name_whole(bindings, answers) if bindings and answer.gone else name
-            yield Gap(answer.problem, f"pip install --force-reinstall {whole}")
+            bindings = answers.bindings(module) if answer.gone else ""
+            yield Gap(answer.problem, f"pip install --force-reinstall {_name_whole(bindings, answers) if bindings else name}")
         elif _is_older(version, requirement.oldest):
             problem = f"{name} {version} is older than {requirement.oldest}, the oldest that is supported"
             yield Gap(problem, f"pip install --upgrade '{name}>={requirement.oldest}'")
 
 
 def _is_older(version: str, oldest: str) -> bool:
-    """Compare releases, so that a vendor's pre-release of the oldest one passes; so does what is not a version."""
+    # By release, so that a vendor's pre-release of the oldest one passes; so does what is not a version.
     try:
         return parse(version).release < parse(oldest).release
     except InvalidVersion:
@@ -91,8 +110,8 @@ def recommend_tensorrt(answers: Answers) -> str:
 
 
 def _explain_absence(module: str, answers: Answers) -> Gap:
-    requirement, runtimes = REQUIREMENTS[module], list_owners(answers, "onnxruntime")
-    if bindings := _find_bindings(module, answers):
+    requirement, runtimes = REQUIREMENTS[module], answers.owners("onnxruntime")
+    if bindings := answers.bindings(module):
         problem = f"{bindings} alone is installed, without the package {module}"
         return Gap(problem, f"pip install {_name_whole(bindings, answers)}")
     command = f"pip install 'shapecheck-controlnet[{requirement.extra}]'"
@@ -108,37 +127,16 @@ def _explain_absence(module: str, answers: Answers) -> Gap:
 
 def find_conflicts(answers: Answers) -> Iterator[Gap]:
     """Report two distributions of ONNX Runtime beside each other."""
-    owners = list_owners(answers, "onnxruntime")
+    owners = answers.owners("onnxruntime")
     if len(owners) > 1:
         kept = "onnxruntime-gpu" if "onnxruntime-gpu" in owners else owners[0]
         problem = f"{' and '.join(owners)} own the same folder: the last installed wins, removing one breaks the other"
         yield Gap(problem, f"pip uninstall -y {' '.join(owners)} && pip install {kept}")
 
 
-def _list_installed(answers: Answers) -> dict[str, str]:
-    """Return the version of every installed distribution."""
-    return dict(answers[INSTALLED].facts.get("installed", {}))
-
-
-def list_owners(answers: Answers, module: str) -> list[str]:
-    """Return the installed distributions that bring a module."""
-    return list(answers[INSTALLED].facts.get("owners", {}).get(module, ()))
-
-
-def _find_bindings(module: str, answers: Answers) -> str:
-    """Return the distribution of TensorRT's bare Python bindings for a module, or an empty text."""
-    pattern = re.compile(rf"{module.replace('_', '-')}-cu\d+-bindings")
-    return next((name for name in _list_installed(answers) if pattern.fullmatch(name)), "")
-
-
 def _name_whole(bindings: str, answers: Answers) -> str:
     """Return the requirement for the package, libraries included, that bindings are a part of."""
-    return f"{bindings.removesuffix('-bindings')}=={_list_installed(answers)[bindings]}"
-
-
-def name_distribution(answers: Answers, module: str) -> str:
-    """Return the distribution that brings a module, or that should."""
-    return next(iter(list_owners(answers, module)), suggest_distribution(module))
+    return f"{bindings.removesuffix('-bindings')}=={answers.installed[bindings]}"
 
 
 def suggest_distribution(module: str) -> str:

@@ -1,4 +1,4 @@
-"""What runs on a machine and what does not, as text or JSON."""
+"""The report on a machine: what runs on it and what does not, as text or JSON."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from shapecheck.doctor.environment import BACKENDS, Environment
 from shapecheck.report.document import Document, Facts, Heading, Lines, Part, Points, Table, wrap
 from shapecheck.report.numbers import dump_json
 
-_GIB = 2**30
-
 
 def render_text(environment: Environment, required: Sequence[str] = ()) -> str:
     """Return the report for a person. If backends are required, fixes and verdict are about those; else about everything."""
     driver = environment.driver
     works = f"{driver.version or 'version unknown'}, for CUDA up to {driver.cuda}"
-    gpus = [f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory / _GIB:.1f} GiB" for gpu in environment.devices]
+    gpus = [f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory / 2**30:.1f} GiB" for gpu in environment.devices]
     facts = [
         ("python", environment.python),
         ("platform", environment.platform),
@@ -49,7 +47,7 @@ def render_text(environment: Environment, required: Sequence[str] = ()) -> str:
 
 
 def render_json(environment: Environment, required: Sequence[str] = ()) -> str:
-    """Return the same for machines."""
+    """Return the report for machines."""
     record = {
         **asdict(environment),
         "packages": [asdict(package) | {"installed": package.installed} for package in environment.packages],
