@@ -153,7 +153,7 @@ def _profiles(artefact: Artefact, geometries: Sequence[Geometry]) -> dict[str, s
     for each in geometries:
         sizes = sizes.with_(each)
     profile = profile_of(artefact.contract, sizes).renamed(artefact.names)
-    return {key: str(value) for key, value in profile_formats.provider_options([profile]).items()}
+    return {key: str(value) for key, value in profile_formats.make_provider_options([profile]).items()}
 
 
 def _device(device: torch.device) -> str:

@@ -83,7 +83,7 @@ def bench(
             return stage.play_in_torch(compiled=name == "torch-compile")
         # For the one size: ONNX Runtime would build its own engine again and again for whatever comes.
         profile = [profile_of(contract, Range(geometry, geometry, geometry))] if name == "ort-trt" else []
-        options = profile_formats.provider_options(profile) if profile else None
+        options = profile_formats.make_provider_options(profile) if profile else None
         backend: Any = name
         known = None if is_engine(path) else contract
         return stage.play_in_session(load(artefact, backend, contract=known, device=device, options=options))
