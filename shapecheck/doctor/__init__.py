@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
 from shapecheck.doctor import packages
-from shapecheck.doctor.environment import BACKENDS, RTX_CAPABILITIES, Backend, Device, Driver, Environment, Gap, check_known
+from shapecheck.doctor.environment import RTX_CAPABILITIES, RTX_NAMES, Backend, Device, Driver, Environment, Gap, check_known
 from shapecheck.doctor.packages import CPU, INSTALLED, REQUIREMENTS, Answers
 from shapecheck.doctor.probes import Answer, ask
 
@@ -45,8 +45,7 @@ class _Check(NamedTuple):
 
 _ORT, _ORT_DETAIL = ("onnxruntime",), "onnxruntime {version}"
 _TRT, _RTX, _POLYGRAPHY = (REQUIREMENTS[module].probe for module in ("tensorrt", "tensorrt_rtx", "polygraphy"))
-_TRT_PROBES = (_TRT, "driver", CPU, _POLYGRAPHY)
-_PROVIDERS = {"ort-cuda": "CUDA", "ort-trt": "TensorRT"}
+_TRT_PROBES, _RTX_PROBES = (_TRT, "driver", CPU, _POLYGRAPHY), (_RTX, "driver", _POLYGRAPHY)
 _CUDA_PROBES, _ORT_TRT_PROBES = ((f"onnxruntime {name}ExecutionProvider", "driver", CPU) for name in ("CUDA", "Tensorrt"))
 _CHECKS = {
     "torch": _Check(("torch",), ("torch",), "cpu", "torch {version}"),
@@ -55,15 +54,13 @@ _CHECKS = {
     "ort-cuda": _Check(_ORT, _CUDA_PROBES, "result", f"{_ORT_DETAIL}, CUDA {{built_for}}", _WITH_CUDA),
     "ort-trt": _Check(_ORT, _ORT_TRT_PROBES, "result", f"{_ORT_DETAIL}, TensorRT {{found}}", _WITH_CUDA),
     "trt": _Check(("tensorrt", "polygraphy"), _TRT_PROBES, "loaded", "tensorrt {version}: an engine was built and loaded"),
-    "rtx": _Check(
-        ("tensorrt_rtx", "polygraphy"), (_RTX, "driver", _POLYGRAPHY), "built", "tensorrt-rtx {version}: builds engines"
-    ),
+    "rtx": _Check(("tensorrt_rtx", "polygraphy"), _RTX_PROBES, "built", "tensorrt-rtx {version}: builds engines"),
 }
 
 
 def examine(progress: Callable[[str], object] = lambda _: None) -> Environment:
     """Try everything, several at a time; `progress` gets the name of a probe that is still running."""
-    answers = _ask_all(BACKENDS, progress, *(requirement.probe for requirement in REQUIREMENTS.values()))
+    answers = _ask_all(_CHECKS, progress, *(requirement.probe for requirement in REQUIREMENTS.values()))
     driver = answers["driver"].facts
     return Environment(
         f"{platform.python_version()} ({sys.executable})",
@@ -100,7 +97,8 @@ def _judge(name: str, answers: Answers) -> Backend:
     cure = next(cure for pattern, cure in _CURES if re.search(pattern, answer.reason))
     usual = Gap(answer.problem, cure.format(answers.distribution(check.modules[0])))
     works = bool(answer.facts.get(check.proof))
-    gaps = [*packages.find_lacks(answers, check.modules, check.install), *(() if works else _find_gaps(name, answers, answer))]
+    gaps = [gap for module in check.modules if (gap := packages.find_lack(answers, module, check.install))]
+    gaps += () if works else _find_gaps(name, answers, answer)
     if gaps or not works:
         return Backend(name, False, "", tuple(gaps) or (usual,))
     detail = check.detail.format(**answer.facts, found=answer.facts.get("tensorrt") or answer.facts.get("linked"))
@@ -122,7 +120,7 @@ def _find_gaps(name: str, answers: Answers, answer: Answer) -> Iterator[Gap]:
         yield Gap(f"torch {version} is built without CUDA", "pip uninstall -y torch && pip install torch")
     if name == "ort":
         yield from packages.find_conflicts(answers)
-    if (provider := _PROVIDERS.get(name)) is None:
+    if (provider := {"ort-cuda": "CUDA", "ort-trt": "TensorRT"}.get(name)) is None:
         return
     known = answer.facts.get("providers", ())
     if f"{provider}ExecutionProvider".lower() not in map(str.lower, known):
@@ -142,8 +140,7 @@ def _find_capability_gaps(answers: Answers) -> Iterator[Gap]:
     devices = [Device(**device) for device in answers["driver"].facts["devices"]]
     if not any(device.capability.startswith(RTX_CAPABILITIES) for device in devices):
         own = ", ".join(f"{device.name} has {device.capability}" for device in devices)
-        known = ", ".join(f"{start}x" if start.endswith(".") else start for start in RTX_CAPABILITIES)
-        problem = f"it makes engines for compute capability {known}, and {own}"
+        problem = f"it makes engines for compute capability {RTX_NAMES}, and {own}"
         yield Gap(problem, "nothing to install: use trt here, or a GeForce RTX or RTX PRO GPU")
 
 

@@ -19,6 +19,7 @@ BACKENDS = {
 """From the name on the command line to what the backend is."""
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.")
 """Compute capabilities that TensorRT for RTX makes engines for, as starts of the number (1.7.1; it refuses 9.0)."""
+RTX_NAMES = ", ".join(f"{start}x" if start.endswith(".") else start for start in RTX_CAPABILITIES)
 
 
 @dataclass(frozen=True, slots=True)

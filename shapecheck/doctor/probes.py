@@ -82,7 +82,7 @@ def ask(probe: str) -> Answer:
 def importing(module: str) -> Iterator[Facts]:
     """Import a module."""
     yield {"stage": f"import {module}"}
-    yield {"version": _read_version(_import(module))}
+    yield {"version": _import(module)[1]}
 
 
 def distributions(*modules: str) -> Iterator[Facts]:
@@ -144,8 +144,8 @@ def driver() -> Iterator[Facts]:
 def torch() -> Iterator[Facts]:
     """Add two numbers on the CPU, then on the GPU."""
     yield {"stage": "import torch"}
-    library = _import("torch")
-    yield {"version": _read_version(library), "built_for": library.version.cuda, "stage": "compute on the CPU"}
+    library, version = _import("torch")
+    yield {"version": version, "built_for": library.version.cuda, "stage": "compute on the CPU"}
     yield {"cpu": float(library.ones(2).sum()) == 2}
     if library.version.cuda is not None:
         yield {"stage": "compute on the GPU"}
@@ -155,13 +155,13 @@ def torch() -> Iterator[Facts]:
 def onnxruntime(provider: str) -> Iterator[Facts]:
     """Run a session on one provider, and on no other: ONNX Runtime falls back to the CPU without an error."""
     yield {"stage": "import onnxruntime"}
-    library = _import("onnxruntime")
+    library, version = _import("onnxruntime")
     linked = ""  # the major version of libnvinfer that the TensorRT provider is linked with
     for file in Path(library.__file__).parent.glob("capi/*onnxruntime_providers_tensorrt.*"):
         if match := re.search(rb"nvinfer(?:\.so\.|_)(\d+)", file.read_bytes()):
             linked = match[1].decode()
             break
-    yield {"version": _read_version(library), "providers": library.get_available_providers(), "linked": linked}
+    yield {"version": version, "providers": library.get_available_providers(), "linked": linked}
     yield {"built_for": getattr(library, "cuda_version", ""), "stage": f"start a session with {provider}"}
     if provider not in library.get_available_providers():
         return
@@ -170,7 +170,7 @@ def onnxruntime(provider: str) -> Iterator[Facts]:
     if provider == "TensorrtExecutionProvider":
         tensorrt = ""
         with suppress(ImportError):  # importing it loads its libraries, which the provider then finds
-            tensorrt = _read_version(_import("tensorrt"))
+            tensorrt = _import("tensorrt")[1]
         yield {"tensorrt": tensorrt}
     session = library.InferenceSession(MODEL, providers=[provider], enable_fallback=0)
     if session.get_providers()[0] != provider:
@@ -183,8 +183,8 @@ def onnxruntime(provider: str) -> Iterator[Facts]:
 def tensorrt(module: str) -> Iterator[Facts]:
     """Build an engine, then load it as if to run it."""
     yield {"stage": f"import {module}"}
-    trt = _import(module)
-    yield {"version": _read_version(trt), "stage": "create a builder"}
+    trt, version = _import(module)
+    yield {"version": version, "stage": "create a builder"}
     logger = trt.Logger()
     builder = trt.Builder(logger)
 
@@ -230,15 +230,11 @@ def main(name: str, *arguments: str) -> None:
             answer.write(json.dumps({"problem": str(error), "kind": type(error).__name__, "missing": missing}) + "\n")
 
 
-def _import(name: str) -> Any:
+def _import(name: str) -> tuple[Any, str]:
     module = import_module(name)
     if getattr(module, "__file__", None) is None:
         raise ImportError(f"a folder {name} is there, without the package's files")
-    return module
-
-
-def _read_version(module: Any) -> str:
-    return str(getattr(module, "__version__", "unknown"))
+    return module, str(getattr(module, "__version__", "unknown"))
 
 
 if __name__ == "__main__":

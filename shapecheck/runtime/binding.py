@@ -11,8 +11,7 @@ from typing import Protocol
 from shapecheck.contract import Contract, ContractError, Dim, Geometry, Mismatch, Shape, ShapecheckError, show
 from shapecheck.contract.geometry import AXES, USUAL_TOKENS
 from shapecheck.contract.mismatch import compare, tell_axes
-from shapecheck.tensorrt import profile_check
-from shapecheck.tensorrt.profiles import Profile, choose_profile, explain_refusal, range_of
+from shapecheck.tensorrt.profiles import Profile, choose_profile, explain_refusal, range_of, verify_profiles
 from shapecheck.tensorrt.size_ranges import format_range
 
 Given = tuple[Shape, str, str]
@@ -99,7 +98,7 @@ class Binding:
         if names.keys() != rules.keys() or len(set(names.values())) != len(taken.names):
             raise ShapecheckError("the engine's record does not name each input of its contract once; build the engine again")
         if taken.profiles is not None:
-            profile_check.verify(taken.contract, taken.profiles)
+            verify_profiles(taken.contract, taken.profiles)
         self._taken, self._device, self._names = taken, device, names
         self._places = _places(rules)
         self._at = lru_cache(_KEPT)(partial(serving_at, taken, device))

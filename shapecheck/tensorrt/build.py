@@ -14,17 +14,16 @@ from shapecheck.contract.errors import one_line
 from shapecheck.contract.json_codec import decode, encode
 from shapecheck.contract.mismatch import Port
 from shapecheck.contract.naming import torch_name
-from shapecheck.doctor.environment import RTX_CAPABILITIES
+from shapecheck.doctor.environment import RTX_CAPABILITIES, RTX_NAMES
 from shapecheck.files import locked, make_folder, refuse_unwritable, whole
 from shapecheck.models import weights as checkpoints
 from shapecheck.onnx.file import WEIGHTS_KEY, OnnxFile, file_digest
 from shapecheck.progress import Progress, silent
-from shapecheck.tensorrt import profile_check
 from shapecheck.tensorrt.engine_io import DeclaredEngine, compare_engine
 from shapecheck.tensorrt.graph_check import compare_graph, compare_profile, try_sizes
 from shapecheck.tensorrt.process import EngineError, EngineProcess, has_driver
 from shapecheck.tensorrt.profile_formats import MOST_PROFILES
-from shapecheck.tensorrt.profiles import Profile, Range, profile_of, range_of
+from shapecheck.tensorrt.profiles import Profile, Range, find_profile_mismatches, profile_of, range_of
 from shapecheck.tensorrt.record import ENGINES, BuildOptions, Built, Engine, Request, read_engine, record_of, size_of_engine
 from shapecheck.tensorrt.source import Source, read_source
 
@@ -71,18 +70,10 @@ def build_engine(
     weights = checkpoints.digest(source.file.tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
     with EngineProcess(options.target, progress) as process:
         ready = _wait_until_ready(process, options)
-        request = Request(
-            source.contract,
-            requested,
-            tuple(source.names.items()),
-            tuple(tensor.name for tensor in source.file.reading.outputs),
-            source.file.digest,
-            weights,
-            one_line(source.file.metadata.get(WEIGHTS_KEY, "")),
-            options,
-            tensorrt=one_line(ready["tensorrt"]),
-            gpu=one_line(ready["gpu"]) or ", ".join(options.compute_capabilities) or _ANY_GPU,
-        )
+        names, outputs = tuple(source.names.items()), tuple(tensor.name for tensor in source.file.reading.outputs)
+        digests = source.file.digest, weights, one_line(source.file.metadata.get(WEIGHTS_KEY, ""))
+        gpu = one_line(ready["gpu"]) or ", ".join(options.compute_capabilities) or _ANY_GPU
+        request = Request(source.contract, requested, names, outputs, *digests, options, one_line(ready["tensorrt"]), gpu)
         Engine.from_json(Engine(request, "", 0).to_json())  # a record that could not be read again is refused before the build
         path = target or locate_in_cache(Path(cache or ""), source.file.path, request)
         progress(f"looking for {path}")
@@ -105,7 +96,7 @@ def check(source: Source, profiles: Sequence[Profile], progress: Progress = sile
     ports = [Port(tensor.name, tensor.dtype, tensor.dims) for tensor in inputs]
     mismatches = [*compare_graph(source.contract, ports, source.names)]
     for profile in profiles:
-        mismatches += profile_check.find_mismatches(source.contract, profile)
+        mismatches += find_profile_mismatches(source.contract, profile)
         # A second fault of one input is mostly the first again, unless it is the dtype.
         known = {mismatch.where for mismatch in mismatches}
         dtypes = {mismatch.where for mismatch in mismatches if mismatch.kind == "dtype"}
@@ -164,8 +155,7 @@ def _refuse_options(options: BuildOptions) -> None:
         if not re.fullmatch(r"[0-9]{1,2}\.[0-9]", capability):
             raise ShapecheckError(f"--compute-capability: {capability!r:.40} is not a compute capability such as 8.9")
         if not capability.startswith(RTX_CAPABILITIES):
-            known = ", ".join(f"{start}x" if start.endswith(".") else start for start in RTX_CAPABILITIES)
-            raise ShapecheckError(f"--compute-capability {capability}: TensorRT for RTX builds for {known}")
+            raise ShapecheckError(f"--compute-capability {capability}: TensorRT for RTX builds for {RTX_NAMES}")
 
 
 def _resolve_output(output: str | Path | None, cache: str | Path | None) -> Path | None:

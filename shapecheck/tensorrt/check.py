@@ -17,9 +17,8 @@ from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.build import read_back
 from shapecheck.tensorrt.engine_io import compare_engine
 from shapecheck.tensorrt.process import EngineError
-from shapecheck.tensorrt.profile_check import find_mismatches
-from shapecheck.tensorrt.profiles import choose_profile, range_of
-from shapecheck.tensorrt.record import Engine, EngineCheck, SizeFit, WeightsCheck, size_of_engine
+from shapecheck.tensorrt.profiles import choose_profile, find_profile_mismatches, range_of
+from shapecheck.tensorrt.record import Engine, EngineCheck, Read, SizeFit, WeightsCheck, size_of_engine
 
 
 def check_engine(
@@ -42,44 +41,36 @@ def check_engine(
     Raises ShapecheckError if the engine, a ControlNet or the weights cannot be read.
     """
     contract = engine.request.contract
-    mismatches, is_read, unread = _compare_with_record(path, engine, progress)
-    mismatches += [mismatch for profile in engine.request.profiles for mismatch in find_mismatches(contract, profile)]
+    mismatches, read, unread = _compare_with_record(path, engine, progress)
+    mismatches += [mismatch for profile in engine.request.profiles for mismatch in find_profile_mismatches(contract, profile)]
     if model is not None:
         mismatches += _compare_with_model(contract, model)
-    # Without the model's configuration no ControlNet can be judged: the model's contract has it, with the slots of the engine.
-    known = contract
+    fit = _fit_size(engine, asked, any_batch, any_tokens) if asked is not None else None
+    # A contract read off a graph does not know its model's configuration, which a ControlNet is judged by.
     if model is not None and "down_block_types" not in contract.config:
-        known = replace(model, slots=contract.slots, features=contract.features)
-    return EngineCheck(
-        str(path),
-        engine,
-        "engine" if is_read else "record",
-        unread,
-        tuple(mismatches),
-        _fit_size(engine, asked, any_batch, any_tokens) if asked is not None else None,
-        tuple(controlnets),
-        misfits(known, controlnets, asked, offline=offline, progress=progress) if controlnets else (),
-        _compare_weights(engine, weights, offline, progress) if weights is not None else None,
-    )
+        contract = replace(model, slots=contract.slots, features=contract.features)
+    unfit = misfits(contract, controlnets, asked, offline=offline, progress=progress) if controlnets else ()
+    held = _compare_weights(engine, weights, offline, progress) if weights is not None else None
+    return EngineCheck(str(path), engine, read, unread, tuple(mismatches), fit, tuple(controlnets), unfit, held)
 
 
-def _compare_with_record(path: Path, engine: Engine, progress: Progress) -> tuple[list[Mismatch], bool, str]:
-    """Return in what an engine is not what its record says, if TensorRT showed it, and why not."""
+def _compare_with_record(path: Path, engine: Engine, progress: Progress) -> tuple[list[Mismatch], Read, str]:
+    """Return in what an engine is not what its record says, which of them was read, and why not the engine."""
     request, size = engine.request, size_of_engine(path)
     actual, expected = f"{size} bytes", f"{engine.size} bytes"
     if size == engine.size:
         actual, expected = file_digest(path, lambda *bytes_: progress(f"hashing {path}", *bytes_)), engine.digest
     if actual != expected:
         cause = "another engine, or one cut short, under the name of this record; copy both together, or build again"
-        return [Mismatch("engine", "the file", actual, expected, cause=cause)], False, ""
+        return [Mismatch("engine", "the file", actual, expected, cause=cause)], "record", ""
     try:
-        return [*compare_engine(request, read_back(path, engine, progress))], True, ""
+        return [*compare_engine(request, read_back(path, engine, progress))], "engine", ""
     except ShapecheckError as error:
         reason = one_line(" ".join(str(error).split()), 300)
         if not isinstance(error, EngineError) or error.stage != "refused":
-            return [], False, reason
+            return [], "record", reason
         expected = f"one that TensorRT loads here; it was built by {request.tensorrt} for {request.gpu}"
-        return [Mismatch("engine", "the engine", f"TensorRT refuses it: {reason}", expected)], False, ""
+        return [Mismatch("engine", "the engine", f"TensorRT refuses it: {reason}", expected)], "record", ""
 
 
 def _compare_with_model(own: Contract, model: Contract) -> tuple[Mismatch, ...]:

@@ -31,7 +31,7 @@ def dumps(profiles: Sequence[Profile], digest: str) -> str:
 def loads(text: str) -> tuple[tuple[Profile, ...], str]:
     """Return the profiles in `dumps`' text, and the digest of their contract. Raises ShapecheckError on anything else.
 
-    They may have been edited: `profile_check` judges them.
+    They may have been edited: `find_profile_mismatches` judges them.
     """
     record = FORMAT.parse(text)
     try:

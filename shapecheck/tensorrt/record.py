@@ -21,9 +21,9 @@ Target = Literal["trt", "rtx"]
 """TensorRT, which needs the GPU it builds for; or TensorRT for RTX, which builds on any machine."""
 MODULES = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
 """The Python module of each target."""
-SIDECAR = ".shapecheck.json"
-"""Appended to an engine's file name for its record, whose key "contract" holds the contract."""
 ENGINES = (".plan", ".engine", ".trt")
+Read = Literal["engine", "record"]
+"""Who showed an engine's inputs and profiles: TensorRT those of the engine itself, or only the record beside it."""
 _FORMAT = TextFormat(
     "shapecheck_engine", "an engine's record", writer="`shapecheck build`", remedy="build the engine again", largest=16 * 2**20
 )
@@ -154,8 +154,7 @@ class EngineCheck:
 
     path: str
     engine: Engine
-    read: Literal["engine", "record"]
-    """Who showed inputs and profiles: TensorRT those of the engine itself, or only the record beside it."""
+    read: Read
     unread: str
     """Why the engine itself was not read; empty if it was, or if its file is another's."""
     mismatches: tuple[Mismatch, ...]
@@ -171,8 +170,8 @@ class EngineCheck:
 
 
 def record_of(engine: Path) -> Path:
-    """Return the file that holds an engine's record."""
-    return engine.with_name(engine.name + SIDECAR)
+    """Return the file beside an engine that holds its record."""
+    return engine.with_name(f"{engine.name}.shapecheck.json")
 
 
 def is_engine(path: Path) -> bool:

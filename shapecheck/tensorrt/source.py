@@ -13,8 +13,8 @@ from shapecheck.contract.geometry import USUAL_TOKENS
 from shapecheck.files import read_text, report_unreadable
 from shapecheck.onnx.records import Check
 from shapecheck.progress import Progress, silent
-from shapecheck.tensorrt import profile_check, profile_formats
-from shapecheck.tensorrt.profiles import Profile, profile_of
+from shapecheck.tensorrt import profile_formats
+from shapecheck.tensorrt.profiles import Profile, find_profile_mismatches, profile_of
 from shapecheck.tensorrt.record import is_engine
 from shapecheck.tensorrt.size_ranges import parse_ranges
 
@@ -121,7 +121,7 @@ def profiles_for(contract: Contract, requested: Sizes, names: dict[str, str] | N
         raise ShapecheckError(f"{file}: {one_line(error, 400)}") from None
     ours = {theirs: name for name, theirs in (names or {}).items()}
     profiles = tuple(profile.renamed(ours) for profile in saved)
-    mismatches = [mismatch for profile in profiles for mismatch in profile_check.find_mismatches(contract, profile)]
+    mismatches = [mismatch for profile in profiles for mismatch in find_profile_mismatches(contract, profile)]
     if mismatches and digest != contract.digest:
         raise ContractError(tuple(mismatches), subject=f"{file} was made for another contract", contract=contract)
     return profiles

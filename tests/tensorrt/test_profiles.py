@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 from shapecheck import BuildOptions, Contract, ContractError, Geometry, ShapecheckError, presets
 from shapecheck.contract import Config, Dim, Input, Slot
 from shapecheck.contract.dims import BATCH, HEIGHT, TOKENS, WIDTH, constant
-from shapecheck.tensorrt import profile_check, profile_formats
-from shapecheck.tensorrt.profiles import Bounds, Profile, Range, choose_profile, explain_refusal, profile_of, range_of
+from shapecheck.tensorrt import profile_formats
+from shapecheck.tensorrt.profiles import (
+    Bounds,
+    Profile,
+    Range,
+    choose_profile,
+    explain_refusal,
+    find_profile_mismatches,
+    profile_of,
+    range_of,
+    verify_profiles,
+)
 from shapecheck.tensorrt.size_ranges import parse_ranges
 
 SD15, SDXL = presets.contract("sd15"), presets.contract("sdxl")
@@ -87,7 +97,7 @@ def test_every_triple_is_the_image_of_one_range(table, sizes):
     for each in profile.inputs:
         assert all(a <= b <= c for a, b, c in zip(*each.shapes, strict=True))
     assert range_of(contract, profile) == sizes
-    assert profile_check.find_mismatches(contract, profile) == ()
+    assert find_profile_mismatches(contract, profile) == ()
 
 
 @given(tables(), st.lists(ranges(), min_size=1, max_size=3))
@@ -210,23 +220,23 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_and_named_alone(fault):
     profile, expected = FAULTS[fault]
-    assert expected in [(each.where, each.kind, each.observed) for each in profile_check.find_mismatches(SDXL, profile)]
-    assert {each.where for each in profile_check.find_mismatches(SDXL, profile)} == {expected[0]}
+    assert expected in [(each.where, each.kind, each.observed) for each in find_profile_mismatches(SDXL, profile)]
+    assert {each.where for each in find_profile_mismatches(SDXL, profile)} == {expected[0]}
     with pytest.raises(ContractError, match=expected[0]):
-        profile_check.verify(SDXL, [MADE, profile])
+        verify_profiles(SDXL, [MADE, profile])
 
 
 def test_nothing_is_not_a_profile():
     with pytest.raises(ShapecheckError, match="no profile was given"):
-        profile_check.verify(SDXL, [])
-    assert [each.kind for each in profile_check.find_mismatches(SDXL, Profile(()))] == ["missing"] * 15 + ["sizes"]
+        verify_profiles(SDXL, [])
+    assert [each.kind for each in find_profile_mismatches(SDXL, Profile(()))] == ["missing"] * 15 + ["sizes"]
 
 
 def test_a_range_the_model_refuses_names_the_size():
     refused = Range(Geometry(1, 48, 48), Geometry(1, 64, 64), Geometry(1, 96, 113))
     with pytest.raises(ShapecheckError, match=r"max, 904x768 pixels: this UNet refuses latents of 96×113: .*multiples of 8"):
         profile_of(presets.contract("kandinsky-2.2"), refused)
-    found = profile_check.find_mismatches(replace(SDXL, divisor=8), MADE)
+    found = find_profile_mismatches(replace(SDXL, divisor=8), MADE)
     assert "refuses latents of 17×24" in str(found[-1])
 
 
@@ -291,7 +301,7 @@ def test_a_range_that_does_not_ascend_is_refused():
 
 def test_lists_serve_as_shapes_and_one_profile_as_several():
     listed = Profile(tuple(replace(each, min=list(each.min), max=list(each.max)) for each in MADE.inputs))
-    assert profile_check.find_mismatches(SDXL, listed) == ()
+    assert find_profile_mismatches(SDXL, listed) == ()
     assert dict(profile_formats.make_provider_options(())) == {}
     assert BuildOptions("rtx", compute_capabilities=["8.9", "8.6", "8.9"]).compute_capabilities == ("8.6", "8.9")
 
