@@ -34,7 +34,7 @@ _CURES = (
 class _Check(NamedTuple):
     modules: tuple[str, ...]
     probes: tuple[str, ...]
-    """Its own first, then those that a reason may need."""
+    """The backend's own probe first, then those that a reason may need."""
     proof: str
     """The fact that its probe reports when it really ran."""
     detail: str
@@ -52,7 +52,7 @@ _CHECKS = {
     "torch-cuda": _Check(("torch",), ("torch", "driver"), "cuda", "torch {version}, CUDA {built_for}"),
     "ort": _Check(_ORT, (CPU,), "result", _ORT_DETAIL),
     "ort-cuda": _Check(_ORT, _CUDA_PROBES, "result", f"{_ORT_DETAIL}, CUDA {{built_for}}", _WITH_CUDA),
-    "ort-trt": _Check(_ORT, _ORT_TRT_PROBES, "result", f"{_ORT_DETAIL}, TensorRT {{found}}", _WITH_CUDA),
+    "ort-trt": _Check(_ORT, _ORT_TRT_PROBES, "result", f"{_ORT_DETAIL}, TensorRT {{release}}", _WITH_CUDA),
     "trt": _Check(("tensorrt", "polygraphy"), _TRT_PROBES, "loaded", "tensorrt {version}: an engine was built and loaded"),
     "rtx": _Check(("tensorrt_rtx", "polygraphy"), _RTX_PROBES, "built", "tensorrt-rtx {version}: builds engines"),
 }
@@ -101,7 +101,7 @@ def _judge(name: str, answers: Answers) -> Backend:
     gaps += () if works else _find_gaps(name, answers, answer)
     if gaps or not works:
         return Backend(name, False, "", tuple(gaps) or (usual,))
-    detail = check.detail.format(**answer.facts, found=answer.facts.get("tensorrt") or answer.facts.get("linked"))
+    detail = check.detail.format(**answer.facts, release=answer.facts.get("tensorrt") or answer.facts.get("linked"))
     if name != "rtx":
         return Backend(name, True, detail)
     if answer.facts.get("loaded"):

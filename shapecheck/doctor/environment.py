@@ -1,4 +1,4 @@
-"""What is installed on a machine, and what can really run there, as frozen records."""
+"""Frozen records of a machine: its packages, its GPUs, and the backends that really run there."""
 
 from __future__ import annotations
 

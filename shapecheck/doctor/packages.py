@@ -61,7 +61,7 @@ class Answers(dict[str, Answer]):
 
 
 def summarize_package(module: str, answers: Answers) -> Package:
-    """Return a package as it was found."""
+    """Return the state of a package here."""
     facts, installed = answers[REQUIREMENTS[module].probe].facts, answers.installed
     gap = find_lack(answers, module)
     if module == "onnxruntime":

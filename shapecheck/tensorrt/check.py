@@ -50,8 +50,8 @@ def check_engine(
     if model is not None and "down_block_types" not in contract.config:
         contract = replace(model, slots=contract.slots, features=contract.features)
     unfit = misfits(contract, controlnets, asked, offline=offline, progress=progress) if controlnets else ()
-    held = _compare_weights(engine, weights, offline, progress) if weights is not None else None
-    return EngineCheck(str(path), engine, read, unread, tuple(mismatches), fit, tuple(controlnets), unfit, held)
+    compared = _compare_weights(engine, weights, offline, progress) if weights is not None else None
+    return EngineCheck(str(path), engine, read, unread, tuple(mismatches), fit, tuple(controlnets), unfit, compared)
 
 
 def _compare_with_record(path: Path, engine: Engine, progress: Progress) -> tuple[list[Mismatch], Read, str]:
@@ -83,17 +83,17 @@ def _compare_with_model(own: Contract, model: Contract) -> tuple[Mismatch, ...]:
     return mismatches
 
 
-def _fit_size(engine: Engine, asked: Geometry, any_batch: bool, any_tokens: bool) -> SizeFit:
+def _fit_size(engine: Engine, size: Geometry, any_batch: bool, any_tokens: bool) -> SizeFit:
     """Return the profile that serves a size; if none does, why not, and what would."""
     contract, profiles = engine.request.contract, engine.request.profiles
     try:
-        contract.require(asked)
+        contract.require(size)
     except ShapecheckError as error:
-        return SizeFit(asked, None, (str(error),))
+        return SizeFit(size, None, (str(error),))
     ranges = [range_of(contract, profile) for profile in profiles]
     # A batch or tokens that were left open are those that each profile is tuned for.
     left_open = [axis for axis, is_open in (("batch", any_batch), ("tokens", any_tokens)) if is_open]
-    requested = [replace(asked, **{axis: getattr(sizes.opt, axis) for axis in left_open}) for sizes in ranges]
+    requested = [replace(size, **{axis: getattr(sizes.opt, axis) for axis in left_open}) for sizes in ranges]
     for geometry in requested:
         if (chosen := choose_profile(profiles, contract.input_shapes(geometry))) is not None:
             return SizeFit(geometry, chosen)
@@ -130,8 +130,7 @@ def compare_with_file(engine: Engine, file: OnnxFile, progress: Progress = silen
     request, name = engine.request, str(file)
     own = checkpoints.digest(file.tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
     if own == request.weights:
-        is_same_file = file.digest == request.onnx
-        return WeightsCheck(name, True, "the very file" if is_same_file else "the same weights, in another ONNX file")
-    exported_from = file.metadata.get(WEIGHTS_KEY)
-    same = exported_from and exported_from == request.checkpoint
-    return WeightsCheck(name, False, "another export of the same checkpoint" if same else f"other weights: {own}")
+        where = "the very file" if file.digest == request.onnx else "the same weights, in another ONNX file"
+        return WeightsCheck(name, True, where)
+    is_of_checkpoint = request.checkpoint and request.checkpoint == file.metadata.get(WEIGHTS_KEY)
+    return WeightsCheck(name, False, "another export of the same checkpoint" if is_of_checkpoint else f"other weights: {own}")

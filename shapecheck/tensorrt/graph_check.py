@@ -35,7 +35,7 @@ def compare_graph(contract: Contract, ports: Sequence[Port], names: Mapping[str,
             continue
         for own, dim in zip(port.dims, rule, strict=True):
             if isinstance(own, str) and dim.symbol is not None and stands_for.setdefault(own, dim) != dim:
-                cause = f"{own} is {stands_for[own]} elsewhere, and TensorRT takes equal names for equal sizes"
+                cause = f"{own} is {stands_for[own]} elsewhere, and TensorRT holds equal names to be equal sizes"
                 mismatches.append(Mismatch("symbol", name, f"an axis named {own}", str(dim), cause=cause))
     return tuple(mismatches)
 

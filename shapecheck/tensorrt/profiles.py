@@ -93,8 +93,8 @@ class Range:
 
     def nearest(self, geometry: Geometry) -> Geometry:
         """Return the geometry between min and max that is nearest to another."""
-        sides = ((axis, (getattr(bound, axis) for bound in (self.min, geometry, self.max))) for axis in AXES.values())
-        return Geometry(**{axis: sorted(values)[1] for axis, values in sides})
+        bounds = self.min, geometry, self.max
+        return Geometry(**{axis: sorted(getattr(bound, axis) for bound in bounds)[1] for axis in AXES.values()})
 
     def with_(self, geometry: Geometry) -> Range:
         """Return the smallest range that holds another geometry too."""

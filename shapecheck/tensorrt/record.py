@@ -31,7 +31,7 @@ _FORMAT = TextFormat(
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How an engine is built, precision apart: that is the dtype of the ONNX graph."""
+    """The options of a build. Precision is not one: that is the dtype of the ONNX graph."""
 
     target: Target = "trt"
     optimization_level: int | None = None
@@ -156,7 +156,7 @@ class EngineCheck:
     engine: Engine
     read: Read
     unread: str
-    """Why the engine itself was not read; empty if it was, or if its file is another's."""
+    """The reason why the engine itself was not read; empty if it was, or if its file is another's."""
     mismatches: tuple[Mismatch, ...]
     fit: SizeFit | None
     controlnets: tuple[str, ...]

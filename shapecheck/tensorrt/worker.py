@@ -124,7 +124,7 @@ def _build_engine(trt: Any, target: str, job: Mapping[str, Any], write: EventWri
             with Path(job["output"]).open("wb") as file:
                 file.write(plan)
         except OSError as error:
-            write("failed", stage="write", text=f"{error.strerror}; it takes {plan.nbytes / 1e9:.2f} GB")
+            write("failed", stage="write", text=f"{error.strerror}; it needs {plan.nbytes / 1e9:.2f} GB")
             return
         _save_timing_cache(config, job["timing_cache"], write)
         write("built", seconds=seconds)

@@ -209,7 +209,7 @@ def test_a_full_disk_is_told_with_the_engine_s_name(deep, tmp_path):
     limited = ["bash", "-c", 'ulimit -f 4000; exec "$@"', "bash", *command]
     done = subprocess.run(limited, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert f"error: cannot write {tmp_path / 'unet.plan'}: File too large; it takes 0.0" in done.stderr
+    assert f"error: cannot write {tmp_path / 'unet.plan'}: File too large; it needs 0.0" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
