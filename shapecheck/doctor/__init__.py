@@ -1,4 +1,4 @@
-"""What is installed, importable and really runs here, and what fixes what does not.
+"""The examination of a machine: what is installed, importable and really runs here, and what fixes the rest.
 
 Everything is tried by `probes`, in processes of their own; this file judges the answers.
 """
@@ -13,23 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
-from shapecheck.doctor.environment import BACKENDS, RTX_CAPABILITIES, Backend, Device, Driver, Environment, Gap, check_known
-from shapecheck.doctor.packages import (
-    CPU,
-    INSTALLED,
-    REQUIREMENTS,
-    Answers,
-    find_conflicts,
-    find_lacks,
-    list_owners,
-    name_distribution,
-    recommend_tensorrt,
-    summarize_package,
-)
+from shapecheck.doctor import packages
+from shapecheck.doctor.environment import RTX_CAPABILITIES, RTX_NAMES, Backend, Device, Driver, Environment, Gap, check_known
+from shapecheck.doctor.packages import CPU, INSTALLED, REQUIREMENTS, Answers
 from shapecheck.doctor.probes import Answer, ask
 
-_CUDA, _TENSORRT = "onnxruntime CUDAExecutionProvider", "onnxruntime TensorrtExecutionProvider"
-_NO_DEVICE = "(CUDA error 100)"
 _NOT_CUDA = re.compile(r"libcuda\.|nvcuda\.|(lib)?nv(infer|onnxparser)")
 """Libraries of the driver and of TensorRT, which the packages of CUDA and cuDNN do not bring."""
 _WITH_CUDA = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
@@ -40,17 +28,44 @@ _CURES = (
     ("no kernel image|not supported", "pip install --upgrade {}"),
     ("", "pip install --force-reinstall {}"),
 )
-"""From what a library said to what helps; the braces stand for its distribution."""
+"""From a library's message to what helps; the braces stand for its distribution."""
+
+
+class _Check(NamedTuple):
+    modules: tuple[str, ...]
+    probes: tuple[str, ...]
+    """The backend's own probe first, then those that a reason may need."""
+    proof: str
+    """The fact that its probe reports when it really ran."""
+    detail: str
+    """A description of what worked, with the facts of its probe in braces."""
+    install: str = ""
+    """The command for its packages, if it is not the usual one."""
+
+
+_ORT, _ORT_DETAIL = ("onnxruntime",), "onnxruntime {version}"
+_TRT, _RTX, _POLYGRAPHY = (REQUIREMENTS[module].probe for module in ("tensorrt", "tensorrt_rtx", "polygraphy"))
+_TRT_PROBES, _RTX_PROBES = (_TRT, "driver", CPU, _POLYGRAPHY), (_RTX, "driver", _POLYGRAPHY)
+_CUDA_PROBES, _ORT_TRT_PROBES = ((f"onnxruntime {name}ExecutionProvider", "driver", CPU) for name in ("CUDA", "Tensorrt"))
+_CHECKS = {
+    "torch": _Check(("torch",), ("torch",), "cpu", "torch {version}"),
+    "torch-cuda": _Check(("torch",), ("torch", "driver"), "cuda", "torch {version}, CUDA {built_for}"),
+    "ort": _Check(_ORT, (CPU,), "result", _ORT_DETAIL),
+    "ort-cuda": _Check(_ORT, _CUDA_PROBES, "result", f"{_ORT_DETAIL}, CUDA {{built_for}}", _WITH_CUDA),
+    "ort-trt": _Check(_ORT, _ORT_TRT_PROBES, "result", f"{_ORT_DETAIL}, TensorRT {{release}}", _WITH_CUDA),
+    "trt": _Check(("tensorrt", "polygraphy"), _TRT_PROBES, "loaded", "tensorrt {version}: an engine was built and loaded"),
+    "rtx": _Check(("tensorrt_rtx", "polygraphy"), _RTX_PROBES, "built", "tensorrt-rtx {version}: builds engines"),
+}
 
 
 def examine(progress: Callable[[str], object] = lambda _: None) -> Environment:
-    """Try everything, several at a time; `progress` is told what is still being tried."""
-    answers = _ask_all((*(wanted.probe for wanted in REQUIREMENTS.values()), *_list_probes(BACKENDS)), progress)
+    """Try everything, several at a time; `progress` gets the name of a probe that is still running."""
+    answers = _ask_all(_CHECKS, progress, *(requirement.probe for requirement in REQUIREMENTS.values()))
     driver = answers["driver"].facts
     return Environment(
         f"{platform.python_version()} ({sys.executable})",
         platform.platform(),
-        tuple(summarize_package(module, answers) for module in REQUIREMENTS),
+        tuple(packages.summarize_package(module, answers) for module in REQUIREMENTS),
         Driver(driver.get("version", ""), driver.get("cuda", ""), next(_find_gpu_gaps(answers), None)),
         tuple(Device(**device) for device in driver.get("devices", ())),
         tuple(_judge(name, answers) for name in _CHECKS),
@@ -60,102 +75,73 @@ def examine(progress: Callable[[str], object] = lambda _: None) -> Environment:
 def backend(name: str) -> Backend:
     """Try one backend of `BACKENDS`, and only what it needs. Raises ShapecheckError for any other name."""
     check_known([name])
-    return _judge(name, _ask_all(_list_probes([name]), lambda _: None))
+    return _judge(name, _ask_all([name], lambda _: None))
 
 
-def _list_probes(names: Iterable[str]) -> tuple[str, ...]:
-    return (INSTALLED, *(probe for name in names for probe in _CHECKS[name].probes))
-
-
-def _ask_all(probes: Iterable[str], progress: Callable[[str], object]) -> Answers:
-    answers = {}
+def _ask_all(names: Iterable[str], progress: Callable[[str], object], *others: str) -> Answers:
+    answers = Answers()
+    probes = dict.fromkeys((INSTALLED, *others, *(probe for name in names for probe in _CHECKS[name].probes)))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        running = {threads.submit(ask, probe): probe for probe in dict.fromkeys(probes)}
+        running = {threads.submit(ask, probe): probe for probe in probes}
         for done in as_completed(running):
             answers[running[done]] = done.result()
-            left = [probe.split()[-1] for probe in running.values() if probe not in answers]
+            left = [probe.split()[-1] for probe in probes if probe not in answers]
             progress(f"examining {left[0]}, {len(left)} to go" if left else "judging")
     return answers
-
-
-class _Check(NamedTuple):
-    """How a backend is judged."""
-
-    modules: tuple[str, ...]
-    probes: tuple[str, ...]
-    """Its own first, then those that a reason may need."""
-    proof: str
-    """The fact that its probe reports when it really ran."""
-    detail: str
-    """What was then seen to work, with the facts of its probe in braces."""
-    find_gaps: Callable[[Answers, Answer], Iterable[Gap]] = lambda _answers, _answer: ()
-    install: str = ""
-    """The command for its packages, if it is not the usual one."""
 
 
 def _judge(name: str, answers: Answers) -> Backend:
     """Judge that a backend runs if its probe reached the proof, whatever else looks wrong, with packages that we support."""
     check = _CHECKS[name]
     answer = answers[check.probes[0]]
+    cure = next(cure for pattern, cure in _CURES if re.search(pattern, answer.reason))
+    usual = Gap(answer.problem, cure.format(answers.distribution(check.modules[0])))
     works = bool(answer.facts.get(check.proof))
-    gaps = [*find_lacks(answers, check.modules, check.install), *(() if works else check.find_gaps(answers, answer))]
-    if not works and not gaps:
-        gaps.append(_suggest_cure(answer, name_distribution(answers, check.modules[0])))
-    if gaps:
-        return Backend(name, False, "", tuple(gaps))
-    detail = check.detail.format(**answer.facts, found=answer.facts.get("tensorrt") or answer.facts.get("linked"))
+    gaps = [gap for module in check.modules if (gap := packages.find_lack(answers, module, check.install))]
+    gaps += () if works else _find_gaps(name, answers, answer)
+    if gaps or not works:
+        return Backend(name, False, "", tuple(gaps) or (usual,))
+    detail = check.detail.format(**answer.facts, release=answer.facts.get("tensorrt") or answer.facts.get("linked"))
     if name != "rtx":
         return Backend(name, True, detail)
     if answer.facts.get("loaded"):
         return Backend(name, True, f"{detail} and runs them")
     # It builds engines on any machine: what keeps it from running them is no reason against it.
-    gap = next(_find_gpu_gaps(answers), None) or _find_capability_gap(answers)
-    gap = gap or _suggest_cure(answer, name_distribution(answers, "tensorrt_rtx"))
+    gap = next(_find_gpu_gaps(answers), None) or next(_find_capability_gaps(answers), usual)
     return Backend(name, True, f"{detail}, but cannot run them here: {gap.problem}", (gap,))
 
 
-def _suggest_cure(answer: Answer, distribution: str) -> Gap:
-    cure = next(cure for said, cure in _CURES if re.search(said, answer.reason))
-    return Gap(answer.problem, cure.format(distribution))
-
-
-def _find_torch_cuda_gaps(answers: Answers, answer: Answer) -> Iterator[Gap]:
-    yield from _find_gpu_gaps(answers)
-    version = answer.facts.get("version")
-    if version and answer.facts.get("built_for") is None:
+def _find_gaps(name: str, answers: Answers, answer: Answer) -> Iterator[Gap]:
+    """Say what keeps a backend from running, its packages apart."""
+    version, built_for = answer.facts.get("version"), answer.facts.get("built_for")
+    if name in ("torch-cuda", "ort-cuda", "ort-trt", "trt"):
+        yield from _find_gpu_gaps(answers)
+    if name == "torch-cuda" and version and built_for is None:
         yield Gap(f"torch {version} is built without CUDA", "pip uninstall -y torch && pip install torch")
-
-
-def _find_provider_gaps(answers: Answers, answer: Answer, provider: str = "CUDA") -> Iterator[Gap]:
-    """Say what keeps ONNX Runtime from using a provider."""
-    yield from _find_gpu_gaps(answers)
+    if name == "ort":
+        yield from packages.find_conflicts(answers)
+    if (provider := {"ort-cuda": "CUDA", "ort-trt": "TensorRT"}.get(name)) is None:
+        return
     known = answer.facts.get("providers", ())
     if f"{provider}ExecutionProvider".lower() not in map(str.lower, known):
-        yield from find_conflicts(answers)
+        yield from packages.find_conflicts(answers)
         if known:
-            command = f"pip uninstall -y {' '.join(list_owners(answers, 'onnxruntime'))} && pip install onnxruntime-gpu"
-            yield Gap(f"onnxruntime {answer.facts['version']} is built without the {provider} provider", command)
-    gone = [library for library in answer.gone if not _NOT_CUDA.match(library)]
-    if gone:
+            command = f"pip uninstall -y {' '.join(answers.owners('onnxruntime'))} && pip install onnxruntime-gpu"
+            yield Gap(f"onnxruntime {version} is built without the {provider} provider", command)
+    if gone := [library for library in answer.gone if not _NOT_CUDA.match(library)]:
         yield Gap(f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} missing", _WITH_CUDA)
+    linked, release = answer.facts.get("linked"), answer.facts.get("tensorrt")
+    if name == "ort-trt" and linked and release is not None and release.split(".")[0] != linked:
+        other = f"and cannot share an environment with {release}" if release else "which is not importable here"
+        yield Gap(f"its TensorRT provider is linked with TensorRT {linked}, {other}", packages.recommend_tensorrt(answers))
 
 
-def _find_ort_trt_gaps(answers: Answers, answer: Answer) -> Iterator[Gap]:
-    yield from _find_provider_gaps(answers, answer, "TensorRT")
-    linked, found = answer.facts.get("linked"), answer.facts.get("tensorrt")
-    if linked and found is not None and found.split(".")[0] != linked:
-        other = f"and cannot share an environment with {found}" if found else "which is not importable here"
-        yield Gap(f"its TensorRT provider is linked with TensorRT {linked}, {other}", recommend_tensorrt(answers))
-
-
-def _find_capability_gap(answers: Answers) -> Gap | None:
+def _find_capability_gaps(answers: Answers) -> Iterator[Gap]:
     devices = [Device(**device) for device in answers["driver"].facts["devices"]]
-    if any(device.capability.startswith(RTX_CAPABILITIES) for device in devices):
-        return None
-    mine = ", ".join(f"{device.name} has {device.capability}" for device in devices)
-    known = ", ".join(f"{start}x" if start.endswith(".") else start for start in RTX_CAPABILITIES)
-    problem = f"it makes engines for compute capability {known}, and {mine}"
-    return Gap(problem, "nothing to install: use trt here, or a GeForce RTX or RTX PRO GPU")
+    if not any(device.capability.startswith(RTX_CAPABILITIES) for device in devices):
+        own = ", ".join(f"{device.name} has {device.capability}" for device in devices)
+        problem = f"it makes engines for compute capability {RTX_NAMES}, and {own}"
+        yield Gap(problem, "nothing to install: use trt here, or a GeForce RTX or RTX PRO GPU")
 
 
 def _find_gpu_gaps(answers: Answers) -> Iterator[Gap]:
@@ -165,7 +151,7 @@ def _find_gpu_gaps(answers: Answers) -> Iterator[Gap]:
         return
     if answer.facts.get("loaded") or "kind" not in answer.facts:  # else the library could not be loaded
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if hidden is not None and ("devices" in answer.facts or _NO_DEVICE in answer.reason):
+        if hidden is not None and ("devices" in answer.facts or "(CUDA error 100)" in answer.reason):
             yield Gap(f"CUDA_VISIBLE_DEVICES is {hidden!r}, which hides every GPU", "unset CUDA_VISIBLE_DEVICES")
         else:
             problem = "the NVIDIA driver shows no GPU" if "devices" in answer.facts else answer.problem
@@ -176,28 +162,3 @@ def _find_gpu_gaps(answers: Answers) -> Iterator[Gap]:
         yield Gap("the NVIDIA driver is not passed into this container", "docker run --gpus all …")
     else:
         yield Gap("there is an NVIDIA GPU, but no driver for it", f"install the NVIDIA driver: {_DRIVER_PAGE}")
-
-
-_TRT, _RTX, _POLYGRAPHY = (REQUIREMENTS[module].probe for module in ("tensorrt", "tensorrt_rtx", "polygraphy"))
-_ORT, _ORT_DETAIL = ("onnxruntime",), "onnxruntime {version}"
-_CHECKS = {
-    "torch": _Check(("torch",), ("torch",), "cpu", "torch {version}"),
-    "torch-cuda": _Check(("torch",), ("torch", "driver"), "cuda", "torch {version}, CUDA {built_for}", _find_torch_cuda_gaps),
-    "ort": _Check(_ORT, (CPU,), "result", _ORT_DETAIL, lambda answers, _: find_conflicts(answers)),
-    "ort-cuda": _Check(
-        _ORT, (_CUDA, "driver", CPU), "result", f"{_ORT_DETAIL}, CUDA {{built_for}}", _find_provider_gaps, _WITH_CUDA
-    ),
-    "ort-trt": _Check(
-        _ORT, (_TENSORRT, "driver", CPU), "result", f"{_ORT_DETAIL}, TensorRT {{found}}", _find_ort_trt_gaps, _WITH_CUDA
-    ),
-    "trt": _Check(
-        ("tensorrt", "polygraphy"),
-        (_TRT, "driver", CPU, _POLYGRAPHY),
-        "loaded",
-        "tensorrt {version}: an engine was built and loaded",
-        lambda answers, _: _find_gpu_gaps(answers),
-    ),
-    "rtx": _Check(
-        ("tensorrt_rtx", "polygraphy"), (_RTX, "driver", _POLYGRAPHY), "built", "tensorrt-rtx {version}: builds engines"
-    ),
-}

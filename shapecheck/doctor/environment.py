@@ -1,4 +1,4 @@
-"""What is installed on a machine, and what can really run there, as frozen records."""
+"""Frozen records of a machine: its packages, its GPUs, and the backends that really run there."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ BACKENDS = {
     "trt": "TensorRT",
     "rtx": "TensorRT for RTX",
 }
-"""Every backend by its name on the command line, and what it is."""
-
-
+"""From the name on the command line to what the backend is."""
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.")
 """Compute capabilities that TensorRT for RTX makes engines for, as starts of the number (1.7.1; it refuses 9.0)."""
+RTX_NAMES = ", ".join(f"{start}x" if start.endswith(".") else start for start in RTX_CAPABILITIES)
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """One thing that is missing or wrong, and the command, or where none helps the advice, that puts it right."""
+    """One thing that is missing or wrong, and the command that puts it right, or advice if no command does."""
 
     problem: str
     fix: str
@@ -36,7 +35,7 @@ class Package:
     """One importable package."""
 
     name: str
-    """The distribution that installs it; several joined by `+` where they own the same folder."""
+    """The distribution that installs it; several joined by `+` if they own the same folder."""
     module: str
     version: str
     """Empty if it is not installed."""
@@ -45,7 +44,6 @@ class Package:
 
     @property
     def installed(self) -> bool:
-        """Say whether there is anything to import, be it broken."""
         return bool(self.version)
 
 
@@ -55,7 +53,7 @@ class Driver:
 
     version: str
     cuda: str
-    """The newest CUDA it can run, such as 13.0; empty where it does not load."""
+    """The newest CUDA it can run, such as 13.0; empty if it does not load."""
     gap: Gap | None = None
 
 
@@ -66,7 +64,7 @@ class Device:
     name: str
     capability: str
     memory: int
-    """In bytes."""
+    """Bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +74,16 @@ class Backend:
     name: str
     runs: bool
     detail: str
-    """What was seen to work: versions, and what it can do here."""
+    """Versions of what worked, and what it can do here."""
     gaps: tuple[Gap, ...] = ()
     """Everything that keeps it from running; also, for TensorRT for RTX, from running what it builds."""
 
     @property
     def reason(self) -> str:
-        """Say why it does not run; empty if it does."""
         return "" if self.runs else "; ".join(gap.problem for gap in self.gaps)
 
     @property
     def fix(self) -> str:
-        """Say what makes it run, in one line; empty if it does."""
         return "" if self.runs else "; ".join(dict.fromkeys(gap.fix for gap in self.gaps))
 
 
@@ -103,7 +99,6 @@ class Environment:
     backends: tuple[Backend, ...]
 
     def backend(self, name: str) -> Backend:
-        """Return the backend of that name."""
         check_known([name])
         return next(backend for backend in self.backends if backend.name == name)
 

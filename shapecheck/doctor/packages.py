@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from packaging.version import InvalidVersion, parse
 
@@ -13,8 +13,6 @@ from shapecheck.doctor.probes import Answer
 
 CPU = "onnxruntime CPUExecutionProvider"
 """The probe of ONNX Runtime itself."""
-Answers = Mapping[str, Answer]
-"""From each probe to what it found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,39 +40,67 @@ REQUIREMENTS = {
 INSTALLED = " ".join(("distributions", *REQUIREMENTS))
 
 
+class Answers(dict[str, Answer]):
+    """The answers by probe, and the distributions that they show."""
+
+    @property
+    def installed(self) -> dict[str, str]:
+        return dict(self[INSTALLED].facts.get("installed", {}))
+
+    def owners(self, module: str) -> list[str]:
+        return list(self[INSTALLED].facts.get("owners", {}).get(module, ()))
+
+    def distribution(self, module: str) -> str:
+        """Return the distribution that brings a module, or that should."""
+        return next(iter(self.owners(module)), suggest_distribution(module))
+
+    def bindings(self, module: str) -> str:
+        """Return the distribution of TensorRT's bare Python bindings for a module, or an empty text."""
+        pattern = re.compile(rf"{module.replace('_', '-')}-cu\d+-bindings")
+        return next((name for name in self.installed if pattern.fullmatch(name)), "")
+
+
 def summarize_package(module: str, answers: Answers) -> Package:
-    """Return a package as it was found."""
-    facts, owners, installed = answers[REQUIREMENTS[module].probe].facts, list_owners(answers, module), _list_installed(answers)
-    gaps = [*(find_conflicts(answers) if module == "onnxruntime" else ()), *find_lacks(answers, [module])]
-    names = owners or [_find_bindings(module, answers) or suggest_distribution(module)]
+    """Return the state of a package here."""
+    facts, installed = answers[REQUIREMENTS[module].probe].facts, answers.installed
+    gap = find_lack(answers, module)
+    if module == "onnxruntime":
+        gap = next(find_conflicts(answers), gap)
+    names = answers.owners(module) or [answers.bindings(module) or suggest_distribution(module)]
     known = " + ".join(dict.fromkeys(installed[name] for name in names if name in installed))
     version = facts.get("version") or known or ("" if facts.get("missing") == module else "unknown")
-    return Package(" + ".join(names), module, version, "version" in facts, gaps[0] if gaps else None)
+    return Package(" + ".join(names), module, version, "version" in facts, gap)
 
 
-def find_lacks(answers: Answers, modules: Sequence[str], install: str = "") -> Iterator[Gap]:
-    """Say what keeps these modules from being used: not there, not importable, or too old.
+def find_lack(answers: Answers, module: str, install: str = "") -> Gap | None:
+    """Say what keeps a module from being used: not there, not importable, or too old.
 
-    `install` is the command for one that is not there, if it is not the usual one.
+    `install` is the command if it is not there, unless it is the usual one.
     """
-    for module in modules:
-        requirement, name = REQUIREMENTS[module], name_distribution(answers, module)
-        answer = answers[requirement.probe]
-        version = answer.facts.get("version")
-        if version is None and answer.facts.get("missing") == module and not list_owners(answers, module):
-            absent = _explain_absence(module, answers)
-            yield replace(absent, fix=install) if install else absent
-        elif version is None:
-            bindings = _find_bindings(module, answers)
-            whole = _name_whole(bindings, answers) if bindings and answer.gone else name
-            yield Gap(answer.problem, f"pip install --force-reinstall {whole}")
-        elif _is_older(version, requirement.oldest):
-            problem = f"{name} {version} is older than {requirement.oldest}, the oldest that is supported"
-            yield Gap(problem, f"pip install --upgrade '{name}>={requirement.oldest}'")
+    requirement, name, bindings = REQUIREMENTS[module], answers.distribution(module), answers.bindings(module)
+    answer, runtimes = answers[requirement.probe], answers.owners("onnxruntime")
+    if (version := answer.facts.get("version")) is not None:
+        problem = f"{name} {version} is older than {requirement.oldest}, the oldest that is supported"
+        command = f"pip install --upgrade '{name}>={requirement.oldest}'"
+        return Gap(problem, command) if _is_older(version, requirement.oldest) else None
+    whole = f"{bindings.removesuffix('-bindings')}=={answers.installed[bindings]}" if bindings else ""
+    if answer.facts.get("missing") != module or answers.owners(module):
+        return Gap(answer.problem, f"pip install --force-reinstall {whole if whole and answer.gone else name}")
+    problem, command = f"{name} is not installed", f"pip install 'shapecheck-controlnet[{requirement.extra}]'"
+    if whole:
+        problem, command = f"{bindings} alone is installed, without the package {module}", f"pip install {whole}"
+    elif module == "tensorrt" and (shared := recommend_tensorrt(answers)):
+        command = shared
+    elif not requirement.extra or (requirement.extra == "onnx" and runtimes not in ([], ["onnxruntime"])):
+        # The extra would bring a second ONNX Runtime.
+        command = f"pip install '{name}>={requirement.oldest}'"
+    elif requirement.extra == "gpu" and "onnxruntime" in runtimes:
+        command = f"pip uninstall -y onnxruntime && {command}"
+    return Gap(problem, install or command)
 
 
 def _is_older(version: str, oldest: str) -> bool:
-    """Compare releases, so that a vendor's pre-release of the oldest one passes; so does what is not a version."""
+    # By release, so that a vendor's pre-release of the oldest one passes; so does what is not a version.
     try:
         return parse(version).release < parse(oldest).release
     except InvalidVersion:
@@ -90,55 +116,13 @@ def recommend_tensorrt(answers: Answers) -> str:
     return f"pip install 'tensorrt{cuda and f'-cu{cuda}'}>={oldest},<{int(facts['linked']) + 1}'"
 
 
-def _explain_absence(module: str, answers: Answers) -> Gap:
-    requirement, runtimes = REQUIREMENTS[module], list_owners(answers, "onnxruntime")
-    if bindings := _find_bindings(module, answers):
-        problem = f"{bindings} alone is installed, without the package {module}"
-        return Gap(problem, f"pip install {_name_whole(bindings, answers)}")
-    command = f"pip install 'shapecheck-controlnet[{requirement.extra}]'"
-    if module == "tensorrt" and (shared := recommend_tensorrt(answers)):
-        command = shared
-    elif not requirement.extra or (requirement.extra == "onnx" and runtimes not in ([], ["onnxruntime"])):
-        # The extra would bring a second ONNX Runtime.
-        command = f"pip install '{suggest_distribution(module)}>={requirement.oldest}'"
-    elif requirement.extra == "gpu" and "onnxruntime" in runtimes:
-        command = f"pip uninstall -y onnxruntime && {command}"
-    return Gap(f"{suggest_distribution(module)} is not installed", command)
-
-
 def find_conflicts(answers: Answers) -> Iterator[Gap]:
     """Report two distributions of ONNX Runtime beside each other."""
-    owners = list_owners(answers, "onnxruntime")
+    owners = answers.owners("onnxruntime")
     if len(owners) > 1:
         kept = "onnxruntime-gpu" if "onnxruntime-gpu" in owners else owners[0]
         problem = f"{' and '.join(owners)} own the same folder: the last installed wins, removing one breaks the other"
         yield Gap(problem, f"pip uninstall -y {' '.join(owners)} && pip install {kept}")
-
-
-def _list_installed(answers: Answers) -> dict[str, str]:
-    """Return the version of every installed distribution."""
-    return dict(answers[INSTALLED].facts.get("installed", {}))
-
-
-def list_owners(answers: Answers, module: str) -> list[str]:
-    """Return the installed distributions that bring a module."""
-    return list(answers[INSTALLED].facts.get("owners", {}).get(module, ()))
-
-
-def _find_bindings(module: str, answers: Answers) -> str:
-    """Return the distribution of TensorRT's bare Python bindings for a module, or an empty text."""
-    pattern = re.compile(rf"{module.replace('_', '-')}-cu\d+-bindings")
-    return next((name for name in _list_installed(answers) if pattern.fullmatch(name)), "")
-
-
-def _name_whole(bindings: str, answers: Answers) -> str:
-    """Return the requirement for the package, libraries included, that bindings are a part of."""
-    return f"{bindings.removesuffix('-bindings')}=={_list_installed(answers)[bindings]}"
-
-
-def name_distribution(answers: Answers, module: str) -> str:
-    """Return the distribution that brings a module, or that should."""
-    return next(iter(list_owners(answers, module)), suggest_distribution(module))
 
 
 def suggest_distribution(module: str) -> str:

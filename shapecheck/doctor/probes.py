@@ -1,4 +1,4 @@
-"""What `shapecheck doctor` tries, each in a process of its own, because what is loaded may end the interpreter.
+"""The probes of `shapecheck doctor`, each in a process of its own, because what is loaded may end the interpreter.
 
 `ask("torch")` runs this file as `python probes.py torch`, with the standard library and without this package: what is
 examined is imported by name. Standard output gets one JSON object a line, as far as the probe came: `stage` says what it was
@@ -27,19 +27,17 @@ MODEL = (
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
 )
 """An ONNX file, y = x + x for one float32: written out, since `onnx` may not be there to write it."""
-_NVIDIA = "0x10de"
-_DISPLAY = "0x03"
 _TIMEOUT = 120
 """Seconds; loading TensorRT from a slow disk takes tens."""
 _LONGEST = 240
 _GONE = re.compile(r"(lib[\w.+-]+\.so[.\d]*): cannot open shared object file|\"?([\w.-]+\.dll)\"? which is missing")
 _LOGGED = (r"\(cudaError \d+: ([^)]+)\)", r"(CUDA failure \d+: [^;\n]+)", r"with error: (.+)", r"\[E\] (.+)")
-"""Where libraries say in their logs what went wrong, the plainest first."""
+"""Places in a log where libraries say what went wrong, the plainest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a probe found, and why it found no more."""
+    """The facts that a probe found, and the reason why it found no more."""
 
     facts: Mapping[str, Any]
     reason: str
@@ -48,28 +46,24 @@ class Answer:
 
     @property
     def problem(self) -> str:
-        """Say what it was about to do, and why that went wrong."""
         return f"cannot {self.facts.get('stage', 'begin')}: {self.reason or 'no reason was given'}"
 
 
 def ask(probe: str) -> Answer:
     """Run a probe, given as its name and arguments in one text. Raises nothing if its process ends badly."""
-    command = [sys.executable, "-P", __file__, *probe.split()]
+    command, ended = [sys.executable, "-P", __file__, *probe.split()], ""
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT)  # noqa: S603
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT)  # noqa: S603
+        output, errors, status = result.stdout, result.stderr, result.returncode
+        if status:
+            ended = f"the interpreter ended with {signal.Signals(-status).name if status < 0 else f'status {status:#x}'}"
     except subprocess.TimeoutExpired as late:
-        return _read_answer(late.stdout, late.stderr, f"no answer within {_TIMEOUT} s")
+        output, errors, ended = late.stdout or b"", late.stderr or b"", f"no answer within {_TIMEOUT} s"
     except OSError as error:  # no memory, no processes left
         return Answer({}, f"{command[0]}: {error.strerror}")
-    status = done.returncode
-    ended = signal.Signals(-status).name if status < 0 else f"status {status:#x}" if status else ""
-    return _read_answer(done.stdout, done.stderr, f"the interpreter ended with {ended}" if ended else "")
-
-
-def _read_answer(output: bytes | None, noise: bytes | None, ended: str) -> Answer:
-    log = re.sub(r"\x1b\[[\d;]*m", "", (noise or b"").decode("utf-8", "replace"))
+    log = re.sub(r"\x1b\[[\d;]*m", "", errors.decode("utf-8", "replace"))
     facts: dict[str, Any] = {}
-    for line in (output or b"").decode("utf-8", "replace").splitlines(keepends=True):
+    for line in output.decode("utf-8", "replace").splitlines(keepends=True):
         if line.endswith("\n"):  # else a crash cut it short
             facts |= json.loads(line)
     raised = str(facts.get("problem", ""))
@@ -79,7 +73,7 @@ def _read_answer(output: bytes | None, noise: bytes | None, ended: str) -> Answe
     elif ended:
         reason = "; its last words: ".join((ended, *log.strip().splitlines()[-1:]))
     else:
-        logged = next((found[1] for pattern in _LOGGED if (found := re.search(pattern, log))), "")
+        logged = next((match[1] for pattern in _LOGGED if (match := re.search(pattern, log))), "")
         reason = logged or (raised if " " in raised or not raised else f"{facts['kind']}: {raised}")
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in reason).split())
     return Answer(facts, line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …", gone)
@@ -88,7 +82,7 @@ def _read_answer(output: bytes | None, noise: bytes | None, ended: str) -> Answe
 def importing(module: str) -> Iterator[Facts]:
     """Import a module."""
     yield {"stage": f"import {module}"}
-    yield {"version": _read_version(_import(module))}
+    yield {"version": _import(module)[1]}
 
 
 def distributions(*modules: str) -> Iterator[Facts]:
@@ -98,7 +92,7 @@ def distributions(*modules: str) -> Iterator[Facts]:
         return re.sub(r"[-_.]+", "-", name or "").lower()
 
     brought = metadata.packages_distributions()
-    installed = {normalize(found.name): found.version for found in reversed([*metadata.distributions()])}  # the first wins
+    installed = {normalize(one.name): one.version for one in reversed([*metadata.distributions()])}  # the first wins
     yield {
         "installed": installed,
         "owners": {module: list(dict.fromkeys(map(normalize, brought.get(module, ())))) for module in modules},
@@ -108,23 +102,50 @@ def distributions(*modules: str) -> Iterator[Facts]:
 def driver() -> Iterator[Facts]:
     """Load the NVIDIA driver and ask it for its GPUs, without any CUDA library."""
     library, management = ("nvcuda.dll", "nvml.dll") if sys.platform == "win32" else ("libcuda.so.1", "libnvidia-ml.so.1")
-    yield {"cards": _count_cards(), "container": any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv"))}
+    cards = 0
+    for folder in Path("/sys/bus/pci/devices").glob("*"):
+        with suppress(OSError):
+            vendor, kind = ((folder / name).read_text(encoding="ascii").strip() for name in ("vendor", "class"))
+            cards += vendor == "0x10de" and kind.startswith("0x03")  # NVIDIA's display devices, with or without a driver
+    yield {"cards": cards, "container": any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv"))}
     yield {"stage": f"load {library}"}
     cuda = ctypes.CDLL(library)
-    yield {"loaded": True, "version": _read_driver_version(management), "stage": "start the NVIDIA driver"}
-    number = ctypes.c_int()
-    _check_code(cuda, cuda.cuInit(0))
-    _check_code(cuda, cuda.cuDriverGetVersion(ctypes.byref(number)))
+    version, number, memory = ctypes.create_string_buffer(96), ctypes.c_int(), ctypes.c_size_t()
+    with suppress(OSError):
+        nvml = ctypes.CDLL(management)
+        if not nvml.nvmlInit_v2():
+            nvml.nvmlSystemGetDriverVersion(version, len(version))
+    yield {"loaded": True, "version": version.value.decode("utf-8", "replace"), "stage": "start the NVIDIA driver"}
+
+    def call(function: str, *arguments: Any) -> None:
+        if code := getattr(cuda, function)(*arguments):
+            text = ctypes.c_char_p()
+            cuda.cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"{(text.value or b'unknown error').decode()} (CUDA error {code})")
+
+    call("cuInit", 0)
+    call("cuDriverGetVersion", ctypes.byref(number))
     yield {"cuda": f"{number.value // 1000}.{number.value % 1000 // 10}", "stage": "list the GPUs"}
-    _check_code(cuda, cuda.cuDeviceGetCount(ctypes.byref(number)))
-    yield {"devices": [_describe_device(cuda, index) for index in range(number.value)]}
+    call("cuDeviceGetCount", ctypes.byref(number))
+    devices: list[Facts] = []
+    for index in range(number.value):
+        handle, name, capability = ctypes.c_int(), ctypes.create_string_buffer(256), []
+        call("cuDeviceGet", ctypes.byref(handle), index)
+        call("cuDeviceGetName", name, len(name), handle)
+        call("cuDeviceTotalMem_v2", ctypes.byref(memory), handle)
+        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, …_MINOR
+            call("cuDeviceGetAttribute", ctypes.byref(number), attribute, handle)
+            capability.append(str(number.value))
+        text = name.value.decode("utf-8", "replace")
+        devices.append({"name": text, "capability": ".".join(capability), "memory": memory.value})
+    yield {"devices": devices}
 
 
 def torch() -> Iterator[Facts]:
     """Add two numbers on the CPU, then on the GPU."""
     yield {"stage": "import torch"}
-    library = _import("torch")
-    yield {"version": _read_version(library), "built_for": library.version.cuda, "stage": "compute on the CPU"}
+    library, version = _import("torch")
+    yield {"version": version, "built_for": library.version.cuda, "stage": "compute on the CPU"}
     yield {"cpu": float(library.ones(2).sum()) == 2}
     if library.version.cuda is not None:
         yield {"stage": "compute on the GPU"}
@@ -134,8 +155,13 @@ def torch() -> Iterator[Facts]:
 def onnxruntime(provider: str) -> Iterator[Facts]:
     """Run a session on one provider, and on no other: ONNX Runtime falls back to the CPU without an error."""
     yield {"stage": "import onnxruntime"}
-    library = _import("onnxruntime")
-    yield {"version": _read_version(library), "providers": library.get_available_providers(), "linked": _find_linked(library)}
+    library, version = _import("onnxruntime")
+    linked = ""  # the major version of libnvinfer that the TensorRT provider is linked with
+    for file in Path(library.__file__).parent.glob("capi/*onnxruntime_providers_tensorrt.*"):
+        if match := re.search(rb"nvinfer(?:\.so\.|_)(\d+)", file.read_bytes()):
+            linked = match[1].decode()
+            break
+    yield {"version": version, "providers": library.get_available_providers(), "linked": linked}
     yield {"built_for": getattr(library, "cuda_version", ""), "stage": f"start a session with {provider}"}
     if provider not in library.get_available_providers():
         return
@@ -144,7 +170,7 @@ def onnxruntime(provider: str) -> Iterator[Facts]:
     if provider == "TensorrtExecutionProvider":
         tensorrt = ""
         with suppress(ImportError):  # importing it loads its libraries, which the provider then finds
-            tensorrt = _read_version(_import("tensorrt"))
+            tensorrt = _import("tensorrt")[1]
         yield {"tensorrt": tensorrt}
     session = library.InferenceSession(MODEL, providers=[provider], enable_fallback=0)
     if session.get_providers()[0] != provider:
@@ -157,34 +183,46 @@ def onnxruntime(provider: str) -> Iterator[Facts]:
 def tensorrt(module: str) -> Iterator[Facts]:
     """Build an engine, then load it as if to run it."""
     yield {"stage": f"import {module}"}
-    trt = _import(module)
-    yield {"version": _read_version(trt), "stage": "create a builder"}
+    trt, version = _import(module)
+    yield {"version": version, "stage": "create a builder"}
     logger = trt.Logger()
     builder = trt.Builder(logger)
+
+    def build(capability: Any = None) -> Any:
+        network, config = builder.create_network(0), builder.create_builder_config()
+        if capability is not None:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(capability, 0)
+        parser = trt.OnnxParser(network, logger)
+        return builder.build_serialized_network(network, config) if parser.parse(MODEL) else None
+
+    def load(plan: Any) -> bool:
+        runtime = trt.Runtime(logger)
+        engine = None if plan is None else runtime.deserialize_cuda_engine(plan)
+        return engine is not None and engine.create_execution_context() is not None
+
     yield {"stage": "build an engine"}
-    plan = _build(trt, logger, builder)
+    plan = build()
     if plan is None:
         return
     yield {"built": True, "stage": "load an engine"}
-    loads = _load(trt, logger, plan)
+    loads = load(plan)
     capability = getattr(trt, "ComputeCapability", None)
-    if not loads and capability is not None:  # what TensorRT for RTX builds unasked leaves old GPUs out
-        loads = _load(trt, logger, _build(trt, logger, builder, capability.CURRENT))
+    if not loads and capability is not None:  # the engines that TensorRT for RTX builds unasked leave old GPUs out
+        loads = load(build(capability.CURRENT))
     yield {"loaded": loads}
 
 
-PROBES: dict[str, Callable[..., Iterator[Facts]]] = {
-    probe.__name__: probe for probe in (importing, distributions, driver, torch, onnxruntime, tensorrt)
-}
-
-
 def main(name: str, *arguments: str) -> None:
-    """Run one probe, and say line by line how far it came."""
+    """Run one probe, and write line by line how far it came."""
+    probes: dict[str, Callable[..., Iterator[Facts]]] = {
+        probe.__name__: probe for probe in (importing, distributions, driver, torch, onnxruntime, tensorrt)
+    }
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     with answer:
         try:
-            for facts in PROBES[name](*arguments):
+            for facts in probes[name](*arguments):
                 answer.write(json.dumps(facts) + "\n")
                 answer.flush()
         except (Exception, SystemExit) as error:
@@ -192,77 +230,11 @@ def main(name: str, *arguments: str) -> None:
             answer.write(json.dumps({"problem": str(error), "kind": type(error).__name__, "missing": missing}) + "\n")
 
 
-def _import(name: str) -> Any:
+def _import(name: str) -> tuple[Any, str]:
     module = import_module(name)
     if getattr(module, "__file__", None) is None:
         raise ImportError(f"a folder {name} is there, without the package's files")
-    return module
-
-
-def _read_version(module: Any) -> str:
-    return str(getattr(module, "__version__", "unknown"))
-
-
-def _build(trt: Any, logger: Any, builder: Any, capability: Any = None) -> Any:
-    """Build an engine, for the GPUs of one compute capability if it is given; None if that fails."""
-    network, config = builder.create_network(0), builder.create_builder_config()
-    if capability is not None:
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(capability, 0)
-    parser = trt.OnnxParser(network, logger)
-    return builder.build_serialized_network(network, config) if parser.parse(MODEL) else None
-
-
-def _load(trt: Any, logger: Any, plan: Any) -> bool:
-    runtime = trt.Runtime(logger)
-    engine = None if plan is None else runtime.deserialize_cuda_engine(plan)
-    return engine is not None and engine.create_execution_context() is not None
-
-
-def _find_linked(library: Any) -> str:
-    """Return the major version of libnvinfer that ONNX Runtime's TensorRT provider is linked with, or an empty text."""
-    for file in Path(library.__file__).parent.glob("capi/*onnxruntime_providers_tensorrt.*"):
-        if found := re.search(rb"nvinfer(?:\.so\.|_)(\d+)", file.read_bytes()):
-            return found[1].decode()
-    return ""
-
-
-def _count_cards() -> int:
-    """Count NVIDIA's display devices on the PCI bus, with or without a driver."""
-    count = 0
-    for folder in Path("/sys/bus/pci/devices").glob("*"):
-        with suppress(OSError):
-            vendor, kind = ((folder / name).read_text(encoding="ascii").strip() for name in ("vendor", "class"))
-            count += vendor == _NVIDIA and kind.startswith(_DISPLAY)
-    return count
-
-
-def _read_driver_version(library: str) -> str:
-    text = ctypes.create_string_buffer(96)
-    with suppress(OSError):
-        management = ctypes.CDLL(library)
-        if not management.nvmlInit_v2() and not management.nvmlSystemGetDriverVersion(text, len(text)):
-            return text.value.decode("utf-8", "replace")
-    return ""
-
-
-def _describe_device(cuda: Any, index: int) -> Facts:
-    handle, number, name, memory = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
-    _check_code(cuda, cuda.cuDeviceGet(ctypes.byref(handle), index))
-    _check_code(cuda, cuda.cuDeviceGetName(name, len(name), handle))
-    _check_code(cuda, cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), handle))
-    capability = []
-    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, …_MINOR
-        _check_code(cuda, cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, handle))
-        capability.append(str(number.value))
-    return {"name": name.value.decode("utf-8", "replace"), "capability": ".".join(capability), "memory": memory.value}
-
-
-def _check_code(cuda: Any, code: int) -> None:
-    if code:
-        text = ctypes.c_char_p()
-        cuda.cuGetErrorString(code, ctypes.byref(text))
-        raise RuntimeError(f"{(text.value or b'unknown error').decode()} (CUDA error {code})")
+    return module, str(getattr(module, "__version__", "unknown"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What runs on a machine and what does not, as text or JSON."""
+"""The report on a machine: what runs on it and what does not, as text or JSON."""
 
 from __future__ import annotations
 
@@ -9,28 +9,19 @@ from shapecheck.doctor.environment import BACKENDS, Environment
 from shapecheck.report.document import Document, Facts, Heading, Lines, Part, Points, Table, wrap
 from shapecheck.report.numbers import dump_json
 
-_GIB = 2**30
-
 
 def render_text(environment: Environment, required: Sequence[str] = ()) -> str:
     """Return the report for a person. If backends are required, fixes and verdict are about those; else about everything."""
     driver = environment.driver
     works = f"{driver.version or 'version unknown'}, for CUDA up to {driver.cuda}"
-    gpus = [f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory / _GIB:.1f} GiB" for gpu in environment.devices]
-    facts = [
-        ("python", environment.python),
-        ("platform", environment.platform),
-        ("driver", driver.gap.problem if driver.gap else works),
-        *(("GPU", gpu) for gpu in gpus),
-    ]
-    packages = [
-        (
-            package.name,
-            package.version or "-",
-            "ok" if package.gap is None else package.gap.problem if package.installed else "not installed",
-        )
-        for package in environment.packages
-    ]
+    facts = [("python", environment.python), ("platform", environment.platform)]
+    facts += [("driver", driver.gap.problem if driver.gap else works)]
+    for gpu in environment.devices:
+        facts += [("GPU", f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory / 2**30:.1f} GiB")]
+    packages = []
+    for package in environment.packages:
+        problem = package.gap.problem if package.gap else "ok"
+        packages.append((package.name, package.version or "-", problem if package.installed else "not installed"))
     backends = [
         (backend.name, BACKENDS[backend.name], "yes" if backend.runs else "no", backend.detail or backend.reason)
         for backend in environment.backends
@@ -44,12 +35,17 @@ def render_text(environment: Environment, required: Sequence[str] = ()) -> str:
     ]
     if fixes := _list_fixes(environment, required):
         parts += [Heading("To fix"), Lines(fixes)]
-    parts.append(Points(_list_verdicts(environment, required)))
-    return Document("", parts).render("human")
+    runs = [f"{backend.name} (in part)" if backend.gaps else backend.name for backend in environment.backends if backend.runs]
+    others = ", ".join(backend.name for backend in environment.backends if not backend.runs)
+    verdicts = [f"RUNS HERE: {', '.join(runs) or 'nothing'}" + (f"; not: {others}" if others else "")]
+    if required:
+        chosen = [environment.backend(name) for name in dict.fromkeys(required)]
+        verdicts = [f"{'READY' if one.runs else 'CANNOT RUN'}: {one.name}: {one.detail or one.reason}" for one in chosen]
+    return Document("", [*parts, Points(verdicts)]).render("human")
 
 
 def render_json(environment: Environment, required: Sequence[str] = ()) -> str:
-    """Return the same for machines."""
+    """Return the report for machines."""
     record = {
         **asdict(environment),
         "packages": [asdict(package) | {"installed": package.installed} for package in environment.packages],
@@ -77,15 +73,3 @@ def _list_fixes(environment: Environment, required: Sequence[str]) -> list[str]:
             texts.append(f"{problem} ({backends})" if backends else problem)
         lines += [*wrap(f"- {'; '.join(texts)}", "  ").splitlines(), f"    {fix}"]
     return lines
-
-
-def _list_verdicts(environment: Environment, required: Sequence[str]) -> list[str]:
-    if required:
-        backends = [environment.backend(name) for name in dict.fromkeys(required)]
-        return [
-            f"READY: {backend.name}: {backend.detail}" if backend.runs else f"CANNOT RUN: {backend.name}: {backend.reason}"
-            for backend in backends
-        ]
-    runs = [f"{backend.name} (in part)" if backend.gaps else backend.name for backend in environment.backends if backend.runs]
-    others = [backend.name for backend in environment.backends if not backend.runs]
-    return [f"RUNS HERE: {', '.join(runs) or 'nothing'}" + (f"; not: {', '.join(others)}" if others else "")]

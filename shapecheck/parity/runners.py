@@ -85,4 +85,4 @@ def _profile_options(file: ParityFile, geometries: Sequence[Geometry]) -> dict[s
     for geometry in geometries:
         sizes = sizes.with_(geometry)
     profile = profile_of(file.contract, sizes).renamed(file.names)
-    return {key: str(value) for key, value in profile_formats.provider_options([profile]).items()}
+    return {key: str(value) for key, value in profile_formats.make_provider_options([profile]).items()}

@@ -148,7 +148,7 @@ def _open_session(
         if backend == "trt" or backend == "rtx":
             artefact = files.build_engine(backend, profiles)
             return open_file(artefact, "trt"), artefact
-        options = profile_formats.provider_options(profiles) if backend == "ort-trt" else None
+        options = profile_formats.make_provider_options(profiles) if backend == "ort-trt" else None
         return open_file(artefact, backend, options=options), artefact
     except BaseException:
         unet.to(device)

@@ -70,7 +70,7 @@ def time_frames(
             return maker.make_frame(torch.compile(maker.torch_unet) if name == "torch-compile" else maker.torch_unet)
         # A profile of this one size: without one ONNX Runtime builds its own engine again and again for whatever comes.
         profiles = [profile_of(contract, Range(geometry, geometry, geometry))] if name == "ort-trt" else []
-        options = profile_formats.provider_options(profiles) if profiles else None
+        options = profile_formats.make_provider_options(profiles) if profiles else None
         backend: Any = name
         known = None if is_engine(path) else contract
         return maker.make_frame(load(artefact, backend, contract=known, device=device, options=options))

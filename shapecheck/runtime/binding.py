@@ -11,9 +11,8 @@ from typing import Protocol
 from shapecheck.contract import Contract, ContractError, Dim, Geometry, Mismatch, Shape, ShapecheckError, show
 from shapecheck.contract.geometry import AXES, USUAL_TOKENS
 from shapecheck.contract.mismatch import compare, tell_axes
-from shapecheck.tensorrt import profile_check
-from shapecheck.tensorrt.profiles import Profile, choose, range_of, refusals
-from shapecheck.tensorrt.size_ranges import written
+from shapecheck.tensorrt.profiles import Profile, choose_profile, explain_refusal, range_of, verify_profiles
+from shapecheck.tensorrt.size_ranges import format_range
 
 Given = tuple[Shape, str, str]
 """A tensor as it is before it is bound: shape, dtype, device."""
@@ -99,7 +98,7 @@ class Binding:
         if names.keys() != rules.keys() or len(set(names.values())) != len(taken.names):
             raise ShapecheckError("the engine's record does not name each input of its contract once; build the engine again")
         if taken.profiles is not None:
-            profile_check.verify(taken.contract, taken.profiles)
+            verify_profiles(taken.contract, taken.profiles)
         self._taken, self._device, self._names = taken, device, names
         self._places = _places(rules)
         self._at = lru_cache(_KEPT)(partial(serving_at, taken, device))
@@ -134,7 +133,7 @@ def serving_at(taken: Taken, device: str, sizes: tuple[int, ...]) -> Serving | N
         shapes = contract.input_shapes(geometry)
     except ShapecheckError:
         return None
-    profile = choose(taken.profiles, shapes) if taken.profiles is not None else 0
+    profile = choose_profile(taken.profiles, shapes) if taken.profiles is not None else 0
     if profile is None:
         return None
     dtypes, names = contract.input_dtypes, dict(taken.names)
@@ -170,7 +169,7 @@ def refusal(taken: Taken, device: str, given: Mapping[str, Given]) -> CallError:
         found += compare(slots, geometry, shapes, inputs=contract.inputs)
         wrong = {each.where for each in found}
         shapes = {name: given[name][0] for name in rules if name not in wrong}
-        refused = refusals(taken.profiles, shapes) if taken.profiles is not None else ()
+        refused = explain_refusal(taken.profiles, shapes) if taken.profiles is not None else ()
         advice += _sizes_advice(taken, geometry) if refused else ()
     found += _of_another_kind(contract, device, given)
     order = {name: place for place, name in enumerate(rules)}
@@ -266,7 +265,7 @@ def _sizes_advice(taken: Taken, geometry: Geometry) -> Iterator[str]:
     nearest, factor = best.nearest(geometry), contract.header.vae_factor
     tokens = f", {nearest.tokens} tokens" if nearest.tokens != geometry.tokens else ""
     yield f"the nearest size it takes: {nearest}{tokens} ({nearest.width * factor}×{nearest.height * factor} pixels)"
-    yield f"or build for this one too: {written(best.with_(geometry), factor)}"
+    yield f"or build for this one too: {format_range(best.with_(geometry), factor)}"
 
 
 def _distance(one: Geometry, other: Geometry) -> float:

@@ -15,7 +15,7 @@ from shapecheck import extras
 from shapecheck.contract import ContractError, ShapecheckError
 from shapecheck.contract.naming import torch_name
 from shapecheck.runtime.executor import refused
-from shapecheck.tensorrt.engine_io import DeclaredEngine, describe, differences
+from shapecheck.tensorrt.engine_io import DeclaredEngine, compare_engine, describe_engine
 from shapecheck.tensorrt.record import MODULES, Engine
 
 _BINDABLE = frozenset(("float32", "float16", "bfloat16", "int64", "int32", "bool"))
@@ -88,8 +88,8 @@ def load(trt: Any, path: Path, record: Engine, data: mmap.mmap) -> Loaded:
         built = f"it was built by {request.tensorrt} on {request.gpu}, and {here}: build it again here"
         raise refused(f"load {path}", logger, built)
     _refuse_unbindable(trt, engine)
-    seen = describe(trt, engine)
-    if found := differences(request, seen):
+    seen = describe_engine(trt, engine)
+    if found := compare_engine(request, seen):
         raise ContractError(found, subject=f"{path} is not what its record says", contract=request.contract)
     return Loaded(logger, runtime, engine, seen)
 

@@ -108,7 +108,7 @@ def _open_onnx(
     if chosen == "ort-trt" and sizes:
         names = known.match_names([declared.name for declared in file.reading.inputs])  # the file's own
         ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)
-        profiles = profile_formats.provider_options([profile_of(known, each).renamed(names) for each in ranges])
+        profiles = profile_formats.make_provider_options([profile_of(known, each).renamed(names) for each in ranges])
         options = {**{key: str(value) for key, value in profiles.items()}, **(options or {})}
     try:
         return ContractSession.open_onnx(path, known, backend=chosen, device=where.index or 0, options=options, reuse=reuse)

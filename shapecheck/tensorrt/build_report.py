@@ -1,4 +1,4 @@
-"""An engine that was built or found, or what kept one from being built, as text or JSON."""
+"""An engine that was built or found, or the faults that kept one from being built, as text or JSON."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from shapecheck.tensorrt.profile_report import describe_range
 from shapecheck.tensorrt.profiles import range_of
 from shapecheck.tensorrt.record import Built, Request, record_of
 
-_RUNTIMES = {"trt": "TensorRT", "rtx": "TensorRT for RTX"}
-
 
 def render_text(built: Built) -> str:
     """Return the report for a person."""
     engine = built.engine
     facts = [*list_request_facts(engine.request), ("size", f"{engine.size / 1e6:.1f} MB"), ("digest", engine.digest)]
-    done = "FOUND: unchanged since it was built" if built.found else f"BUILT: in {built.seconds:.0f} s"
-    return Document(str(built.path), [Facts(facts), Points(built.notes, "note: "), Paragraph(done)]).render("human")
+    result = "FOUND: unchanged since it was built" if built.found else f"BUILT: in {built.seconds:.0f} s"
+    return Document(str(built.path), [Facts(facts), Points(built.notes, "note: "), Paragraph(result)]).render("human")
 
 
 def render_json(built: Built) -> str:
-    """Return the same for machines."""
+    """Return the report for machines."""
     request = built.engine.request
     record = {
         "path": str(built.path),
@@ -48,7 +46,7 @@ def render_json(built: Built) -> str:
 
 
 def render_refusal(error: ContractError, form: str) -> str:
-    """Return what kept an engine from being built, or a profile from being made."""
+    """Return the faults that kept an engine from being built, or a profile from being made."""
     if form == "json":
         mismatches = [asdict(mismatch) for mismatch in error.mismatches]
         return dump_json({"verdict": "refused", "subject": error.subject, "mismatches": mismatches})
@@ -60,20 +58,18 @@ def render_refusal(error: ContractError, form: str) -> str:
 def list_request_facts(request: Request) -> list[tuple[str, str]]:
     """Return what an engine is built from and for."""
     contract, options = request.contract, request.options
-    facts = [
+    ranges = [describe_range(range_of(contract, profile), contract.header.vae_factor) for profile in request.profiles]
+    builder = [f"{'TensorRT' if options.target == 'trt' else 'TensorRT for RTX'} {request.tensorrt}"]
+    builder += [f"level {options.optimization_level}"] if options.optimization_level is not None else []
+    builder += [f"workspace {options.workspace >> 20} MiB"] if options.workspace is not None else []
+    builder += [name for name in ("refittable", "version_compatible") if getattr(options, name)]
+    builder += [] if options.tf32 else ["no TF32"]
+    return [
         ("model", f"{contract.class_name} of {contract.header.source or 'no named model'}"),
         ("inputs", f"{len(contract.inputs)} base inputs, {len(request.names) - len(contract.inputs)} slots"),
-    ]
-    for number, profile in enumerate(request.profiles):
-        facts.append((f"profile {number}", describe_range(range_of(contract, profile), contract.header.vae_factor)))
-    settings = [f"level {options.optimization_level}"] if options.optimization_level is not None else []
-    settings += [f"workspace {options.workspace >> 20} MiB"] if options.workspace is not None else []
-    settings += [name for name in ("refittable", "version_compatible") if getattr(options, name)]
-    settings += [] if options.tf32 else ["no TF32"]
-    return [
-        *facts,
+        *((f"profile {number}", sizes) for number, sizes in enumerate(ranges)),
         ("precision", request.profiles[0].inputs[0].dtype),
-        ("built by", f"{_RUNTIMES[options.target]} {request.tensorrt}" + (f", {', '.join(settings)}" if settings else "")),
+        ("built by", ", ".join(builder)),
         ("for GPU", request.gpu),
         ("contract", contract.digest),
         ("weights", request.weights),

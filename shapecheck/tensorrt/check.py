@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +15,10 @@ from shapecheck.observe.fit import misfits
 from shapecheck.onnx.file import WEIGHTS_KEY, OnnxFile, file_digest
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.build import read_back
-from shapecheck.tensorrt.engine_io import differences
-from shapecheck.tensorrt.profile_check import mismatches
-from shapecheck.tensorrt.profiles import choose, range_of
-from shapecheck.tensorrt.record import Engine, EngineCheck, Fit, Read, Weights, size_of_engine
-
-_LONGEST = 300
-"""Characters of a reason why an engine was not loaded."""
+from shapecheck.tensorrt.engine_io import compare_engine
+from shapecheck.tensorrt.process import EngineError
+from shapecheck.tensorrt.profiles import choose_profile, find_profile_mismatches, range_of
+from shapecheck.tensorrt.record import Engine, EngineCheck, Read, SizeFit, WeightsCheck, size_of_engine
 
 
 def check_engine(
@@ -39,118 +36,101 @@ def check_engine(
 ) -> EngineCheck:
     """Return everything that can be said of an engine here: from itself if TensorRT can load it, else from its record.
 
-    `model` is the contract it should keep. `asked` is a size it should serve; with `any_batch` and `any_tokens` at whatever it
-    takes of those.
-    `weights` is an ONNX file or a model that it should have been built from. Raises ShapecheckError if the engine, a ControlNet
-    or the weights cannot be read.
+    `model` is the contract it should keep. `asked` is a size it should serve; with `any_batch` and `any_tokens` at whatever
+    batch and tokens it is tuned for. `weights` is an ONNX file or a model that it should have been built from.
+    Raises ShapecheckError if the engine, a ControlNet or the weights cannot be read.
     """
     contract = engine.request.contract
-    found = [*_file(path, engine, progress)]
-    how, reason, seen = _read(path, engine, progress) if not found else ("record", "", ())
-    found += [*seen, *(each for one in engine.request.profiles for each in mismatches(contract, one))]
-    found += _unlike(contract, model) if model is not None else ()
-    unfit = misfits(_named(contract, model), controlnets, asked, offline=offline, progress=progress) if controlnets else ()
-    return EngineCheck(
-        str(path),
-        engine,
-        how,
-        reason,
-        tuple(found),
-        _fit(engine, asked, any_batch, any_tokens) if asked is not None else None,
-        tuple(controlnets),
-        unfit,
-        _weights(engine, weights, offline, progress) if weights is not None else None,
-    )
+    mismatches, read, unread = _compare_with_record(path, engine, progress)
+    mismatches += [mismatch for profile in engine.request.profiles for mismatch in find_profile_mismatches(contract, profile)]
+    if model is not None:
+        mismatches += _compare_with_model(contract, model)
+    fit = _fit_size(engine, asked, any_batch, any_tokens) if asked is not None else None
+    # A contract read off a graph does not know its model's configuration, which a ControlNet is judged by.
+    if model is not None and "down_block_types" not in contract.config:
+        contract = replace(model, slots=contract.slots, features=contract.features)
+    unfit = misfits(contract, controlnets, asked, offline=offline, progress=progress) if controlnets else ()
+    compared = _compare_weights(engine, weights, offline, progress) if weights is not None else None
+    return EngineCheck(str(path), engine, read, unread, tuple(mismatches), fit, tuple(controlnets), unfit, compared)
 
 
-def _named(contract: Contract, model: Contract | None) -> Contract:
-    """An engine's contract; where that does not know its model, the model's, with the slots the engine has."""
-    known = "down_block_types" in contract.config or model is None
-    return contract if known or model is None else replace(model, slots=contract.slots, features=contract.features)
-
-
-def _file(path: Path, engine: Engine, progress: Progress) -> Iterator[Mismatch]:
-    """Whether the file is the one the record was written for."""
-    cause = "another engine, or one cut short, under the name of this record; copy both together, or build again"
-    size = size_of_engine(path)
-    if size != engine.size:
-        yield Mismatch("engine", "the file", f"{size} bytes", f"{engine.size} bytes", cause=cause)
-    elif (digest := file_digest(path, lambda *bytes_: progress(f"hashing {path}", *bytes_))) != engine.digest:
-        yield Mismatch("engine", "the file", digest, engine.digest, cause=cause)
-
-
-def _read(path: Path, engine: Engine, progress: Progress) -> tuple[Read, str, tuple[Mismatch, ...]]:
+def _compare_with_record(path: Path, engine: Engine, progress: Progress) -> tuple[list[Mismatch], Read, str]:
+    """Return in what an engine is not what its record says, which of them was read, and why not the engine."""
+    request, size = engine.request, size_of_engine(path)
+    actual, expected = f"{size} bytes", f"{engine.size} bytes"
+    if size == engine.size:
+        actual, expected = file_digest(path, lambda *bytes_: progress(f"hashing {path}", *bytes_)), engine.digest
+    if actual != expected:
+        cause = "another engine, or one cut short, under the name of this record; copy both together, or build again"
+        return [Mismatch("engine", "the file", actual, expected, cause=cause)], "record", ""
     try:
-        return "engine", "", differences(engine.request, read_back(path, engine, progress))
+        return [*compare_engine(request, read_back(path, engine, progress))], "engine", ""
     except ShapecheckError as error:
-        reason = one_line(" ".join(str(error).split()), _LONGEST)
-        if getattr(error, "stage", "") != "refused":
-            return "record", reason, ()
-        request = engine.request
+        reason = one_line(" ".join(str(error).split()), 300)
+        if not isinstance(error, EngineError) or error.stage != "refused":
+            return [], "record", reason
         expected = f"one that TensorRT loads here; it was built by {request.tensorrt} for {request.gpu}"
-        return "record", "", (Mismatch("engine", "the engine", f"TensorRT refuses it: {reason}", expected),)
+        return [Mismatch("engine", "the engine", f"TensorRT refuses it: {reason}", expected)], "record", ""
 
 
-def _unlike(own: Contract, model: Contract) -> Iterator[Mismatch]:
-    """In what an engine's contract is not that of the model it should be; precision apart, for a model may be built in any."""
-    yield from compare_inputs(
-        {each.name: each.shape for each in model.inputs}, {}, [Port(each.name, dims=each.shape) for each in own.inputs]
-    )
+def _compare_with_model(own: Contract, model: Contract) -> tuple[Mismatch, ...]:
+    """Return in what an engine's contract is not its model's, precision apart: a model may be built in any."""
+    rules = {base.name: base.shape for base in model.inputs}
+    mismatches = compare_inputs(rules, {}, [Port(base.name, dims=base.shape) for base in own.inputs])
     if own.role == model.role == "unet":
-        at = Geometry(2, 17 * model.divisor, 25 * model.divisor)
-        yield from compare(model.slots, at, {slot.name: slot.shape_at(at) for slot in own.slots})
+        geometry = Geometry(2, 17 * model.divisor, 25 * model.divisor)
+        mismatches += compare(model.slots, geometry, {slot.name: slot.shape_at(geometry) for slot in own.slots})
+    return mismatches
 
 
-def _fit(engine: Engine, asked: Geometry, any_batch: bool, any_tokens: bool) -> Fit:
-    """Which profile serves a size; where none does, why not, and what would."""
+def _fit_size(engine: Engine, size: Geometry, any_batch: bool, any_tokens: bool) -> SizeFit:
+    """Return the profile that serves a size; if none does, why not, and what would."""
     contract, profiles = engine.request.contract, engine.request.profiles
     try:
-        contract.require(asked)
+        contract.require(size)
     except ShapecheckError as error:
-        return Fit(asked, None, (str(error),), None, None)
-    ranges = [range_of(contract, each) for each in profiles]
-    wanted = [_completed(asked, each.opt, any_batch, any_tokens) for each in ranges]
-    for geometry in wanted:
-        if (chosen := choose(profiles, contract.input_shapes(geometry))) is not None:
-            return Fit(geometry, chosen, (), None, None)
-    outside = [each.outside(geometry) for each, geometry in zip(ranges, wanted, strict=True)]
+        return SizeFit(size, None, (str(error),))
+    ranges = [range_of(contract, profile) for profile in profiles]
+    # A batch or tokens that were left open are those that each profile is tuned for.
+    left_open = [axis for axis, is_open in (("batch", any_batch), ("tokens", any_tokens)) if is_open]
+    requested = [replace(size, **{axis: getattr(sizes.opt, axis) for axis in left_open}) for sizes in ranges]
+    for geometry in requested:
+        if (chosen := choose_profile(profiles, contract.input_shapes(geometry))) is not None:
+            return SizeFit(geometry, chosen)
+    outside = [sizes.outside(geometry) for sizes, geometry in zip(ranges, requested, strict=True)]
     best = min(range(len(ranges)), key=lambda number: len(outside[number]))
-    reasons = tuple(f"profile {number}: {'; '.join(told)}" for number, told in enumerate(outside))
-    return Fit(wanted[best], None, reasons, ranges[best].nearest(wanted[best]), ranges[best].with_(wanted[best]))
+    reasons = tuple(f"profile {number}: {'; '.join(axes)}" for number, axes in enumerate(outside))
+    sizes, geometry = ranges[best], requested[best]
+    return SizeFit(geometry, None, reasons, sizes.nearest(geometry), sizes.with_(geometry))
 
 
-def _completed(asked: Geometry, usual: Geometry, any_batch: bool, any_tokens: bool) -> Geometry:
-    """What was asked for, with the usual batch and tokens where those were not."""
-    batch, tokens = usual.batch if any_batch else asked.batch, usual.tokens if any_tokens else asked.tokens
-    return replace(asked, batch=batch, tokens=tokens)
-
-
-def _weights(engine: Engine, name: str, offline: bool, progress: Progress) -> Weights:
-    """Whether an engine was built from an ONNX file, or from one that was exported from a model's checkpoint."""
+def _compare_weights(engine: Engine, name: str, offline: bool, progress: Progress) -> WeightsCheck:
+    """Say whether an engine was built from an ONNX file, or from one that was exported from a model's checkpoint."""
     if Path(name).suffix.lower() == ".onnx":
         return replace(compare_with_file(engine, OnnxFile(name), progress), name=name)
     request = engine.request
-    taken = subject.take(name, offline=offline)
-    if taken.stored is None:
-        raise ShapecheckError(f"--weights {name}: {taken.absent}; give a folder that holds them, or an ONNX file")
-    own = checkpoints.digest(taken.stored, lambda *bytes_: progress("hashing the weights", *bytes_))
+    model = subject.take(name, offline=offline)
+    if model.stored is None:
+        raise ShapecheckError(f"--weights {name}: {model.absent}; give a folder that holds them, or an ONNX file")
+    own = checkpoints.digest(model.stored, lambda *bytes_: progress("hashing the weights", *bytes_))
     if own == request.weights:
-        return Weights(name, True, "bit by bit")
+        return WeightsCheck(name, True, "bit by bit")
     if not request.checkpoint:
         raise ShapecheckError(f"--weights {name}: the record does not say from which checkpoint; give the ONNX file instead")
     if own != request.checkpoint:
-        return Weights(name, False, f"other weights: {own}")
-    if {each.dtype for each in taken.stored.values()} == {request.contract.dtype}:
-        return Weights(name, False, "the ONNX file was exported from them, and its weights were changed before it was built")
-    return Weights(name, True, "in another precision, by the word of the ONNX file it was built from")
+        return WeightsCheck(name, False, f"other weights: {own}")
+    if {tensor.dtype for tensor in model.stored.values()} == {request.contract.dtype}:
+        changed = "the ONNX file was exported from them, and its weights were changed before it was built"
+        return WeightsCheck(name, False, changed)
+    return WeightsCheck(name, True, "in another precision, by the word of the ONNX file it was built from")
 
 
-def compare_with_file(engine: Engine, file: OnnxFile, progress: Progress = silent) -> Weights:
+def compare_with_file(engine: Engine, file: OnnxFile, progress: Progress = silent) -> WeightsCheck:
     """Say whether an engine was built from an ONNX file's weights. Raises ShapecheckError if those cannot be read."""
     request, name = engine.request, str(file)
     own = checkpoints.digest(file.tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
     if own == request.weights:
-        return Weights(name, True, "the very file" if file.digest == request.onnx else "the same weights, in another ONNX file")
-    exported_from = file.metadata.get(WEIGHTS_KEY)
-    same = exported_from and exported_from == request.checkpoint
-    return Weights(name, False, "another export of the same checkpoint" if same else f"other weights: {own}")
+        where = "the very file" if file.digest == request.onnx else "the same weights, in another ONNX file"
+        return WeightsCheck(name, True, where)
+    is_of_checkpoint = request.checkpoint and request.checkpoint == file.metadata.get(WEIGHTS_KEY)
+    return WeightsCheck(name, False, "another export of the same checkpoint" if is_of_checkpoint else f"other weights: {own}")

@@ -1,8 +1,7 @@
-"""What an engine came to when it was checked, as text, Markdown or JSON."""
+"""The check of an engine, as text, Markdown or JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 
 from shapecheck.contract import Geometry
@@ -14,7 +13,7 @@ from shapecheck.report.numbers import dump_json, format_count
 from shapecheck.tensorrt.build_report import list_request_facts
 from shapecheck.tensorrt.profile_report import format_pixels
 from shapecheck.tensorrt.record import EngineCheck
-from shapecheck.tensorrt.size_ranges import written
+from shapecheck.tensorrt.size_ranges import format_range
 
 
 def render_text(checked: EngineCheck, form: Format = "human") -> str:
@@ -34,14 +33,14 @@ def render_text(checked: EngineCheck, form: Format = "human") -> str:
         if fit.nearest is not None:
             reasons.append(f"the nearest that fits: {_describe_size(fit.nearest, vae_factor)}")
         if fit.rebuilt is not None:
-            reasons.append(f"or build for it: {written(fit.rebuilt, vae_factor)}")
+            reasons.append(f"or build for it: {format_range(fit.rebuilt, vae_factor)}")
         parts += [Heading("Why the size does not fit"), Lines(reasons)]
-    return Document(checked.path, parts, [*_list_verdicts(checked)]).render(form)
+    return Document(checked.path, parts, _list_verdicts(checked)).render(form)
 
 
 def render_json(checked: EngineCheck) -> str:
-    """Return the same for machines."""
-    request, fit = checked.engine.request, checked.fit
+    """Return the report for machines."""
+    request = checked.engine.request
     record = {
         "file": checked.path,
         "verdict": "fine" if checked.is_fine else "broken" if checked.mismatches else "does not fit",
@@ -54,7 +53,7 @@ def render_json(checked: EngineCheck) -> str:
         "gpu": request.gpu,
         "profiles": encode(request.profiles),
         "mismatches": [asdict(mismatch) for mismatch in checked.mismatches],
-        "size": asdict(fit) if fit else None,
+        "size": asdict(checked.fit) if checked.fit else None,
         "controlnets": list(checked.controlnets),
         "controlnet_mismatches": [asdict(misfit) for misfit in checked.misfits],
         "weights": asdict(checked.weights) if checked.weights else None,
@@ -62,22 +61,21 @@ def render_json(checked: EngineCheck) -> str:
     return dump_json(record)
 
 
-def _list_verdicts(checked: EngineCheck) -> Iterator[str]:
+def _list_verdicts(checked: EngineCheck) -> list[str]:
+    verdicts = ["DOES NOT FIT: engine and record belong together, but not with what was asked about"]
     if checked.mismatches:
-        yield f"BROKEN: {format_count(len(checked.mismatches), 'fault')}"
+        verdicts = [f"BROKEN: {format_count(len(checked.mismatches), 'fault')}"]
     elif checked.is_fine:
-        seen = "" if checked.read == "engine" else " (the engine itself was not loaded)"
-        yield f"FINE: engine and record belong together{seen}"
-    else:
-        yield "DOES NOT FIT: engine and record belong together, but not with what was asked about"
-    if checked.fit:
-        size = _describe_size(checked.fit.geometry, checked.engine.request.contract.header.vae_factor)
-        profile = checked.fit.profile
-        yield f"SIZE: {size} fits {'no profile' if profile is None else f'profile {profile}'}"
+        unloaded = "" if checked.read == "engine" else " (the engine itself was not loaded)"
+        verdicts = [f"FINE: engine and record belong together{unloaded}"]
+    if fit := checked.fit:
+        size = _describe_size(fit.geometry, checked.engine.request.contract.header.vae_factor)
+        verdicts.append(f"SIZE: {size} fits {'no profile' if fit.profile is None else f'profile {fit.profile}'}")
     if checked.controlnets:
-        yield describe_fit(checked.controlnets, checked.misfits)
-    if checked.weights:
-        yield f"WEIGHTS: {'' if checked.weights.same else 'not '}built from {checked.weights.name} ({checked.weights.told})"
+        verdicts.append(describe_fit(checked.controlnets, checked.misfits))
+    if weights := checked.weights:
+        verdicts.append(f"WEIGHTS: {'' if weights.same else 'not '}built from {weights.name} ({weights.told})")
+    return verdicts
 
 
 def _describe_size(geometry: Geometry, vae_factor: int) -> str:

@@ -1,8 +1,7 @@
-"""An engine as TensorRT shows it, against the record beside it."""
+"""Inputs, outputs and profiles of an engine as TensorRT shows them, and the comparison with the record beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from shapecheck.tensorrt.profiles import Bounds, Profile
 from shapecheck.tensorrt.record import Request
 
 DYNAMIC = -1
-"""How TensorRT shows an axis that varies."""
+"""The size that TensorRT shows for an axis that varies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,26 +24,25 @@ class DeclaredTensor:
     is_input: bool
     dtype: str
     shape: Shape = field(metadata={"limits": (DYNAMIC, 2**63 - 1)})
-    """-1 where an axis varies."""
     bounds: tuple[tuple[Shape, Shape, Shape], ...]
-    """Min, opt and max in each profile; for an input that varies."""
+    """Min, opt and max in each profile, if an axis of the input varies."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeclaredEngine:
-    """What a deserialised engine says of itself."""
+    """A deserialised engine as it describes itself."""
 
     name: str
     tensors: tuple[DeclaredTensor, ...]
     profiles: int
 
     def profile(self, number: int) -> Profile:
-        """One of its profiles, in its own names."""
-        varying = [each for each in self.tensors if each.is_input and DYNAMIC in each.shape]
-        return Profile(tuple(Bounds(each.name, each.dtype, *each.bounds[number]) for each in varying))
+        """Return one of its profiles, in its own names."""
+        varying = [port for port in self.tensors if port.is_input and DYNAMIC in port.shape]
+        return Profile(tuple(Bounds(port.name, port.dtype, *port.bounds[number]) for port in varying))
 
 
-def describe(trt: Any, engine: Any) -> DeclaredEngine:
+def describe_engine(trt: Any, engine: Any) -> DeclaredEngine:
     """Return what TensorRT's module shows of a deserialised engine."""
     tensors = []
     for number in range(engine.num_io_tensors):
@@ -60,36 +58,28 @@ def describe(trt: Any, engine: Any) -> DeclaredEngine:
     return DeclaredEngine(engine.name, tuple(tensors), engine.num_optimization_profiles)
 
 
-def differences(request: Request, seen: DeclaredEngine) -> tuple[Mismatch, ...]:
-    """Everything in which an engine is not what its record says; empty where they belong together."""
-    if seen.name != request.contract.digest:
+def compare_engine(request: Request, declared: DeclaredEngine) -> tuple[Mismatch, ...]:
+    """Return everything in which an engine is not what its record says; empty if they belong together."""
+    if declared.name != request.contract.digest:
         cause = "the record beside it is another engine's; copy both together, or build again"
-        return (
-            Mismatch("engine", "the engine", f"built for {seen.name or 'no contract'}", request.contract.digest, cause=cause),
-        )
-    return (*_tensors(request, seen), *_profiles(request, seen))
-
-
-def _tensors(request: Request, seen: DeclaredEngine) -> Iterator[Mismatch]:
-    inputs = [Port(each.name, each.dtype) for each in seen.tensors if each.is_input]
-    yield from request.contract.compare_inputs(inputs, request.engine_names, present="an input of the engine")
-    outputs = tuple(each.name for each in seen.tensors if not each.is_input)
+        actual = f"built for {declared.name or 'no contract'}"
+        return (Mismatch("engine", "the engine", actual, request.contract.digest, cause=cause),)
+    ports = [Port(port.name, port.dtype) for port in declared.tensors if port.is_input]
+    mismatches = [*request.contract.compare_inputs(ports, request.engine_names, present="an input of the engine")]
+    outputs = tuple(port.name for port in declared.tensors if not port.is_input)
     if sorted(outputs) != sorted(request.outputs):
-        yield Mismatch("name", "the outputs", ", ".join(outputs), ", ".join(request.outputs))
-
-
-def _profiles(request: Request, seen: DeclaredEngine) -> Iterator[Mismatch]:
-    if seen.profiles != len(request.profiles):
-        yield Mismatch("engine", "the profiles", f"{seen.profiles}", f"{len(request.profiles)}")
-        return
+        mismatches.append(Mismatch("name", "the outputs", ", ".join(outputs), ", ".join(request.outputs)))
+    if declared.profiles != len(request.profiles):
+        mismatch = Mismatch("engine", "the profiles", f"{declared.profiles}", f"{len(request.profiles)}")
+        return (*mismatches, mismatch)
     ours = {theirs: name for name, theirs in request.names}
-    inputs = {ours.get(each.name): each for each in seen.tensors if each.is_input}
-    for number, wanted in enumerate(request.profiles):
-        found = seen.profile(number).renamed(ours)
-        for bounds in wanted.inputs:
-            if (given := inputs.get(bounds.name)) is None:
-                continue
-            own = found.bounds(bounds.name)
-            if (own.shapes if own else (given.shape,) * 3) != bounds.shapes:  # an input that never varies is in no profile
-                has = str(own) if own else f"{show(given.shape)} only"
-                yield Mismatch("range", bounds.name, f"profile {number}: {has}", f"{bounds}")
+    inputs = {ours.get(port.name): port for port in declared.tensors if port.is_input}
+    for number, expected in enumerate(request.profiles):
+        actual_profile = declared.profile(number).renamed(ours)
+        for bounds in (bounds for bounds in expected.inputs if bounds.name in inputs):
+            shape, own = inputs[bounds.name].shape, actual_profile.bounds(bounds.name)
+            # An input that never varies is in no profile of the engine.
+            if (own.shapes if own else (shape,) * 3) != bounds.shapes:
+                actual = f"profile {number}: {own or f'{show(shape)} only'}"
+                mismatches.append(Mismatch("range", bounds.name, actual, f"{bounds}"))
+    return tuple(mismatches)

@@ -1,4 +1,4 @@
-"""The asking side of the process that builds an engine."""
+"""The requesting side of the process that builds an engine."""
 
 from __future__ import annotations
 
@@ -20,17 +20,11 @@ from shapecheck.contract.errors import one_line
 from shapecheck.progress import Progress
 from shapecheck.tensorrt.record import Target
 
-_LAST_WORDS = 2000
-
-
-_MOST_MESSAGES = 50
-
-
-_SIGKILL = -9
+_LONGEST = 2000
 
 
 def has_driver() -> bool:
-    """Whether there is a driver to load an engine with."""
+    """Return whether there is a driver to load an engine with."""
     try:
         return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuInit(0) == 0  # type: ignore[no-any-return]
     except OSError:
@@ -51,7 +45,7 @@ class EngineError(ShapecheckError):
 
     def __init__(self, stage: str, text: str, messages: tuple[str, ...], errors: tuple[ParserError, ...] = ()) -> None:
         self.stage, self.messages, self.errors = stage, messages, errors
-        known = any(text.endswith(each) for each in messages)  # Polygraphy logs what it then raises
+        known = any(text.endswith(message) for message in messages)  # Polygraphy logs what it then raises
         self.texts = messages if known or not text else (*messages, text)
         super().__init__("\n".join(self.texts) or stage)
 
@@ -64,6 +58,8 @@ class EngineProcess:
     progress: Progress
     messages: list[str] = field(default_factory=list)
     """Warnings and errors of TensorRT, in its words."""
+    _process: subprocess.Popen[str] = field(init=False, repr=False)
+    _stderr: Any = field(init=False, repr=False)
 
     def __enter__(self) -> Self:
         self._stderr = tempfile.TemporaryFile()
@@ -84,50 +80,45 @@ class EngineProcess:
             with contextlib.suppress(OSError):  # flushing to a process that is gone
                 stream.close()  # type: ignore[union-attr]
 
-    def say(self, job: Mapping[str, Any]) -> None:
-        """Give it a job, or the word to go on."""
+    def send(self, job: Mapping[str, Any]) -> None:
+        """Send a job, or an empty one as the word to go on."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `hear` tells why it is gone
+        with contextlib.suppress(BrokenPipeError):  # `receive` says why it is gone
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
 
-    def hear(self, event: str) -> Mapping[str, Any]:
-        """Wait until it tells of this event. Raises EngineError where it tells of a failure, or ends."""
+    def receive(self, event: str) -> Mapping[str, Any]:
+        """Wait for this event. Raises EngineError if the process reports a failure, or ends."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if not line.endswith("\n"):  # it ended in the middle of a line
                 break
-            told = json.loads(line)
-            if told["event"] == event:
-                return told  # type: ignore[no-any-return]
-            if told["event"] == "failed":
-                errors = tuple(ParserError(**each) for each in told.get("errors", ()))
-                raise EngineError(told["stage"], told["text"], tuple(self.messages), errors)
-            self._note(told)
-        raise self._ended()
+            message = json.loads(line)
+            if message["event"] == event:
+                return message  # type: ignore[no-any-return]
+            if message["event"] == "failed":
+                errors = tuple(ParserError(**error) for error in message.get("errors", ()))
+                raise EngineError(message["stage"], message["text"], tuple(self.messages), errors)
+            self._note(message)
+        status = self._process.wait()
+        self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, self._stderr.tell() - _LONGEST))
+        words = self._stderr.read().decode("utf-8", "replace").strip()
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        likely = "; was there too little memory?" if status == -9 else ""  # SIGKILL, which Windows does not name
+        text = f"the building process {how}{likely}" + (f"\n{words}" if words else "")
+        raise EngineError("end", text, tuple(self.messages))
 
     def finish(self) -> None:
-        """Hear it out until it has ended by itself."""
+        """Receive everything until the process has ended by itself."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._note(json.loads(line))
         self._process.wait()
 
-    def _note(self, told: Mapping[str, Any]) -> None:
-        if told["event"] == "progress":
-            steps = f" {told['step'] + 1} of {told['steps']}" if told["steps"] > 1 else ""
-            self.progress(f"building: {one_line(told['phase'])}{steps}")
-        elif len(self.messages) < _MOST_MESSAGES:
-            self.messages.append(one_line(re.sub(r"^\[.\] ", "", told["text"]), _LAST_WORDS))
-
-    def _ended(self) -> EngineError:
-        status = self._process.wait()
-        self._stderr.seek(0, 2)
-        self._stderr.seek(max(0, self._stderr.tell() - _LAST_WORDS))
-        words = self._stderr.read().decode("utf-8", "replace").strip()
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        likely = "; was there too little memory?" if status == _SIGKILL else ""
-        return EngineError("end", f"the building process {how}{likely}" + (f"\n{words}" if words else ""), tuple(self.messages))
-
-    _process: subprocess.Popen[str] = field(init=False, repr=False)
-    _stderr: Any = field(init=False, repr=False)
+    def _note(self, message: Mapping[str, Any]) -> None:
+        if message["event"] == "progress":
+            steps = f" {message['step'] + 1} of {message['steps']}" if message["steps"] > 1 else ""
+            self.progress(f"building: {one_line(message['phase'])}{steps}")
+        elif len(self.messages) < 50:
+            self.messages.append(one_line(re.sub(r"^\[.\] ", "", message["text"]), _LONGEST))

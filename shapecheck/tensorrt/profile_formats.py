@@ -11,13 +11,9 @@ from shapecheck.contract.json_codec import TextFormat, decode, encode, refuse_un
 from shapecheck.tensorrt.profiles import BOUNDS, Profile
 
 Tool = Literal["polygraphy", "trtexec", "ort"]
-
-
 MOST_PROFILES = 64
 """In one engine, and in one file."""
-
-
-_FORMAT = TextFormat(
+FORMAT = TextFormat(
     "shapecheck_profiles",
     "a file of profiles",
     writer="`shapecheck profile MODEL --sizes … --format json`",
@@ -28,16 +24,16 @@ _FORMAT = TextFormat(
 
 def dumps(profiles: Sequence[Profile], digest: str) -> str:
     """Return JSON text of profiles made for the contract of that digest, which `loads` reads."""
-    record = {_FORMAT.key: _FORMAT.schema, "contract": digest, "profiles": encode(profiles)}
+    record = {FORMAT.key: FORMAT.schema, "contract": digest, "profiles": encode(profiles)}
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 
 def loads(text: str) -> tuple[tuple[Profile, ...], str]:
-    """The profiles in `dumps`' text, and the digest of their contract. Raises ShapecheckError on anything else.
+    """Return the profiles in `dumps`' text, and the digest of their contract. Raises ShapecheckError on anything else.
 
-    What is in them is not judged here: they may have been edited.
+    They may have been edited: `find_profile_mismatches` judges them.
     """
-    record = _FORMAT.parse(text)
+    record = FORMAT.parse(text)
     try:
         refuse_unprintable(record.get("profiles"))
         profiles = decode(tuple[Profile, ...], record.get("profiles"), "profiles")
@@ -48,35 +44,33 @@ def loads(text: str) -> tuple[tuple[Profile, ...], str]:
 
 
 def refuse_count(profiles: Sequence[Profile]) -> None:
-    """Raise ValueError if these are not as many profiles as an engine has."""
+    """Raise ValueError if one engine cannot have this many profiles."""
     if not 1 <= len(profiles) <= MOST_PROFILES:
         raise ValueError(f"profiles: expected 1 to {MOST_PROFILES}, got {len(profiles)}")
 
 
-def arguments(profiles: Sequence[Profile], tool: Tool) -> list[str]:
-    """The options that give these profiles to Polygraphy's or trtexec's command line, or to ONNX Runtime as key=value."""
+def list_arguments(profiles: Sequence[Profile], tool: Tool) -> list[str]:
+    """Return the options of Polygraphy's or trtexec's command line for these profiles, or ONNX Runtime's as key=value."""
     if tool == "ort":
-        return [f"{key}={value}" for key, value in provider_options(profiles).items()]
-    if tool == "polygraphy":
-        return [word for profile in profiles for bound in BOUNDS for word in (f"--trt-{bound}-shapes", *_words(profile, bound))]
-    found = []
+        return [f"{key}={value}" for key, value in make_provider_options(profiles).items()]
+    arguments = []
     for number, profile in enumerate(profiles):
-        found += [f"--profile={number}"] if len(profiles) > 1 else []
-        found += [f"--{bound}Shapes={_joined([profile], bound)}" for bound in BOUNDS]
-    return found
+        if tool == "trtexec" and len(profiles) > 1:
+            arguments.append(f"--profile={number}")
+        for bound in BOUNDS:
+            if tool == "trtexec":
+                arguments.append(f"--{bound}Shapes={_join_shapes([profile], bound)}")
+            else:
+                shapes = [(bounds.name, ",".join(map(str, getattr(bounds, bound)))) for bounds in profile.inputs]
+                arguments += [f"--trt-{bound}-shapes", *(f"{name}:[{shape}]" for name, shape in shapes)]
+    return arguments
 
 
-def provider_options(profiles: Sequence[Profile]) -> Mapping[str, str]:
-    """Options of ONNX Runtime's TensorRT provider; an input named again belongs to the next profile."""
-    if not profiles:
-        return {}
-    return {f"trt_profile_{bound}_shapes": _joined(profiles, bound) for bound in BOUNDS}
+def make_provider_options(profiles: Sequence[Profile]) -> Mapping[str, str]:
+    """Return options of ONNX Runtime's TensorRT provider; an input named again belongs to the next profile."""
+    return {f"trt_profile_{bound}_shapes": _join_shapes(profiles, bound) for bound in BOUNDS} if profiles else {}
 
 
-def _words(profile: Profile, bound: str) -> list[str]:
-    return [f"{each.name}:[{','.join(map(str, getattr(each, bound)))}]" for each in profile.inputs]
-
-
-def _joined(profiles: Sequence[Profile], bound: str) -> str:
-    shapes = [(each.name, getattr(each, bound)) for profile in profiles for each in profile.inputs]
+def _join_shapes(profiles: Sequence[Profile], bound: str) -> str:
+    shapes = [(bounds.name, getattr(bounds, bound)) for profile in profiles for bounds in profile.inputs]
     return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes)

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from shapecheck.contract import Contract, Geometry, show
 from shapecheck.report.document import Document, Facts, Heading, Part, Table
 from shapecheck.report.numbers import dump_json
-from shapecheck.tensorrt import profile_formats as forms
-from shapecheck.tensorrt.profile_formats import Tool
+from shapecheck.tensorrt import profile_formats
 from shapecheck.tensorrt.profiles import Profile, Range, range_of
 
 
@@ -18,7 +17,7 @@ def render_text(contract: Contract, profiles: Sequence[Profile], names: dict[str
     parts: list[Part] = [Facts([("contract", contract.digest), ("of", contract.header.source or contract.class_name)])]
     for number, profile in enumerate(profiles):
         sizes = range_of(contract, profile.renamed({theirs: ours for ours, theirs in names.items()}))
-        rows = [(given.name, given.dtype, *map(show, given.shapes)) for given in profile.inputs]
+        rows = [(bounds.name, bounds.dtype, *map(show, bounds.shapes)) for bounds in profile.inputs]
         parts += [Heading(f"Profile {number}: {describe_range(sizes, contract.header.vae_factor)}")]
         parts += [Table(("input", "dtype", "min", "opt", "max"), rows)]
     return Document("", parts).render("human")
@@ -26,14 +25,14 @@ def render_text(contract: Contract, profiles: Sequence[Profile], names: dict[str
 
 def render_json(contract: Contract, profiles: Sequence[Profile]) -> str:
     """Return the profiles for machines, and for `shapecheck build --profile`."""
-    return forms.dumps(profiles, contract.digest)
+    return profile_formats.dumps(profiles, contract.digest)
 
 
-def render_options(profiles: Sequence[Profile], tool: Tool, form: str) -> str:
+def render_options(profiles: Sequence[Profile], tool: profile_formats.Tool, form: str) -> str:
     """Return options of a tool: for a shell, or a JSON list of arguments; for ONNX Runtime key=value, or a JSON object."""
-    arguments = forms.arguments(profiles, tool)
+    arguments = profile_formats.list_arguments(profiles, tool)
     if form == "json":
-        value = dict(forms.provider_options(profiles)) if tool == "ort" else arguments
+        value = dict(profile_formats.make_provider_options(profiles)) if tool == "ort" else arguments
         return dump_json(value, ascii_only=True)
     if tool == "ort":
         return "\n".join(arguments) + "\n"
@@ -48,13 +47,9 @@ def render_options(profiles: Sequence[Profile], tool: Tool, form: str) -> str:
 
 def describe_range(sizes: Range, vae_factor: int) -> str:
     """Return `512×512 … 768×768 … 1024×1024 pixels, batch 1 … 2 … 4`, and the tokens if they are not the usual 77."""
-
-    def join_distinct(texts: Sequence[str]) -> str:
-        return texts[0] if len(set(texts)) == 1 else " … ".join(texts)
-
-    pixels = join_distinct([format_pixels(geometry, vae_factor) for geometry in sizes.geometries])
-    tokens = join_distinct([str(geometry.tokens) for geometry in sizes.geometries])
-    batch = join_distinct([str(geometry.batch) for geometry in sizes.geometries])
+    rows = [(format_pixels(size, vae_factor), str(size.batch), str(size.tokens)) for size in sizes.geometries]
+    columns = zip(*rows, strict=True)
+    pixels, batch, tokens = (" … ".join(texts if len(set(texts)) > 1 else texts[:1]) for texts in columns)
     return f"{pixels} pixels, batch {batch}" + (f", {tokens} tokens" if tokens != "77" else "")
 
 

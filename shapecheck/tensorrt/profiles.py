@@ -1,19 +1,23 @@
-"""Optimization profiles: (min, opt, max) of every dynamic input, each the image of one geometry under the contract."""
+"""Optimization profiles: (min, opt, max) of every dynamic input, each the image of one geometry under the contract.
+
+They are made, chosen for a call, and checked here; `profile_formats` writes and reads them.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from shapecheck.contract.contract import Contract
+from shapecheck.contract.contract import Contract, ContractError
 from shapecheck.contract.dims import Dim, Shape, show
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import AXES, USUAL_TOKENS, Geometry
+from shapecheck.contract.mismatch import Port, compare, compare_inputs
+from shapecheck.contract.records import Mismatch
 
 BOUNDS = ("min", "opt", "max")
-
-
 _SIZES = {"limits": (1, 2**31 - 1)}
 
 
@@ -33,14 +37,11 @@ class Bounds:
 
     @property
     def shapes(self) -> tuple[Shape, Shape, Shape]:
-        """Min, opt, max."""
         return self.min, self.opt, self.max
 
     def allows(self, shape: Shape) -> bool:
-        """Whether a tensor of that shape may be given."""
-        if len(shape) != len(self.min):
-            return False
-        return all(least <= size <= most for least, size, most in zip(self.min, shape, self.max, strict=True))
+        same_rank = len(shape) == len(self.min)
+        return same_rank and all(least <= size <= most for least, size, most in zip(self.min, shape, self.max, strict=True))
 
     def __str__(self) -> str:
         return " … ".join(dict.fromkeys(map(show, self.shapes)))
@@ -53,21 +54,21 @@ class Profile:
     inputs: tuple[Bounds, ...]
 
     def bounds(self, name: str) -> Bounds | None:
-        """Those of one input; None where it is not in the profile."""
-        return next((each for each in self.inputs if each.name == name), None)
+        """Return the bounds of one input, or None if it is not in the profile."""
+        return next((bounds for bounds in self.inputs if bounds.name == name), None)
 
     def allows(self, shapes: Mapping[str, Shape]) -> bool:
-        """Whether these shapes may be given together; inputs that are not in the profile do not count."""
-        return all(each.allows(shapes[each.name]) for each in self.inputs if each.name in shapes)
+        """Return whether the engine accepts these shapes together; inputs that are not in the profile do not count."""
+        return all(bounds.allows(shapes[bounds.name]) for bounds in self.inputs if bounds.name in shapes)
 
     def renamed(self, names: Mapping[str, str]) -> Profile:
-        """With inputs called as `names` has it: from the contract's names to a file's, or back."""
-        return Profile(tuple(replace(each, name=names.get(each.name, each.name)) for each in self.inputs))
+        """Return the profile with other names of inputs: from the contract's names to a file's, or back."""
+        return Profile(tuple(replace(bounds, name=names.get(bounds.name, bounds.name)) for bounds in self.inputs))
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The geometries a profile is the image of."""
+    """The geometries that a profile is the image of."""
 
     min: Geometry
     opt: Geometry
@@ -75,31 +76,28 @@ class Range:
 
     @property
     def geometries(self) -> tuple[Geometry, Geometry, Geometry]:
-        """Min, opt, max."""
         return self.min, self.opt, self.max
 
     @property
     def is_static(self) -> bool:
-        """Whether it is one size."""
         return self.min == self.opt == self.max
 
     def outside(self, geometry: Geometry) -> tuple[str, ...]:
-        """In what a geometry is not between min and max; empty where it is."""
-        found = []
+        """Return one text for each axis of a geometry that is not between min and max."""
+        reasons = []
         for axis in AXES.values():
-            least, size, most = (getattr(each, axis) for each in (self.min, geometry, self.max))
+            least, size, most = (getattr(bound, axis) for bound in (self.min, geometry, self.max))
             if not least <= size <= most:
-                limits = f"{least} only" if least == most else f"{least} to {most}"
-                found.append(f"{axis} {size}, where it takes {limits}")
-        return tuple(found)
+                reasons.append(f"{axis} {size}, expected {least if least == most else f'{least} to {most}'}")
+        return tuple(reasons)
 
     def nearest(self, geometry: Geometry) -> Geometry:
-        """The geometry between min and max that is nearest to another."""
-        sides = ((axis, (getattr(each, axis) for each in (self.min, geometry, self.max))) for axis in AXES.values())
-        return Geometry(**{axis: sorted(values)[1] for axis, values in sides})
+        """Return the geometry between min and max that is nearest to another."""
+        bounds = self.min, geometry, self.max
+        return Geometry(**{axis: sorted(getattr(bound, axis) for bound in bounds)[1] for axis in AXES.values()})
 
     def with_(self, geometry: Geometry) -> Range:
-        """The smallest range that holds another geometry too."""
+        """Return the smallest range that holds another geometry too."""
         least = {axis: min(getattr(self.min, axis), getattr(geometry, axis)) for axis in AXES.values()}
         most = {axis: max(getattr(self.max, axis), getattr(geometry, axis)) for axis in AXES.values()}
         return Range(Geometry(**least), self.opt, Geometry(**most))
@@ -109,16 +107,26 @@ class Range:
 
 
 def profile_of(contract: Contract, sizes: Range) -> Profile:
-    """The profile that serves every geometry from `sizes.min` to `sizes.max`, tuned for `sizes.opt`.
+    """Return the profile that serves every geometry from `sizes.min` to `sizes.max`, tuned for `sizes.opt`.
 
-    One entry for each input with an axis that varies, slots of a UNet included. Raises ShapecheckError where the range is
-    no range, or the model refuses one of its sizes, naming it.
+    It has one entry for each input with an axis that varies, slots of a UNet included. Raises ShapecheckError if the range
+    does not ascend, or the model refuses one of its sizes, naming it.
     """
-    _require_ordered(sizes)
+    for axis in AXES.values():
+        least, usual, most = (getattr(geometry, axis) for geometry in sizes.geometries)
+        if not least <= usual <= most:
+            raise ShapecheckError(
+                f"not a range: the {axis} is {least}, {usual}, {most}; give the smallest size, then the usual, then the largest"
+            )
     for bound, geometry in zip(BOUNDS, sizes.geometries, strict=True):
-        if reason := _unserved(contract, geometry):
-            factor = contract.header.vae_factor
-            raise ShapecheckError(f"{bound}, {geometry.width * factor}x{geometry.height * factor} pixels: {reason}")
+        factor = contract.header.vae_factor
+        size = f"{bound}, {geometry.width * factor}x{geometry.height * factor} pixels"
+        try:
+            shapes = contract.input_shapes(geometry)
+        except ShapecheckError as error:
+            raise ShapecheckError(f"{size}: {error}") from None
+        if empty := next((name for name, shape in shapes.items() if 0 in shape), None):
+            raise ShapecheckError(f"{size}: {empty} would be {show(shapes[empty])}: too small to halve")
     dtypes = contract.input_dtypes
     return Profile(
         tuple(
@@ -130,9 +138,9 @@ def profile_of(contract: Contract, sizes: Range) -> Profile:
 
 
 def range_of(contract: Contract, profile: Profile) -> Range:
-    """The geometries a profile is the image of, as most of its inputs have them.
+    """Return the geometries that a profile is the image of, as most of its inputs have them.
 
-    Raises ShapecheckError where no input shows one of the sizes, or a size is none.
+    Raises ShapecheckError if no input shows one of the sizes, or a size is below 1.
     """
     votes = {axis: [Counter[int]() for _ in BOUNDS] for axis in AXES.values()}
     for name, rule in contract.input_rules.items():
@@ -148,67 +156,103 @@ def range_of(contract: Contract, profile: Profile) -> Range:
                    for at in range(len(BOUNDS))))  # fmt: skip
 
 
-def choose(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int | None:
-    """Which profile takes these shapes: of several, the one tuned for the size nearest to them. None where none does."""
+def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int | None:
+    """Return the number of the profile that accepts these shapes and whose opt is nearest to them, or None."""
+
+    def measure_distance(number: int) -> int:
+        pairs = [(bounds.opt, shapes[bounds.name]) for bounds in profiles[number].inputs if bounds.name in shapes]
+        return sum(abs(usual - size) for opt, shape in pairs for usual, size in zip(opt, shape, strict=True))
+
     fitting = [number for number, profile in enumerate(profiles) if profile.allows(shapes)]
-    return min(fitting, key=lambda number: _distance(profiles[number], shapes), default=None)
+    return min(fitting, key=measure_distance, default=None)
 
 
-def refusals(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> tuple[str, ...]:
-    """Why no profile takes these shapes, told of the profile that comes nearest; empty where one does."""
-    if not profiles or choose(profiles, shapes) is not None:
-        return () if profiles else ("there is no profile",)
-    nearest = min(range(len(profiles)), key=lambda number: _excess(profiles[number], shapes))
-    return tuple(_refused(nearest, profiles[nearest], shapes))
+def explain_refusal(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> tuple[str, ...]:
+    """Return why no profile accepts these shapes, input by input of the nearest profile; empty if one does."""
+    if not profiles:
+        return ("there is no profile",)
+    if choose_profile(profiles, shapes) is not None:
+        return ()
+    pairs = [[(bounds, shapes[bounds.name]) for bounds in profile.inputs if bounds.name in shapes] for profile in profiles]
+    excess = [max((_measure_excess(bounds, shape) for bounds, shape in inputs), default=0) for inputs in pairs]
+    nearest = excess.index(min(excess))
+    return tuple(
+        f"{bounds.name}: got {show(shape)}, profile {nearest} {_describe_limit(bounds, shape)}"
+        for bounds, shape in pairs[nearest]
+        if not bounds.allows(shape)
+    )
 
 
-def _refused(number: int, profile: Profile, shapes: Mapping[str, Shape]) -> Iterator[str]:
-    for each in profile.inputs:
-        shape = shapes.get(each.name)
-        if shape is not None and not each.allows(shape):
-            yield f"{each.name}: {show(shape)} given, profile {number} {_limit(each, shape)}"
-
-
-def _limit(bounds: Bounds, shape: Shape) -> str:
+def _describe_limit(bounds: Bounds, shape: Shape) -> str:
     if bounds.min == bounds.max or len(shape) != len(bounds.min):
-        return f"takes {bounds}"
+        return f"accepts {bounds}"
     if all(size <= most for size, most in zip(shape, bounds.max, strict=True)):
         return f"needs at least {show(bounds.min)}"
     if all(size >= least for size, least in zip(shape, bounds.min, strict=True)):
         return f"allows up to {show(bounds.max)}"
-    return f"takes {show(bounds.min)} to {show(bounds.max)}"
+    return f"accepts {show(bounds.min)} to {show(bounds.max)}"
 
 
-def _excess(profile: Profile, shapes: Mapping[str, Shape]) -> float:
-    """How far outside of a profile these shapes lie: the largest ratio of a size to the bound it breaks."""
-    return max((_overshoot(each, shapes[each.name]) for each in profile.inputs if each.name in shapes), default=0)
-
-
-def _overshoot(bounds: Bounds, shape: Shape) -> float:
+def _measure_excess(bounds: Bounds, shape: Shape) -> float:
+    """Return the largest ratio of a size to the bound that it breaks; infinity for another rank."""
     if len(shape) != len(bounds.min):
-        return float("inf")
+        return math.inf
     sides = zip(bounds.min, shape, bounds.max, strict=True)
     return max((max(least / max(size, 1), size / most) for least, size, most in sides), default=0)
 
 
-def _distance(profile: Profile, shapes: Mapping[str, Shape]) -> int:
-    pairs = [(each.opt, shapes[each.name]) for each in profile.inputs if each.name in shapes]
-    return sum(abs(usual - size) for opt, shape in pairs for usual, size in zip(opt, shape, strict=True))
+def find_profile_mismatches(contract: Contract, profile: Profile) -> tuple[Mismatch, ...]:
+    """Return everything that is wrong with a profile; empty if its inputs are the contract's, all images of one range.
 
-
-def _unserved(contract: Contract, geometry: Geometry) -> str:
-    """Why the model cannot run at a geometry; empty where it can."""
+    An input that is missing would be filled with 1 by builders in silence: the slot then accepts (1, channels, 1, 1).
+    """
+    rules, count = contract.input_rules, Counter(bounds.name for bounds in profile.inputs)
+    mismatches = []
+    for bounds in profile.inputs:
+        if len({len(shape) for shape in bounds.shapes}) > 1:
+            mismatches.append(Mismatch("rank", bounds.name, str(bounds), "three shapes of as many axes"))
+        elif not all(least <= usual <= most for least, usual, most in zip(*bounds.shapes, strict=True)):
+            mismatches.append(Mismatch("range", bounds.name, str(bounds), "min ≤ opt ≤ max on every axis"))
+    mismatches += compare_inputs(
+        {name: rule for name, rule in rules.items() if name in count or any(dim.symbol is not None for dim in rule)},
+        contract.input_dtypes,
+        [Port(bounds.name, bounds.dtype) for bounds in profile.inputs],
+        producers={slot.name: slot.producer for slot in contract.residuals},
+        absent="not in the profile",
+        present="in the profile",
+        cause="TensorRT would fill every dynamic axis with 1, and Polygraphy only logs it",
+    )
+    repeated = [(name, times) for name, times in count.items() if times > 1]
+    mismatches += [Mismatch("surplus", name, f"{times} times in the profile", "once") for name, times in repeated]
     try:
-        shapes = contract.input_shapes(geometry)
+        sizes = range_of(contract, profile)
+        for geometry in sizes.geometries:
+            contract.require(geometry)
     except ShapecheckError as error:
-        return str(error)
-    return next((f"{name} would be {show(shape)}: too small to halve" for name, shape in shapes.items() if 0 in shape), "")
+        return (*mismatches, Mismatch("sizes", "the profile", str(error), "a range the model accepts"))
+    known = [bounds for bounds in profile.inputs if bounds.name in rules]
+    mismatches += filter(None, (_compare_bounds(contract, bounds, rules[bounds.name], sizes) for bounds in known))
+    order = {name: place for place, name in enumerate(rules)}
+    return tuple(sorted(mismatches, key=lambda mismatch: order.get(mismatch.where, len(order))))
 
 
-def _require_ordered(sizes: Range) -> None:
-    for axis in AXES.values():
-        least, usual, most = (getattr(each, axis) for each in sizes.geometries)
-        if not least <= usual <= most:
-            raise ShapecheckError(
-                f"no range: the {axis} goes {least}, {usual}, {most}; give the smallest size, then the usual, then the largest"
-            )
+def verify_profiles(contract: Contract, profiles: Sequence[Profile]) -> None:
+    """Raise ContractError with everything that is wrong with these profiles, or return in silence."""
+    if not profiles:
+        raise ShapecheckError("no profile was given; an engine with dynamic inputs needs one")
+    mismatches = [mismatch for profile in profiles for mismatch in find_profile_mismatches(contract, profile)]
+    if mismatches:
+        raise ContractError(tuple(mismatches), subject="the profile does not fit the contract", contract=contract)
+
+
+def _compare_bounds(contract: Contract, bounds: Bounds, rule: tuple[Dim, ...], sizes: Range) -> Mismatch | None:
+    """Return the first of max, min and opt of an input that is not the image of its geometry, or None."""
+    for bound in ("max", "min", "opt"):
+        geometry, shape = getattr(sizes, bound), getattr(bounds, bound)
+        expected = geometry.shape_of(rule)
+        if shape != expected:
+            slots = contract.residuals if contract.role == "unet" else ()
+            mismatches = compare(slots, geometry, {bounds.name: shape}, inputs=contract.inputs)
+            wrong = next(mismatch for mismatch in mismatches if mismatch.where == bounds.name)
+            return replace(wrong, observed=f"{bound} {show(shape)}", expected=f"{bound} {show(expected)}")
+    return None

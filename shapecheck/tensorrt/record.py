@@ -1,4 +1,4 @@
-"""What travels beside an engine: its contract and profiles, all that tells two builds apart, and how a check of it came out."""
+"""The record beside an engine: its contract and profiles, all that tells two builds apart; and the result of a check."""
 
 from __future__ import annotations
 
@@ -19,35 +19,19 @@ from shapecheck.tensorrt.profiles import Profile, Range
 
 Target = Literal["trt", "rtx"]
 """TensorRT, which needs the GPU it builds for; or TensorRT for RTX, which builds on any machine."""
-
-
 MODULES = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
 """The Python module of each target."""
-
-
-SIDECAR = ".shapecheck.json"
-"""What is added to an engine's file name for its record; whose key "contract" holds the contract."""
-
-
 ENGINES = (".plan", ".engine", ".trt")
-"""How the name of an engine ends."""
-
-
 Read = Literal["engine", "record"]
-"""Whether TensorRT showed the engine's own inputs and profiles, or only the record beside it told them."""
-
-
+"""Who showed an engine's inputs and profiles: TensorRT those of the engine itself, or only the record beside it."""
 _FORMAT = TextFormat(
     "shapecheck_engine", "an engine's record", writer="`shapecheck build`", remedy="build the engine again", largest=16 * 2**20
 )
 
 
-_LONGEST = 2000
-
-
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How an engine is built. Precision is none of it: that is the dtype of the ONNX graph."""
+    """The options of a build. Precision is not one: that is the dtype of the ONNX graph."""
 
     target: Target = "trt"
     optimization_level: int | None = None
@@ -57,9 +41,9 @@ class BuildOptions:
     refittable: bool = False
     version_compatible: bool = False
     tf32: bool = True
-    """Whether float32 products may be computed in TF32, as TensorRT does by default."""
+    """Let float32 products be computed in TF32, as TensorRT does by default."""
     compute_capabilities: tuple[str, ...] = ()
-    """For TensorRT for RTX: the GPUs to build for, such as `8.9`; none for every one it supports. Kept in order, once each."""
+    """For TensorRT for RTX: the GPUs to build for, such as `8.9`, sorted; none for every one it supports."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "compute_capabilities", tuple(sorted(set(self.compute_capabilities))))
@@ -76,11 +60,9 @@ class Request:
     """Every input: its name in the contract, and in the ONNX file and the engine."""
     outputs: tuple[str, ...]
     onnx: str
-    """`sha256:…` of the ONNX file."""
     weights: str
-    """`sha256:…` over every tensor as it was built in."""
     checkpoint: str
-    """`sha256:…` of the checkpoint that the ONNX file says it was exported from; empty where it does not."""
+    """Digests, `sha256:…`: of the ONNX file, of its tensors, and of the checkpoint that it names as its origin, or empty."""
     options: BuildOptions
     tensorrt: str
     gpu: str
@@ -88,28 +70,26 @@ class Request:
 
     @property
     def key(self) -> str:
-        """`sha256:…` over all of it."""
         return _digest(encode(self) | {"contract": self.contract.digest})
 
     @property
     def engine_names(self) -> dict[str, str]:
-        """From the contract's name of an input to the engine's."""
         return dict(self.names)
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine that was built: what was asked for, and the file that came of it."""
+    """The request for an engine, and the file that was built for it."""
 
     request: Request
     digest: str
-    """`sha256:…` of the engine file."""
     size: int
-    """Its bytes."""
+    """`sha256:…` and bytes of the engine file."""
 
     def to_json(self) -> str:
         """Return JSON text, which `from_json` reads."""
-        record = self._to_record()
+        file = {"digest": self.digest, "bytes": self.size}
+        record = {_FORMAT.key: _FORMAT.schema, "key": self.request.key, "engine": file, **encode(self.request)}
         return json.dumps(record | {"checksum": _digest(record)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -132,19 +112,14 @@ class Engine:
             raise ShapecheckError("an edited engine's record: its checksum is not that of its contents; build the engine again")
         return cls(request, digest, size)
 
-    def _to_record(self) -> dict[str, Any]:
-        file = {"digest": self.digest, "bytes": self.size}
-        return {_FORMAT.key: _FORMAT.schema, "key": self.request.key, "engine": file, **encode(self.request)}
-
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a request came to."""
+    """The engine for a request: built, or found unchanged where it was built before."""
 
     path: Path
     engine: Engine
     found: bool
-    """Whether the engine was there already, unchanged."""
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -153,23 +128,20 @@ class Built:
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """Whether a size fits."""
+class SizeFit:
+    """The profile of an engine that serves a size; without one the reasons, and sizes that would fit."""
 
     geometry: Geometry
     profile: int | None
-    """The number of the profile that serves it."""
-    reasons: tuple[str, ...]
-    """Why none does."""
-    nearest: Geometry | None
-    """The nearest size that one serves."""
-    rebuilt: Range | None
-    """The range to build for that the size would fit in."""
+    reasons: tuple[str, ...] = ()
+    nearest: Geometry | None = None
+    rebuilt: Range | None = None
+    """The nearest size that a profile serves, and the range to build for that the size would fit in."""
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """Whether an engine was built from given weights."""
+class WeightsCheck:
+    """The comparison of the weights in an engine with those in a file or model."""
 
     name: str
     same: bool
@@ -184,23 +156,22 @@ class EngineCheck:
     engine: Engine
     read: Read
     unread: str
-    """Why the engine itself was not read; empty where it was, or where its file is another's."""
+    """The reason why the engine itself was not read; empty if it was, or if its file is another's."""
     mismatches: tuple[Mismatch, ...]
-    fit: Fit | None
+    fit: SizeFit | None
     controlnets: tuple[str, ...]
     misfits: tuple[Mismatch, ...]
-    weights: Weights | None
+    weights: WeightsCheck | None
 
     @property
     def is_fine(self) -> bool:
-        """Whether nothing is wrong and all that was asked about fits."""
         fits = self.fit is None or self.fit.profile is not None
         return fits and not self.mismatches and not self.misfits and (self.weights is None or self.weights.same)
 
 
 def record_of(engine: Path) -> Path:
-    """Return the file that holds an engine's record."""
-    return engine.with_name(engine.name + SIDECAR)
+    """Return the file beside an engine that holds its record."""
+    return engine.with_name(f"{engine.name}.shapecheck.json")
 
 
 def is_engine(path: Path) -> bool:
@@ -209,16 +180,16 @@ def is_engine(path: Path) -> bool:
 
 
 def read_engine(path: str | Path) -> Engine:
-    """The record beside an engine: contract, profiles, and all that it was built from.
+    """Return the record beside an engine: contract, profiles, and everything that it was built from.
 
-    Raises ShapecheckError, naming the file, where there is none, or it is damaged or was edited.
+    Raises ShapecheckError, naming the file, if there is none, or it is damaged or was edited.
     """
     path = Path(path)
     beside = record_of(path)
     with report_unreadable(beside):
         beside = beside if beside.exists() else record_of(path.resolve())  # beside the file that a link stands for
         if not beside.exists():
-            size_of_engine(path)
+            size_of_engine(path)  # the engine itself may be missing
             raise ShapecheckError(
                 f"{path} has no {beside.name} beside it, where an engine's contract is kept; "
                 "copy both together, or build it again"
@@ -233,7 +204,7 @@ def read_engine(path: str | Path) -> Engine:
     try:
         return Engine.from_json(text)
     except ShapecheckError as error:
-        raise ShapecheckError(f"{beside}: {str(error)[:_LONGEST]}") from None
+        raise ShapecheckError(f"{beside}: {str(error)[:2000]}") from None
 
 
 def size_of_engine(path: Path) -> int:
@@ -243,6 +214,6 @@ def size_of_engine(path: Path) -> int:
 
 
 def _digest(value: Any) -> str:
-    """Return the digest of a JSON value. Beside a record it shows a slip of an editor or a merge, not intent."""
+    # Beside a record it shows a slip of an editor or a merge, not intent.
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

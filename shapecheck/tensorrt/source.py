@@ -1,7 +1,8 @@
-"""An ONNX file as something to build an engine from: what it is, what it calls its inputs, and what is wrong with it."""
+"""An ONNX file to build an engine from: its contract, its names of the inputs, what is wrong with it, and its profiles."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,26 +13,31 @@ from shapecheck.contract.geometry import USUAL_TOKENS
 from shapecheck.files import read_text, report_unreadable
 from shapecheck.onnx.records import Check
 from shapecheck.progress import Progress, silent
-from shapecheck.tensorrt import profile_check
-from shapecheck.tensorrt import profile_formats as forms
-from shapecheck.tensorrt.profiles import Profile, profile_of
+from shapecheck.tensorrt import profile_formats
+from shapecheck.tensorrt.profiles import Profile, find_profile_mismatches, profile_of
 from shapecheck.tensorrt.record import is_engine
 from shapecheck.tensorrt.size_ranges import parse_ranges
 
 if TYPE_CHECKING:
-    from shapecheck.tensorrt import build
-
-
-_LARGEST = 4 * 2**20
-
+    from shapecheck.onnx.file import OnnxFile
 
 _HARMLESS = ("symbol", "name", "sizes")
 """Faults an engine can be built with: TensorRT ties fewer sizes, the record keeps the names, and the range is tried."""
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """The ONNX file that an engine is made from, and its contract."""
+
+    file: OnnxFile
+    contract: Contract
+    names: Mapping[str, str]
+    """From the contract's name of an input to the file's."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes an engine is for, as a user writes them: see `parse_ranges`. Or a file of profiles."""
+    """The sizes an engine is for, as a user writes them (see `parse_ranges`), or a file of profiles."""
 
     sizes: tuple[str, ...] = ()
     batch: tuple[str, ...] = ()
@@ -39,74 +45,83 @@ class Sizes:
     file: Path | None = None
 
 
+def read_source(
+    file: OnnxFile, contract: Contract | None = None, names: Mapping[str, str] | None = None, progress: Progress = silent
+) -> Source:
+    """Read an ONNX file to build from. `names` maps the contract's inputs to the file's; by default by its naming scheme.
+
+    Raises ShapecheckError if it is not an ONNX file, or holds no contract and none is given.
+    """
+    from shapecheck.onnx import contract_metadata  # needs onnx, and presets do not
+
+    progress(f"reading {file}")
+    inputs = file.reading.inputs
+    known = contract or contract_metadata.contract_inside(file)
+    if known is None:
+        raise ShapecheckError(f"{file} holds no contract: say which UNet it is with --model, or contract= from Python")
+    known = contract_metadata.make_printable(known)
+    declared = names or known.match_names([tensor.name for tensor in inputs])
+    return Source(file, known, {name: declared.get(name, name) for name in known.input_rules})
+
+
 def examine(
     path: Path, contract: Contract | None = None, progress: Progress = silent, *, control: bool = True
-) -> tuple[build.Source | None, Check]:
-    """The file as a source of engines, or None where what `check` finds wrong in it would be built in.
+) -> tuple[Source | None, Check]:
+    """Return the file as a source of engines, and its check; None if what is wrong in it would be built in.
 
-    `contract` is what the file is to be held to; without `control` less its slots. Precision is the file's own.
-    Raises ShapecheckError where it is a ControlNet, and the contract that of a UNet.
+    The file has to keep `contract`, without `control` less its slots; precision is the file's own.
+    Raises ShapecheckError if it is a ControlNet, and the contract that of a UNet.
     """
     from shapecheck.onnx.check import check
     from shapecheck.onnx.file import OnnxFile
-    from shapecheck.tensorrt import build  # needs onnx, and presets do not
 
     if is_engine(path):
         raise ShapecheckError(f"{path} is an engine already; give the ONNX file it was built from")
     if not control and contract is None:
         raise ShapecheckError("--no-control goes with --model: the UNet that the file was exported of, without its slots")
-    held = replace(contract, slots=()) if contract is not None and not control else contract
+    expected = replace(contract, slots=()) if contract is not None and not control else contract
     file = OnnxFile(path)
-    found = check(file, held, progress=progress)
-    if any(each.kind not in _HARMLESS for each in found.mismatches):
-        return None, found
-    source = build.source_of(file, found.contract, dict(found.names), progress)
-    if found.contract.role == "unet" and len(source.file.reading.outputs) > 1:
+    result = check(file, expected, progress=progress)
+    if any(mismatch.kind not in _HARMLESS for mismatch in result.mismatches):
+        return None, result
+    source = read_source(file, result.contract, dict(result.names), progress)
+    if result.contract.role == "unet" and len(file.reading.outputs) > 1:
         raise ShapecheckError(
-            f"{file} is a ControlNet, and --model says which UNet its outputs are for, not what it takes; engines are built of "
-            "ControlNets that `shapecheck export` wrote, which hold a contract of their own"
+            f"{file} is a ControlNet, and --model says which UNet its outputs are for, not its own inputs; "
+            "engines are built of ControlNets that `shapecheck export` wrote, which hold a contract of their own"
         )
-    if found.basis != "inside":
-        source = replace(source, contract=_in_precision_of(source))
-    return source, found
-
-
-def _in_precision_of(source: build.Source) -> Contract:
-    """The contract in the floating dtypes that the file declares: a model is exported in any."""
-    declared = {each.name: each.dtype for each in source.file.reading.inputs if each.is_float}
+    if result.basis == "inside":
+        return source, result
+    # A model is exported in any precision: the contract follows the file's.
+    dtypes = {tensor.name: tensor.dtype for tensor in file.reading.inputs if tensor.is_float}
     inputs = source.contract.inputs
-    return replace(
-        source.contract,
-        inputs=tuple(replace(each, dtype=declared.get(source.names[each.name], each.dtype)) for each in inputs),
-    )
+    inputs = tuple(replace(base, dtype=dtypes.get(source.names[base.name], base.dtype)) for base in inputs)
+    return replace(source, contract=replace(source.contract, inputs=inputs)), result
 
 
-def profiles_for(contract: Contract, wanted: Sizes, names: dict[str, str] | None = None) -> tuple[Profile, ...]:
-    """The profiles for these sizes, in the contract's names; `names` is what a file of profiles may call the inputs.
+def profiles_for(contract: Contract, requested: Sizes, names: dict[str, str] | None = None) -> tuple[Profile, ...]:
+    """Return the profiles for these sizes, in the contract's names; `names` is what a file of profiles may call the inputs.
 
-    Raises ShapecheckError where a text is no size, or the model refuses one.
+    Raises ShapecheckError if a text is not a size, or the model refuses one; ContractError if the file of profiles was made
+    for another contract and does not fit this one.
     """
-    if wanted.file is not None:
-        if wanted.sizes or wanted.batch or wanted.tokens:
-            raise ShapecheckError("--profile FILE says itself which sizes; drop it, or --sizes, --batch and --tokens")
-        return _read(wanted.file, contract, names or {})
-    ranges = parse_ranges(
-        wanted.sizes, wanted.batch or ("1",), wanted.tokens or str(USUAL_TOKENS), vae_factor=contract.header.vae_factor
-    )
-    return tuple(profile_of(contract, each) for each in ranges)
-
-
-def _read(file: Path, contract: Contract, names: dict[str, str]) -> tuple[Profile, ...]:
-    ours = {theirs: name for name, theirs in names.items()}
-    nothing = f"{file} holds no profiles; `shapecheck profile --format json` writes them"
+    file = requested.file
+    if file is None:
+        batch, tokens = requested.batch or ("1",), requested.tokens or str(USUAL_TOKENS)
+        ranges = parse_ranges(requested.sizes, batch, tokens, vae_factor=contract.header.vae_factor)
+        return tuple(profile_of(contract, sizes) for sizes in ranges)
+    if requested.sizes or requested.batch or requested.tokens:
+        raise ShapecheckError("--profile FILE says itself which sizes; drop it, or --sizes, --batch and --tokens")
+    refusal = f"{file} holds no profiles; `shapecheck profile --format json` writes them"
     with report_unreadable(file):
-        text = read_text(file, _LARGEST, too_large=nothing, not_text=nothing)
+        text = read_text(file, profile_formats.FORMAT.largest, too_large=refusal, not_text=refusal)
     try:
-        read, made_for = forms.loads(text)
+        saved, digest = profile_formats.loads(text)
     except ShapecheckError as error:
         raise ShapecheckError(f"{file}: {one_line(error, 400)}") from None
-    profiles = tuple(each.renamed(ours) for each in read)
-    wrong = [each for one in profiles for each in profile_check.mismatches(contract, one)]
-    if wrong and made_for != contract.digest:
-        raise ContractError(tuple(wrong), subject=f"{file} was made for another contract", contract=contract)
+    ours = {theirs: name for name, theirs in (names or {}).items()}
+    profiles = tuple(profile.renamed(ours) for profile in saved)
+    mismatches = [mismatch for profile in profiles for mismatch in find_profile_mismatches(contract, profile)]
+    if mismatches and digest != contract.digest:
+        raise ContractError(tuple(mismatches), subject=f"{file} was made for another contract", contract=contract)
     return profiles

@@ -54,7 +54,7 @@ from shapecheck.runtime.dropin import DropIn
 from shapecheck.runtime.guard import Guard, GuardError
 from shapecheck.tensorrt import build_report
 from shapecheck.tensorrt import check_report as tensorrt_check_report
-from shapecheck.tensorrt.record import Built, Engine, EngineCheck, Fit, Request, Weights
+from shapecheck.tensorrt.record import Built, Engine, EngineCheck, Request, SizeFit, WeightsCheck
 
 GOLDEN = Path(__file__).parent / "golden"
 GROUP = "shapecheck"
@@ -253,9 +253,9 @@ def make_builds() -> list[str]:
 
 def make_engine_checks() -> list[str]:
     found = EngineCheck("u.plan", make_engine(), "engine", "", (), None, (), (), None)
-    fits, misfit = Fit(AT, 0, (), None, None), Fit(AT, None, ("profile 0: width 42",), AT, SIZES)
+    fits, misfit = SizeFit(AT, 0, (), None, None), SizeFit(AT, None, ("profile 0: width 42",), AT, SIZES)
     wrong = replace(found, read="record", unread="no GPU", mismatches=MISMATCHES, controlnets=("sd15",), misfits=MISMATCHES)
-    asked = [replace(wrong, fit=misfit, weights=Weights("u.onnx", False, "other weights")), replace(found, fit=fits)]
+    asked = [replace(wrong, fit=misfit, weights=WeightsCheck("u.onnx", False, "other weights")), replace(found, fit=fits)]
     return [tensorrt_check_report.render_json(checked) for checked in (found, *asked)]
 
 

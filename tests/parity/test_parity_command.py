@@ -245,7 +245,7 @@ def test_a_controlnet_that_proves_nothing_is_refused(made, name, message):
         (["--onnx", "{healthy}", "--sizes", "70x104"], "70x104 pixels: width 70 is not a multiple of 8"),
         (["--onnx", "{healthy}", "--sizes", "72x104:64x64:72x104"], "is not a range: give the smallest first"),
         (["--onnx", "{healthy}", "--sizes", "72"], "'72' is not a size; expected WxH in pixels"),
-        (["--onnx", "{healthy}", "--sizes", "72x104", "--batch", "0"], "--batch: '0' is not a whole number from 1 on"),
+        (["--onnx", "{healthy}", "--sizes", "72x104", "--batch", "0"], "--batch: '0' is not a whole number of at least 1"),
         (["--onnx", "{healthy}", "--backends", "ort,cuda"], "no backend is called 'cuda'; known: "),
         (["--onnx", "{healthy}", "--backends", "trt"], "trt runs engines: give one with --engine"),
         (["--backends", "ort"], "ort runs ONNX files: give one with --onnx"),

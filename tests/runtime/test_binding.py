@@ -138,7 +138,7 @@ def test_any_size_within_a_range_is_served_and_any_other_is_refused_and_named(na
     assert error.refusals
     assert {each.split(":")[0] for each in error.refusals} <= set(given)
     wrong = next(iter(error.refusals)).split(":")[0]
-    assert f"{wrong}: {'×'.join(map(str, given[wrong][0]))} given, profile " in str(error)
+    assert f"{wrong}: got {'×'.join(map(str, given[wrong][0]))}, profile " in str(error)
     assert "the nearest size it takes: batch " in str(error)
 
 
@@ -149,10 +149,10 @@ def test_a_size_that_no_profile_takes_is_told_slot_by_slot_with_what_to_do():
     error = refused(Binding(request_for("sd15", SMALL), DEVICE), call(SD15, Geometry(2, 17, 45)))
     lines = str(error).splitlines()
     assert lines[0] == "this call cannot be served: 14 reasons"
-    assert lines[1] == "  sample: 2×4×17×45 given, profile 0 allows up to 3×4×24×40"
-    assert "  down_block_residual_07: 2×1280×5×12 given, profile 0 allows up to 3×1280×6×10" in lines
+    assert lines[1] == "  sample: got 2×4×17×45, profile 0 allows up to 3×4×24×40"
+    assert "  down_block_residual_07: got 2×1280×5×12, profile 0 allows up to 3×1280×6×10" in lines
     assert lines[-3:] == [
-        "profile 0, in latent cells: width 45, where it takes 16 to 40",
+        "profile 0, in latent cells: width 45, expected 16 to 40",
         "the nearest size it takes: batch 2, latent 17×40 (320×136 pixels)",
         "or build for this one too: --sizes 128x64:192x128:360x192 --batch 1:2:3",
     ]
@@ -173,13 +173,13 @@ def test_the_options_in_the_advice_give_a_range_that_takes_the_size(geometry):
 
 def test_every_profile_says_what_it_takes():
     text = str(refused(BINDING, call(SD15, Geometry(4, 28, 25))))
-    assert "profile 0, in latent cells: batch 4, where it takes 1 to 3; height 28, where it takes 8 to 24" in text
-    assert "profile 1, in latent cells: batch 4, where it takes 1 to 2; height 28, where it takes 32 to 64; width 25" in text
+    assert "profile 0, in latent cells: batch 4, expected 1 to 3; height 28, expected 8 to 24" in text
+    assert "profile 1, in latent cells: batch 4, expected 1 to 2; height 28, expected 32 to 64; width 25" in text
 
 
 def test_tokens_beyond_the_profile_are_told():
     text = str(refused(BINDING, call(SD15, Geometry(2, 17, 25, 154))))
-    assert "encoder_hidden_states: 2×154×768 given, profile 0 allows up to 3×77×768" in text
+    assert "encoder_hidden_states: got 2×154×768, profile 0 allows up to 3×77×768" in text
     assert "the nearest size it takes: batch 2, latent 17×25, 77 tokens (200×136 pixels)" in text
     assert text.endswith("--batch 1:2:3 --tokens 77:77:154")
 
@@ -266,7 +266,7 @@ def test_a_wrong_shape_and_a_size_beyond_the_profile_are_told_together():
     error = refused(Binding(request_for("sd15", SMALL), DEVICE), given)
     assert [each.where for each in error.mismatches] == ["down_block_residual_02"]
     assert not any(each.startswith("down_block_residual_02:") for each in error.refusals)
-    assert any(each.startswith("down_block_residual_01: 2×320×17×45 given") for each in error.refusals)
+    assert any(each.startswith("down_block_residual_01: got 2×320×17×45") for each in error.refusals)
     assert str(error).startswith("this call cannot be served: 14 reasons\n")
 
 

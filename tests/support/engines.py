@@ -131,10 +131,10 @@ class _ScriptedProcess:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def say(self, job: dict[str, Any]) -> None:
+    def send(self, job: dict[str, Any]) -> None:
         self.script.jobs += [job] if job else []
 
-    def hear(self, event: str) -> dict[str, Any]:
+    def receive(self, event: str) -> dict[str, Any]:
         if event == "ready":
             return {"tensorrt": "1.7.1", "gpu": ""}
         job, failure = self.script.jobs[-1], self.script.failure

@@ -25,7 +25,7 @@ from shapecheck import ContractError, Geometry, ShapecheckError, presets, read_c
 from shapecheck.cli import main
 from shapecheck.tensorrt import build as tensorrt_build
 from shapecheck.tensorrt import process, profile_formats
-from shapecheck.tensorrt.build import build_engine, place
+from shapecheck.tensorrt.build import build_engine, locate_in_cache
 from shapecheck.tensorrt.profiles import Profile, Range, profile_of
 from shapecheck.tensorrt.record import BuildOptions, Engine, Request, read_engine
 
@@ -245,8 +245,8 @@ def test_nothing_waits_for_a_pipe_and_no_file_is_written_over(deep, tmp_path):
     cases = {
         ("-o", "pipe.plan"): "it is a pipe or a device",
         ("-o", "x.plan", "--timing-cache", "pipe"): "it is a pipe or a device",
-        ("-o", "x.plan", "--timing-cache", "deep.onnx"): "that is another file's name, and it would be written over",
-        ("-o", "x.plan", "--timing-cache", "x.plan"): "it would be written over",
+        ("-o", "x.plan", "--timing-cache", "deep.onnx"): "that file is not a timing cache, and it would be overwritten",
+        ("-o", "x.plan", "--timing-cache", "x.plan"): "it would be overwritten",
         ("-o", "x.plan", "--timing-cache", "nofolder/x"): "nofolder is no folder",
     }
     for options, message in cases.items():
@@ -366,7 +366,7 @@ def test_requests_that_differ_in_anything_have_keys_and_places_of_their_own(deep
     ]
     keys = {each.key for each in (request, *others)}
     assert len(keys) == len(others) + 1
-    assert len({place(tmp_path, deep[0], each) for each in (request, *others)}) == len(keys)
+    assert len({locate_in_cache(tmp_path, deep[0], each) for each in (request, *others)}) == len(keys)
 
 
 def test_the_cache_tells_weights_and_sizes_apart_and_mends_what_was_changed(deep, tmp_path, scripted):
@@ -429,7 +429,7 @@ def test_a_link_is_written_through_and_the_record_lies_beside_the_file(deep, tmp
 
 
 def test_what_is_no_profile_is_told(deep, tmp_path):
-    with pytest.raises(ShapecheckError, match="takes Profile or Range, not str; parse_ranges makes them"):
+    with pytest.raises(ShapecheckError, match="expected Profile or Range, got str; parse_ranges makes them"):
         build_engine(deep[0], tmp_path / "unet.plan", profiles=["512x512"], options=engines.RTX)
     with pytest.raises(ShapecheckError, match="65 profiles; an engine has at most 64 here"):
         build_engine(deep[0], tmp_path / "unet.plan", profiles=[TINY] * 65, options=engines.RTX)
@@ -456,7 +456,7 @@ def test_what_tensorrt_reads_otherwise_is_refused(deep, tmp_path, scripted):
     assert not build(lambda parsed: None).found
     with pytest.raises(ContractError, match=r"the outputs: name: got other, expected out_sample"):
         build(rename_output)
-    with pytest.raises(ContractError, match=r"(?s)TensorRT's parser reads .* otherwise.*mid_block_residual.*missing"):
+    with pytest.raises(ContractError, match=r"(?s)reads a different graph from .*mid_block_residual.*missing"):
         build(lambda parsed: parsed["inputs"].pop())
     told = r"down_block_residual_02: symbol: got an axis named h, expected ceil\(h/2\); h is h elsewhere"
     with pytest.raises(ContractError, match=told):

@@ -128,14 +128,14 @@ def test_an_unknown_gpu_is_refused_in_tensorrt_s_words(deep, tmp_path):
     result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *asked, "9.0")
     assert "--compute-capability 9.0: TensorRT for RTX builds for 7.5, 8.0, 8.6, 8.9, 12.x" in result.stderr
     result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *asked, "ada")
-    assert "'ada' is no compute capability such as 8.9" in result.stderr
+    assert "'ada' is not a compute capability such as 8.9" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_options_that_cannot_be_kept_are_told(deep, tmp_path):
     for option, message in (
         ("--version-compatible", "--version-compatible is for --target trt"),
-        ("--refittable", "elsewhere TensorRT for RTX builds none"),
+        ("--refittable", "TensorRT for RTX cannot build them elsewhere"),
     ):
         result = shapecheck("build", deep[0], "-o", tmp_path / "unet.plan", *ASKED, option)
         assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
@@ -209,7 +209,7 @@ def test_a_full_disk_is_told_with_the_engine_s_name(deep, tmp_path):
     limited = ["bash", "-c", 'ulimit -f 4000; exec "$@"', "bash", *command]
     done = subprocess.run(limited, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert f"error: cannot write {tmp_path / 'unet.plan'}: File too large; it takes 0.0" in done.stderr
+    assert f"error: cannot write {tmp_path / 'unet.plan'}: File too large; it needs 0.0" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -24,10 +24,10 @@ from shapecheck.models.weights import digest
 from shapecheck.observe.fit import misfits
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.tensorrt import check as tensorrt_check
-from shapecheck.tensorrt.engine_io import DeclaredEngine, DeclaredTensor, differences
+from shapecheck.tensorrt.engine_io import DeclaredEngine, DeclaredTensor, compare_engine
 from shapecheck.tensorrt.profiles import Range, profile_of
 from shapecheck.tensorrt.record import EngineCheck, read_engine
-from shapecheck.tensorrt.size_ranges import written
+from shapecheck.tensorrt.size_ranges import format_range
 
 
 def check_engine(path: Path, *args: object, **options: object) -> EngineCheck:
@@ -84,7 +84,7 @@ def test_an_engine_is_told_from_its_record_where_tensorrt_cannot_load_it(made):
             1,
             [
                 "SIZE: 336×264 pixels (batch 2, latent 33×42) fits no profile",
-                "profile 0: width 42, where it takes 9 to 41",
+                "profile 0: width 42, expected 9 to 41",
                 "the nearest that fits: 328×264 pixels (batch 2, latent 33×41)",
                 "or build for it: --sizes 72x64:200x136:336x264 --batch 1:2:3",
             ],
@@ -92,7 +92,7 @@ def test_an_engine_is_told_from_its_record_where_tensorrt_cannot_load_it(made):
         (
             ("--latent", "7x9", "--batch", "4"),
             1,
-            ["profile 0: batch 4, where it takes 1 to 3; height 7, where it takes 8 to 33"],
+            ["profile 0: batch 4, expected 1 to 3; height 7, expected 8 to 33"],
         ),
     ],
 )
@@ -196,8 +196,8 @@ def test_the_profile_told_is_the_one_a_session_takes_and_tokens_count(made, tmp_
     one = engines.recorded(tmp_path / "one.plan", replace(request, profiles=(profile_of(contract, long),)))
     assert check_engine(one, asked=asked, any_tokens=True).fit.profile == 0
     refused = check_engine(one, asked=asked).fit
-    assert (refused.profile, refused.reasons) == (None, ("profile 0: tokens 77, where it takes 154 only",))
-    assert "--tokens 77:154:154" in written(refused.rebuilt)
+    assert (refused.profile, refused.reasons) == (None, ("profile 0: tokens 77, expected 154",))
+    assert "--tokens 77:154:154" in format_range(refused.rebuilt)
 
 
 def test_another_model_is_told_slot_by_slot(made):
@@ -299,7 +299,7 @@ def altered(seen: DeclaredEngine, name: str, /, **changes) -> DeclaredEngine:
 def test_an_engine_that_is_not_what_its_record_says_is_told(made):
     request = read_engine(made / "unet.plan").request
     seen = shown(request)
-    assert differences(request, seen) == ()
+    assert compare_engine(request, seen) == ()
     bounds = ((1, 16, 1, 2), (2, 16, 3, 4), (3, 16, 5, 7))
     cases = {
         ("engine", "the engine"): replace(seen, name="sha256:other"),
@@ -315,7 +315,7 @@ def test_an_engine_that_is_not_what_its_record_says_is_told(made):
         ("name", "the outputs"): altered(seen, "out_sample", name="sample_out"),
     }
     for expected, wrong in cases.items():
-        assert [(each.kind, each.where) for each in differences(request, wrong)] == [expected]
+        assert [(each.kind, each.where) for each in compare_engine(request, wrong)] == [expected]
 
 
 def test_an_engine_of_one_size_is_what_its_record_says(made):
@@ -324,7 +324,7 @@ def test_an_engine_of_one_size_is_what_its_record_says(made):
     static = replace(request, profiles=(profile_of(request.contract, Range(size, size, size)),))
     shapes = request.contract.input_shapes(size)
     tensors = tuple(replace(each, shape=shapes.get(each.name, (2, 4, 17, 25)), bounds=()) for each in shown(request).tensors)
-    assert differences(static, replace(shown(request), tensors=tensors)) == ()
+    assert compare_engine(static, replace(shown(request), tensors=tensors)) == ()
 
 
 def test_what_the_process_tells_is_read(made):

@@ -14,7 +14,7 @@ from shapecheck import BuildOptions, EngineSession, Geometry
 from shapecheck.runtime.binding import CallError
 from shapecheck.tensorrt.build import build_engine, read_back
 from shapecheck.tensorrt.check import check_engine
-from shapecheck.tensorrt.engine_io import differences
+from shapecheck.tensorrt.engine_io import compare_engine
 from shapecheck.tensorrt.profiles import Range
 
 pytestmark = pytest.mark.gpu
@@ -66,7 +66,7 @@ def difference(found, expected):
 
 
 def test_what_was_built_is_what_its_record_says(built):
-    assert differences(built.engine.request, read_back(built.path, built.engine)) == ()
+    assert compare_engine(built.engine.request, read_back(built.path, built.engine)) == ()
     checked = check_engine(built.path, built.engine, asked=Geometry(2, 33, 41))
     assert (checked.read, checked.is_fine, checked.fit.profile) == ("engine", True, 0)
 
@@ -104,7 +104,7 @@ def test_a_refused_call_names_the_slot_and_the_next_is_served(built, model):
         expected = next(iter(session(good).values())).clone()
         with pytest.raises(CallError, match="down_block_residual_07"):
             session(good | {"down_block_residual_07": good["mid_block_residual"]})
-        with pytest.raises(CallError, match="profile 1, in latent cells: height 73, where it takes 40 to 64"):
+        with pytest.raises(CallError, match="profile 1, in latent cells: height 73, expected 40 to 64"):
             session(inputs_at(contract, Geometry(2, 73, 25)))
         (found,) = session(good).values()
         assert torch.equal(found, expected)

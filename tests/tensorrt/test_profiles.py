@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 from shapecheck import BuildOptions, Contract, ContractError, Geometry, ShapecheckError, presets
 from shapecheck.contract import Config, Dim, Input, Slot
 from shapecheck.contract.dims import BATCH, HEIGHT, TOKENS, WIDTH, constant
-from shapecheck.tensorrt import profile_check, profile_formats
-from shapecheck.tensorrt.profiles import Bounds, Profile, Range, choose, profile_of, range_of, refusals
+from shapecheck.tensorrt import profile_formats
+from shapecheck.tensorrt.profiles import (
+    Bounds,
+    Profile,
+    Range,
+    choose_profile,
+    explain_refusal,
+    find_profile_mismatches,
+    profile_of,
+    range_of,
+    verify_profiles,
+)
 from shapecheck.tensorrt.size_ranges import parse_ranges
 
 SD15, SDXL = presets.contract("sd15"), presets.contract("sdxl")
@@ -87,7 +97,7 @@ def test_every_triple_is_the_image_of_one_range(table, sizes):
     for each in profile.inputs:
         assert all(a <= b <= c for a, b, c in zip(*each.shapes, strict=True))
     assert range_of(contract, profile) == sizes
-    assert profile_check.mismatches(contract, profile) == ()
+    assert find_profile_mismatches(contract, profile) == ()
 
 
 @given(tables(), st.lists(ranges(), min_size=1, max_size=3))
@@ -97,11 +107,11 @@ def test_every_written_form_says_the_same(table, several):
     expected = [{(each.name, bound): getattr(each, bound) for each in one.inputs for bound in ("min", "opt", "max")}
                 for one in profiles]  # fmt: skip
     assert profile_formats.loads(profile_formats.dumps(profiles, contract.digest)) == (tuple(profiles), contract.digest)
-    assert read_polygraphy(profile_formats.arguments(profiles, "polygraphy")) == expected
-    assert read_trtexec(profile_formats.arguments(profiles, "trtexec")) == expected
-    assert read_ort(dict(profile_formats.provider_options(profiles)), len(profiles)) == expected
-    pairs = [each.partition("=") for each in profile_formats.arguments(profiles, "ort")]
-    assert {key: value for key, _, value in pairs} == dict(profile_formats.provider_options(profiles))
+    assert read_polygraphy(profile_formats.list_arguments(profiles, "polygraphy")) == expected
+    assert read_trtexec(profile_formats.list_arguments(profiles, "trtexec")) == expected
+    assert read_ort(dict(profile_formats.make_provider_options(profiles)), len(profiles)) == expected
+    pairs = [each.partition("=") for each in profile_formats.list_arguments(profiles, "ort")]
+    assert {key: value for key, _, value in pairs} == dict(profile_formats.make_provider_options(profiles))
 
 
 def read_polygraphy(words: list[str]) -> list[dict]:
@@ -143,15 +153,15 @@ def test_a_profile_takes_the_sizes_of_its_range_and_no_other(sizes, data):
     contract = contract_of(([("down_block_residual_00", 8, "", False), ("down_block_residual_01", 8, "cfc", False)], True))
     profile = profile_of(contract, sizes)
     inside = Geometry(*(data.draw(st.integers(low, high)) for low, high in sides(sizes)))
-    assert choose([profile], contract.input_shapes(inside)) == 0
-    assert sizes.outside(inside) == () == refusals([profile], contract.input_shapes(inside))
+    assert choose_profile([profile], contract.input_shapes(inside)) == 0
+    assert sizes.outside(inside) == () == explain_refusal([profile], contract.input_shapes(inside))
     assert sizes.nearest(inside) == inside
     field = data.draw(st.sampled_from(("batch", "height", "width", "tokens")))
     outside = replace(inside, **{field: getattr(sizes.max, field) + data.draw(st.integers(1, 9))})
     shapes = contract.input_shapes(outside)
-    assert choose([profile], shapes) is None
+    assert choose_profile([profile], shapes) is None
     assert any(text.startswith(field) for text in sizes.outside(outside))
-    assert any("allows up to" in text or "takes" in text for text in refusals([profile], shapes))
+    assert any("allows up to" in text or "accepts" in text for text in explain_refusal([profile], shapes))
     assert sizes.outside(sizes.nearest(outside)) == () == sizes.with_(outside).outside(outside)
 
 
@@ -210,23 +220,23 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_and_named_alone(fault):
     profile, expected = FAULTS[fault]
-    assert expected in [(each.where, each.kind, each.observed) for each in profile_check.mismatches(SDXL, profile)]
-    assert {each.where for each in profile_check.mismatches(SDXL, profile)} == {expected[0]}
+    assert expected in [(each.where, each.kind, each.observed) for each in find_profile_mismatches(SDXL, profile)]
+    assert {each.where for each in find_profile_mismatches(SDXL, profile)} == {expected[0]}
     with pytest.raises(ContractError, match=expected[0]):
-        profile_check.verify(SDXL, [MADE, profile])
+        verify_profiles(SDXL, [MADE, profile])
 
 
 def test_nothing_is_not_a_profile():
     with pytest.raises(ShapecheckError, match="no profile was given"):
-        profile_check.verify(SDXL, [])
-    assert [each.kind for each in profile_check.mismatches(SDXL, Profile(()))] == ["missing"] * 15 + ["sizes"]
+        verify_profiles(SDXL, [])
+    assert [each.kind for each in find_profile_mismatches(SDXL, Profile(()))] == ["missing"] * 15 + ["sizes"]
 
 
 def test_a_range_the_model_refuses_names_the_size():
     refused = Range(Geometry(1, 48, 48), Geometry(1, 64, 64), Geometry(1, 96, 113))
     with pytest.raises(ShapecheckError, match=r"max, 904x768 pixels: this UNet refuses latents of 96×113: .*multiples of 8"):
         profile_of(presets.contract("kandinsky-2.2"), refused)
-    found = profile_check.mismatches(replace(SDXL, divisor=8), MADE)
+    found = find_profile_mismatches(replace(SDXL, divisor=8), MADE)
     assert "refuses latents of 17×24" in str(found[-1])
 
 
@@ -240,18 +250,19 @@ def test_of_several_profiles_the_one_tuned_nearest_is_chosen():
     small = profile_of(SD15, Range(Geometry(1, 32, 32), Geometry(1, 48, 48), Geometry(2, 96, 96)))
     large = profile_of(SD15, Range(Geometry(1, 48, 48), Geometry(2, 96, 96), Geometry(2, 128, 128)))
     chosen = [
-        choose([small, large], SD15.input_shapes(at)) for at in (Geometry(1, 50, 49), Geometry(2, 95, 96), Geometry(2, 97, 96))
+        choose_profile([small, large], SD15.input_shapes(at))
+        for at in (Geometry(1, 50, 49), Geometry(2, 95, 96), Geometry(2, 97, 96))
     ]
     assert chosen == [0, 1, 1]
-    told = refusals([small, large], SD15.input_shapes(Geometry(2, 129, 96)))
-    assert told[0] == "sample: 2×4×129×96 given, profile 1 allows up to 2×4×128×128"
-    assert "down_block_residual_07: 2×1280×33×24 given, profile 1 allows up to 2×1280×32×32" in told
-    assert refusals([small], SD15.input_shapes(Geometry(2, 32, 31)))[0] == (
-        "sample: 2×4×32×31 given, profile 0 needs at least 1×4×32×32"
+    told = explain_refusal([small, large], SD15.input_shapes(Geometry(2, 129, 96)))
+    assert told[0] == "sample: got 2×4×129×96, profile 1 allows up to 2×4×128×128"
+    assert "down_block_residual_07: got 2×1280×33×24, profile 1 allows up to 2×1280×32×32" in told
+    assert explain_refusal([small], SD15.input_shapes(Geometry(2, 32, 31)))[0] == (
+        "sample: got 2×4×32×31, profile 0 needs at least 1×4×32×32"
     )
-    assert refusals([], {}) == ("there is no profile",)
+    assert explain_refusal([], {}) == ("there is no profile",)
     static = Profile((Bounds("sample", "float32", (1, 4, 8, 8), (1, 4, 8, 8), (1, 4, 8, 8)),))
-    assert refusals([static], {"sample": (1, 4, 8, 9)}) == ("sample: 1×4×8×9 given, profile 0 takes 1×4×8×8",)
+    assert explain_refusal([static], {"sample": (1, 4, 8, 9)}) == ("sample: got 1×4×8×9, profile 0 accepts 1×4×8×8",)
 
 
 def test_ranges_are_read_as_users_write_them():
@@ -284,14 +295,14 @@ def test_a_range_that_does_not_ascend_is_refused():
         parse_ranges(["512x384:384x512:768x768"])
     with pytest.raises(ShapecheckError, match="--batch '2:1:4' is not a range"):
         parse_ranges(["512x512"], ["2:1:4"])
-    with pytest.raises(ShapecheckError, match="no range: the width goes 64, 48, 96; give the smallest size"):
+    with pytest.raises(ShapecheckError, match="not a range: the width is 64, 48, 96; give the smallest size"):
         profile_of(SD15, Range(Geometry(1, 48, 64), Geometry(1, 64, 48), Geometry(1, 96, 96)))
 
 
 def test_lists_serve_as_shapes_and_one_profile_as_several():
     listed = Profile(tuple(replace(each, min=list(each.min), max=list(each.max)) for each in MADE.inputs))
-    assert profile_check.mismatches(SDXL, listed) == ()
-    assert dict(profile_formats.provider_options(())) == {}
+    assert find_profile_mismatches(SDXL, listed) == ()
+    assert dict(profile_formats.make_provider_options(())) == {}
     assert BuildOptions("rtx", compute_capabilities=["8.9", "8.6", "8.9"]).compute_capabilities == ("8.6", "8.9")
 
 
