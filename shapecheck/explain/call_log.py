@@ -15,7 +15,7 @@ from shapecheck.contract import ShapecheckError
 from shapecheck.explain.traceback_calls import Traced
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.runtime.controlnet_emissions import Emission, watch_controlnet
-from shapecheck.runtime.unet_call import Call, call_of, places_of
+from shapecheck.runtime.unet_call import Call, locate_arguments, read_call
 
 
 class Returned(NamedTuple):
@@ -42,7 +42,7 @@ class Watched:
         if not isinstance(unet, nn.Module):
             raise ShapecheckError(f"explained takes a UNet, not a {type(unet).__name__}; of a pipeline give pipeline.unet")
         self._unet = unet
-        self._places = places_of(unwrap_compiled(unet))
+        self._places = locate_arguments(unwrap_compiled(unet))
         self._controlnets: dict[nn.Module, str] = {}
         for place, module in _several(controlnet):
             self._controlnets.setdefault(module, place)
@@ -78,7 +78,7 @@ class Watched:
         return [self._emitted[key] for key in known] if all(key in self._emitted for key in known) else []
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = call_of(self._places, args, kwargs)
+        call = read_call(self._places, args, kwargs)
         copied = call._replace(downs=_copied(call.downs), features=_copied(call.features))  # diffusers pops from lists
         self._calls[threading.get_ident()] = kwargs, copied
 

@@ -20,8 +20,8 @@ from shapecheck.explain.residual_table import RequestedSize
 from shapecheck.explain.tensor_identity import judge_call
 from shapecheck.explain.traceback_calls import Traced, find_calls, follow_causes
 from shapecheck.models.forward_call import unwrap_compiled
-from shapecheck.runtime.residual_checks import feature_faults, geometry_of, residual_faults
-from shapecheck.runtime.unet_call import DOWNS, MID, Call, call_of, places_of
+from shapecheck.runtime.residual_checks import find_feature_faults, find_residual_faults, read_geometry
+from shapecheck.runtime.unet_call import DOWNS, MID, Call, locate_arguments, read_call
 
 __all__ = ["ExplainedError", "explained", "explained_traceback"]
 
@@ -93,13 +93,13 @@ def explain_call(
 
     `popped`: the list of down residuals is shorter than it was given.
     """
-    geometry = geometry_of(contract, call.sample)
+    geometry = read_geometry(contract, call.sample)
     if isinstance(geometry, Mismatch):
         return None
     order = [slot.name for slot in contract.slots]
-    mismatches = [*feature_faults(call.features, (None, 0))]
+    mismatches = [*find_feature_faults(call.features, (None, 0))]
     if call.downs is not None or call.mid is not None:
-        mismatches += residual_faults(contract, call, geometry, moved=False)
+        mismatches += find_residual_faults(contract, call, geometry, moved=False)
     if popped:
         mismatches = [mismatch for mismatch in mismatches if mismatch.where == order[-1]]
     reasons = find_reasons(traced, call, contract, geometry, mismatches) if mismatches else ()
@@ -119,7 +119,7 @@ def explained_traceback(error: BaseException) -> ExplainedError | None:
     found = None if is_of_memory(error) else next(iter(find_calls(error, _takes_residuals)[::-1]), None)
     if found is None:
         return None
-    call = call_of(places_of(found.module), found.args, found.kwargs)
+    call = read_call(locate_arguments(found.module), found.args, found.kwargs)
     if isinstance(call.features, list):  # popped from: what was in it is not known any more
         call = call._replace(features=None)
     popped = call.mid is None and isinstance(call.downs, list)

@@ -14,7 +14,7 @@ from shapecheck.explain.call_log import Watched
 from shapecheck.explain.explained_error import ExplainedError, last_line
 from shapecheck.explain.parse_text import read_symptoms
 from shapecheck.explain.traceback_calls import find_calls, find_raising_module
-from shapecheck.runtime.residual_checks import geometry_of
+from shapecheck.runtime.residual_checks import read_geometry
 
 _FILE = "multicontrolnet"
 """How the files of diffusers begin whose modules add the residuals of several ControlNets."""
@@ -54,7 +54,7 @@ def explain_sum(error: BaseException, watched: Watched, contract: Callable[[], C
                 *_explain_difference(one, other),
             ]
             call = find_calls(error, lambda module: module is adding)[-1]
-            geometry = geometry_of(contract(), call.kwargs.get("sample", call.args[0] if call.args else None))
+            geometry = read_geometry(contract(), call.kwargs.get("sample", call.args[0] if call.args else None))
             if isinstance(geometry, Geometry):
                 fitting = [side.name for side in (one, other) if not compare(contract().slots, geometry, side.shapes)]
                 lines += [f"  the UNet takes what {fitting[0]} gives"] if len(fitting) == 1 else []

@@ -15,7 +15,7 @@ from shapecheck.tensorrt import profile_check
 from shapecheck.tensorrt.profiles import Profile, choose, range_of, refusals
 from shapecheck.tensorrt.size_ranges import written
 
-Given = tuple[Shape, str, str]
+TensorForm = tuple[Shape, str, str]
 """A tensor as it is before it is bound: shape, dtype, device."""
 
 
@@ -27,7 +27,7 @@ _Places = tuple[tuple[str, int, int], ...]
 """Where a size is read off: input, axis, and how many axes that input has."""
 
 
-class Taken(Protocol):
+class Servable(Protocol):
     """What a file takes: an engine's record is one."""
 
     @property
@@ -48,7 +48,7 @@ class Taken(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class AnySize:
+class UnboundedSizes:
     """A file that takes every size of its contract."""
 
     contract: Contract
@@ -58,12 +58,12 @@ class AnySize:
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class BoundCall:
     """How calls of one geometry are served."""
 
     geometry: Geometry
     profile: int
-    given: Mapping[str, Given]
+    given: Mapping[str, TensorForm]
     """What every input has to be, by the contract's names and in its order."""
     inputs: Mapping[str, Shape]
     """The same shapes by the file's names."""
@@ -94,7 +94,7 @@ class Binding:
     images of one range.
     """
 
-    def __init__(self, taken: Taken, device: str) -> None:
+    def __init__(self, taken: Servable, device: str) -> None:
         names, rules = dict(taken.names), taken.contract.input_rules
         if names.keys() != rules.keys() or len(set(names.values())) != len(taken.names):
             raise ShapecheckError("the engine's record does not name each input of its contract once; build the engine again")
@@ -104,7 +104,7 @@ class Binding:
         self._places = _places(rules)
         self._at = lru_cache(_KEPT)(partial(serving_at, taken, device))
 
-    def serve(self, given: Mapping[str, Given]) -> Serving:
+    def serve(self, given: Mapping[str, TensorForm]) -> BoundCall:
         """How a call is served. `given` is by the contract's names.
 
         Raises CallError with everything that is wrong: names, shapes, dtypes, devices, and sizes that no profile takes.
@@ -126,7 +126,7 @@ class Binding:
         return {name: table[name] for name in wanted}
 
 
-def serving_at(taken: Taken, device: str, sizes: tuple[int, ...]) -> Serving | None:
+def serving_at(taken: Servable, device: str, sizes: tuple[int, ...]) -> BoundCall | None:
     """How calls of these sizes (batch, latent height, latent width, tokens) are served; None where nothing serves them."""
     contract = taken.contract
     try:
@@ -138,7 +138,7 @@ def serving_at(taken: Taken, device: str, sizes: tuple[int, ...]) -> Serving | N
     if profile is None:
         return None
     dtypes, names = contract.input_dtypes, dict(taken.names)
-    return Serving(
+    return BoundCall(
         geometry,
         profile,
         given={name: (shape, dtypes[name], device) for name, shape in shapes.items()},
@@ -147,7 +147,7 @@ def serving_at(taken: Taken, device: str, sizes: tuple[int, ...]) -> Serving | N
     )
 
 
-def refusal(taken: Taken, device: str, given: Mapping[str, Given]) -> CallError:
+def refusal(taken: Servable, device: str, given: Mapping[str, TensorForm]) -> CallError:
     """What to raise for a call that cannot be served: every reason at once, and what to do."""
     contract = taken.contract
     rules = contract.input_rules
@@ -185,7 +185,7 @@ def _places(rules: Mapping[str, tuple[Dim, ...]]) -> tuple[_Places, ...]:
     return tuple(tuple((name, axis, len(rule)) for name, axis, rule in shown if rule[axis] == Dim(symbol)) for symbol in AXES)
 
 
-def _sizes(places: Sequence[_Places], given: Mapping[str, Given]) -> tuple[int, ...] | None:
+def _sizes(places: Sequence[_Places], given: Mapping[str, TensorForm]) -> tuple[int, ...] | None:
     """The size of each symbol; None where one is nowhere to be seen."""
     sizes = []
     for candidates in places:
@@ -200,7 +200,7 @@ def _sizes(places: Sequence[_Places], given: Mapping[str, Given]) -> tuple[int, 
     return tuple(sizes)
 
 
-def _outputs(taken: Taken, geometry: Geometry) -> dict[str, Shape]:
+def _outputs(taken: Servable, geometry: Geometry) -> dict[str, Shape]:
     contract = taken.contract
     if contract.role == "controlnet":
         shapes = contract.shapes(geometry)
@@ -211,7 +211,7 @@ def _outputs(taken: Taken, geometry: Geometry) -> dict[str, Shape]:
     return {taken.outputs[0]: (geometry.batch, channels, geometry.height, geometry.width)}
 
 
-def _unplaced(rules: Mapping[str, tuple[Dim, ...]], given: Mapping[str, Given]) -> Iterator[Mismatch]:
+def _unplaced(rules: Mapping[str, tuple[Dim, ...]], given: Mapping[str, TensorForm]) -> Iterator[Mismatch]:
     """What can be said of the shapes where they show no size."""
     for name, rule in rules.items():
         if name not in given:
@@ -220,7 +220,7 @@ def _unplaced(rules: Mapping[str, tuple[Dim, ...]], given: Mapping[str, Given]) 
             yield Mismatch("rank", name, tuple(given[name][0]), show(rule), cause=tell_axes(rule))
 
 
-def _of_another_kind(contract: Contract, device: str, given: Mapping[str, Given]) -> Iterator[Mismatch]:
+def _of_another_kind(contract: Contract, device: str, given: Mapping[str, TensorForm]) -> Iterator[Mismatch]:
     """Tensors of another dtype, or that lie on another device."""
     producers = {slot.name: slot.producer for slot in contract.residuals}
     for name, wanted in contract.input_dtypes.items():
@@ -233,7 +233,7 @@ def _of_another_kind(contract: Contract, device: str, given: Mapping[str, Given]
             yield Mismatch("device", name, f"a tensor on {place}", f"one on {device}")
 
 
-def _unknown(taken: Taken, given: Mapping[str, Given]) -> Iterator[Mismatch]:
+def _unknown(taken: Servable, given: Mapping[str, TensorForm]) -> Iterator[Mismatch]:
     known = taken.contract.input_rules
     theirs = {engine: name for name, engine in taken.names if name != engine}
     for name, (shape, _, _) in given.items():
@@ -256,7 +256,7 @@ def _advice(contract: Contract, found: Sequence[Mismatch]) -> Iterator[str]:
         yield f"the inputs are {', '.join(contract.input_rules)}"
 
 
-def _sizes_advice(taken: Taken, geometry: Geometry) -> Iterator[str]:
+def _sizes_advice(taken: Servable, geometry: Geometry) -> Iterator[str]:
     """What the profiles take, the size nearest to the one that was wanted, and how to get an engine for that one."""
     contract = taken.contract
     ranges = [range_of(contract, profile) for profile in taken.profiles or ()]

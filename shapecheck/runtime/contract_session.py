@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shapecheck.contract import Contract, ContractError, Geometry
 from shapecheck.contract.mismatch import Port
-from shapecheck.runtime.binding import AnySize, Binding, Serving
+from shapecheck.runtime.binding import Binding, BoundCall, UnboundedSizes
 from shapecheck.runtime.gate import Gate
 from shapecheck.runtime.onnx_session import OnnxSession
 from shapecheck.runtime.torch_session import OUTPUT, TorchSession
@@ -43,7 +43,7 @@ class ContractSession:
     """
 
     def __init__(
-        self, name: str, taken: AnySize, runner: Runner, dtypes: Mapping[str, torch.dtype], *, reuse: bool = False
+        self, name: str, taken: UnboundedSizes, runner: Runner, dtypes: Mapping[str, torch.dtype], *, reuse: bool = False
     ) -> None:
         self.contract, self.device, self.reuses_outputs = taken.contract, runner.device, reuse
         self._names = dict(taken.names)
@@ -74,13 +74,13 @@ class ContractSession:
         declared = [Port(name, dtypes[name]) for name in session.inputs]
         if found := contract.compare_inputs(declared, names, present="an input of the file"):
             raise ContractError(found, subject=f"{path} is not what its contract says", contract=contract)
-        taken = AnySize(contract, tuple(names.items()), session.outputs)
+        taken = UnboundedSizes(contract, tuple(names.items()), session.outputs)
         return cls(str(path), taken, session, {name: getattr(torch, dtypes[name]) for name in session.outputs}, reuse=reuse)
 
     @classmethod
     def of_unet(cls, module: nn.Module, contract: Contract, name: str = "") -> Self:
         """A live UNet, where its weights are and in their precision."""
-        taken = AnySize(contract, tuple((each, each) for each in contract.input_rules), (OUTPUT,))
+        taken = UnboundedSizes(contract, tuple((each, each) for each in contract.input_rules), (OUTPUT,))
         return cls(name or type(module).__name__, taken, TorchSession(module, contract, exactly=False), {})
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ class ContractSession:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _memory(self, serving: Serving) -> Mapping[str, Tensor]:
+    def _memory(self, serving: BoundCall) -> Mapping[str, Tensor]:
         """Where outputs go: none where the backend allocates them, or the contract does not tell their shapes."""
         if serving.geometry in self._outputs:
             return self._outputs[serving.geometry]

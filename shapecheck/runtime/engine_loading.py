@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from shapecheck import extras
 from shapecheck.contract import ContractError, ShapecheckError
 from shapecheck.contract.naming import torch_name
-from shapecheck.runtime.executor import refused
+from shapecheck.runtime.executor import build_refusal
 from shapecheck.tensorrt.engine_io import DeclaredEngine, describe, differences
 from shapecheck.tensorrt.record import MODULES, Engine
 
@@ -27,7 +27,7 @@ _MESSAGES = 20
 _log = logging.getLogger(__name__)
 
 
-def bytes_of(path: Path, record: Engine, *, verify: bool) -> mmap.mmap:
+def map_engine(path: Path, record: Engine, *, verify: bool) -> mmap.mmap:
     """The bytes of an engine, as they lie on the disk. Raises ShapecheckError where they are not those of the record."""
     if not path.is_file():
         raise ShapecheckError(f"no engine at {path}, although its record is there; copy both together, or build again")
@@ -72,21 +72,21 @@ class Loaded(NamedTuple):
     seen: DeclaredEngine
 
 
-def load(trt: Any, path: Path, record: Engine, data: mmap.mmap) -> Loaded:
+def load_engine(trt: Any, path: Path, record: Engine, data: mmap.mmap) -> Loaded:
     """The engine in these bytes. Raises ShapecheckError where TensorRT cannot load it, ContractError where it is another."""
     request, logger = record.request, _logger(trt)
     logger.errors.clear()
     try:
         runtime = trt.Runtime(logger)
     except (RuntimeError, TypeError) as error:  # bindings raise TypeError where the library returns nothing
-        raise refused("start", logger, "`shapecheck doctor` says why") from error
+        raise build_refusal("start", logger, "`shapecheck doctor` says why") from error
     if request.options.version_compatible:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         here = f"{MODULES[request.options.target]} here is {trt.__version__}"
         built = f"it was built by {request.tensorrt} on {request.gpu}, and {here}: build it again here"
-        raise refused(f"load {path}", logger, built)
+        raise build_refusal(f"load {path}", logger, built)
     _refuse_unbindable(trt, engine)
     seen = describe(trt, engine)
     if found := differences(request, seen):
@@ -103,7 +103,7 @@ def _refuse_unbindable(trt: Any, engine: Any) -> None:
             raise ShapecheckError(f"{name} is {dtype.name} on the {location.name}, which no session binds")
 
 
-def module_of(target: str) -> Any:
+def import_tensorrt(target: str) -> Any:
     """TensorRT. Raises ShapecheckError with the way to install it, or with why it does not load."""
     name = MODULES[target]
     try:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import Contract, Geometry, ShapecheckError, show
-from shapecheck.runtime.binding import Binding, Serving
-from shapecheck.runtime.engine_loading import Loaded, bytes_of, load, module_of
-from shapecheck.runtime.executor import Call, Executor, refused
+from shapecheck.runtime.binding import Binding, BoundCall
+from shapecheck.runtime.engine_loading import Loaded, import_tensorrt, load_engine, map_engine
+from shapecheck.runtime.executor import Executor, PlacedCall, build_refusal
 from shapecheck.runtime.gate import Gate
 from shapecheck.runtime.gpu import Gpu
 from shapecheck.tensorrt.engine_io import DYNAMIC
@@ -52,8 +52,8 @@ class EngineSession:
         self._dtypes = {each.name: getattr(torch, each.dtype) for each in loaded.seen.tensors if not each.is_input}
         self._executors: dict[str, Executor] = {}
         self._outputs: dict[Geometry, dict[str, Tensor]] = {}
-        self._last: Call | None = None
-        self._graph: tuple[Call, Callable[[], None]] | None = None
+        self._last: PlacedCall | None = None
+        self._graph: tuple[PlacedCall, Callable[[], None]] | None = None
         self._executor("direct")
 
     @classmethod
@@ -72,11 +72,11 @@ class EngineSession:
             raise ShapecheckError(
                 f"{path}: TensorRT for RTX captures no engine that was not built for it; open it without graphs"
             )
-        data = bytes_of(path, record, verify=verify)
-        trt = module_of(request.options.target)
+        data = map_engine(path, record, verify=verify)
+        trt = import_tensorrt(request.options.target)
         gpu = Gpu(device)
         with gpu.here():
-            loaded = load(trt, path, record, data)
+            loaded = load_engine(trt, path, record, data)
             return cls(path, record, gpu, loaded, graphs=graphs)
 
     @property
@@ -116,7 +116,7 @@ class EngineSession:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _placed(self, serving: Serving, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
+    def _placed(self, serving: BoundCall, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
         """The tensors to bind, in the contract's order, and where they lie: copies of those that cannot be bound there."""
         tensors = [inputs[name] for name in serving.given]
         places = [each.data_ptr() for each in tensors]
@@ -130,7 +130,7 @@ class EngineSession:
                 places[number] = tensors[number].data_ptr()
         return tensors, tuple(places)
 
-    def _run(self, call: Call, stream: int) -> dict[str, Tensor]:
+    def _run(self, call: PlacedCall, stream: int) -> dict[str, Tensor]:
         if self._graph is not None and self._graph[0] == call:
             self._graph[1]()
         else:
@@ -144,7 +144,7 @@ class EngineSession:
             self._last = call
         return dict(self._outputs[call[0].geometry])
 
-    def _bind(self, executor: Executor, call: Call, stream: int) -> None:
+    def _bind(self, executor: Executor, call: PlacedCall, stream: int) -> None:
         if executor.bound == call:
             return
         serving, addresses = call
@@ -155,7 +155,7 @@ class EngineSession:
         executor.place(self._gate.binding.addresses(dict(zip(serving.given, addresses, strict=True)), outputs))
         executor.bound = call
 
-    def _allocated(self, executor: Executor, serving: Serving) -> dict[str, Tensor]:
+    def _allocated(self, executor: Executor, serving: BoundCall) -> dict[str, Tensor]:
         shapes = {name: executor.output_shape(name) for name in self._dtypes}
         for name, shape in shapes.items():
             expected = serving.outputs.get(name, shape)
@@ -168,6 +168,6 @@ class EngineSession:
         if kind not in self._executors:
             context = self._engine.create_execution_context()
             if context is None:
-                raise refused(f"make a context of {self._path}", self._logger, "is there enough memory on the GPU?")
+                raise build_refusal(f"make a context of {self._path}", self._logger, "is there enough memory on the GPU?")
             self._executors[kind] = Executor(context, self._logger)
         return self._executors[kind]

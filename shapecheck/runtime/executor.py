@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from shapecheck.contract import Shape, ShapecheckError, show
-from shapecheck.runtime.binding import Serving
+from shapecheck.runtime.binding import BoundCall
 
-Call = tuple[Serving, tuple[int, ...]]
+PlacedCall = tuple[BoundCall, tuple[int, ...]]
 """How a call is served, and where its inputs lie, in the contract's order."""
 
 
-def refused(what: str, logger: Any, advice: str = "") -> ShapecheckError:
+def build_refusal(what: str, logger: Any, advice: str = "") -> ShapecheckError:
     """TensorRT would not do something: an error in its own words, which are then forgotten."""
     words = [logger.errors.popleft() for _ in range(len(logger.errors))]
     return ShapecheckError(
@@ -25,12 +25,12 @@ class Executor:
 
     def __init__(self, context: Any, logger: Any) -> None:
         self._context, self._logger = context, logger
-        self._serving: Serving | None = None
+        self._serving: BoundCall | None = None
         self._addresses: dict[str, int] = {}
-        self.bound: Call | None = None
+        self.bound: PlacedCall | None = None
         """The call whose shapes and addresses are set; None where not all are."""
 
-    def shape(self, serving: Serving, stream: int) -> None:
+    def shape(self, serving: BoundCall, stream: int) -> None:
         """Set the profile and every shape, unless they are set."""
         self.bound = None
         if self._serving == serving:
@@ -45,7 +45,7 @@ class Executor:
         try:
             unresolved = self._context.infer_shapes()
         except RuntimeError as error:
-            raise refused(f"work at {serving.geometry}", self._logger, str(error)) from error
+            raise build_refusal(f"work at {serving.geometry}", self._logger, str(error)) from error
         self._check(not unresolved, f"work at {serving.geometry} without the shapes of {', '.join(unresolved)}")
         self._serving = serving
 
@@ -66,4 +66,4 @@ class Executor:
 
     def _check(self, done: bool, what: str) -> None:
         if not done:
-            raise refused(what, self._logger)
+            raise build_refusal(what, self._logger)

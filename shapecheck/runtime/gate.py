@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import ShapecheckError
-from shapecheck.runtime.binding import Binding, Given, Serving
+from shapecheck.runtime.binding import Binding, BoundCall, TensorForm
 
 
 class Gate:
@@ -20,7 +20,7 @@ class Gate:
     def __init__(self, name: str, binding: Binding) -> None:
         self._name, self.binding = name, binding
         self._lock = threading.Lock()
-        self._served: tuple[object, Serving] | None = None
+        self._served: tuple[object, BoundCall] | None = None
         self.is_open = True
 
     @contextmanager
@@ -35,7 +35,7 @@ class Gate:
         finally:
             self._lock.release()
 
-    def serve(self, inputs: Mapping[str, Tensor]) -> Serving:
+    def serve(self, inputs: Mapping[str, Tensor]) -> BoundCall:
         """How a call is served: as the last one was, without a look at the contract, where nothing that counts differs.
 
         Raises CallError with everything that is wrong.
@@ -53,7 +53,7 @@ class Gate:
         self.is_open, self._served = False, None
 
 
-def _given(inputs: Mapping[str, Tensor]) -> dict[str, Given]:
+def _given(inputs: Mapping[str, Tensor]) -> dict[str, TensorForm]:
     if strange := [f"{name} is {type(each).__name__}" for name, each in inputs.items() if not isinstance(each, Tensor)]:
         raise ShapecheckError(f"{', '.join(strange)}: tensors are expected; without a ControlNet give zeros for every slot")
     return {name: (each.shape, _dtype(each.dtype), _device(each.device)) for name, each in inputs.items()}

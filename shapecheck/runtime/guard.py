@@ -20,13 +20,13 @@ from shapecheck.runtime.residual_checks import (
     EMPTIED,
     Shapes,
     autocast_dtype,
-    feature_faults,
-    geometry_of,
+    describe_value,
+    find_feature_faults,
+    find_residual_faults,
     placed,
-    residual_faults,
-    told,
+    read_geometry,
 )
-from shapecheck.runtime.unet_call import DOWNS, Call, call_of, places_of
+from shapecheck.runtime.unet_call import DOWNS, Call, locate_arguments, read_call
 
 Mode = Literal["error", "warn"]
 
@@ -118,7 +118,7 @@ class Guard:
 
     def __init__(self, unet: nn.Module, contract: Contract, controlnets: Sequence[nn.Module], mode: Mode) -> None:
         self._unet, self._contract, self._mode = unwrap_compiled(unet), contract, mode
-        self._places = places_of(self._unet)
+        self._places = locate_arguments(self._unet)
         self._names = tuple(slot.name for slot in contract.slots)
         self._shapes = Shapes(contract.slots)
         self._known: tuple[Any, list[_Form]] = (None, [])
@@ -148,7 +148,7 @@ class Guard:
         """The forward pre-hook."""
         if torch.compiler.is_compiling() or _traced():  # an export: symbols in place of sizes
             return
-        call = call_of(self._places, args, kwargs)
+        call = read_call(self._places, args, kwargs)
         if call.downs is None and call.mid is None and call.features is None:
             return
         found = [] if self._fits(call) else self._faults(call)
@@ -176,7 +176,7 @@ class Guard:
 
     def _wanted(self, sample: Tensor) -> list[_Form]:
         """What each residual has to be beside this sample; nothing where it shows no size that the UNet takes."""
-        geometry = geometry_of(self._contract, sample)
+        geometry = read_geometry(self._contract, sample)
         if isinstance(geometry, Mismatch):
             return []
         dtype = autocast_dtype(sample) or sample.dtype
@@ -184,16 +184,16 @@ class Guard:
 
     def _faults(self, call: Call) -> list[Mismatch]:
         """Everything that the call itself shows to be wrong."""
-        found = list(feature_faults(call.features, self._features))
+        found = list(find_feature_faults(call.features, self._features))
         if isinstance(call.features, list):
             self._features = (call.features, len(call.features))
         if call.downs is None and call.mid is None:
             return found
-        geometry = geometry_of(self._contract, call.sample)
+        geometry = read_geometry(self._contract, call.sample)
         if isinstance(geometry, Mismatch):
             return [*found, geometry]
         moved = "_hf_hook" in vars(self._unet)
-        given = list(residual_faults(self._contract, call, geometry, moved))
+        given = list(find_residual_faults(self._contract, call, geometry, moved))
         empty = isinstance(call.downs, (list, tuple)) and not call.downs
         if empty and self._had_downs:
             given = [replace(each, cause=EMPTIED) if each.where in self._names[:-1] else each for each in given]
@@ -226,7 +226,7 @@ def _modules(controlnet: nn.Module | Sequence[nn.Module] | None) -> tuple[nn.Mod
     modules = tuple(controlnet) if several else () if controlnet is None else (controlnet,)  # type: ignore[arg-type]
     for each in modules:
         if not isinstance(each, nn.Module):
-            raise ShapecheckError(f"controlnet= takes a ControlNet or several in a list, not {told(each)}")
+            raise ShapecheckError(f"controlnet= takes a ControlNet or several in a list, not {describe_value(each)}")
     return modules  # type: ignore[return-value]
 
 

@@ -47,11 +47,11 @@ class Shapes:
         return [pick(sizes) for pick in self._picks]
 
 
-def geometry_of(contract: Contract, sample: Any) -> Geometry | Mismatch:
+def read_geometry(contract: Contract, sample: Any) -> Geometry | Mismatch:
     """The geometry that a sample shows, or what is wrong with the sample."""
     if not isinstance(sample, Tensor) or sample.dim() != 4:
         return Mismatch(
-            "rank", "sample", told(sample), "batch×channels×h×w", cause="it shows no size to check residuals against"
+            "rank", "sample", describe_value(sample), "batch×channels×h×w", cause="it shows no size to check residuals against"
         )
     batch, _, height, width = sample.shape
     try:
@@ -62,21 +62,25 @@ def geometry_of(contract: Contract, sample: Any) -> Geometry | Mismatch:
     return geometry
 
 
-def feature_faults(features: Any, before: tuple[Any, int]) -> Iterator[Mismatch]:
+def find_feature_faults(features: Any, before: tuple[Any, int]) -> Iterator[Mismatch]:
     """What is wrong with T2I-Adapter features. `before` is the list of the last call that gave any, and its length then."""
     if features is None:
         return
     wanted = "a list with a feature for each down block"
     if not isinstance(features, list):
         yield Mismatch(
-            "input", FEATURES, told(features), wanted, cause="diffusers pops from it; give list(features) at each call"
+            "input",
+            FEATURES,
+            describe_value(features),
+            wanted,
+            cause="diffusers pops from it; give list(features) at each call",
         )
     elif not features or (features is before[0] and len(features) < before[1]):
         left = f"a list with {len(features)} left in it" if features else "an empty list"
         yield Mismatch("missing", FEATURES, left, wanted, cause=EMPTIED)
 
 
-def residual_faults(contract: Contract, call: Call, geometry: Geometry, moved: bool) -> Iterator[Mismatch]:
+def find_residual_faults(contract: Contract, call: Call, geometry: Geometry, moved: bool) -> Iterator[Mismatch]:
     """What is wrong with residuals of which at least one side was given, in no order."""
     slots, mid = contract.slots, contract.slots[-1]
     given = {mid.name: call.mid}
@@ -104,24 +108,26 @@ def _without_downs(contract: Contract, call: Call, geometry: Geometry) -> Mismat
     *downs, mid = contract.slots
     if call.downs is None:
         beside = f"{len(downs)} down residuals beside it"
-        return Mismatch("unused", mid.name, told(call.mid), beside, geometry, mid.producer, cause=_LONE_MID)
+        return Mismatch("unused", mid.name, describe_value(call.mid), beside, geometry, mid.producer, cause=_LONE_MID)
     wanted = f"a list or tuple of {len(downs)} tensors, {downs[0].name} to {downs[-1].name}"
     cause = "diffusers adds what it yields item by item, in silence where that broadcasts"
-    return Mismatch("input", DOWNS, told(call.downs), wanted, geometry, cause=cause)
+    return Mismatch("input", DOWNS, describe_value(call.downs), wanted, geometry, cause=cause)
 
 
 def _no_tensors(contract: Contract, geometry: Geometry, others: Mapping[str, Any]) -> Iterator[Mismatch]:
     slots = {slot.name: slot for slot in contract.slots}
     for name, value in others.items():
         if (slot := slots.get(name)) is None:
-            yield Mismatch("surplus", name, told(value), "no such slot", geometry, cause="the UNet ignores it in silence")
+            yield Mismatch(
+                "surplus", name, describe_value(value), "no such slot", geometry, cause="the UNet ignores it in silence"
+            )
         else:
             cause = (
                 "these are the keys of a ControlNetOutput: call MultiControlNetModel with return_dict=False"
                 if isinstance(value, str)
                 else "PyTorch broadcasts a number in silence"
             )
-            yield Mismatch("input", name, told(value), slot.shape_at(geometry), geometry, slot.producer, cause=cause)
+            yield Mismatch("input", name, describe_value(value), slot.shape_at(geometry), geometry, slot.producer, cause=cause)
 
 
 def _cause(mismatch: Mismatch) -> str:
@@ -161,7 +167,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def told(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """What was given, in words."""
     if value is None:
         return "nothing"

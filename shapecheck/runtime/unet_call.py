@@ -46,7 +46,7 @@ class Call(NamedTuple):
     features: Any
 
 
-def places_of(unet: nn.Module) -> Places:
+def locate_arguments(unet: nn.Module) -> Places:
     """The arguments that matter, each with its place among the positional ones. Raises ShapecheckError where there are none."""
     parameters = inspect.signature(unet.forward).parameters.values()
     kinds = {each.kind for each in parameters}
@@ -60,6 +60,6 @@ def places_of(unet: nn.Module) -> Places:
     return tuple((name, positional.index(name) if name in positional else _NEVER) for name in _ARGUMENTS)
 
 
-def call_of(places: Places, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+def read_call(places: Places, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
     """The call with these arguments; what was not passed is None."""
     return Call(*[args[place] if place < len(args) else kwargs.get(name) for name, place in places])

@@ -11,7 +11,7 @@ import torch
 from tabulate import tabulate
 
 from shapecheck import Geometry, presets
-from shapecheck.runtime.binding import AnySize, Binding
+from shapecheck.runtime.binding import Binding, UnboundedSizes
 from shapecheck.runtime.dropin_unet import DropInUNet
 from shapecheck.runtime.gate import Gate
 
@@ -35,7 +35,7 @@ class Nothing:
 
 def main() -> None:
     names = tuple((each, each) for each in CONTRACT.input_rules)
-    gate = Gate("bench", Binding(AnySize(CONTRACT, names, ("out_sample",)), "cpu"))
+    gate = Gate("bench", Binding(UnboundedSizes(CONTRACT, names, ("out_sample",)), "cpu"))
     given = {name: torch.zeros(shape) for name, shape in CONTRACT.input_shapes(Geometry(2, 64, 64)).items()}
     *downs, mid = (given[slot.name] for slot in CONTRACT.slots)
     session = Nothing(gate, torch.zeros(2, 4, 64, 64))
