@@ -1,4 +1,4 @@
-"""An engine's file as TensorRT's own objects, once it is known to be what its record says."""
+"""Load an engine's file as TensorRT's own objects, once it is known to be what its record says."""
 
 from __future__ import annotations
 
@@ -19,16 +19,11 @@ from shapecheck.tensorrt.engine_io import DeclaredEngine, describe, differences
 from shapecheck.tensorrt.record import MODULES, Engine
 
 _BINDABLE = frozenset(("float32", "float16", "bfloat16", "int64", "int32", "bool"))
-
-
-_MESSAGES = 20
-
-
 _log = logging.getLogger(__name__)
 
 
 def map_engine(path: Path, record: Engine, *, verify: bool) -> mmap.mmap:
-    """The bytes of an engine, as they lie on the disk. Raises ShapecheckError where they are not those of the record."""
+    """Return the bytes of an engine as they are on the disk. Raises ShapecheckError if they are not those of the record."""
     if not path.is_file():
         raise ShapecheckError(f"no engine at {path}, although its record is there; copy both together, or build again")
     try:
@@ -39,20 +34,20 @@ def map_engine(path: Path, record: Engine, *, verify: bool) -> mmap.mmap:
     if verify and len(data) != record.size:
         raise ShapecheckError(f"{path} has {len(data)} bytes, its record says {record.size}: is one of them cut short or old?")
     if verify and (digest := f"sha256:{hashlib.sha256(data).hexdigest()}") != record.digest:
-        raise ShapecheckError(f"{path} is {digest}, its record is of {record.digest}; copy both together, or build again")
+        raise ShapecheckError(f"{path} is {digest}, its record says {record.digest}; copy both together, or build again")
     return data
 
 
 @cache
-def _logger(trt: Any) -> Any:
-    """The one logger of the process: TensorRT goes on using the first that it was given, past the session that gave it."""
+def _get_logger(trt: Any) -> Any:
+    """Return the one logger of the process: TensorRT keeps using the first it was given, past the session that gave it."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         """Keeps errors for whoever raises one; passes warnings on to Python's logging."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.errors: deque[str] = deque(maxlen=_MESSAGES)
+            self.errors: deque[str] = deque(maxlen=20)
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
@@ -69,42 +64,42 @@ class Loaded(NamedTuple):
     logger: Any
     runtime: Any
     engine: Any
-    seen: DeclaredEngine
+    declared: DeclaredEngine
 
 
 def load_engine(trt: Any, path: Path, record: Engine, data: mmap.mmap) -> Loaded:
-    """The engine in these bytes. Raises ShapecheckError where TensorRT cannot load it, ContractError where it is another."""
-    request, logger = record.request, _logger(trt)
+    """Load the engine in these bytes.
+
+    Raises ShapecheckError if TensorRT cannot load it, or it has an input or output that cannot be bound to a torch tensor on
+    the GPU; ContractError if it is not the engine of the record.
+    """
+    request, logger = record.request, _get_logger(trt)
     logger.errors.clear()
     try:
         runtime = trt.Runtime(logger)
-    except (RuntimeError, TypeError) as error:  # bindings raise TypeError where the library returns nothing
+    except (RuntimeError, TypeError) as error:  # bindings raise TypeError if the library returns nothing
         raise build_refusal("start", logger, "`shapecheck doctor` says why") from error
     if request.options.version_compatible:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         here = f"{MODULES[request.options.target]} here is {trt.__version__}"
-        built = f"it was built by {request.tensorrt} on {request.gpu}, and {here}: build it again here"
-        raise build_refusal(f"load {path}", logger, built)
-    _refuse_unbindable(trt, engine)
-    seen = describe(trt, engine)
-    if found := differences(request, seen):
-        raise ContractError(found, subject=f"{path} is not what its record says", contract=request.contract)
-    return Loaded(logger, runtime, engine, seen)
-
-
-def _refuse_unbindable(trt: Any, engine: Any) -> None:
-    """Raise ShapecheckError where a torch tensor on the GPU cannot be bound to an input or output."""
+        advice = f"it was built by {request.tensorrt} on {request.gpu}, and {here}: build it again here"
+        raise build_refusal(f"load {path}", logger, advice)
     for number in range(engine.num_io_tensors):
         name = engine.get_tensor_name(number)
         dtype, location = engine.get_tensor_dtype(name), engine.get_tensor_location(name)
         if torch_name(dtype.name) not in _BINDABLE or location != trt.TensorLocation.DEVICE:
-            raise ShapecheckError(f"{name} is {dtype.name} on the {location.name}, which no session binds")
+            bindable = ", ".join(sorted(_BINDABLE))
+            raise ShapecheckError(f"{name}: got {dtype.name} on the {location.name}, expected one of {bindable} on the DEVICE")
+    declared = describe(trt, engine)
+    if mismatches := differences(request, declared):
+        raise ContractError(mismatches, subject=f"{path} is not what its record says", contract=request.contract)
+    return Loaded(logger, runtime, engine, declared)
 
 
 def import_tensorrt(target: str) -> Any:
-    """TensorRT. Raises ShapecheckError with the way to install it, or with why it does not load."""
+    """Import TensorRT for a target. Raises ShapecheckError saying how to install it, or why it does not load."""
     name = MODULES[target]
     try:
         return importlib.import_module(name)

@@ -9,15 +9,13 @@ from shapecheck.contract import Shape, ShapecheckError, show
 from shapecheck.runtime.binding import BoundCall
 
 PlacedCall = tuple[BoundCall, tuple[int, ...]]
-"""How a call is served, and where its inputs lie, in the contract's order."""
+"""How a call is served, and the addresses of its inputs, in the contract's order."""
 
 
-def build_refusal(what: str, logger: Any, advice: str = "") -> ShapecheckError:
-    """TensorRT would not do something: an error in its own words, which are then forgotten."""
-    words = [logger.errors.popleft() for _ in range(len(logger.errors))]
-    return ShapecheckError(
-        "\n".join([f"TensorRT refuses to {what}", *(f"  {each}" for each in words), *filter(None, [advice])])
-    )
+def build_refusal(action: str, logger: Any, advice: str = "") -> ShapecheckError:
+    """Return the error for what TensorRT would not do, in its own words, which are then forgotten."""
+    words = [f"  {logger.errors.popleft()}" for _ in range(len(logger.errors))]
+    return ShapecheckError("\n".join([f"TensorRT refuses to {action}", *words, *filter(None, [advice])]))
 
 
 class Executor:
@@ -25,35 +23,35 @@ class Executor:
 
     def __init__(self, context: Any, logger: Any) -> None:
         self._context, self._logger = context, logger
-        self._serving: BoundCall | None = None
+        self._sized: BoundCall | None = None
         self._addresses: dict[str, int] = {}
         self.bound: PlacedCall | None = None
-        """The call whose shapes and addresses are set; None where not all are."""
+        """The call whose shapes and addresses are set; None if not all are."""
 
-    def shape(self, serving: BoundCall, stream: int) -> None:
+    def set_shapes(self, call: BoundCall, stream: int) -> None:
         """Set the profile and every shape, unless they are set."""
         self.bound = None
-        if self._serving == serving:
+        if self._sized == call:
             return
-        self._serving = None
+        self._sized = None
         self._addresses.clear()
-        if self._context.active_optimization_profile != serving.profile:
-            done = self._context.set_optimization_profile_async(serving.profile, stream)
-            self._check(done, f"switch to profile {serving.profile}")
-        for name, shape in serving.inputs.items():
+        if self._context.active_optimization_profile != call.profile:
+            done = self._context.set_optimization_profile_async(call.profile, stream)
+            self._check(done, f"switch to profile {call.profile}")
+        for name, shape in call.inputs.items():
             self._check(self._context.set_input_shape(name, shape), f"take {name} of {show(shape)}")
         try:
             unresolved = self._context.infer_shapes()
         except RuntimeError as error:
-            raise build_refusal(f"work at {serving.geometry}", self._logger, str(error)) from error
-        self._check(not unresolved, f"work at {serving.geometry} without the shapes of {', '.join(unresolved)}")
-        self._serving = serving
+            raise build_refusal(f"work at {call.geometry}", self._logger, str(error)) from error
+        self._check(not unresolved, f"work at {call.geometry} without the shapes of {', '.join(unresolved)}")
+        self._sized = call
 
     def output_shape(self, name: str) -> Shape:
-        """The shape of an output at the shapes that are set; -1 where it depends on values."""
+        """Return the shape of an output at the shapes that are set; -1 for an axis that depends on values."""
         return tuple(self._context.get_tensor_shape(name))
 
-    def place(self, addresses: Mapping[str, int]) -> None:
+    def set_addresses(self, addresses: Mapping[str, int]) -> None:
         """Bind every tensor that is not bound there."""
         for name, address in addresses.items():
             if self._addresses.get(name) != address:
@@ -64,6 +62,6 @@ class Executor:
         """Queue the work."""
         self._check(self._context.execute_async_v3(stream), "run")
 
-    def _check(self, done: bool, what: str) -> None:
+    def _check(self, done: bool, action: str) -> None:
         if not done:
-            raise build_refusal(what, self._logger)
+            raise build_refusal(action, self._logger)

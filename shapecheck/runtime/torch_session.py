@@ -1,4 +1,4 @@
-"""A UNet in PyTorch, called as every other backend is: a tensor for each input and slot of its contract."""
+"""Call a UNet in PyTorch as every other backend is called: a tensor for each input and slot of its contract."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ OUTPUT = "out_sample"
 
 
 class TorchSession:
-    """A UNet, in the precision and on the device where its weights are.
+    """A UNet, in the precision and on the device of its weights.
 
     Call it with a tensor for every input of the contract and for every slot; it returns the image under `out_sample`.
-    Where it is to be compared it computes `exactly`: on a GPU not in TF32.
+    To be compared with, it computes `exactly`: on a GPU not in TF32.
     """
 
     def __init__(self, module: nn.Module, contract: Contract, *, exactly: bool = True) -> None:
@@ -28,20 +28,20 @@ class TorchSession:
         self.device, self.dtype = first.device, first.dtype
 
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The image for these inputs, which are cast to the module's precision, all but the timestep.
+        """Return the image for these inputs, which are cast to the module's precision, all but the timestep.
 
         `outputs` are left alone: PyTorch allocates its own.
         """
-        given = {name: self._placed(name, each) for name, each in inputs.items()}
-        with torch.no_grad(), exact() if self._exactly else nullcontext():
-            return {OUTPUT: self.module(**arguments(self.contract, given), return_dict=False)[0]}
+        values = {name: self._place(name, value) for name, value in inputs.items()}
+        with torch.no_grad(), forbid_tf32() if self._exactly else nullcontext():
+            return {OUTPUT: self.module(**arguments(self.contract, values), return_dict=False)[0]}
 
-    def _placed(self, name: str, value: Tensor) -> Tensor:
+    def _place(self, name: str, value: Tensor) -> Tensor:
         cast = value.is_floating_point() and name != "timestep"
         return value.to(self.device, self.dtype if cast else value.dtype)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         del self.module
 
     def __enter__(self) -> Self:
@@ -52,14 +52,14 @@ class TorchSession:
 
 
 @contextmanager
-def exact() -> Iterator[None]:
-    """Float32 products on a GPU in float32, not in TF32; what was set before is set again afterwards."""
-    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [each.allow_tf32 for each in places]
+def forbid_tf32() -> Iterator[None]:
+    """Compute float32 products on a GPU in float32, not in TF32; what was set before is set again afterwards."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
     try:
-        for each in places:
-            each.allow_tf32 = False
+        for backend in backends:
+            backend.allow_tf32 = False
         yield
     finally:
-        for each, value in zip(places, before, strict=True):
-            each.allow_tf32 = value
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
