@@ -79,9 +79,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise pytest.UsageError(f"--shapecheck-report: cannot write into {folder}: {error.strerror or error}") from None
-    failing = [] if model else [backend for backend in try_backends(config) if not backend.runs]
-    if failing:
-        pytest.exit(f"{failing[0].name} cannot run here: {failing[0].reason}", returncode=1)
+    for backend in () if model else try_backends(config):
+        if not backend.runs:
+            pytest.exit(f"{backend.name} cannot run here: {backend.reason}", returncode=1)
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -141,17 +141,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """Print what really ran, and where the report is."""
     if message := config.stash.get(_REFUSED, None):
         terminalreporter.write_line(f"ERROR: {message}", red=True)
-    ran = {
-        value: None
-        for reports in terminalreporter.stats.values()
-        for report in reports
-        for key, value in getattr(report, "user_properties", ())
-        if key == "shapecheck_ran"
-    }
-    if not ran:
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    properties = [pair for report in reports for pair in getattr(report, "user_properties", ())]
+    lines = dict.fromkeys(value for key, value in properties if key == "shapecheck_ran")
+    if not lines:
         return
     terminalreporter.section("shapecheck", sep="-")
-    for line in ran:
+    for line in lines:
         terminalreporter.write_line(line)
     folder = option(config, "report")
     if folder and (page := Path(folder) / "parity.html").is_file():

@@ -62,10 +62,8 @@ class CheckItem(ReasonItem):
         except ShapecheckError as error:
             stuck[backend] = str(error)
             raise
-        ran = (
-            f"{side.ran.provider} on {side.ran.device}, {side.ran.precision}, {side.ran.detail}" if side.ran else "did not run"
-        )
-        self.user_properties.append(("shapecheck_ran", f"{backend}: {ran}; reference {study.reference}"))
+        ran = f"{backend}: {side.ran or 'did not run'}; reference {study.reference}"
+        self.user_properties.append(("shapecheck_ran", ran))
         if result.status == "not run":
             pytest.skip(result.reason)
         if result.status == "failed":

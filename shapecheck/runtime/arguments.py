@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError, show
+from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError
 from shapecheck.contract.naming import SHAPECHECK, feature
 from shapecheck.runtime.binding import CallError
-from shapecheck.runtime.unet_call import DOWNS, EMPTIED, FEATURES
+from shapecheck.runtime.residual_checks import describe_value
+from shapecheck.runtime.unet_call import DOWNS, EMPTIED, FEATURES, LONE_DOWNS, LONE_MID
 
 _KEPT_SIZES = 64
 _ADVICE = {
@@ -52,11 +53,8 @@ class Arguments:
         values = {**arguments, **{f"added_cond_kwargs.{name}": value for name, value in added.items()}}
         values = {name: value for name, value in values.items() if value is not None}
         if unknown := [name for name in values if name not in self._names]:
-            shown = {
-                name: show(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-                for name, value in values.items()
-            }
-            raise self._refuse(*(Mismatch("surplus", name, shown[name], "no such input") for name in unknown), unknown=unknown)
+            surplus = (Mismatch("surplus", name, describe_value(values[name]), "no such input") for name in unknown)
+            raise self._refuse(*surplus, unknown=unknown)
         sample = arguments["sample"]
         batch = len(sample) if isinstance(sample, Tensor) and sample.dim() else 1
         if not isinstance(timestep, Tensor):
@@ -70,12 +68,9 @@ class Arguments:
         """Return one residual a slot. Raises CallError if only one of both is passed, or the model has no slots."""
         if downs is None and mid is None:
             return self._get_zeros(self._slots, sample)
-        if downs is None:
-            cause = "down_block_additional_residuals are missing: PyTorch then ignores the mid residual too"
-            raise self._refuse(Mismatch("missing", "the residuals", "mid alone", "down and mid", cause=cause))
-        if mid is None:
-            cause = "mid_block_additional_residual is missing: PyTorch takes residuals without it for a T2I-Adapter's features"
-            raise self._refuse(Mismatch("missing", "the residuals", "down alone", "down and mid", cause=cause))
+        if downs is None or mid is None:
+            side, cause = ("mid", LONE_MID) if downs is None else ("down", LONE_DOWNS)
+            raise self._refuse(Mismatch("missing", "the residuals", f"{side} alone", "down and mid", cause=cause))
         if not isinstance(downs, (list, tuple)):
             raise ShapecheckError(f"{DOWNS}: got {type(downs).__name__}, expected a list of tensors")
         if not self._slots:
@@ -99,8 +94,7 @@ class Arguments:
         if not isinstance(features, (list, tuple)):
             raise ShapecheckError(f"{FEATURES}: got {type(features).__name__}, expected a list of tensors")
         if not self._features:
-            surplus = Mismatch("surplus", FEATURES, type(features).__name__, "no such input")
-            raise self._refuse(surplus, unknown=[FEATURES])
+            raise self._refuse(Mismatch("surplus", FEATURES, "features", "no such input"), unknown=[FEATURES])
         if not features:
             raise self._refuse(Mismatch("missing", FEATURES, "an empty list", "a feature for each down block", cause=EMPTIED))
         return {feature(index): value for index, value in enumerate(features)}

@@ -39,6 +39,10 @@ class BoundCall:
     """Shapes of the outputs by the file's names; empty if the contract does not determine them."""
 
 
+PlacedCall = tuple[BoundCall, tuple[int, ...]]
+"""How a call is served, and the addresses of its inputs, in the contract's order."""
+
+
 class CallError(ContractError):
     """A call cannot be served, for all of these reasons.
 

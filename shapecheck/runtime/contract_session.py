@@ -1,4 +1,4 @@
-"""Call a file in ONNX Runtime, or a live UNet, with torch tensors, each call as its contract has it."""
+"""Call a file in ONNX Runtime, or a live UNet, with torch tensors: every call is checked before it runs."""
 
 from __future__ import annotations
 
@@ -28,16 +28,10 @@ class ContractSession:
     """
 
     def __init__(
-        self,
-        name: str,
-        binding: Binding,
-        runner: OnnxSession | TorchSession,
-        dtypes: Mapping[str, torch.dtype],
-        reuse: bool = False,
+        self, gate: Gate, runner: OnnxSession | TorchSession, dtypes: Mapping[str, torch.dtype], *, reuse: bool = False
     ) -> None:
-        self.contract, self.device, self.reuses_outputs = binding.contract, runner.device, reuse
-        self._names, self._runner, self._dtypes = binding.names, runner, dtypes
-        self._gate = Gate(name, binding)
+        self.contract, self.device, self.reuses_outputs = gate.binding.contract, runner.device, reuse
+        self._gate, self._runner, self._dtypes = gate, runner, dtypes
         self._outputs: dict[Geometry, dict[str, Tensor]] = {}
 
     @classmethod
@@ -64,14 +58,14 @@ class ContractSession:
             raise ContractError(mismatches, subject=f"{path} is not what its contract says", contract=contract)
         output_dtypes = {name: getattr(torch, dtypes[name]) for name in session.outputs}
         binding = Binding(contract, tuple(names.items()), session.outputs, str(session.device))
-        return cls(str(path), binding, session, output_dtypes, reuse)
+        return cls(Gate(str(path), binding), session, output_dtypes, reuse=reuse)
 
     @classmethod
     def of_unet(cls, module: nn.Module, contract: Contract, name: str = "") -> Self:
         """Serve a live UNet, on the device of its weights and in their precision."""
         runner = TorchSession(module, contract, exactly=False)
         binding = Binding(contract, tuple((rule, rule) for rule in contract.input_rules), (OUTPUT,), str(runner.device))
-        return cls(name or type(module).__name__, binding, runner, {})
+        return cls(Gate(name or type(module).__name__, binding), runner, {})
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the outputs for these inputs, by the file's names.
@@ -90,7 +84,8 @@ class ContractSession:
                 }
                 if self.reuses_outputs:
                     self._outputs[call.geometry] = outputs
-            return dict(self._runner({self._names[name]: tensor for name, tensor in inputs.items()}, outputs))
+            names = self._gate.binding.names
+            return dict(self._runner({names[name]: tensor for name, tensor in inputs.items()}, outputs))
 
     def close(self) -> None:
         """Free the model and its memory. Closing again is fine; a call afterwards is an error."""

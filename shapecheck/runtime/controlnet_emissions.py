@@ -17,7 +17,7 @@ Emission = Mapping[str, Tensor]
 _RECOGNISED = 0.9999
 """Cosine above which one residual is another one scaled: rounding in bfloat16 leaves 1 - 1e-6, a blend falls below."""
 _DIFFERENCE = 1e-5
-"""Two residuals whose cosine is nearer to 1 than this are not told apart."""
+"""Two residuals whose cosine is nearer to 1 than this are taken for one."""
 _MARGIN = 10.0
 """How many times nearer than its own residual another one has to be."""
 _SILENT = "the shapes are equal, so PyTorch adds it in silence"
@@ -36,14 +36,15 @@ def watch_controlnet(controlnet: nn.Module, receive: Callable[[Emission], None])
 
 
 class EmissionWatch:
-    """Remembers the last two emissions of each ControlNet, and recognises in a call what is not where it belongs."""
+    """Remembers the last two emissions of each ControlNet, and recognises in a call what is not where it belongs.
+
+    Sets a hook on each; `removals` remove them.
+    """
 
     def __init__(self, controlnets: Sequence[nn.Module]) -> None:
-        self._sources = [(controlnet, _Source()) for controlnet in controlnets]
-
-    def install(self) -> list[Callable[[], None]]:
-        """Set a hook on each ControlNet; return what removes them."""
-        return [watch_controlnet(controlnet, source.receive) for controlnet, source in self._sources]
+        self._sources = [_Source() for _ in controlnets]
+        pairs = zip(controlnets, self._sources, strict=True)
+        self.removals = [watch_controlnet(controlnet, source.receive) for controlnet, source in pairs]
 
     def forget(self) -> None:
         """Let go of every tensor."""
@@ -55,15 +56,13 @@ class EmissionWatch:
         `residuals` are by slot name and of the right shape. The very tensor that was emitted costs nothing; any other is
         read, which waits for a GPU. What is not recognised (a mask, a blend, another producer) is no fault.
         """
-        sources = [source for _, source in self._sources]
-        for source in sources:
+        unknown = dict(residuals)
+        for source in self._sources:
             source.used = True
-        unknown = {
-            name: value for name, value in residuals.items() if not any(source.emitted(name, value) for source in sources)
-        }
+            unknown = {name: value for name, value in unknown.items() if not source.emitted(name, value)}
         if not unknown:
             return []
-        candidates = _Candidates(sources)
+        candidates = _Candidates(self._sources)
         with torch.no_grad():
             faults = [_find_fault(candidates, name, value) for name, value in unknown.items() if _is_readable(value)]
         return [fault for fault in faults if fault]

@@ -1,4 +1,4 @@
-"""What drop-ins share: a session put in a model's place, UNet or ControlNet."""
+"""A session in a model's place: all that UNets and ControlNets share."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class Session(Protocol):
 class DropIn(nn.Module):
     """A session as a module of diffusers: dtype, device and config of the model it stands for, and no weights."""
 
-    def _set_up(self, session: Session, role: Role, *, finite: bool, own_outputs: bool) -> None:
+    def _set_up(self, session: Session, role: Role, *, finite: bool, own_outputs: bool) -> FrozenDict:
+        """Hold the session, and return the config that pipelines read."""
         contract = session.contract
         if contract.role != role:
             raise ShapecheckError(f"the session's contract: got that of a {contract.role}, expected that of a {role}")
@@ -77,10 +78,8 @@ class DropIn(nn.Module):
         like = torch.empty(0, dtype=self._dtype, device=session.device)
         self.register_buffer("_like", like, persistent=False)  # MultiControlNetModel reads its dtype off a tensor inside
         self.eval()
-
-    def _make_config(self) -> FrozenDict:
-        kept = {"_class_name": self.contract.class_name, "_diffusers_version": diffusers.__version__}
-        return FrozenDict(self.contract.config.to_json() | kept)
+        names = {"_class_name": contract.class_name, "_diffusers_version": diffusers.__version__}
+        return FrozenDict(contract.config.to_json() | names)
 
     @property
     def dtype(self) -> torch.dtype:

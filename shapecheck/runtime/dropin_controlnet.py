@@ -24,8 +24,7 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
 
     def __init__(self, session: Session, *, finite: bool = True, own_outputs: bool = True) -> None:
         torch.nn.Module.__init__(self)  # and not ControlNetModel's, which builds one
-        self._set_up(session, "controlnet", finite=finite, own_outputs=own_outputs)
-        self._internal_dict = self._make_config()
+        self._internal_dict = self._set_up(session, "controlnet", finite=finite, own_outputs=own_outputs)
         self._residuals = [slot.name for slot in session.contract.slots]
 
     def forward(

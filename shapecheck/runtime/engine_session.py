@@ -10,10 +10,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from shapecheck.contract import Contract, Geometry, ShapecheckError, show
-from shapecheck.runtime.binding import Binding, BoundCall
-from shapecheck.runtime.engine_loading import Loaded, import_tensorrt, load_engine, map_engine
-from shapecheck.runtime.executor import Executor, PlacedCall, build_refusal
+from shapecheck.contract import Geometry, ShapecheckError, show
+from shapecheck.runtime.binding import Binding, BoundCall, PlacedCall
+from shapecheck.runtime.engine_loading import Executor, Loaded, build_refusal, import_tensorrt, load_engine, map_engine
 from shapecheck.runtime.gate import Gate
 from shapecheck.runtime.gpu import Gpu
 from shapecheck.tensorrt.engine_io import DYNAMIC
@@ -42,12 +41,12 @@ class EngineSession:
     """
 
     def __init__(self, path: Path, record: Engine, gpu: Gpu, loaded: Loaded, *, graphs: bool) -> None:
-        self.device, self.reuses_outputs = torch.device(gpu.name), True
+        request = record.request
+        self.contract, self.device, self.reuses_outputs = request.contract, torch.device(gpu.name), True
         self.record = record
         """What is kept beside the engine: contract, profiles, and all it was built from."""
         self._path, self._gpu, self._graphs = path, gpu, graphs
         self._logger, self._runtime, self._engine = loaded.logger, loaded.runtime, loaded.engine
-        request = record.request
         binding = Binding(request.contract, request.names, request.outputs, gpu.name, request.profiles)
         self._gate = Gate(str(path), binding)
         self._dtypes = {port.name: getattr(torch, port.dtype) for port in loaded.declared.tensors if not port.is_input}
@@ -77,10 +76,6 @@ class EngineSession:
         trt, gpu = import_tensorrt(target), Gpu(device)
         with gpu.activate():
             return cls(path, record, gpu, load_engine(trt, path, record, data), graphs=graphs)
-
-    @property
-    def contract(self) -> Contract:
-        return self.record.request.contract
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the outputs for these inputs.
@@ -117,13 +112,13 @@ class EngineSession:
     def _place(self, call: BoundCall, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
         """Return the tensors to bind, in the contract's order, and their addresses: copies of those that cannot be bound."""
         tensors = [inputs[name] for name in call.expected]
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = [value.data_ptr() for value in tensors]
         outputs = self._outputs.get(call.geometry, {}).values()
         written = [range(output.data_ptr(), output.data_ptr() + output.nbytes) for output in outputs]
         inside = {address for memory in written for address in addresses if address in memory}
-        for number, (tensor, address) in enumerate(zip(tensors, addresses, strict=True)):
-            if address % _ALIGNMENT or address in inside or not tensor.is_contiguous():
-                tensors[number] = tensor.clone(memory_format=torch.contiguous_format)
+        for number, (value, address) in enumerate(zip(tensors, addresses, strict=True)):
+            if address % _ALIGNMENT or address in inside or not value.is_contiguous():
+                tensors[number] = value.clone(memory_format=torch.contiguous_format)
                 addresses[number] = tensors[number].data_ptr()
         return tensors, tuple(addresses)
 

@@ -1,4 +1,4 @@
-"""Admit calls to a session: one at a time, none after closing, each as its contract has it."""
+"""Admit calls to a session: one at a time, none after closing, none that does not fit the contract."""
 
 from __future__ import annotations
 

@@ -124,11 +124,11 @@ class Guard:
         self._known: tuple[Any, list[_Form]] = (None, [])
         self._features: tuple[Any, int] = (None, 0)
         self._had_downs = False
-        self._watch = EmissionWatch(controlnets) if controlnets else None
         # kept out of graphs that torch.compile makes, which would freeze what the hook saw when it was traced
         hook = torch.compiler.disable(self._check_call)  # type: ignore[no-untyped-call]
         self._removals = [unet.register_forward_pre_hook(hook, with_kwargs=True).remove]
-        self._removals += self._watch.install() if self._watch else []
+        self._watch = EmissionWatch(controlnets) if controlnets else None
+        self._removals += self._watch.removals if self._watch else []
 
     def remove(self) -> None:
         """Take every hook off and let go of every tensor. Does nothing the second time."""

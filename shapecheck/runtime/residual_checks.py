@@ -13,13 +13,8 @@ from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError, S
 from shapecheck.contract.mismatch import compare
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.runtime.gate import name_dtype
-from shapecheck.runtime.unet_call import DOWNS, EMPTIED, FEATURES, MID, Call
+from shapecheck.runtime.unet_call import DOWNS, EMPTIED, FEATURES, LONE_DOWNS, LONE_MID, MID, Call
 
-_LONE_MID = f"without {DOWNS} diffusers ignores all control: give both, or neither"
-_LONE_DOWNS = (
-    f"without {MID} diffusers takes the down residuals for T2I-Adapter features, adds them elsewhere and pops them from the "
-    f"caller's list: give both, or give features as {FEATURES}"
-)
 _LONE_DOWNS_BESIDE_FEATURES = f"without {MID} diffusers ignores the down residuals: give both, or features alone"
 
 
@@ -63,7 +58,7 @@ def find_residual_faults(contract: Contract, call: Call, geometry: Geometry, mov
         slots = (mid,)
         if call.downs is None:
             beside = f"{len(downs)} down residuals beside it"
-            yield Mismatch("unused", mid.name, describe_value(call.mid), beside, geometry, mid.producer, cause=_LONE_MID)
+            yield Mismatch("unused", mid.name, describe_value(call.mid), beside, geometry, mid.producer, cause=LONE_MID)
         else:
             expected = f"a list or tuple of {len(downs)} tensors, {downs[0].name} to {downs[-1].name}"
             cause = "diffusers adds what it yields item by item, in silence where that broadcasts"
@@ -86,7 +81,7 @@ def find_residual_faults(contract: Contract, call: Call, geometry: Geometry, mov
     for mismatch in compare(left, geometry, {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
         cause = _explain_broadcast(mismatch)
         if mismatch.where == mid.name and mismatch.kind == "missing":
-            cause = _LONE_DOWNS if call.features is None else _LONE_DOWNS_BESIDE_FEATURES
+            cause = LONE_DOWNS if call.features is None else _LONE_DOWNS_BESIDE_FEATURES
         yield replace(mismatch, cause=cause)
     for slot in left:
         if slot.name in tensors:

@@ -18,6 +18,11 @@ EMPTIED = (
     "diffusers pops T2I-Adapter features from the caller's list, so that a later call finds less in it: "
     "give list(features) at each call"
 )
+LONE_MID = f"without {DOWNS} diffusers ignores all control: give both, or neither"
+LONE_DOWNS = (
+    f"without {MID} diffusers takes the down residuals for T2I-Adapter features, adds them elsewhere and pops them from the "
+    f"caller's list: give both, or give features as {FEATURES}"
+)
 _ARGUMENTS = ("sample", DOWNS, MID, FEATURES)
 _ORDER = (
     "sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask", "cross_attention_kwargs",
