@@ -1,4 +1,4 @@
-"""The pytest plugin: parity checks and probes as test items, and fixtures for tests of one's own.
+"""The pytest plugin: parity checks and probes as test items, and fixtures for the tests of a user.
 
 Every pytest run of an environment imports this package: it imports nothing but pytest, and does nothing unless one of its
 options is given.

@@ -32,7 +32,7 @@ class BoundCall:
     geometry: Geometry
     profile: int
     expected: Mapping[str, TensorForm]
-    """What every input has to be, by the contract's names and in its order."""
+    """The form that every input must have, by the contract's names and in its order."""
     inputs: Mapping[str, Shape]
     """The same shapes by the file's names."""
     outputs: Mapping[str, Shape]

@@ -10,7 +10,7 @@ from torch import Tensor
 from shapecheck.contract import ShapecheckError
 
 Emitted = tuple[Sequence[Tensor], Tensor]
-"""What a ControlNet returns: its down residuals, each (batch, channels, height, width), and the mid residual."""
+"""The return value of a ControlNet: its down residuals, each (batch, channels, height, width), and the mid residual."""
 
 
 def combined(

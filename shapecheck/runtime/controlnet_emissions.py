@@ -13,7 +13,7 @@ from shapecheck.contract import Mismatch
 from shapecheck.contract.naming import name_residuals
 
 Emission = Mapping[str, Tensor]
-"""What one call of a ControlNet returned, by slot name."""
+"""The residuals that one call of a ControlNet returned, by slot name."""
 _RECOGNISED = 0.9999
 """Cosine above which one residual is another one scaled: rounding in bfloat16 leaves 1 - 1e-6, a blend falls below."""
 _DIFFERENCE = 1e-5
@@ -75,7 +75,7 @@ class _Source:
         self.last: Emission = {}
         self.before: Emission = {}
         self.spent = False
-        """Whether the UNet was called while `before` was the last. If not, it may still be waiting for its call."""
+        """The UNet was called while `before` was the last. If not, `before` may still be waiting for its call."""
         self.used = False
 
     def receive(self, emission: Emission) -> None:

@@ -38,7 +38,7 @@ UNSUPPORTED: Mapping[str, str] = {
     "set_attention_slice": "attention cannot be sliced in an exported model",
     "save_pretrained": "it is a file already: copy that, or save the PyTorch model it was exported from",
 }  # fmt: skip
-"""What a PyTorch model can do and a session in its place cannot, and what to do instead."""
+"""Members of a PyTorch model that a session in its place does not have, and what to do instead."""
 
 
 class UnsupportedError(ShapecheckError, AttributeError):
@@ -46,7 +46,7 @@ class UnsupportedError(ShapecheckError, AttributeError):
 
 
 class Session(Protocol):
-    """What runs: a `ContractSession` or an `EngineSession`."""
+    """A `ContractSession` or an `EngineSession`: it runs a model under its contract."""
 
     @property
     def contract(self) -> Contract: ...

@@ -25,7 +25,7 @@ class DropInUNet(DropIn):
     def __init__(self, session: Session, *, finite: bool = True, own_outputs: bool = True) -> None:
         super().__init__()
         self.config = self._set_up(session, "unet", finite=finite, own_outputs=own_outputs)
-        self.stream = None  # StreamDiffusion tells an engine by its `engine` and its `stream`, and calls it in another way
+        self.stream = None  # StreamDiffusion knows an engine by its `engine` and `stream`, and calls it in another way
         self.encoder_hid_proj = None
         widths = self.config.get("projection_class_embeddings_input_dim")
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=widths)) if widths else None

@@ -60,7 +60,7 @@ def _get_logger(trt: Any) -> Any:
 
 
 class Loaded(NamedTuple):
-    """What TensorRT made of an engine's bytes."""
+    """An engine that TensorRT loaded, and all that has to live as long."""
 
     logger: Any
     runtime: Any

@@ -48,9 +48,7 @@ class Gate:
             others = [f"{name}: got {type(value).__name__}" for name, value in inputs.items() if not isinstance(value, Tensor)]
             if others:
                 raise ShapecheckError(f"{'; '.join(others)}; expected tensors: without a ControlNet pass zeros for every slot")
-            forms = {
-                name: (tensor.shape, name_dtype(tensor.dtype), _name_device(tensor.device)) for name, tensor in inputs.items()
-            }
+            forms = {name: (value.shape, name_dtype(value.dtype), str(value.device)) for name, value in inputs.items()}
             self._last = signature, self.binding.serve(forms)
         return self._last[1]
 
@@ -63,8 +61,3 @@ class Gate:
 def name_dtype(dtype: torch.dtype) -> str:
     """Return `float16` for `torch.float16`."""
     return str(dtype).removeprefix("torch.")
-
-
-@cache
-def _name_device(device: torch.device) -> str:
-    return str(device)

@@ -40,7 +40,7 @@ class GuardError(ContractError):
 
 
 class GuardWarning(UserWarning):
-    """What a GuardError says, if the guard's mode is "warn" and the call goes on."""
+    """The text of a GuardError, as a warning: the guard's mode is "warn", and the call goes on."""
 
 
 def guard(
@@ -115,7 +115,7 @@ def guard(
 
 
 class Guard:
-    """What `guard` put on a UNet. `remove()`, or the end of a `with`, takes it off again."""
+    """A guard on a UNet. `remove()`, or the end of a `with`, takes it off again."""
 
     def __init__(self, unet: nn.Module, contract: Contract, controlnets: Sequence[nn.Module], mode: Mode) -> None:
         self._unet, self._contract, self._mode = unwrap_compiled(unet), contract, mode
