@@ -15,7 +15,7 @@ from shapecheck.contract import ShapecheckError
 from shapecheck.explain.traceback_calls import FailedCall
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.runtime.controlnet_emissions import Emission, watch_controlnet
-from shapecheck.runtime.unet_call import Call, call_of, places_of
+from shapecheck.runtime.unet_call import Call, locate_arguments, read_call
 
 
 class EmissionRecord(NamedTuple):
@@ -41,7 +41,7 @@ class CallLog:
         if not isinstance(unet, nn.Module):
             raise ShapecheckError(f"explained takes a UNet, not a {type(unet).__name__}; of a pipeline give pipeline.unet")
         self._unet = unet
-        self._places = places_of(unwrap_compiled(unet))
+        self._places = locate_arguments(unwrap_compiled(unet))
         self._controlnets: dict[nn.Module, str] = {}
         for place, module in _list_controlnets(controlnet):
             self._controlnets.setdefault(module, place)
@@ -77,7 +77,7 @@ class CallLog:
         return [self._emissions[key] for key in known] if all(key in self._emissions for key in known) else []
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = call_of(self._places, args, kwargs)
+        call = read_call(self._places, args, kwargs)
         # diffusers pops from lists, so that copies are kept
         copies = (type(value)(value) if type(value) in (list, tuple) else value for value in call)
         self._calls[threading.get_ident()] = kwargs, Call(*copies)

@@ -20,8 +20,8 @@ from shapecheck.explain.residual_table import RequestedSize
 from shapecheck.explain.tensor_identity import judge_call
 from shapecheck.explain.traceback_calls import FailedCall, find_calls, follow_causes
 from shapecheck.models.forward_call import unwrap_compiled
-from shapecheck.runtime.residual_checks import feature_faults, geometry_of, residual_faults
-from shapecheck.runtime.unet_call import DOWNS, MID, Call, call_of, places_of
+from shapecheck.runtime.residual_checks import find_feature_faults, find_residual_faults, read_geometry
+from shapecheck.runtime.unet_call import DOWNS, MID, Call, locate_arguments, read_call
 
 __all__ = ["ExplainedError", "explained", "explained_traceback"]
 
@@ -86,13 +86,13 @@ def _explain_call(
 
     `popped`: diffusers may have taken residuals out of the caller's list.
     """
-    geometry = geometry_of(contract, call.sample)
+    geometry = read_geometry(contract, call.sample)
     if isinstance(geometry, Mismatch):
         return None
     order = [slot.name for slot in contract.slots]
-    mismatches = [*feature_faults(call.features, (None, 0))]
+    mismatches = [*find_feature_faults(call.features, (None, 0))]
     if call.downs is not None or call.mid is not None:
-        mismatches += residual_faults(contract, call, geometry, moved=False)
+        mismatches += find_residual_faults(contract, call, geometry, moved=False)
     if popped:
         mismatches = [mismatch for mismatch in mismatches if mismatch.where == order[-1]]
     reasons = find_reasons(traced, call, contract, geometry, mismatches) if mismatches else set()
@@ -115,7 +115,7 @@ def explained_traceback(error: BaseException) -> ExplainedError | None:
     if not calls:
         return None
     traced = calls[-1]
-    call = call_of(places_of(traced.module), traced.args, traced.kwargs)
+    call = read_call(locate_arguments(traced.module), traced.args, traced.kwargs)
     if isinstance(call.features, list):  # popped from, so that its items are not known any more
         call = call._replace(features=None)
     popped = call.mid is None and isinstance(call.downs, list)

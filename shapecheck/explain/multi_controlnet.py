@@ -15,7 +15,7 @@ from shapecheck.explain.explained_error import ExplainedError, last_line
 from shapecheck.explain.parse_text import read_symptoms
 from shapecheck.explain.simulate import broadcast, find_clash
 from shapecheck.explain.traceback_calls import find_calls, find_raising_module
-from shapecheck.runtime.residual_checks import geometry_of
+from shapecheck.runtime.residual_checks import read_geometry
 
 
 class _Summand(NamedTuple):
@@ -46,7 +46,7 @@ def explain_sum(error: BaseException, log: CallLog, contract: Callable[[], Contr
                 *_explain_difference(one, other),
             ]
             call = find_calls(error, lambda module: module is adding)[-1]
-            geometry = geometry_of(contract(), call.kwargs.get("sample", call.args[0] if call.args else None))
+            geometry = read_geometry(contract(), call.kwargs.get("sample", call.args[0] if call.args else None))
             if isinstance(geometry, Geometry):
                 fitting = [net.name for net in (one, other) if not compare(contract().slots, geometry, net.shapes)]
                 lines += [f"  the UNet takes what {fitting[0]} gives"] if len(fitting) == 1 else []

@@ -1,4 +1,4 @@
-"""Fixtures for tests of one's own."""
+"""Fixtures for the tests of a user."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shapecheck_parity(pytestconfig: pytest.Config) -> Callable[..., Parity]:
     """Return a function that compares a model with files made of it: `shapecheck_parity("./sd15", onnx="unet.onnx")`.
 
     Keywords are the fields of `shapecheck.parity.request.ParityRequest`; those left out are taken from the command line.
-    Returns a `Parity`: `assert parity.passes, str(parity)`; pytest cuts the text of what is no string.
+    Returns a `Parity`: `assert parity.passes, str(parity)`; pytest shortens the text of anything but a string.
     """
 
     def compare(model: str | None = None, **fields: Any) -> Parity:
@@ -37,7 +37,7 @@ def shapecheck_parity(pytestconfig: pytest.Config) -> Callable[..., Parity]:
         from shapecheck.parity.request import create_run
 
         if model is None and not option(pytestconfig, "model"):
-            raise ShapecheckError("no model: give one, or --shapecheck-model")
+            raise ShapecheckError("no model: pass one, or --shapecheck-model")
         changed: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
         return create_run(replace(build_request(pytestconfig, model), **changed)).report()
 
@@ -51,8 +51,8 @@ def shapecheck_require() -> Callable[[str], None]:
     def require(name: str) -> None:
         from shapecheck import doctor
 
-        known = doctor.backend(name)
-        if not known.runs:
-            pytest.skip(f"{name} cannot run here: {known.reason}")
+        backend = doctor.backend(name)
+        if not backend.runs:
+            pytest.skip(f"{name} cannot run here: {backend.reason}")
 
     return require

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from shapecheck.parity.results import Check
 
 _STUCK = pytest.StashKey[dict[str, str]]()
-"""Why nothing of a backend can be computed, told once."""
+"""Backends of which nothing can be computed, each with the reason."""
 
 
 class CheckError(Exception):
-    """A parity check failed; its text is all there is to say."""
+    """A parity check or a probe failed, for the reason in its text."""
 
 
 class ParityChecks(pytest.Collector):
@@ -29,14 +29,13 @@ class ParityChecks(pytest.Collector):
 
 
 class ReasonItem(pytest.Item):
-    """An item that fails with its reason alone: no line of ours helps anybody."""
+    """An item that fails with its reason alone: a traceback through our code helps nobody."""
 
     def __init__(self, **rest: Any) -> None:
         super().__init__(**rest)
         self.add_marker("shapecheck")
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """The reason."""
         from shapecheck.contract import ShapecheckError
 
         if isinstance(excinfo.value, (CheckError, ShapecheckError)):
@@ -52,8 +51,9 @@ class CheckItem(ReasonItem):
         self.check = check
 
     def runtest(self) -> None:
-        """Fail with the reason, or skip with it. If nothing can be computed, the first check of the backend fails for all."""
+        """Fail or skip with the reason. If nothing can be computed, the first check of the backend fails for all."""
         from shapecheck import ShapecheckError
+        from shapecheck.parity.report import render_failure
 
         study, stuck, backend = get_run(self.config), self.config.stash.setdefault(_STUCK, {}), self.check.backend
         if backend in stuck:
@@ -63,19 +63,14 @@ class CheckItem(ReasonItem):
         except ShapecheckError as error:
             stuck[backend] = str(error)
             raise
-        ran = (
-            f"{side.ran.provider} on {side.ran.device}, {side.ran.precision}, {side.ran.detail}" if side.ran else "did not run"
-        )
-        self.user_properties.append(("shapecheck_ran", f"{backend}: {ran}; reference {study.reference}"))
+        ran = f"{backend}: {side.ran or 'did not run'}; reference {study.reference}"
+        self.user_properties.append(("shapecheck_ran", ran))
         if result.status == "not run":
             pytest.skip(result.reason)
         if result.status == "failed":
-            from shapecheck.parity.report import render_failure
-
             raise CheckError(render_failure(result, side))
 
     def reportinfo(self) -> tuple[Path, None, str]:
-        """What stands over a failure."""
         return Path("shapecheck"), None, str(self.check)
 
 
@@ -83,21 +78,19 @@ class ProbeFile(pytest.File):
     """One probe file."""
 
     def collect(self) -> list[pytest.Item]:
-        """One item: what it comes to."""
         return [ProbeItem.from_parent(self, name="probe")]
 
 
 class ProbeItem(ReasonItem):
-    """A probe carried out."""
+    """A probe that is run."""
 
     def runtest(self) -> None:
-        """Carry it out; fail where it comes to something else than it expects, or than was said of it before."""
+        """Fail if its result is not what the file expects, or its report is not the one that is kept."""
         from shapecheck.explain import report as explain_report
         from shapecheck.explain.diagnosis import Diagnosis
         from shapecheck.explain.judge_mapping import judge_mapping
         from shapecheck.observe import report
         from shapecheck.observe import request as requests
-        from shapecheck.observe.request import surprises
         from shapecheck.progress import silent
 
         request = requests.read(self.path)
@@ -109,17 +102,14 @@ class ProbeItem(ReasonItem):
             finding = requests.carry_out(request, progress=silent)
             mismatches, verdict = finding.mismatches, report.judge_probe(finding.contract, finding.mismatches)
             text = report.render_text(finding.contract, finding.mismatches, finding.geometry, form="markdown", lines=False)
-        if wrong := surprises(request, mismatches, verdict):
-            raise CheckError("; ".join(wrong))
+        if surprises := requests.surprises(request, mismatches, verdict):
+            raise CheckError("; ".join(surprises))
         if folder := option(self.config, "reports"):
-            self._hold(self.config.rootpath / folder / f"{self.path.stem}.md", f"> {request.story}\n\n{text}")
-
-    def _hold(self, path: Path, text: str) -> None:
-        if self.config.getoption("--shapecheck-update"):
-            path.write_text(text, encoding="utf-8")
-        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
-            raise CheckError(f"{path} is not what is said today; accept it with --shapecheck-update")
+            page, text = self.config.rootpath / folder / f"{self.path.stem}.md", f"> {request.story}\n\n{text}"
+            if option(self.config, "update"):
+                page.write_text(text, encoding="utf-8")
+            elif not page.is_file() or page.read_text(encoding="utf-8") != text:
+                raise CheckError(f"{page} is not what is said today; accept it with --shapecheck-update")
 
     def reportinfo(self) -> tuple[Path, None, str]:
-        """What stands over a failure."""
         return self.path, None, f"probe {self.path.stem}"

@@ -1,4 +1,4 @@
-"""The options, and what they ask for: the request, its backends and its run."""
+"""The options, and what they request: the parity request, its backends and its run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ STUDY = pytest.StashKey["ParityRun"]()
 
 
 _BACKENDS = pytest.StashKey["Sequence[Backend]"]()
-
-
 OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("model", {"metavar": "MODEL", "help": "the UNet or ControlNet: a diffusers folder or hub id with weights"}),
     ("onnx", {"metavar": "FILE", "help": "the ONNX file made of it"}),
@@ -55,12 +53,12 @@ def option(config: pytest.Config, name: str) -> Any:
 
 
 def list_backends(config: pytest.Config) -> tuple[str, ...]:
-    """Return the backends asked for by name."""
+    """Return the backends that are requested by name."""
     return tuple(name.strip() for name in (option(config, "backends") or "").split(",") if name.strip())
 
 
 def build_request(config: pytest.Config, model: str | None = None) -> ParityRequest:
-    """Return what is asked for, of that model or of the one that the options name."""
+    """Return the request of the options, for that model or for the one that they name."""
     from shapecheck.parity.request import ParityRequest
 
     fields = ("onnx", "engine", "controlnet", "tokens", "seed", "reference", "variant", "offline")
@@ -76,7 +74,7 @@ def build_request(config: pytest.Config, model: str | None = None) -> ParityRequ
 
 
 def try_backends(config: pytest.Config) -> Sequence[Backend]:
-    """Return the backends asked for, or that the files need, each tried once a session."""
+    """Return the requested backends, or those that the files need, each tried once a session."""
     if _BACKENDS not in config.stash:
         from shapecheck import doctor
 
@@ -98,7 +96,7 @@ def get_run(config: pytest.Config) -> ParityRun:
 
 @contextmanager
 def _usage_errors() -> Iterator[None]:
-    """Raise errors of the user as pytest's, with options called as they are here."""
+    """Raise errors of the user as pytest's, with options as they are called here."""
     from shapecheck import ShapecheckError, extras
 
     try:

@@ -1,4 +1,4 @@
-"""What a session put in a model's place has in common, UNet or ControlNet."""
+"""A session in a model's place: all that UNets and ControlNets share."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ from torch import Tensor, nn
 
 from shapecheck.contract import Contract, ContractError, Mismatch, Role, ShapecheckError, show
 from shapecheck.runtime.arguments import Arguments
-
-_FUSE = "fuse it into the PyTorch UNet with pipe.fuse_lora(), then export that"
-
+from shapecheck.runtime.gate import name_dtype
 
 _BEFORE = "apply it to the PyTorch UNet, then export that"
-
-
 UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(
         ("add_adapter", "set_adapter", "set_adapters", "fuse_lora", "unfuse_lora", "unload_lora", "delete_adapters",
          "disable_lora", "enable_lora", "load_lora_adapter", "save_lora_adapter", "load_attn_procs", "save_attn_procs"),
-        f"a LoRA cannot be put into an exported model: {_FUSE}",
+        "a LoRA cannot be put into an exported model: fuse it into the PyTorch UNet with pipe.fuse_lora(), then export that",
     ),
     **dict.fromkeys(
         ("_load_ip_adapter_weights", "_load_ip_adapter_loras", "attn_processors", "set_attn_processor",
@@ -42,7 +38,7 @@ UNSUPPORTED: Mapping[str, str] = {
     "set_attention_slice": "attention cannot be sliced in an exported model",
     "save_pretrained": "it is a file already: copy that, or save the PyTorch model it was exported from",
 }  # fmt: skip
-"""What a PyTorch model can do and a session in its place cannot, and what to do instead."""
+"""Members of a PyTorch model that a session in its place does not have, and what to do instead."""
 
 
 class UnsupportedError(ShapecheckError, AttributeError):
@@ -50,34 +46,31 @@ class UnsupportedError(ShapecheckError, AttributeError):
 
 
 class Session(Protocol):
-    """What runs: a `ContractSession` or an `EngineSession`."""
+    """A `ContractSession` or an `EngineSession`: it runs a model under its contract."""
 
     @property
-    def contract(self) -> Contract:
-        """What it takes."""
+    def contract(self) -> Contract: ...
 
     @property
-    def device(self) -> torch.device:
-        """Where inputs have to lie."""
+    def device(self) -> torch.device: ...
 
     @property
     def reuses_outputs(self) -> bool:
         """Whether the next call writes over what this one returns."""
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every output for these inputs."""
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
-    def close(self) -> None:
-        """Give the memory back."""
+    def close(self) -> None: ...
 
 
 class DropIn(nn.Module):
     """A session as a module of diffusers: dtype, device and config of the model it stands for, and no weights."""
 
-    def _hold(self, session: Session, role: Role, *, finite: bool, own_outputs: bool) -> None:
+    def _set_up(self, session: Session, role: Role, *, finite: bool, own_outputs: bool) -> FrozenDict:
+        """Hold the session, and return the config that pipelines read."""
         contract = session.contract
         if contract.role != role:
-            raise ShapecheckError(f"this session is of a {contract.role}, and one of a {role} is expected")
+            raise ShapecheckError(f"the session's contract: got that of a {contract.role}, expected that of a {role}")
         self.contract, self.engine = contract, session
         self._finite, self._copies = finite, own_outputs and session.reuses_outputs
         self._dtype: torch.dtype = getattr(torch, contract.dtype)
@@ -85,59 +78,49 @@ class DropIn(nn.Module):
         like = torch.empty(0, dtype=self._dtype, device=session.device)
         self.register_buffer("_like", like, persistent=False)  # MultiControlNetModel reads its dtype off a tensor inside
         self.eval()
-
-    def _config(self) -> FrozenDict:
-        """What pipelines read."""
-        kept = {"_class_name": self.contract.class_name, "_diffusers_version": diffusers.__version__}
-        return FrozenDict(self.contract.config.to_json() | kept)
+        names = {"_class_name": contract.class_name, "_diffusers_version": diffusers.__version__}
+        return FrozenDict(contract.config.to_json() | names)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the graph."""
         return self._dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the session runs."""
         return self.engine.device
 
     def close(self) -> None:
-        """Give the memory back; a call afterwards is an error."""
+        """Free the memory; a call afterwards is an error."""
         self.engine.close()
 
-    def _base(self, given: Mapping[str, Any], added: Mapping[str, Any], timestep: Any) -> dict[str, Any]:
-        """The inputs that every model takes, from a forward's arguments. Raises CallError for what it takes none of."""
-        inputs = self._arguments.base(given, added)
-        inputs["timestep"] = self._arguments.timestep(timestep, given["sample"])
-        return inputs
-
     def _run(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        found = self.engine(inputs)
-        if self._finite and not all(_finite(each) for each in found.values()):
-            self._refuse_infinite(inputs, found)
-        return {name: each.clone() for name, each in found.items()} if self._copies else found
+        outputs = self.engine(inputs)
+        if self._finite and not all(_is_finite(output) for output in outputs.values()):
+            self._refuse_infinite(inputs, outputs)
+        return {name: output.clone() for name, output in outputs.items()} if self._copies else outputs
 
-    def _refuse_infinite(self, inputs: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> NoReturn:
-        """Raise ContractError naming the inputs whose values are no finite numbers, or the outputs where all inputs are."""
+    def _refuse_infinite(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> NoReturn:
+        """Raise ContractError naming the inputs with values that are not finite, or the outputs if all inputs are finite."""
         producers = {slot.name: slot.producer for slot in self.contract.residuals if self.contract.role == "unet"}
-        bad = {name: each for name, each in inputs.items() if each.is_floating_point() and not each.isfinite().all()}
-        wrong = [
-            Mismatch("values", name, _counted(each), "finite numbers", unet_module=producers.get(name, ""))
-            for name, each in bad.items()
-        ]
-        if not wrong:
+        bad = {name: value for name, value in inputs.items() if value.is_floating_point() and not value.isfinite().all()}
+        cause = ""
+        if not bad:
             cause = "every input is finite: the model itself overflows here, as half precision may"
-            outputs = {name: each for name, each in found.items() if not each.isfinite().all()}
-            wrong = [Mismatch("values", name, _counted(each), "finite numbers", cause=cause) for name, each in outputs.items()]
-        raise ContractError(tuple(wrong), subject="values that are no finite numbers", contract=self.contract)
+            bad, producers = {name: value for name, value in outputs.items() if not value.isfinite().all()}, {}
+        mismatches = []
+        for name, value in bad.items():
+            counts = f"{int(value.isnan().sum())} NaN and {int(value.isinf().sum())} infinite values"
+            observed, module = f"{counts} in {show(tuple(value.shape))}", producers.get(name, "")
+            mismatches.append(Mismatch("values", name, observed, "finite numbers", unet_module=module, cause=cause))
+        raise ContractError(tuple(mismatches), subject="values that are not finite", contract=self.contract)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DropIn:
-        """What `.to()`, `.half()`, `.cuda()` and others end in: nothing to move, and an error where that would be needed."""
+        """Move nothing, and raise ShapecheckError if `.to()`, `.half()`, `.cuda()` or others, which end here, would have to."""
         moved = fn(torch.empty_like(self._like))
         if moved.dtype != self.dtype:
             raise ShapecheckError(
-                f"this session computes in {_plain(self.dtype)}, which is the precision of its file: export again with "
-                f"--dtype {_plain(moved.dtype)}"
+                f"this session computes in {name_dtype(self.dtype)}, the precision of its file: export again with "
+                f"--dtype {name_dtype(moved.dtype)}"
             )
         if moved.device != self.device:
             raise ShapecheckError(
@@ -152,17 +135,8 @@ class DropIn(nn.Module):
         return super().__getattr__(name)
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Whether all values are finite numbers. One number over all of them tells, at a fraction of what looking at each costs."""
+def _is_finite(tensor: Tensor) -> bool:
+    # one number over all values shows it at a fraction of what looking at each costs
     flat = tensor.reshape(-1)
     total = torch.dot(flat, flat) if flat.dtype == torch.float32 else flat.sum(dtype=torch.float32)
     return math.isfinite(total.item()) or bool(tensor.isfinite().all())
-
-
-def _counted(tensor: Tensor) -> str:
-    nan = int(tensor.isnan().sum())
-    return f"{nan} NaN and {int(tensor.isinf().sum())} infinite values in {show(tuple(tensor.shape))}"
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -19,13 +19,12 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
 
     Pipelines tell one ControlNet from several by its class, so it is a `ControlNetModel`, without weights. It fits into a
     `MultiControlNetModel`, beside others in PyTorch. `conditioning_scale` is an input of the file: it may change in every call.
-    StreamDiffusion calls it as it does a ControlNet in PyTorch: it has no `stream`, by which engines are told there.
+    StreamDiffusion calls it as it does a ControlNet in PyTorch: it has no `stream`, which marks an engine there.
     """
 
     def __init__(self, session: Session, *, finite: bool = True, own_outputs: bool = True) -> None:
         torch.nn.Module.__init__(self)  # and not ControlNetModel's, which builds one
-        self._hold(session, "controlnet", finite=finite, own_outputs=own_outputs)
-        self._internal_dict = self._config()
+        self._internal_dict = self._set_up(session, "controlnet", finite=finite, own_outputs=own_outputs)
         self._residuals = [slot.name for slot in session.contract.slots]
 
     def forward(
@@ -44,12 +43,12 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
         return_dict: bool = True,
         **added: Any,
     ) -> ControlNetOutput | tuple[list[Tensor], Tensor]:
-        """One residual a slot, (batch, channels, height, width) each, in diffusers' form.
+        """Return one residual a slot, (batch, channels, height, width) each, in diffusers' form.
 
-        Arguments are diffusers'; `text_embeds` and `time_ids` may be given as keywords too. Raises CallError with all that is
-        wrong.
+        Arguments are diffusers'; `text_embeds` and `time_ids` may be passed as keywords too. Raises CallError with all that
+        is wrong.
         """
-        given = {
+        arguments = {
             "sample": sample,
             "encoder_hidden_states": encoder_hidden_states,
             "controlnet_cond": controlnet_cond,
@@ -58,18 +57,15 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
             "attention_mask": attention_mask,
             "cross_attention_kwargs": cross_attention_kwargs or None,
         }
+        inputs = self._arguments.base(arguments, {**(added_cond_kwargs or {}), **added}, timestep)
         weighted = guess_mode and not self.config.get("global_pool_conditions")
-        inputs = self._base(given, {**(added_cond_kwargs or {}), **added}, timestep)
-        inputs["conditioning_scale"] = self._scale(1.0 if weighted else conditioning_scale)
-        *downs, mid = self._ordered(self._run(inputs))
+        dtype = next(base.dtype for base in self.contract.inputs if base.name == "conditioning_scale")
+        scale = torch.as_tensor(1.0 if weighted else conditioning_scale, dtype=getattr(torch, dtype), device=self.device)
+        inputs["conditioning_scale"] = scale.reshape(1)
+        outputs = self._run(inputs)
+        # a file may call its outputs otherwise, but has them in the order of the slots
+        names = self._residuals if self._residuals[0] in outputs else outputs
+        *downs, mid = (outputs[name] for name in names)
         if weighted:
             downs, mid = combined([(downs, mid)], [conditioning_scale], guess_mode=True)
         return ControlNetOutput(downs, mid) if return_dict else (downs, mid)
-
-    def _scale(self, value: Any) -> Tensor:
-        dtype = next(each.dtype for each in self.contract.inputs if each.name == "conditioning_scale")
-        return torch.as_tensor(value, dtype=getattr(torch, dtype), device=self.device).reshape(1)
-
-    def _ordered(self, found: Mapping[str, Tensor]) -> list[Tensor]:
-        """By slot, whatever the file calls its outputs, which it has in that order."""
-        return [found[name] for name in self._residuals] if self._residuals[0] in found else list(found.values())

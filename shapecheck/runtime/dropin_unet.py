@@ -16,17 +16,16 @@ class DropInUNet(DropIn):
     """A UNet whose forward is a session: `pipe.unet = DropInUNet(session)`. `shapecheck.load` makes one.
 
     It is called as diffusers' `UNet2DConditionModel` is, and as StreamDiffusion calls a TensorRT engine. Every call is checked:
-    what the file has no input for is an error, and so are residuals that are missing, of another shape, dtype or device, or
-    given without their other half. Without residuals every slot gets zeros, and so does every place of a T2I-Adapter's feature
-    in a file that was exported for one; the list of features stays whole. With `finite` an image that is not all finite
-    numbers is an error that names the slot the NaN came in by; on a GPU that waits for the image.
+    an argument that is not an input of the file is an error, and so are residuals that are missing, of another shape, dtype
+    or device, or passed without their other half. Without residuals every slot gets zeros, and so does every feature of a
+    T2I-Adapter in a file that was exported for one; the list of features stays whole. With `finite` an image that is not all
+    finite numbers is an error that names the slot the NaN came in by; on a GPU that waits for the image.
     """
 
     def __init__(self, session: Session, *, finite: bool = True, own_outputs: bool = True) -> None:
         super().__init__()
-        self._hold(session, "unet", finite=finite, own_outputs=own_outputs)
-        self.stream = None  # StreamDiffusion tells an engine by its `engine` and its `stream`, and calls it in another way
-        self.config = self._config()
+        self.config = self._set_up(session, "unet", finite=finite, own_outputs=own_outputs)
+        self.stream = None  # StreamDiffusion knows an engine by its `engine` and `stream`, and calls it in another way
         self.encoder_hid_proj = None
         widths = self.config.get("projection_class_embeddings_input_dim")
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=widths)) if widths else None
@@ -48,12 +47,12 @@ class DropInUNet(DropIn):
         return_dict: bool = True,
         **added: Any,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """The predicted noise, (batch, channels, height, width).
+        """Return the predicted noise, (batch, channels, height, width).
 
-        Arguments are diffusers'. `text_embeds` and `time_ids` may be given as keywords too, as StreamDiffusion does. Raises
+        Arguments are diffusers'. `text_embeds` and `time_ids` may be passed as keywords too, as StreamDiffusion does. Raises
         CallError with all that is wrong.
         """
-        given = {
+        arguments = {
             "sample": sample,
             "encoder_hidden_states": encoder_hidden_states,
             "class_labels": class_labels,
@@ -62,16 +61,16 @@ class DropInUNet(DropIn):
             "cross_attention_kwargs": cross_attention_kwargs or None,
             "encoder_attention_mask": encoder_attention_mask,
         }
-        inputs = self._base(given, {**(added_cond_kwargs or {}), **added}, timestep)
+        inputs = self._arguments.base(arguments, {**(added_cond_kwargs or {}), **added}, timestep)
         inputs |= self._arguments.residuals(down_block_additional_residuals, mid_block_additional_residual, sample)
         inputs |= self._arguments.features(down_intrablock_additional_residuals, sample)
         (image,) = self._run(inputs).values()
         return UNet2DConditionOutput(sample=image) if return_dict else (image,)
 
     def disable_freeu(self) -> None:
-        """It is never on."""
+        """Do nothing: FreeU is never on."""
 
     def load_lora_adapter(self, state_dict: Mapping[str, Any], prefix: str | None = "unet", **_: Any) -> None:
-        """Refuse a LoRA that has a part for the UNet; one for the text encoder alone is none of ours."""
+        """Refuse a LoRA that has a part for the UNet; one for the text encoder alone does not concern it."""
         if any(prefix is None or key.startswith(f"{prefix}.") for key in state_dict):
             raise UnsupportedError(f"load_lora_weights: {UNSUPPORTED['load_lora_adapter']}")

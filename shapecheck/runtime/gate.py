@@ -1,4 +1,4 @@
-"""Who may call a session, and with what: one call at a time, none after closing, each held to the contract."""
+"""Admit calls to a session: one at a time, none after closing, none that does not fit the contract."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import ShapecheckError
-from shapecheck.runtime.binding import Binding, Given, Serving
+from shapecheck.runtime.binding import Binding, BoundCall
 
 
 class Gate:
@@ -20,12 +20,12 @@ class Gate:
     def __init__(self, name: str, binding: Binding) -> None:
         self._name, self.binding = name, binding
         self._lock = threading.Lock()
-        self._served: tuple[object, Serving] | None = None
+        self._last: tuple[object, BoundCall] | None = None
         self.is_open = True
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """For the length of one call. Raises ShapecheckError where another is being served, or the session is closed."""
+    def acquire(self) -> Iterator[None]:
+        """Keep other calls out for the length of one. Raises ShapecheckError if another is served or the session is closed."""
         if not self._lock.acquire(blocking=False):
             raise ShapecheckError(f"{self._name}: this session is serving another call; open a session for each thread")
         try:
@@ -35,35 +35,29 @@ class Gate:
         finally:
             self._lock.release()
 
-    def serve(self, inputs: Mapping[str, Tensor]) -> Serving:
-        """How a call is served: as the last one was, without a look at the contract, where nothing that counts differs.
+    def serve(self, inputs: Mapping[str, Tensor]) -> BoundCall:
+        """Return how a call is served: if no shape, dtype or device differs from the last one, as that was.
 
         Raises CallError with everything that is wrong.
         """
         try:
-            signature = tuple([(name, each.shape, each.dtype, each.device) for name, each in inputs.items()])
+            signature = tuple([(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in inputs.items()])
         except AttributeError:
             signature = None
-        if self._served is None or self._served[0] != signature:
-            self._served = signature, self.binding.serve(_given(inputs))
-        return self._served[1]
+        if self._last is None or self._last[0] != signature:
+            others = [f"{name}: got {type(value).__name__}" for name, value in inputs.items() if not isinstance(value, Tensor)]
+            if others:
+                raise ShapecheckError(f"{'; '.join(others)}; expected tensors: without a ControlNet pass zeros for every slot")
+            forms = {name: (value.shape, name_dtype(value.dtype), str(value.device)) for name, value in inputs.items()}
+            self._last = signature, self.binding.serve(forms)
+        return self._last[1]
 
-    def shut(self) -> None:
-        """No call is served from now on."""
-        self.is_open, self._served = False, None
-
-
-def _given(inputs: Mapping[str, Tensor]) -> dict[str, Given]:
-    if strange := [f"{name} is {type(each).__name__}" for name, each in inputs.items() if not isinstance(each, Tensor)]:
-        raise ShapecheckError(f"{', '.join(strange)}: tensors are expected; without a ControlNet give zeros for every slot")
-    return {name: (each.shape, _dtype(each.dtype), _device(each.device)) for name, each in inputs.items()}
+    def close(self) -> None:
+        """Serve no call from now on."""
+        self.is_open, self._last = False, None
 
 
 @cache
-def _dtype(dtype: torch.dtype) -> str:
+def name_dtype(dtype: torch.dtype) -> str:
+    """Return `float16` for `torch.float16`."""
     return str(dtype).removeprefix("torch.")
-
-
-@cache
-def _device(device: torch.device) -> str:
-    return str(device)

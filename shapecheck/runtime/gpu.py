@@ -12,30 +12,30 @@ from shapecheck.contract import Shape, ShapecheckError
 
 
 class Gpu:
-    """One GPU, and the streams that calls run on: all that needs CUDA itself."""
+    """A GPU. `name` is `cuda:0`. Raises ShapecheckError if PyTorch does not see it."""
 
-    def __init__(self, wanted: torch.device | str | None) -> None:
+    def __init__(self, device: torch.device | str | None) -> None:
         if not torch.cuda.is_available():
             raise ShapecheckError("an engine runs on an NVIDIA GPU, and PyTorch sees none here; `shapecheck doctor` says why")
         names = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-        self.name = f"cuda:{torch.cuda.current_device()}" if wanted is None or str(wanted) == "cuda" else str(wanted)
-        """`cuda:0`."""
+        self.name = f"cuda:{torch.cuda.current_device()}" if device is None or str(device) == "cuda" else str(device)
         if self.name not in names:
             raise ShapecheckError(f"no GPU {self.name!r:.40}: PyTorch sees {', '.join(names)}")
         self._own = torch.cuda.Stream(self.name)  # type: ignore[no-untyped-call]
         self._last: torch.cuda.Stream | None = None
 
-    def here(self) -> AbstractContextManager[object]:
-        """Make it the current device."""
+    def activate(self) -> AbstractContextManager[object]:
+        """Make it the current device for the length of a `with`."""
         return torch.cuda.device(self.name)
 
     @contextmanager
     def stream(self) -> Iterator[int]:
-        """The handle of the stream to run on: torch's current one; its own for the default one, on which TensorRT would wait.
+        """Yield the handle of the stream to run on: torch's current one, or its own in place of the default one.
 
-        What was queued before on torch's current stream comes first, and so does the last call, on whatever stream it was.
+        TensorRT would wait on the default stream. What was queued before on torch's current stream comes first, and so does
+        the last call, on whatever stream it was.
         """
-        with self.here():
+        with self.activate():
             current = torch.cuda.current_stream()
             stream = current if current.cuda_stream else self._own
             if self._last not in (None, stream) and not torch.cuda.is_current_stream_capturing():
@@ -50,7 +50,7 @@ class Gpu:
                     current.wait_stream(stream)
 
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """Record what `launch` queues on this call's stream. Returns what queues it again, on the stream of that call."""
+        """Record what `launch` queues on this call's stream; return what queues it again, on the stream of that call."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._last, capture_error_mode="thread_local"):
@@ -64,10 +64,10 @@ class Gpu:
 
         return replay
 
-    def empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Memory for an output."""
+    def allocate(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return memory for an output, whose contents are not set."""
         return torch.empty(shape, dtype=dtype, device=self.name)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until everything that was queued is done."""
         torch.cuda.synchronize(self.name)

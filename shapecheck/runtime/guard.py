@@ -1,54 +1,38 @@
-"""A guard on a live UNet: a call whose residuals would be misused, mostly in silence, is refused before it runs."""
+"""Guard a live UNet: a call whose residuals would be misused, mostly in silence, is refused before it runs."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from shapecheck.contract import Config, Contract, ContractError, Mismatch, Shape, ShapecheckError
+from shapecheck.contract import Config, Contract, ContractError, Geometry, Mismatch, Shape, ShapecheckError
 from shapecheck.models.forward_call import unwrap_compiled
-from shapecheck.runtime.controlnet_emissions import Watch
+from shapecheck.runtime.controlnet_emissions import EmissionWatch
 from shapecheck.runtime.residual_checks import (
-    EMPTIED,
-    Shapes,
     autocast_dtype,
-    feature_faults,
-    geometry_of,
-    placed,
-    residual_faults,
-    told,
+    describe_value,
+    find_feature_faults,
+    find_residual_faults,
+    read_geometry,
 )
-from shapecheck.runtime.unet_call import DOWNS, Call, call_of, places_of
+from shapecheck.runtime.unet_call import DOWNS, EMPTIED, Call, locate_arguments, read_call
 
 Mode = Literal["error", "warn"]
-
-
-_traced: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
-
-
 _DECIDING = (
     "in_channels", "cross_attention_dim", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types",
     "mid_block_type",
 )  # fmt: skip
 """Config keys that tell one UNet's slots and inputs from another's."""
-
-
-_INSIDE = (str(Path(torch.__file__).parent), __file__)
-"""Files that lie between a warning and whoever called the UNet."""
-
-
-_form = attrgetter("shape", "dtype", "device")
-
-
 _Form = tuple[Shape, torch.dtype, torch.device]
+_read_form = attrgetter("shape", "dtype", "device")
 
 
 class GuardError(ContractError):
@@ -56,7 +40,7 @@ class GuardError(ContractError):
 
 
 class GuardWarning(UserWarning):
-    """What a GuardError says, where the guard's mode is "warn" and the call goes on."""
+    """The text of a GuardError, as a warning: the guard's mode is "warn", and the call goes on."""
 
 
 def guard(
@@ -76,21 +60,19 @@ def guard(
     Seen in the call itself:
 
     - too few or too many residuals, and None among them
-    - shapes that PyTorch would broadcast: (1, C, H, W), (C, H, W), (B, 1, H, W), and 1×1 where the contract does not say
-      pooled; any other shape that is not the slot's; a number or anything else that is no tensor
+    - shapes that PyTorch would broadcast: (1, C, H, W), (C, H, W), (B, 1, H, W), and 1×1 if the contract does not say
+      pooled; any other shape that is not the slot's; anything that is not a tensor
     - a dtype other than the sample's (under autocast, its dtype is right as well)
-    - a device other than the sample's (not where accelerate's hooks move what a module is given)
+    - a device other than the sample's (unless accelerate's hooks move what a module is called with)
     - the mid residual without the down residuals, or these without it
-    - T2I-Adapter features in a list that an earlier call has emptied or shortened by `pop`, or in a tuple; an empty list
-      of down residuals
+    - T2I-Adapter features in a tuple, or in a list that an earlier call has shortened by `pop`; empty lists
 
     Seen only with `controlnet=`, one module (a MultiControlNetModel counts as one) or those whose residuals are summed:
 
-    - two residuals of one shape exchanged, or one given for two slots
-    - the halves of the batch exchanged (classifier-free guidance)
-    - height and width exchanged where they are equal
+    - two residuals of one shape exchanged, or one passed for two slots
+    - the halves of the batch exchanged (classifier-free guidance), or height and width when they are equal
     - the residuals of an earlier call, though the ControlNet has run again since
-    - zeros where the ControlNet gave something else
+    - zeros in place of what the ControlNet returned
 
     For these the guard keeps the last two emissions of each ControlNet alive. A residual that is the very tensor the
     ControlNet returned costs no more; any other (guess mode, a strength, a sum) is compared by value, which waits for a GPU
@@ -103,32 +85,50 @@ def guard(
     calls that an exporter traces. The check never becomes part of a graph: guard the wrapper that `torch.compile` returns,
     since `fullgraph=True` and a strict torch.export refuse a guard within.
 
-    Raises ShapecheckError where `mode` is unknown, or `contract` is no UNet's, has no slots or is another model's.
+    Raises ShapecheckError if `mode` is unknown, or `contract` is not a UNet's, has no slots or is another model's.
     """
     if mode not in ("error", "warn"):
         raise ShapecheckError(f'no guard mode {mode!r}; known: "error", "warn"')
     if not isinstance(unet, nn.Module):
-        raise ShapecheckError(f"a guard is put on a UNet, not on a {type(unet).__name__}; of a pipeline give pipeline.unet")
-    _require_contract_of(unwrap_compiled(unet), contract)
-    return Guard(unet, contract, _modules(controlnet), mode)
+        raise ShapecheckError(f"a guard is put on a UNet, not on a {type(unet).__name__}; of a pipeline pass pipeline.unet")
+    if contract.role != "unet":
+        raise ShapecheckError(
+            f"a guard needs the contract of a UNet; this one is that of a {contract.role} ({contract.class_name})"
+        )
+    if len(contract.slots) < 2:
+        raise ShapecheckError("this contract has no slots for residuals: there is nothing to guard")
+    config = getattr(unwrap_compiled(unet), "config", None)
+    theirs, ours = Config(config) if isinstance(config, Mapping) else Config(), contract.config
+    differences = [
+        f"  {key}: the UNet has {theirs[key]}, the contract {ours[key]}"
+        for key in _DECIDING
+        if key in theirs and key in ours and theirs[key] != ours[key]
+    ]
+    if differences:
+        raise ShapecheckError("\n".join(["this is the contract of another model; probe this UNet", *differences]))
+    several = isinstance(controlnet, (list, tuple, nn.ModuleList))
+    modules: tuple[Any, ...] = tuple(controlnet) if several else () if controlnet is None else (controlnet,)  # type: ignore[arg-type]
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise ShapecheckError(f"controlnet= takes a ControlNet or several in a list, not {describe_value(module)}")
+    return Guard(unet, contract, modules, mode)
 
 
 class Guard:
-    """What `guard` put on a UNet. `remove()`, or the end of a `with`, takes it off again."""
+    """A guard on a UNet. `remove()`, or the end of a `with`, takes it off again."""
 
     def __init__(self, unet: nn.Module, contract: Contract, controlnets: Sequence[nn.Module], mode: Mode) -> None:
         self._unet, self._contract, self._mode = unwrap_compiled(unet), contract, mode
-        self._places = places_of(self._unet)
+        self._places = locate_arguments(self._unet)
         self._names = tuple(slot.name for slot in contract.slots)
-        self._shapes = Shapes(contract.slots)
         self._known: tuple[Any, list[_Form]] = (None, [])
         self._features: tuple[Any, int] = (None, 0)
         self._had_downs = False
-        self._watch = Watch(controlnets) if controlnets else None
         # kept out of graphs that torch.compile makes, which would freeze what the hook saw when it was traced
-        hook = torch.compiler.disable(self._before)  # type: ignore[no-untyped-call]
+        hook = torch.compiler.disable(self._check_call)  # type: ignore[no-untyped-call]
         self._removals = [unet.register_forward_pre_hook(hook, with_kwargs=True).remove]
-        self._removals += self._watch.install() if self._watch else []
+        self._watch = EmissionWatch(controlnets) if controlnets else None
+        self._removals += self._watch.removals if self._watch else []
 
     def remove(self) -> None:
         """Take every hook off and let go of every tensor. Does nothing the second time."""
@@ -144,115 +144,74 @@ class Guard:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pre-hook."""
-        if torch.compiler.is_compiling() or _traced():  # an export: symbols in place of sizes
+    def _check_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # an export passes symbols in place of sizes
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return
-        call = call_of(self._places, args, kwargs)
+        call = read_call(self._places, args, kwargs)
         if call.downs is None and call.mid is None and call.features is None:
             return
-        found = [] if self._fits(call) else self._faults(call)
+        mismatches = [] if self._fits(call) else self._find_faults(call)
         if self._watch and call.downs is not None and call.mid is not None:
-            found += self._value_faults(self._watch, call, {each.where for each in found})
-        if found:
-            self._tell(tuple(sorted(found, key=self._position)))
+            mismatches += self._find_value_faults(self._watch, call, {mismatch.where for mismatch in mismatches})
+        if not mismatches:
+            return
+        order = {name: number for number, name in enumerate(self._names)}
+        mismatches.sort(key=lambda mismatch: order.get(mismatch.where, len(order)))
+        subject = f"{self._contract.class_name} is called with control that does not fit"
+        error = GuardError(tuple(mismatches), subject=subject, contract=self._contract)
+        if self._mode == "error":
+            raise error
+        # the warning is to show the line that called the UNet, beyond this file and those of torch
+        level, frame, inside = 1, sys._getframe(), (str(Path(torch.__file__).parent), __file__)
+        while frame.f_back and frame.f_code.co_filename.startswith(inside):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(str(error), GuardWarning, stacklevel=level)
 
     def _fits(self, call: Call) -> bool:
-        """Whether all is well, told quickly: the forms for a size are worked out once and kept until another size comes."""
+        """Decide quickly whether all is well: the forms for a size are worked out once and kept until another size comes."""
         if call.features is not None or not isinstance(call.downs, (list, tuple)):
             return False
         try:
-            given = [*map(_form, call.downs), _form(call.mid)]
-            sample = (_form(call.sample), autocast_dtype(call.sample))
+            actual = [*map(_read_form, call.downs), _read_form(call.mid)]
+            sample = (_read_form(call.sample), autocast_dtype(call.sample))
         except AttributeError:
             return False
-        known, wanted = self._known
+        known, expected = self._known
         if sample != known:
-            wanted = self._wanted(call.sample)
-            self._known = sample, wanted
-        fits = given == wanted
+            geometry, expected = read_geometry(self._contract, call.sample), []
+            if isinstance(geometry, Geometry):
+                dtype, device = autocast_dtype(call.sample) or call.sample.dtype, call.sample.device
+                expected = [(shape, dtype, device) for shape in self._contract.shapes(geometry).values()]
+            self._known = sample, expected
+        fits = actual == expected
         self._had_downs |= fits
         return fits
 
-    def _wanted(self, sample: Tensor) -> list[_Form]:
-        """What each residual has to be beside this sample; nothing where it shows no size that the UNet takes."""
-        geometry = geometry_of(self._contract, sample)
-        if isinstance(geometry, Mismatch):
-            return []
-        dtype = autocast_dtype(sample) or sample.dtype
-        return [(shape, dtype, sample.device) for shape in self._shapes.at(geometry)]
-
-    def _faults(self, call: Call) -> list[Mismatch]:
-        """Everything that the call itself shows to be wrong."""
-        found = list(feature_faults(call.features, self._features))
+    def _find_faults(self, call: Call) -> list[Mismatch]:
+        """Return everything that the call itself shows to be wrong."""
+        mismatches = list(find_feature_faults(call.features, self._features))
         if isinstance(call.features, list):
             self._features = (call.features, len(call.features))
         if call.downs is None and call.mid is None:
-            return found
-        geometry = geometry_of(self._contract, call.sample)
+            return mismatches
+        geometry = read_geometry(self._contract, call.sample)
         if isinstance(geometry, Mismatch):
-            return [*found, geometry]
+            return [*mismatches, geometry]
         moved = "_hf_hook" in vars(self._unet)
-        given = list(residual_faults(self._contract, call, geometry, moved))
+        faults = list(find_residual_faults(self._contract, call, geometry, moved))
         empty = isinstance(call.downs, (list, tuple)) and not call.downs
         if empty and self._had_downs:
-            given = [replace(each, cause=EMPTIED) if each.where in self._names[:-1] else each for each in given]
+            faults = [replace(fault, cause=EMPTIED) if fault.where in self._names[:-1] else fault for fault in faults]
         self._had_downs |= call.downs is not None and not empty
-        return found + given
+        return mismatches + faults
 
-    def _position(self, mismatch: Mismatch) -> int:
-        """Slots in their order; what is no slot after them."""
-        return self._names.index(mismatch.where) if mismatch.where in self._names else len(self._names)
-
-    def _value_faults(self, watch: Watch, call: Call, wrong: set[str]) -> list[Mismatch]:
-        """What the watched ControlNets tell of the residuals with which nothing else is wrong."""
+    def _find_value_faults(self, watch: EmissionWatch, call: Call, wrong: set[str]) -> list[Mismatch]:
+        """Return what the watched ControlNets show of the residuals with which nothing else is wrong."""
         if wrong & {"sample", DOWNS}:
             return []
-        given = dict(zip(self._names, call.downs, strict=False)) | {self._names[-1]: call.mid}
-        faults = watch.faults({name: value for name, value in given.items() if name not in wrong})
-        return [placed(self._contract, call.sample, each) for each in faults]
-
-    def _tell(self, found: tuple[Mismatch, ...]) -> None:
-        error = GuardError(
-            found, subject=f"{self._contract.class_name} is called with control that does not fit", contract=self._contract
-        )
-        if self._mode == "error":
-            raise error
-        warnings.warn(str(error), GuardWarning, stacklevel=_level())
-
-
-def _modules(controlnet: nn.Module | Sequence[nn.Module] | None) -> tuple[nn.Module, ...]:
-    several = isinstance(controlnet, (list, tuple, nn.ModuleList))
-    modules = tuple(controlnet) if several else () if controlnet is None else (controlnet,)  # type: ignore[arg-type]
-    for each in modules:
-        if not isinstance(each, nn.Module):
-            raise ShapecheckError(f"controlnet= takes a ControlNet or several in a list, not {told(each)}")
-    return modules  # type: ignore[return-value]
-
-
-def _require_contract_of(unet: nn.Module, contract: Contract) -> None:
-    """Raise ShapecheckError unless this can be the contract of that UNet."""
-    if contract.role != "unet":
-        raise ShapecheckError(
-            f"a guard needs the contract of a UNet; this one is that of a {contract.role} ({contract.class_name})"
-        )
-    if len(contract.slots) < 2:
-        raise ShapecheckError("this contract has no slots for residuals: there is nothing to guard")
-    config = getattr(unet, "config", None)
-    theirs = Config(config) if isinstance(config, Mapping) else Config()
-    ours = contract.config
-    differ = [
-        f"{key}: the UNet has {theirs[key]}, the contract {ours[key]}"
-        for key in _DECIDING
-        if key in theirs and key in ours and theirs[key] != ours[key]
-    ]
-    if differ:
-        raise ShapecheckError("\n  ".join(["this is the contract of another model; probe this UNet", *differ]))
-
-
-def _level() -> int:
-    """How many frames lie between the warning and whoever called the UNet."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_code.co_filename.startswith(_INSIDE):
-        level, frame = level + 1, frame.f_back
-    return level
+        residuals = dict(zip(self._names, call.downs, strict=False)) | {self._names[-1]: call.mid}
+        faults = watch.find_faults({name: value for name, value in residuals.items() if name not in wrong})
+        batch, _, height, width = call.sample.shape
+        geometry, slot = Geometry(batch, height, width), self._contract.slot
+        return [replace(fault, geometry=geometry, unet_module=slot(fault.where).producer) for fault in faults]

@@ -1,4 +1,4 @@
-"""From a file, or a model's name, to what a pipeline takes in place of its UNet or ControlNet."""
+"""Load a file, or a model by name, as what a pipeline takes in place of its UNet or ControlNet."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.runtime.contract_session import ContractSession
 from shapecheck.runtime.dropin import DropIn, Session
 from shapecheck.runtime.dropin_controlnet import DropInControlNet
 from shapecheck.runtime.dropin_unet import DropInUNet
 from shapecheck.runtime.engine_session import EngineSession
+from shapecheck.runtime.gate import name_dtype
 from shapecheck.runtime.onnx_session import PROVIDERS
 from shapecheck.tensorrt import profile_formats
 from shapecheck.tensorrt.profiles import profile_of
@@ -24,14 +26,11 @@ from shapecheck.tensorrt.record import is_engine
 from shapecheck.tensorrt.size_ranges import parse_ranges
 
 Backend = Literal["auto", "ort", "ort-cuda", "ort-trt", "trt", "torch"]
-
-
-_BACKENDS = {"onnx": tuple(PROVIDERS), "engine": ("trt",), "model": ("torch",), "live": ("torch",)}
-
-
-_KINDS = {"onnx": "an ONNX file", "engine": "an engine", "model": "a model in PyTorch", "live": "a live module"}
-
-
+_KINDS = {
+    "onnx": ("an ONNX file", tuple(PROVIDERS)),
+    "engine": ("an engine", ("trt",)),
+    "model": ("a model in PyTorch", ("torch",)),
+}
 _log = logging.getLogger(__name__)
 
 
@@ -50,10 +49,10 @@ def load(
     own_outputs: bool = True,
     variant: str | None = None,
 ) -> DropIn:
-    """A UNet or ControlNet for diffusers' pipelines and StreamDiffusion: `pipe.unet = shapecheck.load("unet.onnx")`.
+    """Return a UNet or ControlNet for diffusers' pipelines and StreamDiffusion: `pipe.unet = shapecheck.load("unet.onnx")`.
 
     `artefact` is an ONNX file, an engine with its record, or for `torch` a model: a diffusers folder, a hub id in the local
-    cache, a live UNet2DConditionModel. `auto` runs an engine in TensorRT, an ONNX file on the GPU where ONNX Runtime can and
+    cache, a live UNet2DConditionModel. `auto` runs an engine in TensorRT, an ONNX file on the GPU if ONNX Runtime can and
     else on the CPU, which is logged, a model in PyTorch. Any other backend runs, or raises.
 
     `contract` is needed for an ONNX file that holds none. `device` is `cpu`, `cuda`, `cuda:1`. `dtype` and `variant` are for
@@ -62,21 +61,30 @@ def load(
     image. With `own_outputs=False` a call writes over what the last one of that size returned: one allocation a size, for
     loops that keep no output (schedulers such as PNDM do).
 
-    Raises ShapecheckError where the file, the contract or the backend is missing or does not run; ContractError where the
-    file is not what its contract says.
+    Raises ShapecheckError if the file, the contract or the backend is missing or does not run; ContractError if the file is
+    not what its contract says.
     """
     if backend not in get_args(Backend):
         raise ShapecheckError(f"no backend {backend!r}; known: {', '.join(get_args(Backend))}")
-    if isinstance(artefact, nn.Module):
-        kind, path = "live", None
-    else:
+    kind = "model"
+    if not isinstance(artefact, nn.Module):
         path = Path(artefact)
         kind = "onnx" if path.suffix.lower() == ".onnx" else "engine" if is_engine(path) else "model"
-    if backend != "auto" and backend not in _BACKENDS[kind]:
-        fit = " or ".join(_BACKENDS[kind])
-        raise ShapecheckError(f"backend {backend} does not run {_KINDS[kind]}, {artefact!s:.200}: use {fit}")
-    if path is None or kind == "model":
-        return _load_in_torch(artefact, device, dtype, variant, finite=finite)
+    name, backends = _KINDS[kind]
+    if backend != "auto" and backend not in backends:
+        raise ShapecheckError(f"backend {backend} does not run {name}, {artefact!s:.200}: use {' or '.join(backends)}")
+    if kind == "model":
+        from shapecheck.observe.subject import TorchModel, take
+
+        if isinstance(artefact, nn.Module):
+            module = artefact.to(device, dtype) if device is not None or dtype is not None else artefact
+            known = take(module).contract(name_dtype(next(module.parameters()).dtype), control=True)
+            return DropInUNet(ContractSession.of_unet(module, known), finite=finite)
+        named = TorchModel(artefact, variant=variant)
+        precision = name_dtype(dtype) if dtype is not None else named.dtype()
+        module = named.load(precision).to(device or "cpu")
+        known = named.contract(precision, control=True)
+        return DropInUNet(ContractSession.of_unet(module, known, named.name), finite=finite)
     if kind == "engine":
         session: Session = EngineSession.open(path, device=device, graphs=graphs)
     else:
@@ -100,60 +108,28 @@ def _open_onnx(
     if backend == "auto":
         on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
         chosen = "ort-cuda" if on_gpu else "ort"
-    where = torch.device(device) if device is not None else torch.device("cpu" if chosen == "ort" else "cuda")
-    if (where.type == "cpu") != (chosen == "ort"):
-        raise ShapecheckError(f"{chosen} does not run on {where}")
+    place = torch.device(device) if device is not None else torch.device("cpu" if chosen == "ort" else "cuda")
+    if (place.type == "cpu") != (chosen == "ort"):
+        raise ShapecheckError(f"{chosen} does not run on {place}")
     file = OnnxFile(path)
-    known = contract or _read_contract(file)
+    if not contract and not path.is_file():
+        raise ShapecheckError(f"no ONNX file at {file}")
+    known = contract or contract_inside(file)
+    if known is None:
+        raise ShapecheckError(
+            f"{file} holds no contract: say which model it is with contract=, such as shapecheck.probe('sd15'); "
+            f"`shapecheck check {file}` shows what can be seen in it"
+        )
     if chosen == "ort-trt" and sizes:
         names = known.match_names([declared.name for declared in file.reading.inputs])  # the file's own
         ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)
-        profiles = profile_formats.make_provider_options([profile_of(known, each).renamed(names) for each in ranges])
+        profiles = profile_formats.make_provider_options([profile_of(known, sizes_of).renamed(names) for sizes_of in ranges])
         options = {**{key: str(value) for key, value in profiles.items()}, **(options or {})}
     try:
-        return ContractSession.open_onnx(path, known, backend=chosen, device=where.index or 0, options=options, reuse=reuse)
+        return ContractSession.open_onnx(path, known, backend=chosen, device=place.index or 0, options=options, reuse=reuse)
     except ShapecheckError as error:
+        # a GPU that was requested is never exchanged for the CPU
         if backend != "auto" or chosen == "ort" or device is not None:
             raise
         _log.warning("%s runs on the CPU: %s", path, error)
         return ContractSession.open_onnx(path, known, reuse=reuse)
-
-
-def _read_contract(file: OnnxFile) -> Contract:
-    from shapecheck.onnx.contract_metadata import contract_inside
-
-    if not file.path.is_file():
-        raise ShapecheckError(f"no ONNX file at {file}")
-    if (found := contract_inside(file)) is None:
-        raise ShapecheckError(
-            f"{file} holds no contract: say which model it is with contract=, such as shapecheck.probe('sd15'); "
-            f"`shapecheck check {file}` tells what can be seen in it"
-        )
-    return found
-
-
-def _load_in_torch(
-    model: str | Path | nn.Module,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    variant: str | None,
-    *,
-    finite: bool,
-) -> DropIn:
-    from shapecheck.observe.subject import TorchModel, take
-
-    if isinstance(model, nn.Module):
-        module = model.to(device, dtype) if device is not None or dtype is not None else model
-        contract = take(module).contract(_precision(next(module.parameters()).dtype), control=True)
-        return DropInUNet(ContractSession.of_unet(module, contract), finite=finite)
-    named = TorchModel(model, variant=variant)
-    if named.role != "unet":
-        raise ShapecheckError(f"{named.name} is a ControlNet, which needs no stand-in in PyTorch: give a UNet, or an ONNX file")
-    precision = _precision(dtype) if dtype is not None else named.dtype()
-    module = named.load(precision).to(device or "cpu")
-    contract = named.contract(precision, control=True)
-    return DropInUNet(ContractSession.of_unet(module, contract, named.name), finite=finite)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

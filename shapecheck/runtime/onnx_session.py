@@ -1,11 +1,10 @@
-"""An ONNX file in ONNX Runtime as a function of torch tensors, on the provider that was asked for and no other."""
+"""Run an ONNX file in ONNX Runtime with torch tensors, on the provider that was requested and no other."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -21,31 +20,19 @@ PROVIDERS = {
     "ort-trt": "TensorrtExecutionProvider",
 }
 """The provider of each backend."""
-
-
 _SOURCE = re.compile(r"\S*onnxruntime_src/\S+ .*?\) |Error in execution: |\[ONNXRuntimeError\] : \d+ : \w+ : ")
 """Places in ONNX Runtime's source, which it puts before its reasons."""
-
-
-_SPINNING = "session.intra_op.allow_spinning"
-
-
-_FOLDER = "session.model_external_initializers_file_folder_path"
-
-
 _ELEMENTS = {getattr(torch, name): number for name, number in ONNX_NUMBERS.items()}
-
-
 _Place = tuple[str, int, int, tuple[int, ...], int]
-"""Device, its number, element type, shape and address, as a binding wants them."""
+"""Device, its number, element type, shape and address, in the order of a binding's arguments."""
 
 
 class OnnxSession:
     """An ONNX file on one provider. `OnnxSession.open(path)` makes one.
 
     Call it with a tensor for every input, by the file's names; it returns a tensor for every output, by the file's names.
-    Inputs are read where they lie, and bound again only where that has changed. Outputs go into the tensors that the caller
-    gives, or into new ones on the CPU.
+    Inputs are read at their own addresses, and bound again only if these have changed. Outputs go into the tensors that the
+    caller passes, or into new ones on the CPU.
     """
 
     def __init__(self, session: Any, backend: str, device: torch.device, detail: str = "") -> None:
@@ -53,11 +40,11 @@ class OnnxSession:
         self.detail = detail
         """The version of ONNX Runtime, and whether TF32 is off."""
         self.device = device
-        """Where inputs should lie: those that lie elsewhere are copied by ONNX Runtime."""
+        """The device that inputs should be on; ONNX Runtime copies those on another."""
         self._session = session
         self._binding, self._bound = session.io_binding(), dict[str, _Place]()
-        self.inputs = tuple(each.name for each in session.get_inputs())
-        self.outputs = tuple(each.name for each in session.get_outputs())
+        self.inputs = tuple(port.name for port in session.get_inputs())
+        self.outputs = tuple(port.name for port in session.get_outputs())
 
     @classmethod
     def open(
@@ -70,10 +57,10 @@ class OnnxSession:
         options: Mapping[str, str] | None = None,
         strict: bool = True,
     ) -> Self:
-        """Open a file, or a model's bytes whose weights lie in files below `folder`.
+        """Open a file, or a model's bytes whose weights are in files below `folder`.
 
         `options` go to the provider. With `strict` another provider than that of `backend` is an error: ONNX Runtime falls
-        back to the CPU in silence. Raises ShapecheckError where ONNX Runtime is missing or refuses the file.
+        back to the CPU in silence. Raises ShapecheckError if ONNX Runtime is missing or refuses the file.
         """
         try:
             import onnxruntime
@@ -83,61 +70,64 @@ class OnnxSession:
             onnxruntime.preload_dlls()  # CUDA as pip installs it is not where the loader looks
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4  # what goes wrong is raised; its log would say it twice
-        settings.add_session_config_entry(_SPINNING, "0")  # else its threads slow down what PyTorch computes after a call
+        # else its threads slow down what PyTorch computes after a call
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if folder is not None:
-            settings.add_session_config_entry(_FOLDER, str(folder.absolute()))
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
         source = model if isinstance(model, bytes) else str(model)
         chosen = (PROVIDERS[backend], {} if backend == "ort" else {"device_id": str(device), **(options or {})})
         try:
             session = onnxruntime.InferenceSession(source, settings, providers=[chosen])
         except Exception as error:  # its classes of errors are not public
-            told = "the model" if isinstance(model, bytes) else model
-            raise ShapecheckError(f"ONNX Runtime cannot load {told}: {_words(error)}") from None
+            name = "the model" if isinstance(model, bytes) else model
+            raise ShapecheckError(f"ONNX Runtime cannot load {name}: {_shorten(error)}") from None
         detail = f"onnxruntime {onnxruntime.__version__}" + (", TF32 off" if chosen[1].get("use_tf32") == "0" else "")
         place = torch.device("cpu") if backend == "ort" else torch.device("cuda", device)
-        found = cls(session, backend, place, detail)
-        if strict and found.provider != PROVIDERS[backend]:
+        opened = cls(session, backend, place, detail)
+        if strict and opened.provider != PROVIDERS[backend]:
             raise ShapecheckError(
-                f"{backend} was asked for and ONNX Runtime fell back to {found.provider}; "
+                f"{backend} was requested and ONNX Runtime fell back to {opened.provider}; "
                 f"`shapecheck doctor --require {backend}` says why"
             )
-        return found
+        return opened
 
     @property
     def provider(self) -> str:
-        """The provider that really runs; those after it only take what it cannot."""
+        """The provider that really runs; those after it only run what it cannot."""
         return str(self._session.get_providers()[0])
 
     def dtypes(self) -> dict[str, str]:
-        """The dtype of every input and output, as torch calls it."""
+        """Return the dtype of every input and output, as torch calls it."""
         return {
             value.name: torch_name(value.type.removeprefix("tensor(").removesuffix(")"))
             for value in (*self._session.get_inputs(), *self._session.get_outputs())
         }
 
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The outputs for these inputs; those named in `outputs` are written there.
+        """Return the outputs for these inputs; those named in `outputs` are written there.
 
-        Raises ShapecheckError with ONNX Runtime's own words where it cannot run.
+        Raises ShapecheckError with ONNX Runtime's own words if it cannot run.
         """
-        given = dict(outputs or {})
-        kept = {name: each.contiguous() for name, each in inputs.items()}
-        if any(each.is_cuda for each in kept.values()):
+        written = dict(outputs or {})
+        kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        if any(tensor.is_cuda for tensor in kept.values()):
             torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime runs on a stream of its own
         try:
-            self._bind(kept, given)
+            self._bind(kept, written)
             self._session.run_with_iobinding(self._binding)
-            if len(given) == len(self.outputs):
-                return given
-            found = dict(zip(self.outputs, self._binding.get_outputs(), strict=True))
-            return {name: given[name] if name in given else torch.from_numpy(each.numpy()) for name, each in found.items()}
+            if len(written) == len(self.outputs):
+                return written
+            results = dict(zip(self.outputs, self._binding.get_outputs(), strict=True))
+            return {
+                name: written[name] if name in written else torch.from_numpy(value.numpy()) for name, value in results.items()
+            }
         except Exception as error:
             self._forget()
-            raise ShapecheckError(f"ONNX Runtime cannot run this call: {_words(error)}") from None
+            raise ShapecheckError(f"ONNX Runtime cannot run this call: {_shorten(error)}") from None
 
     def _bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Bind what is not bound there already; nothing of a call with other names stays bound."""
-        places = {name: _place(each) for name, each in (*inputs.items(), *outputs.items())}
+        places = {name: _place(tensor) for name, tensor in (*inputs.items(), *outputs.items())}
         if places.keys() != self._bound.keys():
             self._forget()
         for name, place in places.items():
@@ -152,14 +142,14 @@ class OnnxSession:
         self._binding, self._bound = self._session.io_binding(), {}
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._session = self._binding = None
         self._bound.clear()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -167,5 +157,5 @@ def _place(tensor: Tensor) -> _Place:
     return tensor.device.type, tensor.device.index or 0, _ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
 
 
-def _words(error: Exception) -> str:
+def _shorten(error: Exception) -> str:
     return _SOURCE.sub("", " ".join(str(error).split()))[:600]

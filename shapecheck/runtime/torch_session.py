@@ -40,18 +40,18 @@ class TorchSession:
 
         `outputs` are left alone: PyTorch allocates its own.
         """
-        given = {name: self._placed(name, each) for name, each in inputs.items()}
-        with torch.no_grad(), exact() if self._exactly else nullcontext():
-            first, *mid = self.module(**arguments(self.contract, given), return_dict=False)
+        values = {name: self._place(name, value) for name, value in inputs.items()}
+        with torch.no_grad(), forbid_tf32() if self._exactly else nullcontext():
+            first, *mid = self.module(**arguments(self.contract, values), return_dict=False)
         tensors = [first] if self.contract.role == "unet" else [*first, *mid]
         return dict(zip(output_names(self.contract), tensors, strict=True))
 
-    def _placed(self, name: str, value: Tensor) -> Tensor:
+    def _place(self, name: str, value: Tensor) -> Tensor:
         cast = value.is_floating_point() and name != "timestep"
         return value.to(self.device, self.dtype if cast else value.dtype)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         del self.module
 
     def __enter__(self) -> Self:
@@ -62,14 +62,14 @@ class TorchSession:
 
 
 @contextmanager
-def exact() -> Iterator[None]:
-    """Float32 products on a GPU in float32, not in TF32; what was set before is set again afterwards."""
-    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [each.allow_tf32 for each in places]
+def forbid_tf32() -> Iterator[None]:
+    """Compute float32 products on a GPU in float32, not in TF32; what was set before is set again afterwards."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
     try:
-        for each in places:
-            each.allow_tf32 = False
+        for backend in backends:
+            backend.allow_tf32 = False
         yield
     finally:
-        for each, value in zip(places, before, strict=True):
-            each.allow_tf32 = value
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value

@@ -11,7 +11,7 @@ import torch
 from tabulate import tabulate
 
 from shapecheck import Geometry, presets
-from shapecheck.runtime.binding import AnySize, Binding
+from shapecheck.runtime.binding import Binding
 from shapecheck.runtime.dropin_unet import DropInUNet
 from shapecheck.runtime.gate import Gate
 
@@ -28,14 +28,14 @@ class Nothing:
         self.gate, self.image = gate, image
 
     def __call__(self, inputs: dict) -> dict:
-        with self.gate.alone():
+        with self.gate.acquire():
             self.gate.serve(inputs)
         return {"out_sample": self.image}
 
 
 def main() -> None:
     names = tuple((each, each) for each in CONTRACT.input_rules)
-    gate = Gate("bench", Binding(AnySize(CONTRACT, names, ("out_sample",)), "cpu"))
+    gate = Gate("bench", Binding(CONTRACT, names, ("out_sample",), "cpu"))
     given = {name: torch.zeros(shape) for name, shape in CONTRACT.input_shapes(Geometry(2, 64, 64)).items()}
     *downs, mid = (given[slot.name] for slot in CONTRACT.slots)
     session = Nothing(gate, torch.zeros(2, 4, 64, 64))
@@ -48,7 +48,7 @@ def main() -> None:
         return named | {"mid_block_residual": mid}
 
     def anew() -> None:
-        gate._served = None
+        gate._last = None
         gate.serve(given)
 
     strict, blind = DropInUNet(session), DropInUNet(session, finite=False)

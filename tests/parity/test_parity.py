@@ -259,7 +259,7 @@ def test_a_backend_that_fell_back_to_the_cpu(model, healthy):
     (only,) = refused.failed
     assert only.check.kind == "provider"
     assert only.reason.startswith("ort-cuda cannot run here: ")
-    with pytest.raises(ShapecheckError, match="ort-cuda was asked for and ONNX Runtime fell back to CPUExecutionProvider"):
+    with pytest.raises(ShapecheckError, match="ort-cuda was requested and ONNX Runtime fell back to CPUExecutionProvider"):
         OnnxSession.open(healthy, backend="ort-cuda")
 
 

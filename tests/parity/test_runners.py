@@ -50,7 +50,7 @@ def test_a_file_that_onnx_runtime_cannot_load_is_told_in_its_words(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing falls back")
 def test_a_session_that_fell_back_to_the_cpu_is_refused_unless_it_is_asked_for(healthy):
-    with pytest.raises(ShapecheckError, match="ort-cuda was asked for and ONNX Runtime fell back to CPUExecutionProvider"):
+    with pytest.raises(ShapecheckError, match="ort-cuda was requested and ONNX Runtime fell back to CPUExecutionProvider"):
         OnnxSession.open(healthy, backend="ort-cuda")
     with OnnxSession.open(healthy, backend="ort-cuda", strict=False) as session:
         assert session.provider == "CPUExecutionProvider"

@@ -311,7 +311,7 @@ def files(made: Made, **changes: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": ""}, "--shapecheck-onnx and --shapecheck-engine are compared with a model: give --shapecheck-model"),
+        ({"model": ""}, "--shapecheck-onnx and --shapecheck-engine are compared with a model: add --shapecheck-model"),
         ({"onnx": ""}, "nothing to compare the model with: give --shapecheck-onnx FILE.onnx, --shapecheck-engine PLAN, or "),
         ({"backends": "ort,trtt"}, "--shapecheck-backends: no backend is called 'trtt'; known: "),
         ({"backends": "trt"}, "trt runs engines: give one with --shapecheck-engine"),
@@ -431,7 +431,7 @@ def test_without_any_model_the_fixture_says_what_to_give(run, tmp_path):
     )
     done = run("-v")
     assert done.status == 1
-    assert "no model: give one, or --shapecheck-model" in done.text
+    assert "no model: pass one, or --shapecheck-model" in done.text
 
 
 # Probes

@@ -31,6 +31,10 @@ def request_for(name, *ranges, names=None, outputs=("out_sample",)):
     )  # fmt: skip
 
 
+def bind(request):
+    return Binding(request.contract, request.names, request.outputs, DEVICE, request.profiles)
+
+
 def call(contract, geometry, device=DEVICE):
     dtypes = contract.input_dtypes
     return {name: (shape, dtypes[name], device) for name, shape in contract.input_shapes(geometry).items()}
@@ -48,7 +52,7 @@ def refused(binding, given):
 
 SD15 = presets.contract("sd15")
 REQUEST = request_for("sd15", SMALL, LARGE)
-BINDING = Binding(REQUEST, DEVICE)
+BINDING = bind(REQUEST)
 FINE = call(SD15, Geometry(2, 17, 25))
 
 
@@ -58,18 +62,18 @@ FINE = call(SD15, Geometry(2, 17, 25))
 @pytest.mark.parametrize(("name", "channels"), [("sd15", 4), ("sdxl", 4), ("kandinsky-2.2", 8)])
 def test_a_call_is_served_by_the_profile_that_takes_it(name, channels):
     contract = presets.contract(name)
-    binding = Binding(request_for(name, SMALL, LARGE), DEVICE)
+    binding = bind(request_for(name, SMALL, LARGE))
     for geometry, profile in ((Geometry(3, 8, 40), 0), (Geometry(2, 64, 48), 1)):
         serving = binding.serve(call(contract, geometry))
         assert (serving.geometry.height, serving.geometry.width, serving.profile) == (geometry.height, geometry.width, profile)
         assert serving.inputs == contract.input_shapes(geometry)
-        assert list(serving.given) == list(contract.input_rules)
+        assert list(serving.expected) == list(contract.input_rules)
         assert serving.outputs == {"out_sample": (geometry.batch, channels, geometry.height, geometry.width)}
 
 
 def test_of_two_profiles_the_one_tuned_for_the_nearest_size_serves():
     near = Range(Geometry(1, 8, 16), Geometry(1, 17, 25), Geometry(4, 64, 96))
-    serving = Binding(request_for("sd15", SMALL, near), DEVICE).serve(call(SD15, Geometry(1, 17, 25)))
+    serving = bind(request_for("sd15", SMALL, near)).serve(call(SD15, Geometry(1, 17, 25)))
     assert serving.profile == 1
 
 
@@ -79,7 +83,7 @@ def test_the_order_of_the_names_does_not_matter():
 
 def test_shapes_go_to_the_engine_under_its_own_names():
     names = {each: f"their_{each}" for each in SD15.input_rules}
-    serving = Binding(request_for("sd15", SMALL, names=names), DEVICE).serve(FINE)
+    serving = bind(request_for("sd15", SMALL, names=names)).serve(FINE)
     assert serving.inputs["their_down_block_residual_05"] == SD15.input_shapes(Geometry(2, 17, 25))["down_block_residual_05"]
     assert set(serving.inputs) == set(names.values())
 
@@ -89,19 +93,19 @@ def test_outputs_of_a_controlnet_are_its_slots():
     names = [slot.name for slot in contract.slots]
     given = call(contract, Geometry(2, 17, 25))
     assert set(given) == {"sample", "timestep", "encoder_hidden_states"}
-    serving = Binding(request_for(contract, SMALL, outputs=tuple(reversed(names))), DEVICE).serve(given)
+    serving = bind(request_for(contract, SMALL, outputs=tuple(reversed(names)))).serve(given)
     assert serving.outputs == contract.shapes(Geometry(2, 17, 25))
-    foreign = Binding(request_for(contract, SMALL, outputs=("a", "b")), DEVICE).serve(given)
+    foreign = bind(request_for(contract, SMALL, outputs=("a", "b"))).serve(given)
     assert foreign.outputs == {}
 
 
 def test_outputs_that_the_contract_does_not_tell_are_left_to_the_engine():
-    assert Binding(request_for("sd15", SMALL, outputs=("out_sample", "more")), DEVICE).serve(FINE).outputs == {}
+    assert bind(request_for("sd15", SMALL, outputs=("out_sample", "more"))).serve(FINE).outputs == {}
 
 
 def test_an_engine_without_control_takes_no_slots():
     contract = replace(SD15, slots=())
-    binding = Binding(request_for(contract, SMALL), DEVICE)
+    binding = bind(request_for(contract, SMALL))
     assert binding.serve(call(contract, Geometry(2, 17, 25))).profile == 0
     error = refused(binding, FINE)
     assert [each.kind for each in error.mismatches] == ["surplus"] * 13
@@ -110,7 +114,7 @@ def test_an_engine_without_control_takes_no_slots():
 
 
 sizes = st.tuples(st.integers(1, 6), st.integers(1, 12), st.integers(1, 16), st.sampled_from([1, 77, 78, 154, 155]))
-BINDINGS = {name: Binding(request_for(name, SMALL, LONG), DEVICE) for name in ("sd15", "sdxl", "kandinsky-2.2")}
+BINDINGS = {name: bind(request_for(name, SMALL, LONG)) for name in ("sd15", "sdxl", "kandinsky-2.2")}
 
 
 @pytest.mark.parametrize("name", BINDINGS)
@@ -139,21 +143,21 @@ def test_any_size_within_a_range_is_served_and_any_other_is_refused_and_named(na
     assert {each.split(":")[0] for each in error.refusals} <= set(given)
     wrong = next(iter(error.refusals)).split(":")[0]
     assert f"{wrong}: got {'×'.join(map(str, given[wrong][0]))}, profile " in str(error)
-    assert "the nearest size it takes: batch " in str(error)
+    assert "the nearest size that is served: batch " in str(error)
 
 
 # what is refused
 
 
 def test_a_size_that_no_profile_takes_is_told_slot_by_slot_with_what_to_do():
-    error = refused(Binding(request_for("sd15", SMALL), DEVICE), call(SD15, Geometry(2, 17, 45)))
+    error = refused(bind(request_for("sd15", SMALL)), call(SD15, Geometry(2, 17, 45)))
     lines = str(error).splitlines()
     assert lines[0] == "this call cannot be served: 14 reasons"
     assert lines[1] == "  sample: got 2×4×17×45, profile 0 allows up to 3×4×24×40"
     assert "  down_block_residual_07: got 2×1280×5×12, profile 0 allows up to 3×1280×6×10" in lines
     assert lines[-3:] == [
         "profile 0, in latent cells: width 45, expected 16 to 40",
-        "the nearest size it takes: batch 2, latent 17×40 (320×136 pixels)",
+        "the nearest size that is served: batch 2, latent 17×40 (320×136 pixels)",
         "or build for this one too: --sizes 128x64:192x128:360x192 --batch 1:2:3",
     ]
     assert error.exit_status == 1
@@ -162,11 +166,11 @@ def test_a_size_that_no_profile_takes_is_told_slot_by_slot_with_what_to_do():
 
 @pytest.mark.parametrize("geometry", [Geometry(2, 17, 45), Geometry(5, 6, 25, 80), Geometry(1, 99, 99)])
 def test_the_options_in_the_advice_give_a_range_that_takes_the_size(geometry):
-    advice = str(refused(Binding(request_for("sd15", SMALL), DEVICE), call(SD15, geometry))).splitlines()[-1]
+    advice = str(refused(bind(request_for("sd15", SMALL)), call(SD15, geometry))).splitlines()[-1]
     words = advice.removeprefix("or build for this one too: ").split(" ")
     options = dict(zip(words[::2], words[1::2], strict=True))
     (wider,) = parse_ranges([options["--sizes"]], [options["--batch"]], options.get("--tokens", "77"))
-    serving = Binding(request_for("sd15", wider), DEVICE).serve(call(SD15, geometry))
+    serving = bind(request_for("sd15", wider)).serve(call(SD15, geometry))
     assert serving.geometry == geometry
     assert wider.opt == SMALL.opt
 
@@ -180,7 +184,7 @@ def test_every_profile_says_what_it_takes():
 def test_tokens_beyond_the_profile_are_told():
     text = str(refused(BINDING, call(SD15, Geometry(2, 17, 25, 154))))
     assert "encoder_hidden_states: got 2×154×768, profile 0 allows up to 3×77×768" in text
-    assert "the nearest size it takes: batch 2, latent 17×25, 77 tokens (200×136 pixels)" in text
+    assert "the nearest size that is served: batch 2, latent 17×25, 77 tokens (200×136 pixels)" in text
     assert text.endswith("--batch 1:2:3 --tokens 77:77:154")
 
 
@@ -190,7 +194,7 @@ def test_a_missing_slot_says_that_control_off_means_zeros():
     assert text.splitlines()[0] == "this call cannot be served: 1 reason"
     missing = "missing: got nothing, expected 2×640×9×13 at batch 2, latent 17×25"
     assert f"  down_block_residual_04 (UNet down_blocks.1.attentions.0): {missing}\n" in text
-    assert "without a ControlNet give zeros for every slot: a slot that is left out is never taken for zero" in text
+    assert "without a ControlNet pass zeros for every slot: a slot that is left out is never assumed to be zero" in text
 
 
 def test_a_missing_base_input_is_no_matter_of_controlnets():
@@ -238,8 +242,8 @@ def test_everything_wrong_is_told_at_once_in_the_order_of_the_contract():
     assert "encoder_hidden_states: dtype: got float16, expected float32" in text
     assert "encoder_hidden_states: device: got a tensor on cpu, expected one on cuda:1" in text
     assert "mid_block: surplus: got 2×1280×3×4, expected no such input; the name here is mid_block_residual" in text
-    assert "give every tensor in the dtype of the graph, with tensor.to(dtype)" in text
-    assert "give every tensor where the session runs, with tensor.to(device)" in text
+    assert "pass every tensor in the dtype of the graph, with tensor.to(dtype)" in text
+    assert "pass every tensor on the device of the session, with tensor.to(device)" in text
 
 
 CAUSES = {
@@ -263,7 +267,7 @@ def test_a_wrong_shape_is_told_with_its_likely_cause(name):
 
 def test_a_wrong_shape_and_a_size_beyond_the_profile_are_told_together():
     given = reshaped(call(SD15, Geometry(2, 17, 45)), "down_block_residual_02", (2, 320, 45, 17))
-    error = refused(Binding(request_for("sd15", SMALL), DEVICE), given)
+    error = refused(bind(request_for("sd15", SMALL)), given)
     assert [each.where for each in error.mismatches] == ["down_block_residual_02"]
     assert not any(each.startswith("down_block_residual_02:") for each in error.refusals)
     assert any(each.startswith("down_block_residual_01: got 2×320×17×45") for each in error.refusals)
@@ -272,14 +276,14 @@ def test_a_wrong_shape_and_a_size_beyond_the_profile_are_told_together():
 
 def test_a_name_of_the_engines_own_is_answered_with_the_contracts():
     names = {each: each.replace("down_block_residual", "input_control") for each in SD15.input_rules}
-    binding = Binding(request_for("sd15", SMALL, names=names), DEVICE)
+    binding = bind(request_for("sd15", SMALL, names=names))
     text = str(refused(binding, {names[name]: each for name, each in FINE.items()}))
     assert "input_control_11: surplus: got 2×1280×3×4, expected no such input; the name here is down_block_residual_11" in text
 
 
 def test_a_size_that_the_model_refuses_is_told_with_its_divisor():
     contract = presets.contract("kandinsky-2.2")
-    binding = Binding(request_for("kandinsky-2.2", SMALL), DEVICE)
+    binding = bind(request_for("kandinsky-2.2", SMALL))
     given = reshaped(call(contract, Geometry(2, 16, 24)), "sample", (2, 4, 17, 25))
     given = reshaped(given, "timestep", ())
     text = str(refused(binding, given))
@@ -326,24 +330,24 @@ def test_a_record_that_does_not_name_every_input_once_is_refused():
     twice = dict.fromkeys(SD15.input_rules, "x")
     for names in (short, twice):
         with pytest.raises(ShapecheckError, match="does not name each input of its contract once; build the engine again"):
-            Binding(request_for("sd15", SMALL, names=names), DEVICE)
+            bind(request_for("sd15", SMALL, names=names))
 
 
 def test_profiles_that_are_no_image_of_one_range_are_refused():
     profile = REQUEST.profiles[0]
     odd = [replace(each, max=(3, 1280, 9, 9)) if each.name == "mid_block_residual" else each for each in profile.inputs]
     with pytest.raises(ContractError, match=r"mid_block_residual .*got max 3×1280×9×9, expected max 3×1280×3×5"):
-        Binding(replace(REQUEST, profiles=(Profile(tuple(odd)),)), DEVICE)
+        bind(replace(REQUEST, profiles=(Profile(tuple(odd)),)))
     with pytest.raises(ContractError, match=r"mid_block_residual.*: missing: got not in the profile"):
-        Binding(replace(REQUEST, profiles=(Profile(profile.inputs[:-1]),)), DEVICE)
+        bind(replace(REQUEST, profiles=(Profile(profile.inputs[:-1]),)))
     surplus = Bounds("x", "float32", (1,), (1,), (1,))
     with pytest.raises(ContractError, match="x: surplus"):
-        Binding(replace(REQUEST, profiles=(Profile((*profile.inputs, surplus)),)), DEVICE)
+        bind(replace(REQUEST, profiles=(Profile((*profile.inputs, surplus)),)))
 
 
 def test_addresses_go_by_the_engines_names_in_the_order_of_the_record():
     names = {each: f"their_{each}" for each in SD15.input_rules}
-    binding = Binding(request_for("sd15", SMALL, names=names, outputs=("first", "second")), DEVICE)
+    binding = bind(request_for("sd15", SMALL, names=names, outputs=("first", "second")))
     inputs = {name: 256 * place for place, name in enumerate(SD15.input_rules, start=1)}
     table = binding.addresses(inputs, {"second": 8192, "first": 9216})
     assert table == {f"their_{name}": address for name, address in inputs.items()} | {"first": 9216, "second": 8192}

@@ -156,7 +156,7 @@ def test_a_file_that_is_not_the_one_of_the_record_is_refused_before_anything_is_
     with pytest.raises(ShapecheckError, match=rf"unet\.plan has {size - 3} bytes, its record says {size}: is one of them cut"):
         EngineSession.open(path)
     path.write_bytes(data[:-1] + b"!")
-    with pytest.raises(ShapecheckError, match=r"unet\.plan is sha256:\w{64}, its record is of sha256:\w{64}; copy both"):
+    with pytest.raises(ShapecheckError, match=r"unet\.plan is sha256:\w{64}, its record says sha256:\w{64}; copy both"):
         EngineSession.open(path)
     path.write_bytes(b"")
     with pytest.raises(ShapecheckError, match=r"cannot read .*unet\.plan: cannot mmap an empty file"):
@@ -195,7 +195,7 @@ class Cpu:
         self.settled = 0
         self.uncapturable = ""
 
-    def here(self):
+    def activate(self):
         return nullcontext()
 
     @contextmanager
@@ -210,10 +210,10 @@ class Cpu:
         sys.modules["tensorrt"].capturing = None
         return lambda: [each() for each in work]
 
-    def empty(self, shape, dtype):
+    def allocate(self, shape, dtype):
         return place_aligned(torch.full(shape, math.nan, dtype=dtype))
 
-    def settle(self):
+    def synchronize(self):
         self.settled += 1
 
 
@@ -545,14 +545,14 @@ def test_a_call_that_does_not_fit_never_reaches_tensorrt_and_changes_nothing(trt
 
 
 def test_what_is_no_tensor_is_named(session):
-    with pytest.raises(ShapecheckError, match="timestep is float, mid_block_residual is NoneType: tensors are expected; with"):
+    with pytest.raises(ShapecheckError, match="timestep: got float; mid_block_residual: got NoneType; expected tensors: with"):
         session(inputs_at(AT) | {"timestep": 1.0, "mid_block_residual": None})
 
 
 def test_none_for_a_slot_is_refused_and_nothing_is_filled_in(session):
     session(inputs_at(AT))
     with pytest.raises(
-        ShapecheckError, match=r"mid_block_residual is NoneType: .* without a ControlNet give zeros for every slot"
+        ShapecheckError, match=r"mid_block_residual: got NoneType; .* without a ControlNet pass zeros for every slot"
     ):
         session(inputs_at(AT) | {"mid_block_residual": None})
 
@@ -809,8 +809,14 @@ def test_everything_in_which_engine_and_record_differ_is_told(trt, tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda plan: plan["host"].append("their_timestep"), "their_timestep is FLOAT on the HOST, which no session binds"),
-        (lambda plan: plan["tensors"][-1].update(dtype="FP8"), "out_sample is FP8 on the DEVICE, which no session binds"),
+        (
+            lambda plan: plan["host"].append("their_timestep"),
+            "their_timestep: got FLOAT on the HOST, expected one of .*float16.* on the DEVICE",
+        ),
+        (
+            lambda plan: plan["tensors"][-1].update(dtype="FP8"),
+            "out_sample: got FP8 on the DEVICE, expected one of .* on the DEVICE",
+        ),
         (lambda plan: plan.update(profiles=1), "the profiles: engine: got 1, expected 2"),
     ],
 )

@@ -125,7 +125,7 @@ REFUSED = {
     "batch of one": (with_down(0, lambda each: each[:1]), "down_block_residual_00 .*batch: got 1×8×9×13"),
     "half precision": (with_down(3, torch.Tensor.half), "down_block_residual_03 .*dtype: got float16, expected float32"),
     "elsewhere": (with_down(3, lambda each: each.to("meta")), "down_block_residual_03: device: got a tensor on meta"),
-    "a number": (with_down(0, lambda each: 0.5), "down_block_residual_00 is float: tensors are expected"),
+    "a number": (with_down(0, lambda each: 0.5), "down_block_residual_00: got float; expected tensors"),
     "NaN": (with_down(1, lambda each: each * torch.nan), r"down_block_residual_01 \(UNet .*values: got 1872 NaN"),
     "infinite": (with_down(1, lambda each: each / 0), "down_block_residual_01 .*values: got 0 NaN and 1872 infinite values"),
     "one too few": (
@@ -372,7 +372,7 @@ def test_a_gpu_that_was_named_is_never_exchanged_for_the_cpu(file, monkeypatch, 
 
 def test_sums_of_unlike_controlnets_are_refused():
     one = torch.ones(1, 2, 3, 4)
-    with pytest.raises(ShapecheckError, match="these ControlNets give 2, 3 residuals"):
+    with pytest.raises(ShapecheckError, match="these ControlNets return 2, 3 residuals"):
         combine.combined([([one], one), ([one, one], one)])
     with pytest.raises(ShapecheckError, match="1 ControlNets and 2 scales"):
         combine.combined([([one], one)], [1.0, 2.0])
@@ -397,7 +397,7 @@ def test_sums_scales_and_guess_mode_are_diffusers_own_numbers(torch_unet, scales
 
 
 def test_a_sample_that_is_no_tensor_is_refused_by_name(unet, good):
-    with pytest.raises(ShapecheckError, match="sample is list: tensors are expected"):
+    with pytest.raises(ShapecheckError, match="sample: got list; expected tensors"):
         unet(**good | {"sample": [1.0]})
     with pytest.raises(CallError, match=r"sample: missing: got nothing"):
         unet(**good | {"sample": None})
