@@ -1,4 +1,4 @@
-"""What an export wrote, as text or JSON."""
+"""The report on an export, as text or JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def render_text(exported: Exported, agreements: Sequence[Agreement] = ()) -> str
     sizes = "every latent size" if contract.divisor == 1 else f"latent sizes that are multiples of {contract.divisor}"
     facts = [
         ("model", f"{contract.class_name} of {contract.header.source}"),
-        ("inputs", ", ".join(given.name for given in contract.inputs)),
+        ("inputs", ", ".join(base.name for base in contract.inputs)),
         ("residuals", f"{slots}, named as by {exported.naming}{features}{' (outputs)' * (contract.role == 'controlnet')}"),
         ("precision", f"{exported.dtype}, opset {exported.opset}"),
         ("sizes", f"{sizes}, every batch"),
@@ -41,13 +41,13 @@ def render_text(exported: Exported, agreements: Sequence[Agreement] = ()) -> str
 
 
 def render_json(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
-    """Return the same for machines."""
+    """Return the same report as JSON."""
     contract = exported.contract
     record = {
         "path": str(exported.path),
         "files": list(map(str, exported.files)),
         "role": contract.role,
-        "inputs": [given.name for given in contract.inputs],
+        "inputs": [base.name for base in contract.inputs],
         "slots": len(contract.slots),
         "features": len(contract.features),
         "naming": exported.naming,
