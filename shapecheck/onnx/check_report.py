@@ -78,12 +78,11 @@ def render_json(checked: Check, *, controlnets: Sequence[str] = (), misfits: Seq
 
 def _describe_sizes(checked: Check) -> str:
     fixed = dict(checked.fixed)
+    works = "every latent size" if checked.divisor == 1 else f"multiples of {checked.divisor} only"
     if checked.divisor == 0:
         works = "works at none that was tried"
     elif {"h", "w"} <= fixed.keys():
         works = "one"
-    else:
-        works = "every latent size" if checked.divisor == 1 else f"multiples of {checked.divisor} only"
     return f"{works}; fixed: {', '.join(f'{symbol}={size}' for symbol, size in fixed.items())}" if fixed else works
 
 

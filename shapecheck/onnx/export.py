@@ -63,7 +63,12 @@ def export(
     if subject.role == "controlnet" and not control:
         raise ShapecheckError(f"--no-control is for UNets, to take no residuals; {subject.name} is a ControlNet")
     dtype = subject.dtype(dtype)
-    opset = _choose_opset(opset, dtype)
+    if dtype not in _OPSETS:
+        raise ShapecheckError(f"no dtype {dtype!r}; known: {', '.join(_OPSETS)}")
+    oldest, usual = _OPSETS[dtype]
+    opset = usual if opset is None else opset
+    if not oldest <= opset <= _NEWEST_OPSET:
+        raise ShapecheckError(f"opset {opset} with {dtype}: expected {oldest} to {_NEWEST_OPSET}")
     mode, reason = _choose_weights(weights, dtype, subject, target)
     if mode == "copy":
         refuse_unwritable(data)
@@ -74,7 +79,9 @@ def export(
     progress("tracing the graph: half a minute for SD1.5, two minutes for SDXL")
     traced = trace_graph.trace(subject.module, contract, opset)
     postconditions.check_graph(traced, contract)
-    trace_graph.drop_traces(traced)
+    traced.graph.name = "shapecheck"
+    for owner in (*traced.graph, *(value for node in traced.graph for value in node.outputs)):
+        owner.metadata_props.clear()  # stack traces, with paths of this machine
     parameters = list(traced.graph.inputs[len(contract.input_rules) :])
     tensors = subject.tensors([str(value.name) for value in parameters], linked=mode == "link")
     linked = {name: stored for name, stored in tensors.items() if isinstance(stored, TensorLocation)}
@@ -115,16 +122,6 @@ def _find_target(output: Path) -> Path:
         raise ShapecheckError(f"cannot write {output}: it is a folder, a pipe or a device")
     refuse_unwritable(target)
     return target
-
-
-def _choose_opset(opset: int | None, dtype: str) -> int:
-    if dtype not in _OPSETS:
-        raise ShapecheckError(f"no dtype {dtype!r}; known: {', '.join(_OPSETS)}")
-    oldest, usual = _OPSETS[dtype]
-    opset = usual if opset is None else opset
-    if not oldest <= opset <= _NEWEST_OPSET:
-        raise ShapecheckError(f"opset {opset} with {dtype}: expected {oldest} to {_NEWEST_OPSET}")
-    return opset
 
 
 def _choose_weights(requested: Weights | None, dtype: str, subject: Subject, target: Path) -> tuple[Weights, str]:

@@ -58,11 +58,9 @@ def find_faults(case: Case) -> tuple[Mismatch, ...]:
 def _check_input(case: Case, matching: Matching, base: Input, tensor: GraphTensor | None) -> Iterator[Mismatch]:
     expected = show(base.shape)
     if tensor is None:
-        if base.name in ("sample", "controlnet_cond"):
-            yield Mismatch("missing", base.name, "no such input", expected)
-        else:
-            cause = "the graph computes with a constant in its place: every call gets the same conditioning"
-            yield Mismatch("baked", base.name, "no such input", expected, cause=cause)
+        is_image = base.name in ("sample", "controlnet_cond")
+        cause = "" if is_image else "the graph computes with a constant in its place: every call gets the same conditioning"
+        yield Mismatch("missing" if is_image else "baked", base.name, "no such input", expected, cause=cause)
         return
     name = tensor.name
     if name in matching.renamed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -57,7 +57,44 @@ def find_values(file: OnnxFile, contract: Contract, names: Mapping[str, str]) ->
     comes the output, under `conv_out`.
     Raises ShapecheckError if the file is not a sound ONNX model.
     """
-    values = _Finder(file.make_ir().graph, contract, names).find_values()
+    graph, slots = file.make_ir().graph, contract.slots
+    ranks = {value: rank for rank, value in enumerate(value for node in graph for value in node.outputs)}
+    inputs = {value.name: value for value in graph.inputs}
+    residuals = {slot.name: inputs[names[slot.name]] for slot in slots if names.get(slot.name) in inputs}
+    matches = [(value, match) for value in ranks if (match := _OURS.fullmatch(value.name or ""))]
+    known = {None, *(slot.name for slot in slots)}
+    ours = {value: match for value, match in matches if match["slot"] in known}
+    blocks = {match["module"]: value for value, match in ours.items() if not match["slot"]}
+    if not ours:
+        blocks = _find_block_outputs(graph)
+
+    sums: dict[str, _Sum] = {}
+    additions = _list_sums(residuals, ranks, contract)
+    for index, addition in enumerate(additions):
+        # The slot is told by our own name, by the order of the skips if none is missing, or by the skip.
+        name = ours[addition.value]["slot"] if addition.value in ours else None
+        if not name and len(additions) == len(slots):
+            name = slots[index].name
+        if not name:
+            same_skip = [slot.name for slot in slots if blocks.get(slot.producer) is addition.skip]
+            name = addition.residual if addition.residual in same_skip or not same_skip else same_skip[0]
+        sums.setdefault(name, addition)
+
+    blocks = {slot.producer: sums[slot.name].skip for slot in slots if slot.name in sums} | blocks
+    ranked = [(float(ranks[value]), Inner(value.name or "", module)) for module, value in blocks.items()]
+    for index, slot in enumerate(slots):
+        residual, skip = residuals.get(slot.name), blocks.get(slot.producer)
+        is_read = residual is not None and any(node.op_type not in SIZE_ONLY for node in residual.consumers())
+        if slot.name in sums:
+            value = sums[slot.name].value
+            ranked.append((ranks[value], Inner(value.name or "", slot.producer, slot.name)))
+        elif skip is not None and not is_read:
+            # The graph ignores the residual: its bare skip comes before the sum of the next slot that has one.
+            later = [ranks[sums[slot.name].value] for slot in slots[index:] if slot.name in sums]
+            rank = min(later) - 0.5 if later else ranks[skip] + 0.5
+            ranked.append((rank, Inner(skip.name or "", slot.producer, slot.name)))
+    values = [value for _, value in sorted(ranked, key=lambda pair: pair[0])]
+    values += [Inner(value.name or "", LAST) for value in graph.outputs[:1]]
     return tuple(value for value in values if value.value in file.computed_names)
 
 
@@ -90,72 +127,23 @@ def add_outputs(file: OnnxFile, values: Iterable[str]) -> bytes:
     return data
 
 
-class _Finder:
-    """Finds the contract's values in one graph."""
-
-    def __init__(self, graph: ir.Graph, contract: Contract, names: Mapping[str, str]) -> None:
-        self._graph, self._contract = graph, contract
-        self._ranks = {value: rank for rank, value in enumerate(value for node in graph for value in node.outputs)}
-        inputs = {value.name: value for value in graph.inputs}
-        self._residuals = {slot.name: inputs[names[slot.name]] for slot in contract.slots if names.get(slot.name) in inputs}
-        matches = [(value, match) for value in self._ranks if (match := _OURS.fullmatch(value.name or ""))]
-        slots = {None, *(slot.name for slot in contract.slots)}
-        ours = [(value, match) for value, match in matches if match["slot"] in slots]
-        self._named_sums = {value: match["slot"] for value, match in ours if match["slot"]}
-        self._blocks = {match["module"]: value for value, match in ours if not match["slot"]}
-        if not ours:
-            self._blocks = _find_block_outputs(graph)
-
-    def find_values(self) -> Iterator[Inner]:
-        sums = self._place_sums()
-        slots = self._contract.slots
-        blocks = {slot.producer: sums[slot.name].skip for slot in slots if slot.name in sums} | self._blocks
-        ranked = [(float(self._ranks[value]), Inner(value.name or "", module)) for module, value in blocks.items()]
-        for index, slot in enumerate(slots):
-            residual, skip = self._residuals.get(slot.name), blocks.get(slot.producer)
-            is_read = residual is not None and any(node.op_type not in SIZE_ONLY for node in residual.consumers())
-            if slot.name in sums:
-                value = sums[slot.name].value
-                ranked.append((self._ranks[value], Inner(value.name or "", slot.producer, slot.name)))
-            elif skip is not None and not is_read:
-                # The graph ignores the residual: its bare skip comes before the sum of the next slot that has one.
-                later = [self._ranks[sums[slot.name].value] for slot in slots[index:] if slot.name in sums]
-                rank = min(later) - 0.5 if later else self._ranks[skip] + 0.5
-                ranked.append((rank, Inner(skip.name or "", slot.producer, slot.name)))
-        yield from (value for _, value in sorted(ranked, key=lambda pair: pair[0]))
-        yield from (Inner(value.name or "", LAST) for value in self._graph.outputs[:1])
-
-    def _place_sums(self) -> dict[str, _Sum]:
-        """Return the additions by their slots, told by our own names, by their order if none is missing, or by the skips."""
-        sums, slots = self._list_sums(), self._contract.slots
-        placed: dict[str, _Sum] = {}
-        for index, addition in enumerate(sums):
-            name = self._named_sums.get(addition.value)
-            if not name and len(sums) == len(slots):
-                name = slots[index].name
-            if not name:
-                same_skip = [slot.name for slot in slots if self._blocks.get(slot.producer) is addition.skip]
-                name = addition.residual if addition.residual in same_skip or not same_skip else same_skip[0]
-            placed.setdefault(name, addition)
-        return placed
-
-    def _list_sums(self) -> list[_Sum]:
-        """Return the additions in the order of their skips; of a residual that is added twice in a row, only the second."""
-        sums: dict[ir.Value, _Sum] = {}
-        additions = [
-            _Sum(slot, skip, value)
-            for slot, residual in self._residuals.items()
-            for skip, _, value in find_sums(residual)
-            if {skip, value} <= self._ranks.keys()  # not those in a branch
-        ]
-        for addition in sorted(additions, key=lambda addition: self._ranks[addition.value]):
-            before = sums.get(addition.skip)
-            if before is not None and before.residual == addition.residual:
-                del sums[addition.skip]
-                addition = _Sum(addition.residual, before.skip, addition.value)
-            sums[addition.value] = addition
-        order = {slot.name: index for index, slot in enumerate(self._contract.slots)}
-        return sorted(sums.values(), key=lambda addition: (self._ranks[addition.skip], order[addition.residual]))
+def _list_sums(residuals: Mapping[str, ir.Value], ranks: Mapping[ir.Value, int], contract: Contract) -> list[_Sum]:
+    """Return the additions in the order of their skips; of a residual that is added twice in a row, only the second."""
+    sums: dict[ir.Value, _Sum] = {}
+    additions = [
+        _Sum(slot, skip, value)
+        for slot, residual in residuals.items()
+        for skip, _, value in find_sums(residual)
+        if {skip, value} <= ranks.keys()  # not those in a branch
+    ]
+    for addition in sorted(additions, key=lambda addition: ranks[addition.value]):
+        before = sums.get(addition.skip)
+        if before is not None and before.residual == addition.residual:
+            del sums[addition.skip]
+            addition = _Sum(addition.residual, before.skip, addition.value)
+        sums[addition.value] = addition
+    order = {slot.name: index for index, slot in enumerate(contract.slots)}
+    return sorted(sums.values(), key=lambda addition: (ranks[addition.skip], order[addition.residual]))
 
 
 def _find_block_outputs(graph: ir.Graph) -> dict[str, ir.Value]:

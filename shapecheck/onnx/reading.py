@@ -99,36 +99,33 @@ def read_graph(path: Path, model: ir.Model) -> Reading:
     return Reading(
         path,
         one_line(" ".join(filter(None, (model.producer_name, model.producer_version)))),
-        tuple(_read_tensor(value, live, _find_adds(value, ranks)) for value in declared),
-        tuple(_read_tensor(value, live, ()) for value in graph.outputs),
+        tuple(_read_tensor(value, live, ranks) for value in declared),
+        tuple(_read_tensor(value, live, {}) for value in graph.outputs),
         tuple(sorted({one_line(node.op_type) for node in {*graph} - {*known}})),
         model,
     )
 
 
-def _read_tensor(value: ir.Value, live: set[ir.Value], adds: tuple[ResidualAdd, ...]) -> GraphTensor:
+def _read_tensor(value: ir.Value, live: set[ir.Value], ranks: Mapping[ir.Node, int]) -> GraphTensor:
     dims: list[int | str | None] = []
     for dim in value.shape or ():
         if isinstance(dim, int):
             dims.append(dim if dim > 0 else None)  # some exporters write 0 or -1 for any size
         else:
             dims.append(one_line(dim.value, LONGEST_NAME) if dim.value else None)
+    adds = []
+    for skip, producer, _ in find_sums(value):
+        if producer in ranks:  # not in a branch
+            module = find_module(skip.name or "", producer.name or "", producer.metadata_props.get(SCOPES, ""))
+            adds.append(ResidualAdd(skip.name or "", module, ranks[producer]))
     return GraphTensor(
         value.name or "",
         torch_name(value.dtype.name if value.dtype is not None else "unknown"),
         None if value.shape is None else tuple(dims),
         value in live,
-        adds,
+        tuple(adds),
         any(node.op_type in SIZE_ONLY for node in value.consumers()),
     )
-
-
-def _find_adds(residual: ir.Value, ranks: Mapping[ir.Node, int]) -> tuple[ResidualAdd, ...]:
-    adds = []
-    for skip, producer, _ in find_sums(residual):
-        module = find_module(skip.name or "", producer.name or "", producer.metadata_props.get(SCOPES, ""))
-        adds.append(ResidualAdd(skip.name or "", module, ranks[producer]))
-    return tuple(adds)
 
 
 def find_sums(residual: ir.Value) -> Iterator[tuple[ir.Value, ir.Node, ir.Value]]:

@@ -26,11 +26,10 @@ class DeclaredInput:
 
 @dataclass(frozen=True, slots=True)
 class DeclaredSlot:
-    """A residual as the graph has it."""
+    """A residual as the graph has it, with the shape that the file declares."""
 
     name: str
     shape: str
-    """As the file declares it."""
     skip: str
     """The shape it is added to as measured, (batch, channels, height, width), or `not seen`; empty if that is nothing."""
     producer: str
@@ -56,7 +55,6 @@ class Check:
     fixed: tuple[tuple[str, int], ...]
     """Sizes of a call that the file declares as numbers: of batch, h, w, tokens."""
     geometry: Geometry | None
-    """The one size that was requested."""
     mismatches: tuple[Mismatch, ...]
     notes: tuple[str, ...]
     names: tuple[tuple[str, str], ...]

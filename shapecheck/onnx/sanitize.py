@@ -43,7 +43,14 @@ def convert(path: Path, proto: onnx.ModelProto) -> ir.Model:
         passes.InlinePass()(model)
         model.graph.sort()
         _refuse_unsound(model)
-        _make_printable(model)
+        values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+        taken = {value.name for value in values}
+        for value in values:
+            if (name := one_line(value.name or "", LONGEST_NAME)) != (value.name or ""):
+                if name in taken:
+                    raise ValueError(f"two values are called {one_line(name)}")
+                taken.add(name)
+                value.name = name
     return model
 
 
@@ -80,15 +87,3 @@ def _refuse_unsound(model: ir.Model) -> None:
         constants += [value.const_value for value in graph.initializers.values() if graph is not model.graph]
         if any(isinstance(constant, ir.ExternalTensor) for constant in constants):
             raise ValueError("a constant keeps its data in another file")
-
-
-def _make_printable(model: ir.Model) -> None:
-    """Rename what could not be shown in one line. Raises ValueError if another value has that name."""
-    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
-    taken = {value.name for value in values}
-    for value in values:
-        if (name := one_line(value.name or "", LONGEST_NAME)) != (value.name or ""):
-            if name in taken:
-                raise ValueError(f"two values are called {one_line(name)}")
-            taken.add(name)
-            value.name = name

@@ -79,7 +79,12 @@ def _infer(proto: onnx.ModelProto) -> Shapes:
     try:
         graph, fault = infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True).graph, ""
     except InferenceError as error:
-        graph, fault = infer_shapes(proto).graph, _describe_first_fault(str(error))
+        # The first fault in the message; all that follow from it come after.
+        graph, fault = infer_shapes(proto).graph, " ".join(str(error).split())
+        if match := _FIRST.search(str(error)):
+            sizes = _DISAGREEING.search(match["reason"])
+            reason = f"sizes {sizes[1]} and {sizes[2]} meet on axis {sizes[3]}" if sizes else match["reason"]
+            fault = f"{match['op']} {match['name'] or ''}: {reason}"
     known = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         tensor = value.type.tensor_type
@@ -93,13 +98,3 @@ def _infer(proto: onnx.ModelProto) -> Shapes:
             if before and after and math.prod(before) != math.prod(after):
                 fault = f"Reshape {node.name}: {show(before)} cannot be reshaped to {show(after)}"
     return Shapes(known, one_line(fault, 200))
-
-
-def _describe_first_fault(text: str) -> str:
-    """Return the first fault in onnx's message, which goes on with all that follow from it."""
-    match = _FIRST.search(text)
-    if match is None:
-        return " ".join(text.split())[:200]
-    sizes = _DISAGREEING.search(match["reason"])
-    reason = f"sizes {sizes[1]} and {sizes[2]} meet on axis {sizes[3]}" if sizes else match["reason"]
-    return f"{match['op']} {match['name'] or ''}: {reason}"[:200]

@@ -66,72 +66,66 @@ def sweep_sizes(
 
     Multiples of `allowed` are among the sizes that are tried.
     """
-    trial = _Trial(reading, roles, progress)
-    refused = trial.first_refusal(sizes.survey(_HALVINGS))
-    divisor, failed = 1, refused
-    while failed and divisor < _LARGEST_DIVISOR and not {"h", "w"} <= trial.fixed.keys():
-        divisor *= 2
-        failed = trial.first_refusal(sizes.multiples_of(divisor, _HALVINGS))
-    if divisor < allowed and not failed:
-        failed = trial.first_refusal(sizes.multiples_of(allowed, _HALVINGS))
-    works = next((geometry for geometry, run in trial.runs.items() if not run.fault), None)
-    # Another batch and number of tokens than all the sizes above have.
-    refused_batch = works and trial.first_refusal([replace(works, batch=3, tokens=11)])
-    if requested is not None:
-        trial.first_refusal([requested])
-    return SizeSweep(trial.runs, 0 if failed else divisor, trial.fixed, refused, refused_batch)
+    runs: dict[Geometry, Shapes] = {}
+    fixed = {
+        symbol: dim
+        for tensor in roles.base
+        if tensor == roles.sample or tensor.name == "encoder_hidden_states"
+        for symbol, dim in zip(roles.symbols(tensor), tensor.dims or (), strict=True)
+        if symbol is not None and isinstance(dim, int)
+    }
 
-
-class _Trial:
-    """One graph, tried at one size after another."""
-
-    def __init__(self, reading: Reading, roles: Roles, progress: Progress) -> None:
-        self._reading, self._roles, self._progress = reading, roles, progress
-        self.runs: dict[Geometry, Shapes] = {}
-        self.fixed = {
-            symbol: dim
-            for tensor in roles.base
-            if tensor == roles.sample or tensor.name == "encoder_hidden_states"
-            for symbol, dim in zip(roles.symbols(tensor), tensor.dims or (), strict=True)
-            if symbol is not None and isinstance(dim, int)
-        }
-
-    def first_refusal(self, geometries: Sequence[Geometry]) -> Geometry | None:
+    def find_refusal(geometries: Iterable[Geometry]) -> Geometry | None:
         """Return the first of these sizes, as far as the file leaves them open, at which the graph fails."""
-        output = None if self._roles.is_controlnet else self._reading.image
-        for geometry in dict.fromkeys(geometry.with_sizes(self.fixed) for geometry in geometries):
-            if geometry not in self.runs:
-                self._progress(f"following the shapes at {geometry}")
-                run = self._run(geometry)
-                shape = run.known.get(output.name, ()) if output else ()
-                if not run.fault and output and len(shape) == 4 and shape[2:] != (geometry.height, geometry.width):
-                    sample = f"a sample of {geometry.height}×{geometry.width}"
-                    run = replace(run, fault=f"output {output.name}: is {show(shape[2:])} for {sample}")
-                self.runs[geometry] = run
-            if self.runs[geometry].fault:
+        for geometry in dict.fromkeys(geometry.with_sizes(fixed) for geometry in geometries):
+            if geometry not in runs:
+                progress(f"following the shapes at {geometry}")
+                runs[geometry] = _try_size(reading, roles, geometry)
+            if runs[geometry].fault:
                 return geometry
         return None
 
-    def _run(self, geometry: Geometry) -> Shapes:
-        """Return the shapes if residuals are as large as their skips.
+    refused = find_refusal(sizes.survey(_HALVINGS))
+    divisor, failed = 1, refused
+    while failed and divisor < _LARGEST_DIVISOR and not {"h", "w"} <= fixed.keys():
+        divisor *= 2
+        failed = find_refusal(sizes.multiples_of(divisor, _HALVINGS))
+    if divisor < allowed and not failed:
+        failed = find_refusal(sizes.multiples_of(allowed, _HALVINGS))
+    works = next((geometry for geometry, run in runs.items() if not run.fault), None)
+    # Another batch and number of tokens than all the sizes above have.
+    refused_batch = works and find_refusal([replace(works, batch=3, tokens=11)])
+    if requested is not None:
+        find_refusal([requested])
+    return SizeSweep(runs, 0 if failed else divisor, fixed, refused, refused_batch)
 
-        A residual of one cell fits every skip, so that what it should measure is seen in the skip. If the graph reads
-        sizes off residuals, they get the sizes that were seen, until these are the sizes they had.
-        """
-        shapes: dict[str, Sequence[int | None]] = {tensor.name: (1, 1, 1, 1) for tensor in self._roles.added}
-        for tensor in self._roles.base:
-            if tensor.dims is not None:
-                axes = zip(tensor.dims, self._roles.symbols(tensor), strict=True)
-                shapes[tensor.name] = [_measure(dim, symbol, geometry) for dim, symbol in axes]
-        measured = [tensor for tensor in self._roles.added if tensor.measured and tensor.adds]
-        run = self._reading.at(shapes)
-        for _ in measured:
-            seen = {tensor.name: run.known.get(tensor.adds[0].skip, shapes[tensor.name]) for tensor in measured}
-            if seen.items() <= shapes.items():
-                break
-            shapes |= seen
-            run = self._reading.at(shapes)
-        return run
+
+def _try_size(reading: Reading, roles: Roles, geometry: Geometry) -> Shapes:
+    """Return the shapes if residuals are as large as their skips.
+
+    A residual of one cell fits every skip, so that what it should measure is seen in the skip. If the graph reads sizes off
+    residuals, they get the sizes that were seen, until these are the sizes they had.
+    """
+    shapes: dict[str, Sequence[int | None]] = {tensor.name: (1, 1, 1, 1) for tensor in roles.added}
+    for tensor in roles.base:
+        if tensor.dims is not None:
+            axes = zip(tensor.dims, roles.symbols(tensor), strict=True)
+            shapes[tensor.name] = [_measure(dim, symbol, geometry) for dim, symbol in axes]
+    measured = [tensor for tensor in roles.added if tensor.measured and tensor.adds]
+    run = reading.at(shapes)
+    for _ in measured:
+        seen = {tensor.name: run.known.get(tensor.adds[0].skip, shapes[tensor.name]) for tensor in measured}
+        if seen.items() <= shapes.items():
+            break
+        shapes |= seen
+        run = reading.at(shapes)
+
+    image = None if run.fault or roles.is_controlnet else reading.image
+    shape = run.known.get(image.name, ()) if image else ()
+    if image and len(shape) == 4 and shape[2:] != (geometry.height, geometry.width):
+        sample = f"a sample of {geometry.height}×{geometry.width}"
+        return Shapes(run.known, f"output {image.name}: is {show(shape[2:])} for {sample}")
+    return run
 
 
 def _measure(dim: int | str | None, symbol: str | None, geometry: Geometry) -> int | None:

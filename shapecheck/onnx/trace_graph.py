@@ -12,7 +12,7 @@ import torch
 from onnxscript import optimizer
 from torch import Tensor, nn
 
-from shapecheck.contract import Contract, Dim, Geometry, ShapecheckError
+from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.contract.dims import BATCH, HEIGHT, WIDTH, constant
 from shapecheck.contract.errors import one_line
 from shapecheck.contract.naming import is_feature
@@ -95,15 +95,15 @@ def trace(model: nn.Module, contract: Contract, opset: int) -> ir.Model:
     passes.CommonSubexpressionEliminationPass()(graph)
     passes.RemoveUnusedNodesPass()(graph)
 
-    rules = contract.input_rules
-    for value, (name, rule) in zip(graph.graph.inputs[: len(rules)], rules.items(), strict=True):
-        value.name, value.shape = name, _make_shape(rule)
-    outputs = {slot.name: slot.shape for slot in contract.slots}
+    rules, outputs = contract.input_rules, {slot.name: slot.shape for slot in contract.slots}
+    if contract.role == "unet":
+        outputs = {OUTPUT: (BATCH, constant(contract.config["out_channels"]), HEIGHT, WIDTH)}
+    values = (*graph.graph.inputs[: len(rules)], *graph.graph.outputs)
+    for value, (name, rule) in zip(values, (*rules.items(), *outputs.items()), strict=True):
+        value.name = name
+        value.shape = ir.Shape([dim.scale if dim.symbol is None else str(dim) for dim in rule])
     if contract.role == "unet":
         _name_values(graph, contract)
-        outputs = {OUTPUT: (BATCH, constant(contract.config["out_channels"]), HEIGHT, WIDTH)}
-    for value, (name, rule) in zip(graph.graph.outputs, outputs.items(), strict=True):
-        value.name, value.shape = name, _make_shape(rule)
     return graph
 
 
@@ -120,15 +120,6 @@ def find_bare_skip(skip: ir.Value) -> ir.Value:
     if not any(value.is_graph_input() and is_feature(str(value.name)) for value in terms):
         return skip
     return next(value for value in terms if not value.is_graph_input())
-
-
-def drop_traces(model: ir.Model) -> None:
-    """Drop the stack traces, which have paths of the exporting machine. `list_modules` knows nothing afterwards."""
-    for node in model.graph:
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-    model.graph.name = "shapecheck"
 
 
 def _export(model: nn.Module, tensors: tuple[Tensor, ...], dynamic: list[dict[int, Any]], opset: int) -> ir.Model:
@@ -178,10 +169,6 @@ def _promote(model: ir.Model) -> None:
                 node.graph.insert_before(node, cast)  # type: ignore[union-attr]
                 node.replace_input_with(index, cast.outputs[0])
         node.outputs[0].dtype = widest
-
-
-def _make_shape(rule: tuple[Dim, ...]) -> ir.Shape:
-    return ir.Shape([dim.scale if dim.symbol is None else str(dim) for dim in rule])
 
 
 def _name_values(model: ir.Model, contract: Contract) -> None:
