@@ -28,7 +28,7 @@ def render_text(
     facts = [
         ("held to", bases[checked.basis]),
         ("identity", identity(checked.contract)),
-        ("exporter", checked.exporter or "not said"),
+        ("exporter", checked.exporter or "not stated"),
         ("slots", f"{len(checked.slots)}, {naming}" if checked.slots else ""),
         ("sizes", _describe_sizes(checked)),
     ]

@@ -59,9 +59,9 @@ def export(
     progress("reading the model")
     subject = take(model, variant=variant, offline=offline)
     if subject.role == "controlnet" and adapter:
-        raise ShapecheckError(f"--adapter is for UNets, to take features; {subject.name} is a ControlNet")
+        raise ShapecheckError(f"--adapter is for UNets, and {subject.name} is a ControlNet")
     if subject.role == "controlnet" and not control:
-        raise ShapecheckError(f"--no-control is for UNets, to take no residuals; {subject.name} is a ControlNet")
+        raise ShapecheckError(f"--no-control is for UNets, and {subject.name} is a ControlNet")
     dtype = subject.dtype(dtype)
     if dtype not in _OPSETS:
         raise ShapecheckError(f"no dtype {dtype!r}; known: {', '.join(_OPSETS)}")
@@ -74,6 +74,7 @@ def export(
         refuse_unwritable(data)
     if mode == "none" and data.exists():
         raise ShapecheckError(f"--weights none: {data} exists and would be read as this model's weights; move it away")
+
     progress("observing the contract")
     contract = subject.contract(dtype, control=control, adapter=adapter)
     progress("tracing the graph: half a minute for SD1.5, two minutes for SDXL")
@@ -82,11 +83,13 @@ def export(
     traced.graph.name = "shapecheck"
     for owner in (*traced.graph, *(value for node in traced.graph for value in node.outputs)):
         owner.metadata_props.clear()  # stack traces, with paths of this machine
+
     parameters = list(traced.graph.inputs[len(contract.input_rules) :])
     tensors = subject.tensors([str(value.name) for value in parameters], linked=mode == "link")
     linked = {name: stored for name, stored in tensors.items() if isinstance(stored, TensorLocation)}
     placed = linked if mode == "link" else checkpoints.layout(tensors, dtype, data)
     _bind(traced, parameters, placed, target.parent)
+
     # Only the file has the slots under another project's names; the contract keeps ours.
     slots = [slot.name for slot in contract.slots]
     renamed = dict(zip(slots, names.names(len(slots) - 1), strict=True)) if slots else {}
@@ -104,9 +107,11 @@ def export(
         "shapecheck.versions": json.dumps({"shapecheck": __version__} | {name: version(name) for name in libraries}),
     }
     traced.metadata_props.update(metadata)
+
     with whole(target) as partial:
         ir.save(traced, partial)
-        if mode == "copy":  # last: until every byte is there, no file of an earlier export changes
+        # The weights come last: until every byte is there, no file of an earlier export changes.
+        if mode == "copy":
             copied = lambda *bytes_: progress("copying the weights", *bytes_)  # noqa: E731
             checkpoints.copy(tensors, dtype, data, copied, outdated=target)
     files = (Path(output), *dict.fromkeys(stored.file for stored in placed.values()))
@@ -125,7 +130,7 @@ def _find_target(output: Path) -> Path:
 
 
 def _choose_weights(requested: Weights | None, dtype: str, subject: Subject, target: Path) -> tuple[Weights, str]:
-    """Return where the weights go; and why they are copied, if nobody requested that."""
+    """Return whether to link or copy the weights; and why they are copied, if nobody requested that."""
     if requested == "none":
         return "none", ""
     if subject.live is None and subject.stored is None:

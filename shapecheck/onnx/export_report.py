@@ -80,7 +80,7 @@ def _drop_nonfinite(value: float) -> float | None:
 
 def _describe_weights(exported: Exported) -> str:
     if exported.weights == "none":
-        return f"none yet: they belong in {exported.files[-1].name}, at the places the file gives"
+        return f"none yet: write them to {exported.files[-1].name}, at the offsets that the file states"
     names = [os.path.relpath(file, exported.path.parent) for file in exported.files[1:]]
     places = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     if exported.weights == "link":

@@ -56,13 +56,12 @@ class NodeLocations:
 
 def _find_module_after(node: ir.Node) -> str:
     """Return the module of the first value behind the node that is named after one."""
-    waiting, seen = [node], {node}
+    waiting = [node]
     for following in waiting:  # which grows on the way
         for value in following.outputs:
             if module := find_module(value.name or ""):
                 return module
-            waiting += [user for user in dict.fromkeys(value.consumers()) if user not in seen]
-            seen |= set(value.consumers())
+            waiting += [user for user in dict.fromkeys(value.consumers()) if user not in waiting]
         if len(waiting) > 400:  # the nearest named value is never that far
             break
     return ""

@@ -1,4 +1,4 @@
-"""What an ONNX graph says of itself, whoever exported it: inputs, outputs, and where each residual is added."""
+"""The reading of an ONNX graph, whoever exported it: inputs, outputs, and where each residual is added."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _HALVINGS = 3
 
 @dataclass(frozen=True, slots=True)
 class SizeSweep:
-    """What was seen at each size."""
+    """The shapes seen at each size, and the sizes that work."""
 
     runs: Mapping[Geometry, Shapes]
     divisor: int
