@@ -65,12 +65,12 @@ def test_what_may_hold_a_contract_is_told_from_a_config(tmp_path):
 
 
 BAD = {
-    "empty": (b"", "is no ONNX model"),
-    "text": (b"hello, this is no model at all", "is no ONNX model"),
-    "noise": (bytes(range(256)) * 40, "is no ONNX model"),
-    "long number": (b"\xff" * 30, "is no ONNX model"),
-    "huge length": (b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x3f", "is no ONNX model"),
-    "no graph": (b"\x08\x08", "is no ONNX model"),
+    "empty": (b"", "is not an ONNX model"),
+    "text": (b"hello, this is no model at all", "is not an ONNX model"),
+    "noise": (bytes(range(256)) * 40, "is not an ONNX model"),
+    "long number": (b"\xff" * 30, "is not an ONNX model"),
+    "huge length": (b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x3f", "is not an ONNX model"),
+    "no graph": (b"\x08\x08", "is not an ONNX model"),
     "json": (b'{"a": 1}', "no key 'shapecheck_contract'"),
     "torn json": (b'{"shapecheck_contract": 1, "digest"', "is not valid JSON"),
     "deep json": (b'{"contract": ' + b"[" * 100_000, "is not valid JSON"),
@@ -96,7 +96,7 @@ def test_a_folder_and_nothing_at_all_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["pipe", "pipe.onnx", "pipe.json"])
 def test_nothing_waits_for_a_pipe(name, tmp_path):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ShapecheckError, match="is no regular file"):
+    with pytest.raises(ShapecheckError, match="is not a regular file"):
         contract_of(str(tmp_path / name), progress=str)
-    with pytest.raises(ShapecheckError, match="is no regular file"):
+    with pytest.raises(ShapecheckError, match="is not a regular file"):
         read_contract(tmp_path / name)

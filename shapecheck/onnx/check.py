@@ -1,4 +1,4 @@
-"""An ONNX file against a contract: given, found inside the file, or that of the preset it fits best."""
+"""An ONNX file compared with a contract: the caller's, the one inside the file, or that of the preset that fits best."""
 
 from __future__ import annotations
 
@@ -11,171 +11,159 @@ from shapecheck.contract.mismatch import compare
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.onnx import contract_metadata
 from shapecheck.onnx.file import OnnxFile
-from shapecheck.onnx.findings import Case, findings, size_faults
-from shapecheck.onnx.input_roles import Roles, roles_of, sort_out
-from shapecheck.onnx.reading import GraphTensor, Reading
+from shapecheck.onnx.findings import Case, find_faults, find_size_faults
+from shapecheck.onnx.input_roles import Matching, Roles, assign_roles, diffusers_names
+from shapecheck.onnx.reading import Reading
 from shapecheck.onnx.records import Basis, Check, DeclaredInput, DeclaredSlot
-from shapecheck.onnx.size_sweep import Survey, survey
+from shapecheck.onnx.size_sweep import SizeSweep, sweep_sizes
 from shapecheck.presets.families import architecture
 from shapecheck.progress import Progress, silent
 
 
 def check(
-    file: OnnxFile,
-    contract: Contract | None = None,
-    geometry: Geometry | None = None,
-    *,
-    progress: Progress = silent,
+    file: OnnxFile, contract: Contract | None = None, geometry: Geometry | None = None, *, progress: Progress = silent
 ) -> Check:
-    """Return everything that is wrong with an exported UNet, without its weights: no mismatches if nothing is.
+    """Return everything that is wrong with an exported UNet, without reading its weights.
 
-    The file is held to `contract`; without one to the contract inside the file, else to that of the preset it fits best,
-    else to itself. A ControlNet's file is held to a contract too: its outputs to the slots of a UNet or of its own kind.
+    The file is compared with `contract`; without one with the contract inside the file, else with that of the preset it fits
+    best, else with its own table. Of a ControlNet, the outputs are compared with the slots of a UNet or of its own contract.
     With `geometry` only that size has to work; without it, every size that the contract allows.
-    Where sizes cannot be followed through the graph, `unchecked` says so, and no mismatches do not mean that nothing is wrong.
-    Raises ShapecheckError where the file cannot be read, or shows no residuals and no model is given.
+    If sizes cannot be followed through the graph, `unchecked` says so: no mismatches then do not mean that nothing is wrong.
+    Raises ShapecheckError if the file cannot be read, or shows no residuals and no model is named.
     """
     progress(f"reading {file}")
-    reading = file.reading
-    inside, notes = _inside(file, contract)
-    roles = sort_out(reading)
-    held = contract or inside
-    if roles.is_controlnet and held is None:
+    reading, notes = file.reading, []
+    try:
+        inside = contract_metadata.contract_inside(file)
+    except ShapecheckError as error:
+        if contract is None:
+            raise ShapecheckError(f"{error}; name the model instead: --model MODEL") from None
+        inside, notes = None, [f"the contract inside the file cannot be read: {error}"]
+    roles, expected = assign_roles(reading), contract or inside
+    if roles.is_controlnet and expected is None:
         raise ShapecheckError(
-            f"{file} is a ControlNet (it gives {len(reading.outputs)} outputs) and holds no contract; "
-            "say with --model which UNet its outputs are for, or with --controlnet whether it fits one as a model"
+            f"{file} is a ControlNet ({len(reading.outputs)} outputs) and holds no contract; name the UNet that its outputs "
+            "are for with --model, or check the model that it was exported from with --controlnet"
         )
-    seen = survey(reading, roles, geometry, progress, allowed=held.divisor if held else 1)
+    sweep = sweep_sizes(reading, roles, geometry, progress, allowed=expected.divisor if expected else 1)
     basis: Basis = "given" if contract else "inside"
-    if held is None:
-        held, basis = _best_preset(roles, seen), "preset"
-    if held is None:
-        held, basis = _itself(reading, roles, seen), "none"
-    case = Case(roles, seen, held, geometry, basis == "none")
-    mismatches = _emitted(reading, case) if roles.is_controlnet else findings(case)
+    if expected is None:
+        expected, basis = _find_best_preset(roles, sweep), "preset"
+    if expected is None:
+        expected, basis = _make_own_contract(reading, roles, sweep), "none"
+    case = Case(roles, sweep, expected, geometry, basis == "none")
+    matching = case.matching
+    mismatches = _check_outputs(reading, case) if roles.is_controlnet else find_faults(case)
     return Check(
         str(file),
         reading.producer,
-        held,
+        expected,
         basis,
         roles.naming.key if roles.naming else "",
-        tuple(DeclaredInput(each.name, each.rule, each.dtype) for each in roles.base),
-        _seen_slots(case),
-        seen.divisor,
-        tuple(sorted(seen.fixed.items())),
+        tuple(DeclaredInput(tensor.name, str(tensor), tensor.dtype) for tensor in roles.base),
+        _describe_slots(case, matching),
+        sweep.divisor,
+        tuple(sorted(sweep.fixed.items())),
         geometry,
         mismatches,
-        (*notes, *_notes(case, inside)),
-        case.matching.names,
-        _unchecked(reading, case, mismatches),
+        (*notes, *_write_notes(case, inside)),
+        tuple((slot.name, tensor.name) for slot, tensor in matching.pairs),
+        _find_unchecked(reading, case, mismatches),
     )
 
 
-def _inside(file: OnnxFile, given: Contract | None) -> tuple[Contract | None, list[str]]:
-    """The contract in the file; a damaged one only matters where no other is given."""
-    try:
-        return contract_metadata.contract_inside(file), []
-    except ShapecheckError as error:
-        if given is None:
-            raise ShapecheckError(f"{error}; hold the file to a model instead: --model MODEL") from None
-        return None, [f"the contract inside the file cannot be read: {error}"]
+def _find_best_preset(roles: Roles, sweep: SizeSweep) -> Contract | None:
+    """Return the preset with the fewest faults, or None if each has other inputs than the file or most of its slots wrong."""
+    counts = {}
+    for preset in presets.contracts().values():
+        faults = find_faults(Case(roles, sweep, preset))
+        slots = {slot.name for slot in preset.slots} | {tensor.name for tensor in roles.slots}
+        kinds = {fault.kind for fault in faults if fault.where not in slots}
+        most_are_wrong = 2 * len({fault.where for fault in faults} & slots) >= len(preset.slots)
+        if not most_are_wrong and not kinds & {"channels", "input", "rank", "missing"}:
+            counts[preset] = len(faults)
+    return min(counts, key=lambda preset: counts[preset], default=None)
 
 
-def _best_preset(roles: Roles, seen: Survey) -> Contract | None:
-    """The preset whose contract the file breaks least; None where even that one has other inputs, or most slots wrong."""
-    wrong = {known: findings(Case(roles, seen, known)) for known in presets.contracts().values()}
-    fitting = [known for known, found in wrong.items() if _may_be(known, found, roles)]
-    return min(fitting, key=lambda known: len(wrong[known]), default=None)
-
-
-def _may_be(known: Contract, wrong: Sequence[Mismatch], roles: Roles) -> bool:
-    slots = {slot.name for slot in known.slots} | {each.name for each in roles.slots}
-    other = any(each.kind in ("channels", "input", "rank", "missing") for each in wrong if each.where not in slots)
-    return not other and 2 * len({each.where for each in wrong} & slots) < len(known.slots)
-
-
-def _itself(reading: Reading, roles: Roles, seen: Survey) -> Contract:
-    """The file's own table as a contract: what holds for every UNet can then be asked of it."""
+def _make_own_contract(reading: Reading, roles: Roles, sweep: SizeSweep) -> Contract:
+    """Return the file's own table as a contract, which shows what is wrong with any UNet."""
     if not roles.slots:
-        names = ", ".join(each.name for each in reading.inputs) or "none"
+        names = ", ".join(tensor.name for tensor in reading.inputs) or "none"
         raise ShapecheckError(
             f"{reading.path} takes no residuals (inputs: {names}) and fits no preset; "
-            "say with --model which UNet it should be, or export it with `shapecheck export`"
+            "name the UNet that it should be with --model, or export it with `shapecheck export`"
         )
-    rules = seen.rules(add.skip for each in roles.slots for add in each.adds)
-    slots = []
-    for number, each in enumerate(each for each in roles.slots if each.adds and each.adds[0].skip in rules):
-        index = roles.naming.index(each.name) if roles.naming else number
+    rules = sweep.rules(add.skip for tensor in roles.slots for add in tensor.adds)
+    slots, inputs = [], []
+    for number, tensor in enumerate(tensor for tensor in roles.slots if tensor.adds and tensor.adds[0].skip in rules):
+        index = roles.naming.index(tensor.name) if roles.naming else number
         if index is not None:
-            name = SHAPECHECK.mid if index == -1 else SHAPECHECK.down(index)
-            slots.append(Slot(name, rules[each.adds[0].skip], "full", each.adds[0].module, "", ()))
-    inputs = [own for each in roles.base if (own := _own_input(roles, each))]
+            name, add = SHAPECHECK.mid if index == -1 else SHAPECHECK.down(index), tensor.adds[0]
+            slots.append(Slot(name, rules[add.skip], "full", add.module, "", ()))
+    for tensor in roles.base:
+        axes = zip(tensor.dims or (), roles.symbols(tensor), strict=True)
+        dims = [Dim(symbol) if symbol else Dim(None, size) if isinstance(size, int) else None for size, symbol in axes]
+        shape = tuple(dim for dim in dims if dim is not None)
+        if tensor.dims and len(shape) == len(dims):  # its shape is known
+            inputs.append(Input(diffusers_names(tensor)[0], shape, tensor.dtype, ""))
     return Contract("unknown", tuple(inputs), tuple(sorted(slots, key=lambda slot: slot.name)), Config())
 
 
-def _own_input(roles: Roles, each: GraphTensor) -> Input | None:
-    """A base input as it declares itself; None where its shape is not known."""
-    axes = zip(each.dims or (), roles.symbols(each), strict=True)
-    shape = [Dim(symbol) if symbol else Dim(None, dim) if isinstance(dim, int) else None for dim, symbol in axes]
-    known = tuple(dim for dim in shape if dim is not None)
-    return Input(roles_of(each)[0], known, each.dtype, "") if each.dims and len(known) == len(shape) else None
-
-
-def _emitted(reading: Reading, case: Case) -> tuple[Mismatch, ...]:
-    """What is wrong with a ControlNet's file: its inputs where the contract is a ControlNet's, its sizes, and what it gives."""
+def _check_outputs(reading: Reading, case: Case) -> tuple[Mismatch, ...]:
+    """Return the faults of a ControlNet: its outputs, its sizes, and its inputs if the contract is a ControlNet's."""
     contract = case.contract
-    found = findings(case) if contract.role == "controlnet" else tuple(size_faults(case))
-    slots = [replace(slot, name=case.called(slot)) for slot in contract.slots]
-    names = {each.name for each in reading.outputs}
-    for geometry, run in case.survey.working(case.asked, contract.divisor).items():
-        given = {name: run.known[name] for name in names & run.known.keys()}
-        comparable = [slot for slot in slots if slot.name in given or slot.name not in names]
-        if wrong := compare(comparable, geometry, given):
-            return (*found, *wrong)
-    return found
+    faults = find_faults(case) if contract.role == "controlnet" else tuple(find_size_faults(case))
+    slots = [replace(slot, name=case.name_in_file(slot)) for slot in contract.slots]
+    names = {tensor.name for tensor in reading.outputs}
+    for geometry, run in case.sweep.working(case.requested, contract.divisor).items():
+        shapes = {name: run.known[name] for name in names & run.known.keys()}
+        # An output whose size could not be followed is there all the same.
+        comparable = [slot for slot in slots if slot.name in shapes or slot.name not in names]
+        if mismatches := compare(comparable, geometry, shapes):
+            return (*faults, *mismatches)
+    return faults
 
 
-def _unchecked(reading: Reading, case: Case, mismatches: Sequence[Mismatch]) -> str:
-    """Why the sizes were not looked at; empty where they were, or where it is a fault that none works."""
-    runs = case.survey.working(case.asked, case.contract.divisor).values()
+def _find_unchecked(reading: Reading, case: Case, mismatches: Sequence[Mismatch]) -> str:
+    """Return why the sizes were not checked; nothing if they were, or if it is a fault that none works."""
+    runs = case.sweep.working(case.requested, case.contract.divisor).values()
     if not runs:
-        none = "it works at no size that was tried and that the contract allows"
-        return none if not any(each.kind == "sizes" for each in mismatches) else ""
+        is_fault = any(mismatch.kind == "sizes" for mismatch in mismatches)
+        return "" if is_fault else "it works at no size that was tried and that the contract allows"
     if reading.image is None:
-        return "it gives no image (batch, channels, height, width): only names and structure were checked"
-    told = [reading.image.name, *(each.adds[0].skip for each in case.roles.added if each.adds)]
+        return "it has no image among its outputs (batch, channels, height, width): only names and structure were checked"
+    names = [reading.image.name, *(tensor.adds[0].skip for tensor in case.roles.added if tensor.adds)]
     if case.roles.is_controlnet:
-        called = {case.called(slot) for slot in case.contract.slots}
-        told = [each.name for each in reading.outputs if each.name in called]
-    if all(len(run.known.get(name, ())) == 4 for run in runs for name in told):
+        slots = {case.name_in_file(slot) for slot in case.contract.slots}
+        names = [tensor.name for tensor in reading.outputs if tensor.name in slots]
+    if all(len(run.known.get(name, ())) == 4 for run in runs for name in names):
         return ""
     through = ", ".join(reading.unknown) or "the graph"
     return f"sizes could not be followed through {through}: only names and structure were checked"
 
 
-def _seen_slots(case: Case) -> tuple[DeclaredSlot, ...]:
-    matched = {each.name: slot.name for slot, each in case.matching.slots if each is not None}
-    adds = {each.name: each.adds[0] for each in case.roles.added if each.adds}
-    rules = case.survey.rules(add.skip for add in adds.values())
-    seen = []
-    for each in case.roles.added:
-        add = adds.get(each.name)
-        skip = "" if add is None else show(rules[add.skip]) if add.skip in rules else "not seen"
-        seen.append(DeclaredSlot(each.name, each.rule, skip, add.module if add else "", matched.get(each.name, "")))
-    return tuple(seen)
+def _describe_slots(case: Case, matching: Matching) -> tuple[DeclaredSlot, ...]:
+    slots = {tensor.name: slot.name for slot, tensor in matching.slots if tensor is not None}
+    rules = case.sweep.rules(tensor.adds[0].skip for tensor in case.roles.added if tensor.adds)
+    shapes = {skip: show(rule) for skip, rule in rules.items()}
+    declared = []
+    for tensor in case.roles.added:
+        skip, producer = (shapes.get(tensor.adds[0].skip, "not seen"), tensor.adds[0].module) if tensor.adds else ("", "")
+        declared.append(DeclaredSlot(tensor.name, str(tensor), skip, producer, slots.get(tensor.name, "")))
+    return tuple(declared)
 
 
-def _notes(case: Case, inside: Contract | None) -> list[str]:
-    """What is no fault and still worth knowing."""
-    notes, seen = [], case.survey
+def _write_notes(case: Case, inside: Contract | None) -> list[str]:
+    """Return what is not a fault and still worth knowing."""
+    notes, sweep, naming = [], case.sweep, case.roles.naming
     if inside is not None and architecture(inside) != architecture(case.contract):
         notes.append(f"the contract inside the file is another one: {inside.header.source or inside.digest}")
-    if "tokens" in seen.fixed:
-        notes.append(f"the number of text tokens is fixed at {seen.fixed['tokens']}")
-    if case.roles.slots and case.roles.naming is None:
-        notes.append("the slots' names follow no known scheme: found by the sums they end in, numbered by their order")
-    elif case.roles.naming not in (None, SHAPECHECK):
-        notes.append(f"the slots are named as by {case.roles.naming.origin}")
-    if case.asked is not None and seen.divisor > case.contract.divisor:
-        notes.append(f"other sizes must be multiples of {seen.divisor}: {seen.fault(seen.refused)}")
+    if "tokens" in sweep.fixed:
+        notes.append(f"the number of text tokens is fixed at {sweep.fixed['tokens']}")
+    if case.roles.slots and naming is None:
+        notes.append("the slots' names follow no known scheme: found by the sums they go into, numbered by their order")
+    elif naming not in (None, SHAPECHECK):
+        notes.append(f"the slots are named as by {naming.origin}")
+    if case.requested is not None and sweep.divisor > case.contract.divisor:
+        notes.append(f"other sizes must be multiples of {sweep.divisor}: {sweep.fault(sweep.refused)}")
     return notes

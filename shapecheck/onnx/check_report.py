@@ -1,4 +1,4 @@
-"""What an exported file came to, as text, Markdown or JSON."""
+"""The report on an exported file that was checked, as text, Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shapecheck.report.numbers import dump_json
 def render_text(
     checked: Check, *, form: Format = "human", controlnets: Sequence[str] = (), misfits: Sequence[Mismatch] = ()
 ) -> str:
-    """Return the whole report; `misfits` is what is wrong between UNet and ControlNets, apart from the file's own faults."""
+    """Return the whole report; `misfits` are the mismatches between UNet and ControlNets, apart from the file's own faults."""
     source = checked.contract.header.source or checked.contract.digest
     bases = {
         "given": f"the contract of {source}",
@@ -28,23 +28,16 @@ def render_text(
     facts = [
         ("held to", bases[checked.basis]),
         ("identity", identity(checked.contract)),
-        ("exporter", checked.exporter or "not said"),
+        ("exporter", checked.exporter or "not stated"),
         ("slots", f"{len(checked.slots)}, {naming}" if checked.slots else ""),
         ("sizes", _describe_sizes(checked)),
     ]
     parts: list[Part] = [Facts(facts)]
     if checked.slots:
-        rows = [
-            (
-                number,
-                slot.name,
-                slot.shape,
-                slot.skip or "nothing",
-                slot.producer,
-                "" if slot.slot == slot.name else slot.slot or "none",
-            )
-            for number, slot in enumerate(checked.slots)
-        ]
+        rows = []
+        for number, slot in enumerate(checked.slots):
+            other_name = "" if slot.slot == slot.name else slot.slot or "none"
+            rows.append((number, slot.name, slot.shape, slot.skip or "nothing", slot.producer, other_name))
         headers = ("#", "input", "declared shape", "is added to", "made by", "slot")
         parts += [Heading("Slots as the file has them"), Table(headers, rows)]
     inputs = [(declared.name, declared.shape, declared.dtype) for declared in checked.inputs]
@@ -60,7 +53,7 @@ def render_text(
 
 
 def render_json(checked: Check, *, controlnets: Sequence[str] = (), misfits: Sequence[Mismatch] = ()) -> str:
-    """Return the same for machines."""
+    """Return the same report as JSON."""
     verdict = "not checked" if checked.unchecked else "fine"
     record = {
         "file": checked.path,
@@ -85,12 +78,11 @@ def render_json(checked: Check, *, controlnets: Sequence[str] = (), misfits: Seq
 
 def _describe_sizes(checked: Check) -> str:
     fixed = dict(checked.fixed)
+    works = "every latent size" if checked.divisor == 1 else f"multiples of {checked.divisor} only"
     if checked.divisor == 0:
         works = "works at none that was tried"
     elif {"h", "w"} <= fixed.keys():
         works = "one"
-    else:
-        works = "every latent size" if checked.divisor == 1 else f"multiples of {checked.divisor} only"
     return f"{works}; fixed: {', '.join(f'{symbol}={size}' for symbol, size in fixed.items())}" if fixed else works
 
 
@@ -99,7 +91,7 @@ def _describe_verdict(checked: Check) -> str:
         return f"BROKEN: {count_mismatches(checked.mismatches, 'fault')}"
     if checked.unchecked:
         return f"NOT CHECKED: {checked.unchecked}"
-    emitted = len(checked.contract.slots)
-    slots = f"{emitted} outputs" if emitted and not checked.slots else f"{len(checked.slots)} slots"
-    where = f" at {checked.geometry}" if checked.geometry else ""
-    return f"FINE: {slots} and {len(checked.inputs)} base inputs{where}"
+    outputs = 0 if checked.slots else len(checked.contract.slots)
+    slots = f"{outputs} outputs" if outputs else f"{len(checked.slots)} slots"
+    at = f" at {checked.geometry}" if checked.geometry else ""
+    return f"FINE: {slots} and {len(checked.inputs)} base inputs{at}"

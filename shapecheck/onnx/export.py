@@ -1,4 +1,4 @@
-"""A UNet or ControlNet as an ONNX file: traced without weights, checked, then given the checkpoint's own weights."""
+"""A UNet or ControlNet as an ONNX file: traced without weights, checked, then bound to the checkpoint's own weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import nn
 
-from shapecheck.contract import Contract, ShapecheckError
-from shapecheck.contract.naming import ONNX_NUMBERS, Naming, scheme
+from shapecheck.contract import ShapecheckError
+from shapecheck.contract.naming import ONNX_NUMBERS, scheme
 from shapecheck.files import refuse_unwritable, whole
 from shapecheck.models import weights as checkpoints
 from shapecheck.models.safetensors import TensorLocation
@@ -22,12 +22,8 @@ from shapecheck.onnx.records import Exported, Weights
 from shapecheck.progress import Progress, silent
 from shapecheck.version import __version__
 
-_OLDEST_OPSET = {"float32": 18, "float16": 18, "bfloat16": 22}
-
-
-_USUAL_OPSET = {"float32": 20, "float16": 20, "bfloat16": 22}
-
-
+_OPSETS = {"float32": (18, 20), "float16": (18, 20), "bfloat16": (22, 22)}
+"""The oldest and the usual."""
 _NEWEST_OPSET = 23
 
 
@@ -50,58 +46,80 @@ def export(
     `model` is what `probe` takes, or a ControlNet: a UNet gets one input a slot, a ControlNet one output a slot. `output`
     ends in .onnx.
     `weights`: `link` points into the checkpoint's own safetensors, `copy` writes them to `output` + `.data`, `none` writes
-    neither and leaves that file to be made later; by default they are linked where that is possible, else copied, and
-    `reason` says why. `dtype` is by default the checkpoint's. `opset` is by default 20, for bfloat16 22.
-    `control=False` exports a UNet without slots. With `adapter` it gets an input for each feature of the T2I-Adapter that it
-    implies, beside the slots or without them; zeros there are no adapter. `naming` is a key of `contract.naming.SCHEMES`.
+    neither and leaves that file to be made later; by default they are linked if possible, else copied, and `reason` says why.
+    `dtype` is by default the checkpoint's. `opset` is by default 20, for bfloat16 22.
+    `control=False` exports a UNet without slots. With `adapter` it has an input for each feature of the T2I-Adapter that it
+    implies, beside the slots or without them; zeros there mean no adapter. `naming` is a key of `contract.naming.SCHEMES`.
     `variant` chooses among a checkpoint's files, such as fp16.
 
-    Raises ShapecheckError where the model, the weights or the output cannot serve; nothing is left behind then.
+    Raises ShapecheckError if the model, the weights or the output cannot be used; nothing is left behind then.
     """
-    target, names = _target(Path(output)), scheme(naming)
+    target, names = _find_target(Path(output)), scheme(naming)
     data = target.with_name(f"{target.name}.data")
     progress("reading the model")
     subject = take(model, variant=variant, offline=offline)
     if subject.role == "controlnet" and adapter:
-        raise ShapecheckError(f"--adapter is for UNets, which then take features; {subject.name} is a ControlNet")
+        raise ShapecheckError(f"--adapter is for UNets, and {subject.name} is a ControlNet")
     if subject.role == "controlnet" and not control:
-        raise ShapecheckError(f"--no-control is for UNets, which then take no residuals; {subject.name} is a ControlNet")
+        raise ShapecheckError(f"--no-control is for UNets, and {subject.name} is a ControlNet")
     dtype = subject.dtype(dtype)
-    opset = _choose_opset(opset, dtype)
+    if dtype not in _OPSETS:
+        raise ShapecheckError(f"no dtype {dtype!r}; known: {', '.join(_OPSETS)}")
+    oldest, usual = _OPSETS[dtype]
+    opset = usual if opset is None else opset
+    if not oldest <= opset <= _NEWEST_OPSET:
+        raise ShapecheckError(f"opset {opset} with {dtype}: expected {oldest} to {_NEWEST_OPSET}")
     mode, reason = _choose_weights(weights, dtype, subject, target)
     if mode == "copy":
         refuse_unwritable(data)
     if mode == "none" and data.exists():
-        raise ShapecheckError(f"--weights none: {data} is there and would be read as this model's weights; move it away")
+        raise ShapecheckError(f"--weights none: {data} exists and would be read as this model's weights; move it away")
+
     progress("observing the contract")
     contract = subject.contract(dtype, control=control, adapter=adapter)
     progress("tracing the graph: half a minute for SD1.5, two minutes for SDXL")
-    traced = (trace_graph.trace_unet if contract.role == "unet" else trace_graph.trace_controlnet)(
-        subject.module, contract, opset
-    )
-    postconditions.check(traced, contract)
-    trace_graph.drop_traces(traced)
-    named = len(contract.inputs) + (len(contract.residuals) if contract.role == "unet" else 0)
-    parameters = list(traced.graph.inputs[named:])
-    tensors = subject.tensors([str(each.name) for each in parameters], linked=mode == "link")
+    traced = trace_graph.trace(subject.module, contract, opset)
+    postconditions.check_graph(traced, contract)
+    traced.graph.name = "shapecheck"
+    for owner in (*traced.graph, *(value for node in traced.graph for value in node.outputs)):
+        owner.metadata_props.clear()  # stack traces, with paths of this machine
+
+    parameters = list(traced.graph.inputs[len(contract.input_rules) :])
+    tensors = subject.tensors([str(value.name) for value in parameters], linked=mode == "link")
     linked = {name: stored for name, stored in tensors.items() if isinstance(stored, TensorLocation)}
     placed = linked if mode == "link" else checkpoints.layout(tensors, dtype, data)
     _bind(traced, parameters, placed, target.parent)
-    _rename(traced, contract, names)
+
+    # Only the file has the slots under another project's names; the contract keeps ours.
+    slots = [slot.name for slot in contract.slots]
+    renamed = dict(zip(slots, names.names(len(slots) - 1), strict=True)) if slots else {}
+    for value in (*traced.graph.inputs, *traced.graph.outputs):
+        value.name = renamed.get(str(value.name), value.name)
     identity = "" if mode == "none" else checkpoints.digest(tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
     traced.producer_name, traced.producer_version = "shapecheck", __version__
-    traced.metadata_props.update(_metadata(contract, names, identity))
+    libraries = ("torch", "diffusers", "onnxscript", "onnx", "onnx-ir")
+    metadata = {
+        CONTRACT_KEY: contract.to_json(),
+        "shapecheck.digest": contract.digest,
+        "shapecheck.naming": names.key,
+        "shapecheck.sizes": "any" if contract.divisor == 1 else f"multiples of {contract.divisor}",
+        WEIGHTS_KEY: identity,
+        "shapecheck.versions": json.dumps({"shapecheck": __version__} | {name: version(name) for name in libraries}),
+    }
+    traced.metadata_props.update(metadata)
+
     with whole(target) as partial:
         ir.save(traced, partial)
-        if mode == "copy":  # last: until every byte is there, no file of an earlier export changes
+        # The weights come last: until every byte is there, no file of an earlier export changes.
+        if mode == "copy":
             copied = lambda *bytes_: progress("copying the weights", *bytes_)  # noqa: E731
             checkpoints.copy(tensors, dtype, data, copied, outdated=target)
-    files = (Path(output), *dict.fromkeys(each.file for each in placed.values()))
+    files = (Path(output), *dict.fromkeys(stored.file for stored in placed.values()))
     return Exported(Path(output), contract, mode, reason, files, dtype, opset, naming)
 
 
-def _target(output: Path) -> Path:
-    """Where the file really goes. Raises ShapecheckError where no ONNX file can be written there."""
+def _find_target(output: Path) -> Path:
+    """Return where the file really goes. Raises ShapecheckError if no ONNX file can be written there."""
     if output.suffix.lower() != ".onnx":
         raise ShapecheckError(f"cannot write {output}: the name of an ONNX file ends in .onnx")
     target = output.resolve() if output.is_symlink() else output  # its weights lie beside the file, not beside the link
@@ -111,33 +129,24 @@ def _target(output: Path) -> Path:
     return target
 
 
-def _choose_opset(opset: int | None, dtype: str) -> int:
-    if dtype not in _OLDEST_OPSET:
-        raise ShapecheckError(f"no dtype {dtype!r}; known: {', '.join(_OLDEST_OPSET)}")
-    opset = _USUAL_OPSET[dtype] if opset is None else opset
-    if not _OLDEST_OPSET[dtype] <= opset <= _NEWEST_OPSET:
-        raise ShapecheckError(f"opset {opset} with {dtype}: expected {_OLDEST_OPSET[dtype]} to {_NEWEST_OPSET}")
-    return opset
-
-
-def _choose_weights(wanted: Weights | None, dtype: str, subject: Subject, target: Path) -> tuple[Weights, str]:
-    """How the weights come into the file, and why not by linking where nobody chose."""
-    if wanted == "none":
+def _choose_weights(requested: Weights | None, dtype: str, subject: Subject, target: Path) -> tuple[Weights, str]:
+    """Return whether to link or copy the weights; and why they are copied, if nobody requested that."""
+    if requested == "none":
         return "none", ""
     if subject.live is None and subject.stored is None:
         raise ShapecheckError(
             f"no weights for {subject.name}: {subject.absent}; give a folder that holds them, or --weights none"
         )
     hindrance = subject.unlinkable(dtype, target.parent)
-    if wanted == "link" and hindrance:
+    if requested == "link" and hindrance:
         raise ShapecheckError(f"--weights link: {hindrance}; or use --weights copy")
-    if wanted == "copy" or hindrance:
-        return "copy", "" if wanted == "copy" else hindrance
-    return "link", ""
+    if requested == "copy":
+        return "copy", ""
+    return ("copy", hindrance) if hindrance else ("link", "")
 
 
 def _bind(model: ir.Model, parameters: list[ir.Value], placed: Mapping[str, TensorLocation], folder: Path) -> None:
-    """Turn the parameters from inputs into initializers whose data lies in other files, under the same names."""
+    """Turn the parameters from inputs into initializers with their data in other files, under the same names."""
     for value in parameters:
         stored = placed[str(value.name)]
         model.graph.inputs.remove(value)
@@ -146,23 +155,3 @@ def _bind(model: ir.Model, parameters: list[ir.Value], placed: Mapping[str, Tens
             shape=ir.Shape(stored.shape), name=str(value.name), base_dir=folder,
         )  # fmt: skip
         model.graph.register_initializer(value)
-
-
-def _rename(model: ir.Model, contract: Contract, naming: Naming) -> None:
-    """Call the slots as another project calls them; the contract keeps our names."""
-    ours = [slot.name for slot in contract.slots]
-    theirs = dict(zip(ours, naming.names(len(ours) - 1), strict=True)) if ours else {}
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        value.name = theirs.get(str(value.name), value.name)
-
-
-def _metadata(contract: Contract, naming: Naming, weights: str) -> dict[str, str]:
-    libraries = ("torch", "diffusers", "onnxscript", "onnx", "onnx-ir")
-    return {
-        CONTRACT_KEY: contract.to_json(),
-        "shapecheck.digest": contract.digest,
-        "shapecheck.naming": naming.key,
-        "shapecheck.sizes": "any" if contract.divisor == 1 else f"multiples of {contract.divisor}",
-        WEIGHTS_KEY: weights,
-        "shapecheck.versions": json.dumps({"shapecheck": __version__} | {name: version(name) for name in libraries}),
-    }

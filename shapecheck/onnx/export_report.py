@@ -1,4 +1,4 @@
-"""What an export wrote, as text or JSON."""
+"""The report on an export, as text or JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def render_text(exported: Exported, agreements: Sequence[Agreement] = ()) -> str
     sizes = "every latent size" if contract.divisor == 1 else f"latent sizes that are multiples of {contract.divisor}"
     facts = [
         ("model", f"{contract.class_name} of {contract.header.source}"),
-        ("inputs", ", ".join(given.name for given in contract.inputs)),
+        ("inputs", ", ".join(base.name for base in contract.inputs)),
         ("residuals", f"{slots}, named as by {exported.naming}{features}{' (outputs)' * (contract.role == 'controlnet')}"),
         ("precision", f"{exported.dtype}, opset {exported.opset}"),
         ("sizes", f"{sizes}, every batch"),
@@ -41,13 +41,13 @@ def render_text(exported: Exported, agreements: Sequence[Agreement] = ()) -> str
 
 
 def render_json(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
-    """Return the same for machines."""
+    """Return the same report as JSON."""
     contract = exported.contract
     record = {
         "path": str(exported.path),
         "files": list(map(str, exported.files)),
         "role": contract.role,
-        "inputs": [given.name for given in contract.inputs],
+        "inputs": [base.name for base in contract.inputs],
         "slots": len(contract.slots),
         "features": len(contract.features),
         "naming": exported.naming,
@@ -80,7 +80,7 @@ def _drop_nonfinite(value: float) -> float | None:
 
 def _describe_weights(exported: Exported) -> str:
     if exported.weights == "none":
-        return f"none yet: they belong in {exported.files[-1].name}, at the places the file gives"
+        return f"none yet: write them to {exported.files[-1].name}, at the offsets that the file states"
     names = [os.path.relpath(file, exported.path.parent) for file in exported.files[1:]]
     places = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     if exported.weights == "link":

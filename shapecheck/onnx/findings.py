@@ -1,4 +1,4 @@
-"""What is wrong with a graph that is held to a contract: one record for each fault, all of them at once."""
+"""Faults of a graph that is compared with a contract: one record for each, all of them at once."""
 
 from __future__ import annotations
 
@@ -10,231 +10,212 @@ from shapecheck.contract import Contract, Dim, Geometry, Input, Mismatch, Slot, 
 from shapecheck.contract.mismatch import compare
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import MismatchKind
-from shapecheck.onnx.input_roles import Matching, Roles, match, roles_of
+from shapecheck.onnx.input_roles import Matching, Roles, diffusers_names, match_inputs
 from shapecheck.onnx.reading import GraphTensor
-from shapecheck.onnx.size_sweep import Survey
+from shapecheck.onnx.size_sweep import SizeSweep
 
-_NOTHING = "what is given to it changes nothing, and no runtime says so"
-
-
-_BAKED = "the graph computes with a constant in its place: every call gets the same conditioning"
-
-
-_TIED = "TensorRT ties sizes by equal names only: a residual of another size would not be refused"
-
-
-_CALLED = "callers name the tensors they give; rename it, or give it under this name"
-
-
-_TRACED = "the graph was traced at a convenient size; trace it at an odd one, such as a latent of 17×25"
-
-
-_SHOWN_NAMES = 4
+_IGNORED = "its values change nothing, and no runtime says so"
+_RENAME = "callers pass tensors by name; rename it, or pass it under this name"
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Everything the findings are drawn from."""
+    """Everything that the faults follow from."""
 
     roles: Roles
-    survey: Survey
+    sweep: SizeSweep
     contract: Contract
-    asked: Geometry | None = None
+    requested: Geometry | None = None
     itself: bool = False
-    """Whether the contract is the file's own table: what that leaves out is no fault."""
+    """Whether the contract is the file's own table: what that leaves out is not a fault."""
 
     @property
     def matching(self) -> Matching:
-        """Which graph input stands for what the contract wants."""
-        return match(self.roles, self.contract)
+        return match_inputs(self.roles, self.contract)
 
-    def called(self, slot: Slot) -> str:
-        """What the file's own naming scheme calls a slot."""
+    def name_in_file(self, slot: Slot) -> str:
+        """Return what the file's own naming scheme calls a slot."""
         index = SHAPECHECK.index(slot.name)
         if self.roles.naming is None or index is None:
             return slot.name
         return self.roles.naming.mid if index < 0 else self.roles.naming.down(index)
 
 
-def findings(case: Case) -> tuple[Mismatch, ...]:
-    """Every fault: inputs first, then slots in their order, then what concerns the graph as a whole."""
+def find_faults(case: Case) -> tuple[Mismatch, ...]:
+    """Return every fault: inputs first, then slots in their order, then what concerns the graph as a whole."""
     matching = case.matching
-    found = [
-        *(each for pair in matching.inputs for each in _input(case, matching, *pair)),
-        *_slots(case, matching),
-        *_surplus(case, matching),
-    ]
-    return (*found, *_symbols(matching, {each.where for each in found}), *size_faults(case))
+    faults = [fault for pair in matching.inputs for fault in _check_input(case, matching, *pair)]
+    faults += _check_slots(case, matching)
+    for tensor in matching.surplus:
+        if not tensor.live:
+            faults.append(Mismatch("unused", tensor.name, "no effect on the output", "an effect, or no input", cause=_IGNORED))
+        elif not case.itself:
+            cause = "callers that follow the contract do not pass it"
+            faults.append(Mismatch("surplus", tensor.name, str(tensor), "no such input", cause=cause))
+    return (*faults, *_check_symbols(matching, {fault.where for fault in faults}), *find_size_faults(case))
 
 
-def _input(case: Case, matching: Matching, want: Input, each: GraphTensor | None) -> Iterator[Mismatch]:
-    """What is wrong with one base input."""
-    expected = show(want.shape)
-    if each is None:
-        latents = want.name in ("sample", "controlnet_cond")
-        yield Mismatch("missing" if latents else "baked", want.name, "no such input", expected, cause="" if latents else _BAKED)
+def _check_input(case: Case, matching: Matching, base: Input, tensor: GraphTensor | None) -> Iterator[Mismatch]:
+    expected = show(base.shape)
+    if tensor is None:
+        is_image = base.name in ("sample", "controlnet_cond")
+        cause = "" if is_image else "the graph computes with a constant in its place: every call gets the same conditioning"
+        yield Mismatch("missing" if is_image else "baked", base.name, "no such input", expected, cause=cause)
         return
-    if each.name in matching.renamed:
-        yield Mismatch("name", each.name, each.name, want.name, cause=f"known by its shape; {_CALLED}")
-    if not each.live:
-        yield Mismatch("unused", each.name, "no effect on the output", expected, cause=f"baked: {_NOTHING}")
-    if each.is_float != ("float" in want.dtype):
-        cause = "a fractional timestep is cut off" if want.name == "timestep" else ""
-        yield Mismatch("dtype", each.name, each.dtype, want.dtype, cause=cause)
-    if each.dims is None or len(roles_of(each)) > 1:
+    name = tensor.name
+    if name in matching.renamed:
+        yield Mismatch("name", name, name, base.name, cause=f"recognised by its shape; {_RENAME}")
+    if not tensor.live:
+        yield Mismatch("unused", name, "no effect on the output", expected, cause=f"baked: {_IGNORED}")
+    if tensor.is_float != ("float" in base.dtype):
+        cause = "a fractional timestep is cut off" if base.name == "timestep" else ""
+        yield Mismatch("dtype", name, tensor.dtype, base.dtype, cause=cause)
+    if tensor.dims is None or len(diffusers_names(tensor)) > 1:
         return
-    if len(each.dims) != len(want.shape):
-        yield Mismatch("rank", each.name, each.rule, expected)
+    if len(tensor.dims) != len(base.shape):
+        yield Mismatch("rank", name, str(tensor), expected)
         return
-    numbers = [(dim, size) for dim, size in zip(want.shape, each.dims, strict=True) if isinstance(size, int)]
+    numbers = [(dim, size) for dim, size in zip(base.shape, tensor.dims, strict=True) if isinstance(size, int)]
     if any(dim.symbol is None and size != dim.scale for dim, size in numbers):
-        yield Mismatch("channels" if each.is_image else "input", each.name, each.rule, expected)
-    elif any(dim.symbol == "batch" and "batch" not in case.survey.fixed for dim, _ in numbers):
-        yield Mismatch("input", each.name, each.rule, expected, cause="its batch is fixed, and the sample's is not")
+        yield Mismatch("channels" if tensor.is_image else "input", name, str(tensor), expected)
+    elif any(dim.symbol == "batch" and "batch" not in case.sweep.fixed for dim, _ in numbers):
+        yield Mismatch("input", name, str(tensor), expected, cause="its batch is fixed, and the sample's is not")
 
 
-def _slots(case: Case, matching: Matching) -> Iterator[Mismatch]:
-    places = _wrong_places(case, matching)
-    for slot, each in matching.slots:
-        if each is None:
-            name, cause = case.called(slot), "never exported, or dropped by the exporter because nothing used it"
-            yield Mismatch("missing", name, "no such input", show(slot.shape), None, slot.producer, cause=cause)
+def _check_slots(case: Case, matching: Matching) -> Iterator[Mismatch]:
+    places = _find_wrong_places(case, matching)
+    for slot, tensor in matching.slots:
+        module = slot.producer
+        if tensor is None:
+            name, cause = case.name_in_file(slot), "never exported, or dropped by the exporter because nothing used it"
+            yield Mismatch("missing", name, "no such input", show(slot.shape), None, module, cause=cause)
             continue
-        if each.name in matching.renamed:
-            cause = f"known by the sum it ends in; {_CALLED}"
-            yield Mismatch("name", each.name, each.name, case.called(slot), None, slot.producer, cause=cause)
-        declared = [*_declared(case, slot, each)]
-        yield from declared
-        makers = [add.module or add.skip for add in each.adds]
-        known = slot.producer if not case.itself else ""  # the file's own table says where it is, not where it should be
-        expected = f"added to the output of {known or 'its own module'}"
-        if not each.adds or not each.live:
-            observed = "no effect on the output" if each.adds else "added to nothing"
-            yield Mismatch("unused", each.name, observed, expected, None, slot.producer, cause=_NOTHING)
+        name = tensor.name
+        if name in matching.renamed:
+            cause = f"recognised by the sum it goes into; {_RENAME}"
+            yield Mismatch("name", name, name, case.name_in_file(slot), None, module, cause=cause)
+        wrong = _find_wrong_shape(case, slot, tensor)
+        if wrong:
+            yield Mismatch(wrong[0], name, str(tensor), show(slot.shape), None, module, cause=wrong[1])
+        makers = [add.module or add.skip for add in tensor.adds]
+        # The file's own table says where a slot is, not where it should be.
+        expected = f"added to the output of {(not case.itself and module) or 'its own module'}"
+        if not tensor.adds or not tensor.live:
+            observed = "no effect on the output" if tensor.adds else "added to nothing"
+            yield Mismatch("unused", name, observed, expected, None, module, cause=_IGNORED)
         elif len(makers) > 1:
-            yield Mismatch("order", each.name, f"added to {', '.join(makers)}", "added once", None, slot.producer)
-        elif each.name in places:
-            observed, cause = f"added to the output of {makers[0]}", f"this is the place of {places[each.name]}"
-            yield Mismatch("order", each.name, observed, expected, None, slot.producer, cause=cause)
-        elif not declared:
-            yield from _skip(case, slot, each)
+            yield Mismatch("order", name, f"added to {', '.join(makers)}", "added once", None, module)
+        elif name in places:
+            observed, cause = f"added to the output of {makers[0]}", f"this is the place of {places[name]}"
+            yield Mismatch("order", name, observed, expected, None, module, cause=cause)
+        elif not wrong:
+            yield from _check_skip(case, slot, tensor)
 
 
-def _wrong_places(case: Case, matching: Matching) -> dict[str, str]:
-    """Residuals that are added where another belongs, with the name of that other.
+def _find_wrong_places(case: Case, matching: Matching) -> dict[str, str]:
+    """Return the residuals that are added in another's place, with the name of that other.
 
-    Each skip is computed from the one before it: their order in the graph is that of the slots, whatever the shapes. Where
+    Each skip is computed from the one before it: their order in the graph is that of the slots, whatever the shapes. If
     names tell the modules that make the skips, a residual in the place of a missing one is seen too.
     """
-    placed = [each for each in case.roles.slots if each.adds and case.roles.position(each) is not None]
-    named = sorted(placed, key=lambda each: case.roles.position(each) or 0)
+    placed = [tensor for tensor in case.roles.slots if tensor.adds and case.roles.position(tensor) is not None]
+    named = sorted(placed, key=lambda tensor: case.roles.position(tensor) or 0)
     pairs = zip(placed, named, strict=True)  # two that share a skip, as KOALA's last ones do, may change places
-    found = {each.name: owner.name for each, owner in pairs if each.adds[0].rank != owner.adds[0].rank}
-    owners = {slot.producer: case.called(slot) for slot, _ in reversed(matching.slots) if slot.producer}
-    for slot, each in matching.slots:
-        if each is not None and each.adds and each.name not in found:
-            makers = [producer for producer in owners if f"{each.adds[0].module}.".startswith(f"{producer}.")]
+    places = {tensor.name: owner.name for tensor, owner in pairs if tensor.adds[0].rank != owner.adds[0].rank}
+    owners = {slot.producer: case.name_in_file(slot) for slot, _ in reversed(matching.slots) if slot.producer}
+    for slot, tensor in matching.slots:
+        if tensor is not None and tensor.adds and tensor.name not in places:
+            makers = [producer for producer in owners if f"{tensor.adds[0].module}.".startswith(f"{producer}.")]
             if makers and slot.producer not in makers:
-                found[each.name] = owners[max(makers, key=len)]
-    return found
+                places[tensor.name] = owners[max(makers, key=len)]
+    return places
 
 
-def _declared(case: Case, slot: Slot, each: GraphTensor) -> Iterator[Mismatch]:
-    """The shape the file declares for a residual."""
-    if each.dims is None:
-        return
-    fault: tuple[MismatchKind, str] | None = None
-    if len(each.dims) != 4:
-        fault = "rank", ""
-    elif isinstance(each.dims[1], int) and each.dims[1] != slot.channels:
-        fault = "channels", ""
-    else:
-        pairs = zip(each.dims, slot.shape, strict=True)
-        wrong = [size for size, dim in pairs if isinstance(size, int) and dim.symbol and size != _fixed(dim, case.survey.fixed)]
-        if 1 in wrong:
-            fault = "broadcast", "a residual of one cell is broadcast over the skip, and a whole one refused"
-        elif wrong:
-            fault = "size", f"fixed at {wrong[0]}"
-    if fault:
-        yield Mismatch(fault[0], each.name, each.rule, show(slot.shape), None, slot.producer, cause=fault[1])
+def _find_wrong_shape(case: Case, slot: Slot, tensor: GraphTensor) -> tuple[MismatchKind, str] | None:
+    """Return the kind of fault in the shape that the file declares for a residual, and its cause."""
+    if tensor.dims is None:
+        return None
+    if len(tensor.dims) != 4:
+        return "rank", ""
+    if isinstance(tensor.dims[1], int) and tensor.dims[1] != slot.channels:
+        return "channels", ""
+    axes = zip(tensor.dims, slot.shape, strict=True)
+    wrong = [size for size, dim in axes if isinstance(size, int) and dim.symbol and size != _measure(dim, case.sweep.fixed)]
+    if 1 in wrong:
+        return "broadcast", "a residual of one cell is broadcast over the skip, and a whole one refused"
+    return ("size", f"fixed at {wrong[0]}") if wrong else None
 
 
-def _fixed(dim: Dim, fixed: Mapping[str, int]) -> int | None:
-    """What an axis measures where the file fixes the size it depends on."""
+def _measure(dim: Dim, fixed: Mapping[str, int]) -> int | None:
+    """Return the size of an axis, or None if the file leaves it open."""
     try:
         return dim.at(fixed)
     except (KeyError, ValueError):
         return None
 
 
-def _skip(case: Case, slot: Slot, each: GraphTensor) -> Iterator[Mismatch]:
-    """What the residual is added to, as measured, against the contract's skip: the first size at which they differ."""
-    skips = [replace(one, spatial="full") for one in case.contract.residuals]
-    for geometry, shape in case.survey.measured(each.adds[0].skip).items():
-        if geometry.height % case.contract.divisor == 0 and geometry.width % case.contract.divisor == 0:
-            expected = {one.name: one.shape_at(geometry) for one in skips}
-            for found in compare(skips, geometry, expected | {slot.name: shape}):
-                yield replace(found, where=each.name)
+def _check_skip(case: Case, slot: Slot, tensor: GraphTensor) -> Iterator[Mismatch]:
+    """Compare a residual's skip, as measured, with the contract's, up to the first size at which they differ."""
+    divisor, skips = case.contract.divisor, [replace(residual, spatial="full") for residual in case.contract.residuals]
+    for geometry, shape in case.sweep.measured(tensor.adds[0].skip).items():
+        if geometry.height % divisor == 0 and geometry.width % divisor == 0:
+            shapes = {skip.name: skip.shape_at(geometry) for skip in skips}
+            for mismatch in compare(skips, geometry, shapes | {slot.name: shape}):
+                yield replace(mismatch, where=tensor.name)
                 return
 
 
-def _surplus(case: Case, matching: Matching) -> Iterator[Mismatch]:
-    for each in matching.surplus:
-        if not each.live:
-            yield Mismatch("unused", each.name, "no effect on the output", "an effect, or no input", cause=_NOTHING)
-        elif not case.itself:
-            yield Mismatch("surplus", each.name, each.rule, "no such input", cause="who follows the contract does not give it")
-
-
-def _symbols(matching: Matching, wrong: set[str]) -> Iterator[Mismatch]:
-    """Equal sizes under different names, and one name for different sizes; inputs that are wrong otherwise are left out."""
-    pairs: list[tuple[Input | Slot, GraphTensor | None]] = [*matching.inputs, *matching.slots]
+def _check_symbols(matching: Matching, wrong: set[str]) -> Iterator[Mismatch]:
+    """Find equal sizes under different names, and one name for different sizes, in the inputs that are not wrong otherwise."""
     names: dict[str, list[str | None]] = defaultdict(list)
     meanings: dict[str, dict[str, str]] = defaultdict(dict)
-    for want, each in pairs:
-        if each is None or each.dims is None or each.name in wrong or len(each.dims) != len(want.shape):
+    for expected, tensor in matching.pairs:
+        if tensor.dims is None or tensor.name in wrong or len(tensor.dims) != len(expected.shape):
             continue
-        for declared, dim in zip(each.dims, want.shape, strict=True):
+        for declared, dim in zip(tensor.dims, expected.shape, strict=True):
             if dim.symbol is not None and not isinstance(declared, int):
                 names[str(dim)].append(declared)
                 if declared is not None:
-                    meanings[declared].setdefault(str(dim), each.name)
-    for size, given in names.items():
-        if len(set(given)) > 1 or given.count(None) > 1:
-            texts = [f"`{name}`" if name else "unnamed" for name in dict.fromkeys(given)]
-            more = ", …" if len(texts) > _SHOWN_NAMES else ""
-            yield Mismatch("symbol", size, ", ".join(texts[:_SHOWN_NAMES]) + more, "one name for one size", cause=_TIED)
-    for name, meant in meanings.items():
-        if len(meant) > 1:
-            told = ", ".join(f"{size} in {where}" for size, where in meant.items())
-            yield Mismatch("symbol", name, told, "one size under one name", cause="TensorRT refuses inputs that differ there")
+                    meanings[declared].setdefault(str(dim), tensor.name)
+    for size, declared_names in names.items():
+        if len(set(declared_names)) > 1 or declared_names.count(None) > 1:
+            texts = [f"`{name}`" if name else "unnamed" for name in dict.fromkeys(declared_names)]
+            observed = ", ".join(texts[:4]) + (", …" if len(texts) > 4 else "")
+            cause = "TensorRT ties sizes by equal names only: a residual of another size would not be refused"
+            yield Mismatch("symbol", size, observed, "one name for one size", cause=cause)
+    for name, sizes in meanings.items():
+        if len(sizes) > 1:
+            observed = ", ".join(f"{size} in {where}" for size, where in sizes.items())
+            cause = "TensorRT refuses inputs that differ there"
+            yield Mismatch("symbol", name, observed, "one size under one name", cause=cause)
 
 
-def size_faults(case: Case) -> Iterator[Mismatch]:
-    """Sizes at which the graph cannot work; where one size was asked for, only whether it works there."""
-    survey, asked, divisor = case.survey, case.asked, case.contract.divisor
+def find_size_faults(case: Case) -> Iterator[Mismatch]:
+    """Yield the sizes at which the graph fails; if one size was requested, only whether it fails there."""
+    sweep, requested, divisor = case.sweep, case.requested, case.contract.divisor
     every = f"multiples of {divisor}" if divisor > 1 else "every latent size"
-    fixed = {symbol: size for symbol, size in survey.fixed.items() if symbol != "tokens"}
-    if asked is not None:
-        fault = survey.fault(survey.pinned(asked))
-        if others := {symbol: size for symbol, size in fixed.items() if size != asked.sizes[symbol]}:
-            fault = f"the file fixes {_told(others)}"
+    fixed = {symbol: size for symbol, size in sweep.fixed.items() if symbol != "tokens"}
+    if requested is not None:
+        fault = sweep.fault(requested.with_sizes(sweep.fixed))
+        if others := {symbol: size for symbol, size in fixed.items() if size != requested.sizes[symbol]}:
+            fault = f"the file fixes {_format_sizes(others)}"
         if fault:
-            yield Mismatch("sizes", "sample", "does not work", "works", asked, cause=fault)
+            yield Mismatch("sizes", "sample", "does not work", "works", requested, cause=fault)
         return
     if fixed:
         cause = "exported without dynamic axes; --latent HxW checks this one size"
-        yield Mismatch("sizes", "sample", f"{_told(fixed)} only", f"{every}, every batch", cause=cause)
-    fault = survey.fault(survey.refused)
-    if survey.divisor == 0:
-        yield Mismatch("sizes", "sample", "no size that was tried works", every, survey.refused, cause=fault)
-    elif survey.divisor > divisor:
-        cause = f"{_TRACED}; {fault}"
-        yield Mismatch("sizes", "sample", f"multiples of {survey.divisor} only", every, survey.refused, cause=cause)
-    if other := survey.refused_batch:
+        yield Mismatch("sizes", "sample", f"{_format_sizes(fixed)} only", f"{every}, every batch", cause=cause)
+    fault = sweep.fault(sweep.refused)
+    if sweep.divisor == 0:
+        yield Mismatch("sizes", "sample", "no size that was tried works", every, sweep.refused, cause=fault)
+    elif sweep.divisor > divisor:
+        advice = "the graph was traced at a convenient size; trace it at an odd one, such as a latent of 17×25"
+        observed = f"multiples of {sweep.divisor} only"
+        yield Mismatch("sizes", "sample", observed, every, sweep.refused, cause=f"{advice}; {fault}")
+    if other := sweep.refused_batch:
         observed = f"fails at batch {other.batch} with {other.tokens} tokens"
-        yield Mismatch("sizes", "sample", observed, "every batch and number of tokens", other, cause=survey.fault(other))
+        yield Mismatch("sizes", "sample", observed, "every batch and number of tokens", other, cause=sweep.fault(other))
 
 
-def _told(fixed: Mapping[str, int]) -> str:
-    return ", ".join(f"{symbol}={size}" for symbol, size in fixed.items())
+def _format_sizes(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())

@@ -1,28 +1,21 @@
-"""Which graph input is what: slots by naming scheme or by the sum they end in, the rest by name or by shape."""
+"""The role of each graph input: slots by naming scheme or by the sum they go into, the rest by name or by shape."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shapecheck.contract import Contract, Dim, Input, Slot
-from shapecheck.contract import naming as namings
-from shapecheck.contract.naming import SHAPECHECK, Naming, is_feature
+from shapecheck.contract import Contract, Input, Slot, naming
+from shapecheck.contract.naming import SHAPECHECK, Naming
 from shapecheck.onnx.reading import GraphTensor, Reading
 
-_OTHERS = {
+_COMFYUI_NAMES = {
     "x": ("sample",),
     "timesteps": ("timestep",),
     "context": ("encoder_hidden_states",),
     "y": ("text_embeds", "time_ids"),  # embedded and joined before the graph
 }
-"""ComfyUI's names of the base inputs, and what diffusers calls them."""
-
-
-_FEWEST_RESIDUALS = 4
-
-
 _SYMBOLS: Mapping[str, tuple[str | None, ...]] = {
     "sample": ("batch", None, "h", "w"),
     "encoder_hidden_states": ("batch", "tokens", None),
@@ -34,9 +27,9 @@ class Roles:
     """The graph's inputs, sorted into residuals and the rest."""
 
     naming: Naming | None
-    """Of the residuals, which a UNet takes and a ControlNet gives."""
+    """Scheme of the residuals, which a UNet takes and a ControlNet emits."""
     slots: tuple[GraphTensor, ...]
-    """In the order in which the graph makes their skips; those that are added to nothing last."""
+    """In the order in which the graph computes their skips; those that are added to nothing last."""
     base: tuple[GraphTensor, ...]
     is_controlnet: bool
     features: tuple[GraphTensor, ...] = ()
@@ -44,30 +37,30 @@ class Roles:
 
     @property
     def added(self) -> tuple[GraphTensor, ...]:
-        """Residuals and features."""
         return self.slots + self.features
 
     @property
     def sample(self) -> GraphTensor | None:
-        """The latents: by name, else the only image that is no residual."""
-        images = [each for each in self.base if each.is_image and each.dims]
-        return next((each for each in self.base if "sample" in roles_of(each)), images[0] if len(images) == 1 else None)
+        """The latents: by name, else the only image that is not a residual."""
+        images = [tensor for tensor in self.base if tensor.is_image and tensor.dims]
+        named = (tensor for tensor in self.base if "sample" in diffusers_names(tensor))
+        return next(named, images[0] if len(images) == 1 else None)
 
-    def symbols(self, each: GraphTensor) -> tuple[str | None, ...]:
-        """Which size of a call each axis of a base input is: of batch, h, w, tokens; None for none of them."""
-        rank = len(each.dims or ())
-        known = _SYMBOLS.get("sample" if each == self.sample else roles_of(each)[0], ())
-        return known if len(known) == rank else ("batch", *[None] * rank)[:rank]
+    def symbols(self, tensor: GraphTensor) -> tuple[str | None, ...]:
+        """Return which size of a call each axis of a base input is: batch, h, w or tokens; None for none of them."""
+        rank = len(tensor.dims or ())
+        symbols = _SYMBOLS.get("sample" if tensor == self.sample else diffusers_names(tensor)[0], ())
+        return symbols if len(symbols) == rank else ("batch", *[None] * rank)[:rank]
 
-    def position(self, each: GraphTensor) -> float | None:
-        """The place in slot order that a name claims, mid last; None where it claims none."""
-        index = self.naming.index(each.name) if self.naming else None
+    def position(self, tensor: GraphTensor) -> float | None:
+        """Return the place in slot order that a name claims, mid last, or None."""
+        index = self.naming.index(tensor.name) if self.naming else None
         return math.inf if index == -1 else index
 
 
 @dataclass(frozen=True, slots=True)
 class Matching:
-    """Which graph input stands for what a contract wants."""
+    """The graph input that stands for each input and slot of a contract."""
 
     slots: tuple[tuple[Slot, GraphTensor | None], ...]
     """Of residuals, then of features."""
@@ -76,81 +69,71 @@ class Matching:
     renamed: frozenset[str]
 
     @property
-    def names(self) -> tuple[tuple[str, str], ...]:
-        """Inputs of the contract that were found: the contract's name, and the file's."""
-        inputs = [(own.name, each.name) for own, each in self.inputs if each is not None]
-        return (*inputs, *((own.name, each.name) for own, each in self.slots if each is not None))
+    def pairs(self) -> list[tuple[Input | Slot, GraphTensor]]:
+        """The inputs and slots of the contract that the file has."""
+        pairs: list[tuple[Input | Slot, GraphTensor | None]] = [*self.inputs, *self.slots]
+        return [(expected, tensor) for expected, tensor in pairs if tensor is not None]
 
 
-def roles_of(each: GraphTensor) -> tuple[str, ...]:
-    """What diffusers calls this base input; two names for one that joins two."""
-    return _OTHERS.get(each.name, (each.name,))
+def diffusers_names(tensor: GraphTensor) -> tuple[str, ...]:
+    """Return what diffusers calls this base input: two names for one that joins two."""
+    return _COMFYUI_NAMES.get(tensor.name, (tensor.name,))
 
 
-def sort_out(reading: Reading) -> Roles:
-    """Sort a graph's inputs."""
-    naming = namings.detect(each.name for each in reading.inputs)
-    features = tuple(each for each in reading.inputs if is_feature(each.name))
-    slots = [each for each in reading.inputs if each not in features and _is_slot(each, naming)]
-    slots.sort(key=lambda each: min((add.rank for add in each.adds), default=math.inf))
-    emits = not slots and not features and len(reading.outputs) >= _FEWEST_RESIDUALS
-    base = tuple(each for each in reading.inputs if each not in slots and each not in features)
-    is_controlnet = emits or any(each.name == "controlnet_cond" for each in base)
+def assign_roles(reading: Reading) -> Roles:
+    """Sort a graph's inputs into slots, features and base inputs."""
+    scheme = naming.detect(tensor.name for tensor in reading.inputs)
+    slots, features, base = [], [], []
+    for tensor in reading.inputs:
+        is_named = scheme is not None and scheme.index(tensor.name) is not None
+        if naming.is_feature(tensor.name):
+            features.append(tensor)
+        elif is_named or (tensor.is_image and tensor.adds and "sample" not in diffusers_names(tensor)):
+            slots.append(tensor)
+        else:
+            base.append(tensor)
+    slots.sort(key=lambda tensor: min((add.rank for add in tensor.adds), default=math.inf))
+    # Fewer than four outputs are not a ControlNet's.
+    is_controlnet = not slots and not features and len(reading.outputs) >= 4
+    is_controlnet |= any(tensor.name == "controlnet_cond" for tensor in base)
     if is_controlnet:
-        naming = namings.detect(each.name for each in reading.outputs)
-    return Roles(naming, tuple(slots), base, is_controlnet, features)
+        scheme = naming.detect(tensor.name for tensor in reading.outputs)
+    return Roles(scheme, tuple(slots), tuple(base), is_controlnet, tuple(features))
 
 
-def match(roles: Roles, contract: Contract) -> Matching:
-    """Give every slot and base input of the contract the graph input that stands for it."""
-    slots = _match_slots(roles, contract.slots if contract.role == "unet" else ())
-    slots |= {each.name: each for each in roles.features if each.name in {slot.name for slot in contract.features}}
-    inputs, renamed = _match_inputs(roles.base, contract.inputs)
-    taken = [*slots.values(), *inputs.values()]
-    if roles.naming:
-        renamed += [each.name for each in slots.values() if each in roles.slots and roles.position(each) is None]
+def match_inputs(roles: Roles, contract: Contract) -> Matching:
+    """Find the graph input that stands for each slot and base input of the contract."""
+    # Slots match by name; a nameless one takes the first place that is left, in the order of the graph.
+    expected_slots = contract.slots if contract.role == "unet" else ()
+    places = {slot.name: math.inf if slot.name == SHAPECHECK.mid else SHAPECHECK.index(slot.name) for slot in expected_slots}
+    claimed = {roles.position(tensor): tensor for tensor in roles.slots}
+    nameless = [tensor for tensor in roles.slots if roles.position(tensor) is None]
+    slots = {name: claimed[place] for name, place in places.items() if place is not None and place in claimed}
+    slots |= dict(zip([name for name in places if name not in slots], nameless, strict=False))
+    slots |= {tensor.name: tensor for tensor in roles.features if tensor.name in {slot.name for slot in contract.features}}
+    renamed = {tensor.name for tensor in slots.values() if roles.naming and tensor in nameless}
+
+    # Base inputs match by name, the others by rank and constant sizes.
+    named = {name: tensor for tensor in roles.base for name in diffusers_names(tensor)}
+    unmatched = [tensor for tensor in roles.base if not {base.name for base in contract.inputs} & {*diffusers_names(tensor)}]
+    inputs: dict[str, GraphTensor | None] = {}
+    for base in contract.inputs:
+        stand_ins = [named[base.name]] if base.name in named else [tensor for tensor in unmatched if _fits(tensor, base)]
+        inputs[base.name] = stand_ins[0] if stand_ins else None
+        if stand_ins and stand_ins[0] in unmatched:
+            unmatched.remove(stand_ins[0])
+            renamed.add(stand_ins[0].name)
+    matched = [*slots.values(), *inputs.values()]
     return Matching(
         tuple((slot, slots.get(slot.name)) for slot in contract.residuals if contract.role == "unet"),
-        tuple((each, inputs.get(each.name)) for each in contract.inputs),
-        tuple(each for each in (*roles.base, *roles.added) if each not in taken),
+        tuple((base, inputs[base.name]) for base in contract.inputs),
+        tuple(tensor for tensor in (*roles.base, *roles.added) if tensor not in matched),
         frozenset(renamed),
     )
 
 
-def _is_slot(each: GraphTensor, naming: Naming | None) -> bool:
-    if naming is not None and naming.index(each.name) is not None:
-        return True
-    return each.is_image and bool(each.adds) and "sample" not in roles_of(each)
-
-
-def _match_slots(roles: Roles, slots: Iterable[Slot]) -> dict[str, GraphTensor]:
-    """By name; what no name tells takes the places that are left, in the order of the graph."""
-    claimed = {roles.position(each): each for each in roles.slots}
-    places = {slot.name: math.inf if slot.name == SHAPECHECK.mid else SHAPECHECK.index(slot.name) for slot in slots}
-    matched = {name: claimed[place] for name, place in places.items() if place is not None and place in claimed}
-    nameless = [each for each in roles.slots if roles.position(each) is None]
-    return matched | dict(zip((name for name in places if name not in matched), nameless, strict=False))
-
-
-def _match_inputs(base: Sequence[GraphTensor], wanted: Iterable[Input]) -> tuple[dict[str, GraphTensor], list[str]]:
-    """By name; what remains by rank and constant sizes, with the names of those."""
-    matched = {role: each for each in base for role in roles_of(each)}
-    left = [each for each in base if not {want.name for want in wanted} & set(roles_of(each))]
-    renamed = []
-    for want in wanted:
-        stand_in = next((each for each in left if want.name not in matched and _fits(each, want)), None)
-        if stand_in is not None:
-            left.remove(stand_in)
-            matched[want.name] = stand_in
-            renamed.append(stand_in.name)
-    return {want.name: matched[want.name] for want in wanted if want.name in matched}, renamed
-
-
-def _fits(each: GraphTensor, wanted: Input) -> bool:
-    if each.dims is None or len(each.dims) != len(wanted.shape) or each.is_float != ("float" in wanted.dtype):
+def _fits(tensor: GraphTensor, base: Input) -> bool:
+    if tensor.dims is None or len(tensor.dims) != len(base.shape) or tensor.is_float != ("float" in base.dtype):
         return False
-    return all(_may_be(declared, dim) for declared, dim in zip(each.dims, wanted.shape, strict=True))
-
-
-def _may_be(declared: int | str | None, dim: Dim) -> bool:
-    return not isinstance(declared, int) or dim.symbol is not None or declared == dim.scale
+    axes = zip(tensor.dims, base.shape, strict=True)
+    return all(not isinstance(size, int) or dim.symbol is not None or size == dim.scale for size, dim in axes)

@@ -1,4 +1,4 @@
-"""What an exported file came to when it was held to a contract."""
+"""Records of what `check` saw in an exported file, and of what `export` wrote."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shapecheck.contract.contract import Contract
-from shapecheck.contract.geometry import Geometry
-from shapecheck.contract.records import Mismatch
+from shapecheck.contract import Contract, Geometry, Mismatch
 
 Basis = Literal["given", "inside", "preset", "none"]
 """Where the contract came from: the caller, the file, the preset that fits best, or the file's own table alone."""
+Weights = Literal["link", "copy", "none"]
+"""Whether the weights stay in the checkpoint, are copied to a file of their own, or are left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,47 +26,41 @@ class DeclaredInput:
 
 @dataclass(frozen=True, slots=True)
 class DeclaredSlot:
-    """A residual as the graph has it."""
+    """A residual as the graph has it, with the shape that the file declares."""
 
     name: str
     shape: str
-    """As the file declares it."""
     skip: str
-    """What it is added to, (batch, channels, height, width) as measured, or `not seen`; empty where that is nothing."""
+    """The shape it is added to as measured, (batch, channels, height, width), or `not seen`; empty if that is nothing."""
     producer: str
-    """The module that makes the skip, where the file's names tell it."""
+    """The module that makes the skip, if the file's names tell it."""
     slot: str
-    """The contract's slot it stands for; empty for none."""
+    """The contract's slot that it stands for; empty for none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """An exported file, what it was held to, and everything that is wrong with it."""
+    """An exported file, the contract it was compared with, and everything that is wrong with it."""
 
     path: str
     exporter: str
     contract: Contract
     basis: Basis
     naming: str
-    """Key of the naming scheme of the slots; empty where they were found by graph walk."""
+    """Key of the naming scheme of the slots; empty if they were found by graph walk."""
     inputs: tuple[DeclaredInput, ...]
     slots: tuple[DeclaredSlot, ...]
     divisor: int
-    """The graph works at multiples of this; 0 where it worked at no size that was tried."""
+    """The graph works at multiples of this; 0 if it worked at no size that was tried."""
     fixed: tuple[tuple[str, int], ...]
     """Sizes of a call that the file declares as numbers: of batch, h, w, tokens."""
     geometry: Geometry | None
-    """The one size that was asked for."""
     mismatches: tuple[Mismatch, ...]
     notes: tuple[str, ...]
     names: tuple[tuple[str, str], ...]
-    """Inputs of the contract that were found: the contract's name, and the file's."""
+    """Inputs of the contract that the file has: the contract's name, and the file's."""
     unchecked: str
-    """Why the sizes were not looked at; empty where they were."""
-
-
-Weights = Literal["link", "copy", "none"]
-"""Whether the weights stay in the checkpoint, lie in a file of their own, or are not there at all."""
+    """Why the sizes were not checked; empty if they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +71,9 @@ class Exported:
     contract: Contract
     weights: Weights
     reason: str
-    """Why the weights were copied although nobody asked for that; else empty."""
+    """Why the weights were copied although nobody requested it; else empty."""
     files: tuple[Path, ...]
-    """Every file the model needs: the ONNX file, then those its weights lie in."""
+    """Every file that the model needs: the ONNX file, then those of its weights."""
     dtype: str
     opset: int
     naming: str
@@ -97,5 +91,5 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is allowed; where PyTorch's own error is infinite or not a number, nothing is."""
+        """Whether the difference is allowed; if PyTorch's own error is infinite or not a number, none is."""
         return math.isfinite(self.allowed) and self.difference <= self.allowed

@@ -1,4 +1,4 @@
-"""The shape of every value in a graph at given input sizes, and the first node that cannot work there."""
+"""The shape of every value in a graph at given input sizes, and the first node that fails there."""
 
 from __future__ import annotations
 
@@ -15,108 +15,86 @@ from onnxscript import optimizer
 from shapecheck.contract import Shape, show
 from shapecheck.contract.errors import one_line
 
-FEW = 64
+_FEW = 64
 """Elements of a tensor that may hold sizes; a larger one is a weight, and never read."""
-
-
 _FIRST = re.compile(r"\(op_type:\s*(?P<op>\w+)(?:, node name: (?P<name>[^)]*))?\): (?:\[\w+\] )?(?P<reason>[^\n]*)")
-
-
 _DISAGREEING = re.compile(r"Inferred=(\d+) Declared=(\d+) Dimension=(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Shapes by value name, where they are known."""
+    """Shapes by value name, as far as they are known."""
 
     known: Mapping[str, Shape]
     fault: str
-    """The first node that cannot work at these sizes, and why; empty where all can."""
+    """The first node that fails at these sizes, and why; empty if none does."""
 
 
 def parameters_to_inputs(graph: ir.Graph) -> None:
     """Make every weight an input without a value, so that nothing can read it; tensors that may hold sizes stay."""
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.size > FEW:
+        if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.size > _FEW:
             del graph.initializers[name]
             value.const_value = None
             if not value.is_graph_input():
                 graph.inputs.append(value)
 
 
-def shapes_at(model: ir.Model, given: Mapping[str, Sequence[int | None]]) -> Shapes:
-    """Every shape where the inputs have the given ones; an input that is not given has the shape the file declares.
+def infer_shapes_at(model: ir.Model, sizes: Mapping[str, Sequence[int | None]]) -> Shapes:
+    """Return every shape if the inputs have these; an input without an entry has the shape that the file declares.
 
     `model` has its weights among its inputs, as `parameters_to_inputs` leaves them, and is not changed.
     """
-    proto = _sized(ir.to_proto(model), given)
-    found = _inferred(proto)
-    if not found.fault and all(each.name in found.known for each in proto.graph.output):
-        return found
-    folded = ir.from_proto(proto)
-    optimizer.fold_constants(folded, onnx_shape_inference=True, should_fold=_unless_large)  # onnx propagates no division
-    return _inferred(ir.to_proto(folded))
-
-
-def _sized(proto: onnx.ModelProto, given: Mapping[str, Sequence[int | None]]) -> onnx.ModelProto:
-    """With the given inputs, and without what the file declares of other values: it may be true of one size only."""
-    for each in proto.graph.input:
-        if (shape := given.get(each.name)) is not None:
-            each.type.CopyFrom(onnx.helper.make_tensor_type_proto(each.type.tensor_type.elem_type, shape))
+    proto = ir.to_proto(model)
+    for value in proto.graph.input:
+        if (shape := sizes.get(value.name)) is not None:
+            value.type.CopyFrom(onnx.helper.make_tensor_type_proto(value.type.tensor_type.elem_type, shape))
+    # What the file declares of other values may be true of one size only.
     del proto.graph.value_info[:]
-    for each in proto.graph.output:
-        each.type.tensor_type.ClearField("shape")
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
     for node in proto.graph.node:
+        # onnx has no inference rule for GroupNormalization, which keeps the shape.
         if node.op_type == "GroupNormalization" and not node.domain:
-            # onnx has no inference rule for it; what it does to a shape is nothing
             node.op_type = "Identity"
             del node.input[1:]
             del node.attribute[:]
-    return proto
+    shapes = _infer(proto)
+    if not shapes.fault and all(value.name in shapes.known for value in proto.graph.output):
+        return shapes
+
+    # onnx does not propagate divisions, folding does: but only of what is as small as sizes are.
+    def should_fold(node: ir.Node) -> bool | None:
+        outputs = [value.shape for value in node.outputs]
+        few = all(shape is not None and shape.is_static() and math.prod(shape.numpy()) <= _FEW for shape in outputs)
+        return None if few else False
+
+    folded = ir.from_proto(proto)
+    optimizer.fold_constants(folded, onnx_shape_inference=True, should_fold=should_fold)
+    return _infer(ir.to_proto(folded))
 
 
-def _inferred(proto: onnx.ModelProto) -> Shapes:
+def _infer(proto: onnx.ModelProto) -> Shapes:
     try:
         graph, fault = infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True).graph, ""
     except InferenceError as error:
-        graph, fault = infer_shapes(proto).graph, _first(str(error))
-    values = (*graph.input, *graph.initializer, *graph.value_info, *graph.output)
-    known = {value.name: shape for value in values if (shape := _shape(value)) is not None}
-    return Shapes(known, one_line(fault or _lost_elements(graph, known), 200))
-
-
-def _unless_large(node: ir.Node) -> bool | None:
-    """What the folding pass asks: fold only what makes a few numbers, as sizes are."""
-    shapes = [value.shape for value in node.outputs]
-    few = all(shape is not None and shape.is_static() and math.prod(shape.numpy()) <= FEW for shape in shapes)
-    return None if few else False
-
-
-def _first(text: str) -> str:
-    """The first fault in onnx's message, which goes on with all that follow from it."""
-    match = _FIRST.search(text)
-    if match is None:
-        return " ".join(text.split())[:200]
-    sizes = _DISAGREEING.search(match["reason"])
-    reason = f"sizes {sizes[1]} and {sizes[2]} meet on axis {sizes[3]}" if sizes else match["reason"]
-    return f"{match['op']} {match['name'] or ''}: {reason}"[:200]
-
-
-def _lost_elements(graph: onnx.GraphProto, known: Mapping[str, Shape]) -> str:
-    """The first Reshape that loses or gains elements, which onnx's own rule does not look at."""
+        # The first fault in the message; all that follow from it come after.
+        graph, fault = infer_shapes(proto).graph, " ".join(str(error).split())
+        if match := _FIRST.search(str(error)):
+            sizes = _DISAGREEING.search(match["reason"])
+            reason = f"sizes {sizes[1]} and {sizes[2]} meet on axis {sizes[3]}" if sizes else match["reason"]
+            fault = f"{match['op']} {match['name'] or ''}: {reason}"
+    known = {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        tensor = value.type.tensor_type
+        if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+            known[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
+    known |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type == "Reshape":
+        # onnx's own rule does not count the elements of a Reshape.
+        if node.op_type == "Reshape" and not fault:
             before, after = known.get(node.input[0], ()), known.get(node.output[0], ())
             if before and after and math.prod(before) != math.prod(after):
-                return f"Reshape {node.name}: {show(before)} cannot be reshaped to {show(after)}"
-    return ""
-
-
-def _shape(value: onnx.ValueInfoProto | onnx.TensorProto) -> Shape | None:
-    if isinstance(value, onnx.TensorProto):
-        return tuple(value.dims)
-    tensor = value.type.tensor_type
-    if not tensor.HasField("shape") or not all(dim.HasField("dim_value") for dim in tensor.shape.dim):
-        return None
-    return tuple(dim.dim_value for dim in tensor.shape.dim)
+                fault = f"Reshape {node.name}: {show(before)} cannot be reshaped to {show(after)}"
+    return Shapes(known, one_line(fault, 200))

@@ -145,11 +145,11 @@ def sequence(model):
 )
 def test_the_exporter_refuses_a_graph_that_is_not_what_the_contract_says(traced, fault, message):
     model, contract = traced
-    postconditions.check(model, contract)
+    postconditions.check_graph(model, contract)
     twin = model.clone()
     fault(twin)
     with pytest.raises(postconditions.ExportError, match=message):
-        postconditions.check(twin, contract)
+        postconditions.check_graph(twin, contract)
 
 
 def test_the_exporter_refuses_a_controlnet_whose_outputs_are_not_the_contracts(tmp_path):
@@ -157,8 +157,8 @@ def test_the_exporter_refuses_a_controlnet_whose_outputs_are_not_the_contracts(t
         contract = probe_controlnet(small.controlnet(small.unet(**SHALLOW)))
     model = onnx_ir.load(onnx_files.plan(tmp_path / "net.onnx", contract))
     parameters_to_inputs(model.graph)
-    postconditions.check(model, contract)
+    postconditions.check_graph(model, contract)
     first, third = model.graph.outputs[0], model.graph.outputs[2]
     first.name, third.name = third.name, first.name
     with pytest.raises(postconditions.ExportError, match="shapes at batch 2, latent 17×33"):
-        postconditions.check(model, contract)
+        postconditions.check_graph(model, contract)

@@ -269,7 +269,7 @@ def test_weights_of_an_earlier_export_are_never_taken_for_this_ones(folder):
     (folder / "unet.onnx.data").write_bytes(b"of another model")
     result = run(folder, "-o", folder / "unet.onnx", "--weights", "none")
     assert result.exit_code == 2
-    assert "unet.onnx.data is there and would be read as this model's weights" in result.stderr
+    assert "unet.onnx.data exists and would be read as this model's weights" in result.stderr
     assert names(folder) == ["unet", "unet.onnx.data"]
 
 

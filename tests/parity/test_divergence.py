@@ -395,7 +395,7 @@ def test_an_unknown_value_and_no_model_at_all_are_told(case, tmp_path):
         add_outputs(OnnxFile(case.path), ["nowhere", "out_sample"])
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"\x01nothing")
-    with pytest.raises(ShapecheckError, match="is no ONNX model"):
+    with pytest.raises(ShapecheckError, match="is not an ONNX model"):
         find_values(OnnxFile(broken), case.contract, case.names)
 
 

@@ -318,7 +318,7 @@ def files(made: Made, **changes: str) -> tuple[str, ...]:
         ({"backends": "ort", "onnx": ""}, "ort runs ONNX files: give one with --shapecheck-onnx"),
         ({"onnx": "nowhere.onnx"}, "cannot read nowhere.onnx: No such file or directory"),
         ({"engine": "nowhere.plan"}, "nowhere.plan"),
-        ({"onnx": "text.onnx"}, "text.onnx is no ONNX model: "),
+        ({"onnx": "text.onnx"}, "text.onnx is not an ONNX model: "),
         ({"model": "sd15"}, "no weights for"),
         ({"model": "nowhere/at/all"}, "nowhere/at/all"),
         ({"batch": "2"}, "--shapecheck-batch and --shapecheck-tokens go with --shapecheck-sizes"),
