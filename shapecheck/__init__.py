@@ -80,5 +80,5 @@ def __getattr__(name: str) -> Any:
         try:
             return getattr(import_module(_LAZY[name]), name)
         except ModuleNotFoundError as error:
-            raise extras.missing(error, f"shapecheck.{name}") from error
+            raise extras.explain_missing(error, f"shapecheck.{name}") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -75,7 +75,7 @@ def _from_json(path: Path) -> Contract:
     return _read(path, lambda: Contract.from_json(inner) if isinstance(inner, str) else Contract.from_value(inner or record))
 
 
-def contract_of(model: str, *, offline: bool = False, progress: Progress) -> Contract:
+def resolve_contract(model: str, *, offline: bool = False, progress: Progress) -> Contract:
     """The contract of a preset or a file that holds one, else that of a model observed now.
 
     Raises ShapecheckError where there is neither.
@@ -84,6 +84,6 @@ def contract_of(model: str, *, offline: bool = False, progress: Progress) -> Con
         return presets.contract(model)
     if may_hold_contract(Path(model)):
         return read_contract(model)
-    from shapecheck.observe.request import Request, carry_out
+    from shapecheck.observe.request import Request, run_probe
 
-    return carry_out(Request(model), offline=offline, progress=progress).contract
+    return run_probe(Request(model), offline=offline, progress=progress).contract

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from shapecheck.contract.contract import Contract
 from shapecheck.contract.dims import show
 from shapecheck.contract.records import Input, Slot
-from shapecheck.presets.families import architecture, families, identity
+from shapecheck.presets.families import describe_families, extract_architecture, find_families
 from shapecheck.report.document import Document, Facts, Format, Heading, Part, Points, Table
 from shapecheck.report.numbers import dump_json, format_count
 
@@ -33,7 +33,7 @@ class Difference:
     b: str | None
 
 
-def differences(a: Contract, b: Contract) -> tuple[Difference, ...]:
+def list_differences(a: Contract, b: Contract) -> tuple[Difference, ...]:
     """Everything in which the contracts differ; empty exactly where they are equal.
 
     In the order model, base inputs, slots, features, settings; A's order of inputs and slots, then what only B has.
@@ -130,13 +130,13 @@ class Side:
 
 def render_text(a: Side, b: Side, *, form: Format = "human") -> str:
     """Return the whole report."""
-    found = differences(a.contract, b.contract)
+    found = list_differences(a.contract, b.contract)
     facts = []
     for letter, side in zip("AB", (a, b), strict=True):
         contract = side.contract
         name = contract.header.source or side.name
         facts += [
-            (letter, f"{name}: {contract.class_name}, {len(contract.slots)} slots, {identity(contract)}"),
+            (letter, f"{name}: {contract.class_name}, {len(contract.slots)} slots, {describe_families(contract)}"),
             (f"digest {letter}", contract.digest),
         ]
     parts: list[Part] = [Points(explain_differences(a, b)), Facts(facts)]
@@ -165,7 +165,7 @@ def render_json(a: Side, b: Side) -> str:
         "meaning": list(explain_differences(a, b)),
         "a": _record_side(a),
         "b": _record_side(b),
-        "differences": [asdict(difference) for difference in differences(a.contract, b.contract)],
+        "differences": [asdict(difference) for difference in list_differences(a.contract, b.contract)],
         "notes": list(_list_notes(a.contract, b.contract)),
     }
     return dump_json(record)
@@ -189,7 +189,7 @@ def explain_differences(a: Side, b: Side) -> tuple[str, ...]:
         exported = f"{taking.name} takes a T2I-Adapter's features too, as `export --adapter` makes it"
         sentences.append(f"{exported}; {other.name} was observed without.")
     elif _have_same_architecture(left, right):
-        settings = [difference.name for difference in differences(left, right) if difference.part == "setting"]
+        settings = [difference.name for difference in list_differences(left, right) if difference.part == "setting"]
         only = f"; only {_join_names(settings)} {'differs' if len(settings) == 1 else 'differ'}" if settings else ""
         sentences.append(f"The same architecture: exports and engines of both take calls of the same shapes{only}.")
     if left.role == "unet":
@@ -225,7 +225,7 @@ def _compare_unets(a: Side, b: Side) -> list[str]:
         sentences.append(f"A ControlNet made for {to.name} fits {of.name} by its shapes.")
     else:
         sentences = [f"A ControlNet made for one fits the other by its shapes: {', '.join(same)}, as is the text width."]
-    moved = [found.name for found in differences(left, right) if found.part == "slot" and found.aspect == "skip from"]
+    moved = [found.name for found in list_differences(left, right) if found.part == "slot" and found.aspect == "skip from"]
     if moved and not shared:
         sentences.append(f"The same shapes are made elsewhere in the two: the skips of {_join_names(moved)}.")
     if (channels := _find_latent_channels(left)) != (other := _find_latent_channels(right)):
@@ -237,7 +237,7 @@ def _compare_unets(a: Side, b: Side) -> list[str]:
 
 
 def _count_wrong_slots(a: Contract, b: Contract) -> list[str]:
-    wrong = {found.name for found in differences(a, b) if found.part == "slot" and found.aspect in _OF_THE_SHAPE}
+    wrong = {found.name for found in list_differences(a, b) if found.part == "slot" and found.aspect in _OF_THE_SHAPE}
     count = len({slot.name for slot in (*a.slots, *b.slots)})
     return [f"{len(wrong)} of {count} slots differ in shape"] if wrong else []
 
@@ -270,7 +270,7 @@ def _have_same_architecture(a: Contract, b: Contract) -> bool:
     """Return whether nothing but native size, numeric settings, spelling and precision differs."""
     dtypes = {given.name: given.dtype for given in a.inputs}
     inputs = tuple(replace(given, dtype=dtypes.get(given.name, given.dtype)) for given in b.inputs)
-    alike = (a.role, a.divisor, architecture(a)) == (b.role, b.divisor, architecture(replace(b, inputs=inputs)))
+    alike = (a.role, a.divisor, extract_architecture(a)) == (b.role, b.divisor, extract_architecture(replace(b, inputs=inputs)))
     return alike and not _count_wrong_slots(a, b)
 
 
@@ -310,7 +310,7 @@ def _record_side(side: Side) -> dict[str, Any]:
         "class_name": contract.class_name,
         "role": contract.role,
         "slots": len(contract.slots),
-        "families": list(families(contract)),
+        "families": list(find_families(contract)),
         "digest": contract.digest,
     }
 

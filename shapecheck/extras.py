@@ -21,7 +21,7 @@ _EXTRAS = {
 """From a module to the extra of this distribution that installs it."""
 
 
-def missing(error: ModuleNotFoundError, task: str) -> Exception:
+def explain_missing(error: ModuleNotFoundError, task: str) -> Exception:
     """What to raise where a module is not there: how to install it, if an extra does; else the error itself."""
     name = (error.name or "").partition(".")[0]
     if name not in _EXTRAS:
@@ -29,7 +29,7 @@ def missing(error: ModuleNotFoundError, task: str) -> Exception:
     return ShapecheckError(f"{task} needs the package {name}: pip install 'shapecheck-controlnet[{_EXTRAS[name]}]'")
 
 
-def versions(distributions: Iterable[str]) -> tuple[tuple[str, str], ...]:
+def list_versions(distributions: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Name and version of those that are installed."""
     found = []
     for name in distributions:

@@ -56,7 +56,7 @@ def read_text(path: Path, limit: int, *, too_large: str, not_text: str) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep out of a folder everybody else who asks; nobody, if the folder cannot be written or the system has no locks."""
     from filelock import FileLock
 
@@ -67,7 +67,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole(output: Path) -> Iterator[Path]:
+def atomic_write(output: Path) -> Iterator[Path]:
     """A path to write to, beside `output`; renamed to it if the block ends well, removed if it does not.
 
     A pipe or a device is written to directly. Raises ShapecheckError naming `output` where the system refuses.
@@ -108,7 +108,7 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def refuse_unwritable(output: Path) -> None:
+def ensure_writable(output: Path) -> None:
     """Raise ShapecheckError before the work is done for nothing."""
     try:
         target = output.resolve()

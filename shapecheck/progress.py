@@ -21,7 +21,7 @@ def silent(_step: str, _done: int = 0, _total: int = 0, /) -> None:
 
 
 @contextmanager
-def quiet(library: str) -> Iterator[None]:
+def silence_logger(library: str) -> Iterator[None]:
     """Silence a library's log for a while."""
     logger = logging.getLogger(library)
     level = logger.level

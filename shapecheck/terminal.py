@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Never
 import click
 
 from shapecheck.contract import ShapecheckError
-from shapecheck.files import whole
+from shapecheck.files import atomic_write
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -61,7 +61,7 @@ def progress() -> Iterator[ProgressLine]:
 def write(text: str, output: Path | None) -> None:
     """Write to stdout, or to a file that appears under its name only when it is whole."""
     if output is not None:
-        with whole(output) as partial:
+        with atomic_write(output) as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         return
     if sys.stdout is None:

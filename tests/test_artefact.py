@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from shapecheck import ShapecheckError, presets
-from shapecheck.artefact import contract_of, may_hold_contract, read_contract
+from shapecheck.artefact import may_hold_contract, read_contract, resolve_contract
 from shapecheck.onnx.file import CONTRACT_KEY
 
 CONTRACT = presets.contract("sd15")
@@ -97,6 +97,6 @@ def test_a_folder_and_nothing_at_all_are_refused(tmp_path):
 def test_nothing_waits_for_a_pipe(name, tmp_path):
     os.mkfifo(tmp_path / name)
     with pytest.raises(ShapecheckError, match="is not a regular file"):
-        contract_of(str(tmp_path / name), progress=str)
+        resolve_contract(str(tmp_path / name), progress=str)
     with pytest.raises(ShapecheckError, match="is not a regular file"):
         read_contract(tmp_path / name)

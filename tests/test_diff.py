@@ -19,7 +19,7 @@ from shapecheck import ContractError, presets, probe
 from shapecheck.cli import main
 from shapecheck.contract import AddSite, Config, Contract, Dim
 from shapecheck.contract.dims import constant
-from shapecheck.diff import Difference, Side, differences, explain_differences, render_json, render_text
+from shapecheck.diff import Difference, Side, explain_differences, list_differences, render_json, render_text
 
 SD15 = presets.contract("sd15")
 UNLIKE = ("sd15", "sd21", "sd15-inpaint", "sd-x4-upscaler", "kandinsky-2.2", "sdxl", "sdxl-refiner", "ssd-1b", "koala-700m")
@@ -63,10 +63,10 @@ def without_lines(member: dict) -> dict:
 @pytest.mark.parametrize(("a", "b"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 def test_what_differs_is_what_differs_in_the_saved_json(a, b):
     first, second = presets.contract(a), presets.contract(b)
-    found = differences(first, second)
+    found = list_differences(first, second)
     assert {(each.part, each.name) for each in found} == in_the_json(first, second)
     assert bool(found) == (first.digest != second.digest)
-    back = {replace(each, a=each.b, b=each.a) for each in differences(second, first)}
+    back = {replace(each, a=each.b, b=each.a) for each in list_differences(second, first)}
     assert back == set(found)
 
 
@@ -133,7 +133,7 @@ CHANGED = st.one_of(
 def test_one_thing_that_is_changed_is_told_and_nothing_else(changed, exchanged):
     other, where = changed
     a, b = (other, SD15) if exchanged else (SD15, other)
-    found = differences(a, b)
+    found = list_differences(a, b)
     assert {(each.part, each.name) for each in found} == ({where} if other.digest != SD15.digest else set())
     assert all(each.a != each.b for each in found)
     assert bool(found) == (a != b)
@@ -145,12 +145,12 @@ def test_one_thing_that_is_changed_is_told_and_nothing_else(changed, exchanged):
 
 
 def test_a_difference_says_what_each_side_has():
-    assert differences(SD15, presets.contract("sd21"))[:3] == (
+    assert list_differences(SD15, presets.contract("sd21"))[:3] == (
         Difference("input", "encoder_hidden_states", "shape", "batch×tokens×768", "batch×tokens×1024"),
         Difference("setting", "attention_head_dim", "", "8", "[5, 10, 20, 20]"),
         Difference("setting", "cross_attention_dim", "", "768", "1024"),
     )
-    deepest = differences(SD15, presets.contract("sdxl"))
+    deepest = list_differences(SD15, presets.contract("sdxl"))
     assert Difference("slot", "down_block_residual_11", "", "batch×1280×ceil(h/8)×ceil(w/8)", None) in deepest
     assert Difference("slot", "mid_block_residual", "size", "ceil(h/8)×ceil(w/8)", "ceil(h/4)×ceil(w/4)") in deepest
     assert Difference("input", "time_ids", "", None, "batch×6 float32") in deepest
@@ -159,7 +159,7 @@ def test_a_difference_says_what_each_side_has():
 def test_the_header_makes_no_difference():
     header = replace(SD15.header, source="elsewhere", vae_factor=4, versions=(("diffusers", "0.35.0"), ("torch", "2.13.0")))
     other = replace(SD15, header=header)
-    assert differences(SD15, other) == ()
+    assert list_differences(SD15, other) == ()
     text = render_text(Side("a", SD15), Side("b", other))
     assert "SAME: 13 slots, 3 base inputs, 48 settings" in text
     assert "note: a latent cell covers 8 pixels along each side in A, 4 in B" in text
@@ -352,7 +352,7 @@ def test_presets_and_files_are_compared_without_torch():
 def test_an_adapter_s_features_are_told_apart_from_slots():
     feature = replace(SD15.slots[2], name="down_intrablock_residual_00")
     taking = replace(SD15, features=(feature,))
-    (found,) = differences(taking, SD15)
+    (found,) = list_differences(taking, SD15)
     assert (found.part, found.name, found.b) == ("feature", feature.name, None)
     said = " ".join(explain_differences(Side("A", taking), Side("B", SD15)))
     assert "A takes a T2I-Adapter's features too" in said

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import click
 
 from shapecheck import ContractError
-from shapecheck.artefact import contract_of
+from shapecheck.artefact import resolve_contract
 from shapecheck.cli.options import (
     FILE,
     FOLDER,
@@ -109,7 +109,7 @@ def _find_unet(model: str, expected: Contract | None, control: bool, offline: bo
     if expected is not None:
         raise ShapecheckError(f"--model says which UNet an ONNX file is; {model} is named by itself: drop --model")
     try:
-        contract = contract_of(model, offline=offline, progress=steps)
+        contract = resolve_contract(model, offline=offline, progress=steps)
     except OtherModelError:
         raise ShapecheckError(f"{model} is a ControlNet: export it, and give the ONNX file; or name the UNet") from None
     return contract if control else replace(contract, slots=())

@@ -143,10 +143,10 @@ def _find_models(model: str | None, offline: bool) -> Mapping[str, Contract]:
         return presets.contracts()
     if model in presets.contracts():
         return {model: presets.contract(model)}
-    from shapecheck.artefact import contract_of
+    from shapecheck.artefact import resolve_contract
 
     with progress() as steps:
-        contract = contract_of(model, offline=offline, progress=steps)
+        contract = resolve_contract(model, offline=offline, progress=steps)
     if contract.role != "unet":
         raise ShapecheckError(f"{model} is a ControlNet; give the UNet with --model and this one with --controlnet")
     if not contract.slots:

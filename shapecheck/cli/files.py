@@ -149,9 +149,9 @@ def check(
       shapecheck check unet.onnx --model ./my-model --size 904x512 --format json
       shapecheck check unet.plan --controlnet controlnet-sd15 --size 904x512 --weights unet.onnx
     """
-    from shapecheck.artefact import contract_of
-    from shapecheck.observe.fit import misfits
-    from shapecheck.observe.request import geometry_of
+    from shapecheck.artefact import resolve_contract
+    from shapecheck.observe.fit import find_misfits
+    from shapecheck.observe.request import resolve_geometry
     from shapecheck.onnx import check_report as report
     from shapecheck.onnx.check import check as verify
     from shapecheck.onnx.contract_metadata import contract_inside
@@ -166,11 +166,11 @@ def check(
         )
     onnx_file = OnnxFile(file)
     with progress() as tell:
-        contract = contract_of(model, offline=offline, progress=tell) if model else None
+        contract = resolve_contract(model, offline=offline, progress=tell) if model else None
         known = contract or (contract_inside(onnx_file) if size else None)
-        asked = geometry_of(request, known.header.vae_factor if known else 8)
+        asked = resolve_geometry(request, known.header.vae_factor if known else 8)
         checked = verify(onnx_file, contract, asked, progress=tell)
-        found = misfits(checked.contract, controlnets, asked, offline=offline, progress=tell) if controlnets else ()
+        found = find_misfits(checked.contract, controlnets, asked, offline=offline, progress=tell) if controlnets else ()
     if form == "json":
         text = report.render_json(checked, controlnets=controlnets, misfits=found)
     else:
@@ -193,14 +193,14 @@ def _check_engine(
     form: Form,
     output: Path | None,
 ) -> int:
-    from shapecheck.observe.request import geometry_of
+    from shapecheck.observe.request import resolve_geometry
     from shapecheck.tensorrt import check_report as report
     from shapecheck.tensorrt.check import check_engine
 
     if (batch or tokens) and request.size_px is None and request.latent is None:
         raise ShapecheckError("--batch and --tokens go with --size or --latent")
     engine = read_engine(file)
-    asked = geometry_of(request, engine.request.contract.header.vae_factor)
+    asked = resolve_geometry(request, engine.request.contract.header.vae_factor)
     asked = replace(asked, tokens=tokens) if asked and tokens else asked
     with progress() as tell:
         checked = check_engine(

@@ -53,7 +53,7 @@ class Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_status)
         except ModuleNotFoundError as error:
-            problem = extras.missing(error, "this command")
+            problem = extras.explain_missing(error, "this command")
             if problem is error:
                 raise
             click.echo(f"error: {problem}", err=True)

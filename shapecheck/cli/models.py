@@ -47,7 +47,7 @@ def probe(offline: bool, form: Form, output: Path | None, **options: Any) -> int
       shapecheck probe ./my-model --controlnet ./my-controlnet --format json -o contract.json
     """
     from shapecheck.observe import report
-    from shapecheck.observe.request import carry_out
+    from shapecheck.observe.request import run_probe
 
     request = request_for(**options)
     if request.mapping is not None:
@@ -59,7 +59,7 @@ def probe(offline: bool, form: Form, output: Path | None, **options: Any) -> int
         write(render_mapping(judgement, form), output)
         return ContractError.exit_status if judgement.mismatches else 0
     with progress() as steps:
-        result = carry_out(request, offline=offline, progress=steps)
+        result = run_probe(request, offline=offline, progress=steps)
     if form == "json":
         text = report.render_json(result.contract, result.mismatches, result.geometry)
     else:
@@ -88,10 +88,10 @@ def diff(a: str, b: str, offline: bool, form: Form, output: Path | None) -> int:
       shapecheck diff sdxl unet.onnx --format json
     """
     from shapecheck import diff as report
-    from shapecheck.artefact import contract_of
+    from shapecheck.artefact import resolve_contract
 
     with progress() as steps:
-        sides = [report.Side(model, contract_of(model, offline=offline, progress=steps)) for model in (a, b)]
+        sides = [report.Side(model, resolve_contract(model, offline=offline, progress=steps)) for model in (a, b)]
     write(report.render_json(*sides) if form == "json" else report.render_text(*sides, form=form), output)
     return 0 if sides[0].contract == sides[1].contract else ContractError.exit_status
 

@@ -12,7 +12,7 @@ import click
 
 from shapecheck import ShapecheckError
 from shapecheck.contract.geometry import USUAL_TOKENS, parse_pair
-from shapecheck.files import refuse_unwritable
+from shapecheck.files import ensure_writable
 from shapecheck.terminal import ProgressLine
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def read_names(_context: click.Context, _option: click.Parameter, text: str) -> 
 def _check_output(_context: click.Context, _option: click.Parameter, output: Path | None) -> Path | None:
     """Refuse a file that cannot be written before any work is done for it."""
     if output is not None:
-        refuse_unwritable(output)
+        ensure_writable(output)
     return output
 
 
@@ -104,15 +104,15 @@ def request_for(
             raise ShapecheckError(
                 f"{path} says itself what to probe and at which size; drop --controlnet, --adapter, --size, --latent, --batch"
             )
-        return requests.read(path)
+        return requests.read_request(path)
     size_px = parse_pair(size, "WxH in pixels") if size is not None else None
     cells = parse_pair(latent, "HxW in latent cells") if latent is not None else None
-    number = requests.checked_batch(1 if batch is None else batch, "--batch")
+    number = requests.check_batch(1 if batch is None else batch, "--batch")
     return requests.Request(model, controlnets, adapter, size_px, cells, number)
 
 
 def find_contract(model: str | None, offline: bool, steps: ProgressLine) -> Contract | None:
     """Return the contract of the model that an option names, or None."""
-    from shapecheck.artefact import contract_of
+    from shapecheck.artefact import resolve_contract
 
-    return contract_of(model, offline=offline, progress=steps) if model else None
+    return resolve_contract(model, offline=offline, progress=steps) if model else None

@@ -14,8 +14,8 @@ from shapecheck.contract.dims import Dim, Shape
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
 from shapecheck.contract.json_codec import OPTIONAL, POSITIVE, TextFormat, decode, decode_record, encode
-from shapecheck.contract.mismatch import Port, compare, compare_inputs
-from shapecheck.contract.naming import SHAPECHECK, detect, name_residuals
+from shapecheck.contract.mismatch import Port, compare_inputs, compare_shapes
+from shapecheck.contract.naming import SHAPECHECK, detect_scheme, name_residuals
 from shapecheck.contract.records import Header, Input, Mismatch, Role, Slot
 
 _FORMAT = TextFormat(
@@ -88,7 +88,7 @@ class Contract:
         """Return what a file that declares these inputs calls each of ours: base inputs as we do, slots by its own scheme."""
         names = {name: name for name in self.input_rules}
         if self.role == "unet" and self.slots:
-            scheme = detect(declared) or SHAPECHECK
+            scheme = detect_scheme(declared) or SHAPECHECK
             names |= zip((slot.name for slot in self.slots), scheme.names(len(self.slots) - 1), strict=True)
         return names
 
@@ -146,7 +146,7 @@ class Contract:
         given = _by_name(shapes)
         at = geometry or self._geometry_of(given)
         self.require(at)
-        return compare(self.slots, at, given)
+        return compare_shapes(self.slots, at, given)
 
     def verify(self, shapes: Residuals, geometry: Geometry | None = None) -> None:
         """Raise ContractError with every mismatch, or return in silence."""

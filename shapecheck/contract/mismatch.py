@@ -57,7 +57,7 @@ def compare_inputs(
     return (*found, *(Mismatch("surplus", port.name, present or str(port), "no such input") for port in table.values()))
 
 
-def compare(
+def compare_shapes(
     slots: Sequence[Slot],
     geometry: Geometry,
     given: Mapping[str, Shape],
@@ -78,7 +78,7 @@ def compare(
             found.append(Mismatch("missing", base.name, "nothing", expected, geometry))
         elif shape != expected:
             kind = _kind_of(base.shape, shape, expected)
-            found.append(Mismatch(kind, base.name, shape, expected, geometry, cause=tell_axes(base.shape)))
+            found.append(Mismatch(kind, base.name, shape, expected, geometry, cause=describe_axes(base.shape)))
     for slot in slots:
         expected, shape = table[slot.name], given.get(slot.name)
         if shape is None:
@@ -95,7 +95,7 @@ def compare(
     return (*found, *surplus)
 
 
-def tell_axes(rule: tuple[Dim, ...]) -> str:
+def describe_axes(rule: tuple[Dim, ...]) -> str:
     """Return the words for the axes of a shape."""
     return f"its axes are ({', '.join(map(str, rule))})"
 

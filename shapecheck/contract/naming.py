@@ -69,7 +69,7 @@ def torch_name(name: str) -> str:
     return _TORCH_NAMES.get(name.lower(), name.lower())
 
 
-def feature(index: int) -> str:
+def name_feature(index: int) -> str:
     """The name of a feature of a T2I-Adapter."""
     return f"{FEATURE}{index:02d}"
 
@@ -79,7 +79,7 @@ def is_feature(name: str) -> bool:
     return re.fullmatch(FEATURE + "[0-9]{2,4}", name) is not None
 
 
-def scheme(key: str) -> Naming:
+def find_scheme(key: str) -> Naming:
     """The scheme of that key. Raises ShapecheckError listing the known ones."""
     for naming in SCHEMES:
         if naming.key == key:
@@ -87,7 +87,7 @@ def scheme(key: str) -> Naming:
     raise ShapecheckError(f"no naming scheme {key!r}; known: {', '.join(naming.key for naming in SCHEMES)}")
 
 
-def detect(names: Iterable[str]) -> Naming | None:
+def detect_scheme(names: Iterable[str]) -> Naming | None:
     """The scheme that names the most of these inputs; None where no scheme names any."""
     given = tuple(names)
     counts = {naming: sum(naming.index(name) is not None for name in given) for naming in SCHEMES}

@@ -115,7 +115,9 @@ class Mismatch:
         place = f"{self.where} ({sides})" if sides else self.where
         at = f" at {self.geometry}" if self.geometry else ""
         cause = f"; {self.cause}" if self.cause else ""
-        return f"{place}: {self.kind}: got {shape_or_words(self.observed)}, expected {shape_or_words(self.expected)}{at}{cause}"
+        return (
+            f"{place}: {self.kind}: got {format_observed(self.observed)}, expected {format_observed(self.expected)}{at}{cause}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,6 @@ class Header:
         return columns * self.vae_factor, rows * self.vae_factor
 
 
-def shape_or_words(value: Shape | str) -> str:
+def format_observed(value: Shape | str) -> str:
     """A shape as people read it; what stands in its place as it is."""
     return value if isinstance(value, str) else show(value)

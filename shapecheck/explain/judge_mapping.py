@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from shapecheck.artefact import contract_of
+from shapecheck.artefact import resolve_contract
 from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError
-from shapecheck.contract.mismatch import compare
+from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.explain.diagnosis import Diagnosis
 from shapecheck.explain.fault_catalogue import list_faults
 from shapecheck.explain.hints import Hints
@@ -18,7 +18,7 @@ from shapecheck.explain.residual_table import Fault, RequestedSize, ResidualShap
 from shapecheck.explain.simulate import Failure, simulate_call
 from shapecheck.explain.unet_layout import lay_out_unet
 from shapecheck.models import lookup
-from shapecheck.observe.request import Request, geometry_of
+from shapecheck.observe.request import Request, resolve_geometry
 from shapecheck.progress import Progress, silent
 
 _MOST_MATCHES, _MOST_SIZES = 3, 12
@@ -80,8 +80,8 @@ class Judgement:
 
 def judge_mapping(request: Request, *, offline: bool = False, progress: Progress = silent) -> Judgement:
     """Compare the mapping of a request with its model. Raises ShapecheckError if there is no such model or size."""
-    contract = contract_of(request.model, offline=offline, progress=progress)
-    at = geometry_of(request, contract.header.vae_factor) or Geometry(request.batch, *contract.header.usual)
+    contract = resolve_contract(request.model, offline=offline, progress=progress)
+    at = resolve_geometry(request, contract.header.vae_factor) or Geometry(request.batch, *contract.header.usual)
     claim = parse_value(request.mapping, "`mapping`", at)
     return judge_claim(claim, (request.model,), contract, RequestedSize((at.height, at.width), at.batch))
 
@@ -177,7 +177,7 @@ def _judge_meanings(claim: Claim, table: ResidualTable, models: tuple[str, ...],
 def _judge(
     given: ResidualShapes, named: Mapping[str, Shape], table: ResidualTable, models: tuple[str, ...], *, sized: bool
 ) -> Judgement:
-    mismatches = compare(table.contract.slots, table.geometry, named)
+    mismatches = compare_shapes(table.contract.slots, table.geometry, named)
     unet = lay_out_unet(table.contract, table.geometry)
     failure = simulate_call(unet, given) if unet else None
     return Judgement(models, table.contract, table.geometry, given, mismatches, failure, _match_faults(given, table, sized))

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from shapecheck.contract import Contract, Geometry, Mismatch, Shape, show
-from shapecheck.contract.mismatch import compare
+from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import MismatchKind
 from shapecheck.explain.call_log import CallLog
@@ -48,7 +48,7 @@ def explain_sum(error: BaseException, log: CallLog, contract: Callable[[], Contr
             call = find_calls(error, lambda module: module is adding)[-1]
             geometry = read_geometry(contract(), call.kwargs.get("sample", call.args[0] if call.args else None))
             if isinstance(geometry, Geometry):
-                fitting = [net.name for net in (one, other) if not compare(contract().slots, geometry, net.shapes)]
+                fitting = [net.name for net in (one, other) if not compare_shapes(contract().slots, geometry, net.shapes)]
                 lines += [f"  the UNet takes what {fitting[0]} gives"] if len(fitting) == 1 else []
             lines.append(f"  what {other.name} gives, where {one.name} differs")
             return ExplainedError("\n".join(lines), tuple(_list_mismatches(one, other)), contract(), None)

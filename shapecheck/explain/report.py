@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from shapecheck.contract import Geometry, show
-from shapecheck.contract.records import shape_or_words
+from shapecheck.contract.records import format_observed
 from shapecheck.explain.diagnosis import Answer, Candidate, Diagnosis, Reading
 from shapecheck.explain.judge_mapping import Judgement
 from shapecheck.explain.residual_table import name_slots
@@ -210,12 +210,12 @@ def _tabulate_slots(judgement: Judgement) -> Iterator[tuple[Cell, ...]]:
     for number, slot in enumerate(judgement.contract.slots):
         expected = show(slot.shape_at(judgement.geometry))
         if mismatch := wrong.pop(slot.name, None):
-            actual = shape_or_words(mismatch.observed)
+            actual = format_observed(mismatch.observed)
             yield number, slot.name, actual, expected, mismatch.kind, slot.producer, mismatch.cause
         else:
             yield number, slot.name, expected, expected, "right", slot.producer, ""
     for mismatch in wrong.values():
-        yield "", mismatch.where, shape_or_words(mismatch.observed), "no such slot", mismatch.kind, "", mismatch.cause
+        yield "", mismatch.where, format_observed(mismatch.observed), "no such slot", mismatch.kind, "", mismatch.cause
 
 
 def _describe_verdict(judgement: Judgement) -> str:

@@ -13,7 +13,7 @@ from shapecheck.contract import ShapecheckError, show
 from shapecheck.contract.errors import one_line
 from shapecheck.models.lookup import ModelSource
 from shapecheck.models.single_file import CheckpointTensor
-from shapecheck.progress import quiet
+from shapecheck.progress import silence_logger
 
 _SHOWN = 6
 
@@ -29,7 +29,7 @@ def build(source: ModelSource) -> nn.Module:
     Raises ShapecheckError where diffusers cannot build it.
     """
     try:
-        with quiet("diffusers"), torch.device("meta"):
+        with silence_logger("diffusers"), torch.device("meta"):
             module: nn.Module = _MODELS[source.class_name].from_config(_without_shadow_class(source.config, source.class_name))
     except Exception as error:  # the configuration is the user's: whatever diffusers makes of it is told to the user
         raise ShapecheckError(
@@ -47,7 +47,7 @@ def build(source: ModelSource) -> nn.Module:
 def load(source: ModelSource, variant: str | None, dtype: torch.dtype) -> nn.Module:
     """The model with its weights, from safetensors alone, in eval mode. Raises ShapecheckError where diffusers cannot."""
     try:
-        with quiet("diffusers"):
+        with silence_logger("diffusers"):
             module: nn.Module = _MODELS[source.class_name].from_pretrained(
                 source.folder, variant=variant, torch_dtype=dtype, use_safetensors=True, local_files_only=True
             )
@@ -62,7 +62,7 @@ def implied_controlnet(unet: nn.Module) -> nn.Module:
     Raises ShapecheckError with diffusers' own reason where it cannot: no mid block, lists of layers, …
     """
     try:
-        with quiet("diffusers"), torch.device("meta"):
+        with silence_logger("diffusers"), torch.device("meta"):
             controlnet: nn.Module = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
             controlnet.to(next(unet.parameters()).dtype)
     except Exception as error:  # from_unet fails in many ways, none of them documented
@@ -77,7 +77,7 @@ def implied_adapters(unet: nn.Module, vae_factor: int) -> list[nn.Module]:
     """
     config: Any = unet.config
     channels, dtype = list(config["block_out_channels"]), next(unet.parameters()).dtype
-    with quiet("diffusers"), torch.device("meta"):
+    with silence_logger("diffusers"), torch.device("meta"):
         kinds = [
             T2IAdapter(3, channels, 2, vae_factor, "full_adapter"),
             T2IAdapter(3, [*channels, channels[-1]], 2, 2 * vae_factor, "full_adapter_xl"),

@@ -16,7 +16,7 @@ def unwrap_compiled(module: _Module) -> _Module:
     return original
 
 
-def grouped(values: Mapping[str, Any]) -> dict[str, Any]:
+def group_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments for a forward, from values by `Input.argument`: `added_cond_kwargs.time_ids` goes into a table."""
     arguments: dict[str, Any] = {"encoder_hidden_states": None}  # a forward requires it, even where it takes no text
     for argument, value in values.items():
@@ -25,16 +25,16 @@ def grouped(values: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def arguments(contract: Contract, values: Mapping[str, Any]) -> dict[str, Any]:
+def build_unet_arguments(contract: Contract, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments for a forward, from a value for every input, and for every slot that a UNet takes."""
-    call = grouped({each.argument: values[each.name] for each in contract.inputs})
+    call = group_arguments({each.argument: values[each.name] for each in contract.inputs})
     if contract.role == "controlnet":
         return call
     residuals, features = ([values[slot.name] for slot in slots] for slots in (contract.slots, contract.features))
-    return call | added(residuals, features)
+    return call | build_residual_arguments(residuals, features)
 
 
-def added(residuals: Sequence[Any], features: Sequence[Any]) -> dict[str, Any]:
+def build_residual_arguments(residuals: Sequence[Any], features: Sequence[Any]) -> dict[str, Any]:
     """Keyword arguments for what a UNet adds: residuals in slot order, mid last, and features; nothing where there are none.
 
     Features are in a list of their own: diffusers pops them off it.

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shapecheck.contract import ShapecheckError
-from shapecheck.progress import quiet
+from shapecheck.progress import silence_logger
 
 LARGEST_FILE = 2**20
 """Bytes; a diffusers config.json has a few thousand."""
@@ -44,7 +44,7 @@ def fetch(repository: str, filename: str, *, offline: bool) -> Path | None:
     if offline or constants.HF_HUB_OFFLINE:
         forbidden = f"{'--offline' if offline else 'HF_HUB_OFFLINE'} forbids asking the hub"
         raise HubError(repository, filename, forbidden, "allow the network")
-    with quiet("huggingface_hub"):
+    with silence_logger("huggingface_hub"):
         return _download(repository, filename)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from shapecheck.contract import Dim, Geometry, Input, ShapecheckError
 from shapecheck.contract.dims import BATCH, HEIGHT, TOKENS, WIDTH, constant
-from shapecheck.models.forward_call import grouped
+from shapecheck.models.forward_call import group_arguments
 
 _POOLED_TEXT_WIDTH = 1280
 """Width of the pooled text embedding of SDXL and its relatives."""
@@ -62,15 +62,15 @@ def adapter_input(config: Settings, dtype: str, vae_factor: int) -> Input:
     return Input("image", image, dtype, "x")
 
 
-def call_arguments(inputs: tuple[Input, ...], geometry: Geometry, device: torch.device) -> dict[str, Any]:
+def build_zero_arguments(inputs: tuple[Input, ...], geometry: Geometry, device: torch.device) -> dict[str, Any]:
     """Keyword arguments for a forward: zeros of the right shape, dtype and device."""
     values = [torch.zeros(each.shape_at(geometry), dtype=getattr(torch, each.dtype), device=device) for each in inputs]
-    return controlled({each.argument: value for each, value in zip(inputs, values, strict=True)})
+    return build_controlnet_arguments({each.argument: value for each, value in zip(inputs, values, strict=True)})
 
 
-def controlled(values: Mapping[str, Any]) -> dict[str, Any]:
+def build_controlnet_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments for a forward, from values by `Input.argument`; a union ControlNet gets its first kind of control."""
-    call = grouped(values)
+    call = group_arguments(values)
     if "control_type" in call:
         first = torch.zeros_like(call["control_type"])
         first[:, 0] = 1

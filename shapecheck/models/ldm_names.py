@@ -44,7 +44,7 @@ def is_ldm(names: Iterable[str]) -> bool:
     return "input_blocks.0.0.weight" in names
 
 
-def rename(names: Iterable[str], *, labels: str) -> dict[str, str]:
+def rename_tensors(names: Iterable[str], *, labels: str) -> dict[str, str]:
     """Return name in diffusers → name in the file; a name that is of neither layout stays itself.
 
     `labels` is what diffusers calls the embedding of what is given besides the text: add_embedding or class_embedding.

@@ -154,7 +154,7 @@ def _from_checkpoint(path: Path, name: str, role: Kind) -> ModelSource:
         return replace(source, notes=(*source.notes, f"read from the config.json beside {path.name}, which was not opened"))
     if role == "adapter":
         raise ShapecheckError(f"{path}: a T2I-Adapter's configuration is not told from weights; give its folder or config.json")
-    read = single_file.read(path, role)
+    read = single_file.read_checkpoint(path, role)
     if read is None:
         raise OtherModelError(
             _wrong_class({"_class_name": _CLASS_OF["controlnet" if role == "unet" else "unet"]}, str(path), role)

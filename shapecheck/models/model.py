@@ -142,7 +142,7 @@ def take_controlnet_alone(module: nn.Module) -> tuple[Model, Header]:
     return replace(net, inputs=(*net.inputs, scale)), header
 
 
-def info(net: Model) -> ControlNetInfo:
+def describe_controlnet(net: Model) -> ControlNetInfo:
     """What a contract's header says of a ControlNet."""
     config = net.config
     pooled = bool(config.get("global_pool_conditions"))

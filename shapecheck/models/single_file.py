@@ -12,7 +12,7 @@ from shapecheck import presets
 from shapecheck.contract import Role, ShapecheckError, show
 from shapecheck.contract.dims import Shape
 from shapecheck.contract.errors import one_line
-from shapecheck.models.ldm_names import is_ldm, rename
+from shapecheck.models.ldm_names import is_ldm, rename_tensors
 from shapecheck.models.safetensors import read_table
 from shapecheck.presets import families
 
@@ -92,7 +92,7 @@ class Read:
     notes: tuple[str, ...]
 
 
-def read(path: Path, role: Role) -> Read | None:
+def read_checkpoint(path: Path, role: Role) -> Read | None:
     """The UNet or the ControlNet in a .safetensors file; None where it holds the other one only.
 
     Only the header is read. Raises ShapecheckError where that is no valid one, tells of neither, or of a kind of model that
@@ -107,13 +107,13 @@ def read(path: Path, role: Role) -> Read | None:
     names = {name: name for name in own}  # in diffusers, and in the file less the prefix
     if is_ldm(own):
         widths = {shape[-1] for name, (_, shape) in own.items() if name.endswith("attn2.to_k.weight") and shape}
-        names = rename(own, labels="add_embedding" if widths & set(_POOLED_TEXT) else "class_embedding")
+        names = rename_tensors(own, labels="add_embedding" if widths & set(_POOLED_TEXT) else "class_embedding")
     table = {new: CheckpointTensor(*own[old]) for new, old in names.items()}
     tensors = Tensors(str(path), table, _numbers(table))
     config = _shared(tensors)
     config |= _of_unet(tensors, config["transformer_layers_per_block"]) if role == "unet" else _of_controlnet(tensors)
     factor = _vae_factor(shapes)
-    known = families.sharing(config, config.keys() - _OPEN - {"_class_name"}) if role == "unet" else ()
+    known = families.find_sharing(config, config.keys() - _OPEN - {"_class_name"}) if role == "unet" else ()
     if known:  # presets that have the same tensors have the same in these too: a test says so
         like = presets.contract(known[0])
         config |= {key: value for key, value in like.config.to_json().items() if key in _OPEN - {"sample_size"}}

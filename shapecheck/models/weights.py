@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from shapecheck.contract import ShapecheckError
 from shapecheck.contract.dims import Shape, show
 from shapecheck.contract.errors import one_line
-from shapecheck.files import report_unreadable, whole
+from shapecheck.files import atomic_write, report_unreadable
 from shapecheck.models.safetensors import TensorLocation
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Embedded:
         return len(self.data)
 
 
-def match(
+def match_tensors(
     table: Mapping[str, TensorLocation], wanted: Mapping[str, Shape], *, ignore: Collection[str] = ()
 ) -> dict[str, TensorLocation]:
     """The tensors `wanted` names, in its order. Names in `ignore` may be in the table without being wanted.
@@ -87,7 +87,7 @@ def match(
     raise ShapecheckError("\n".join([*lines, f"  {advice}"]))
 
 
-def linkable(stored: Iterable[TensorLocation], onnx_folder: Path) -> None:
+def require_linkable(stored: Iterable[TensorLocation], onnx_folder: Path) -> None:
     """Raise ShapecheckError, saying where it would work, unless an ONNX file in that folder can point to these tensors.
 
     ONNX Runtime refuses weights outside of the file's own folder, onnx.checker also links of either kind on the way to them.
@@ -101,7 +101,7 @@ def linkable(stored: Iterable[TensorLocation], onnx_folder: Path) -> None:
             raise ShapecheckError(f"{obstacle}; an output that works is {place / 'model.onnx'}")
 
 
-def location(stored: TensorLocation, onnx_folder: Path) -> str:
+def format_location(stored: TensorLocation, onnx_folder: Path) -> str:
     """The file as an ONNX file in that folder names it: relative, with `/`. Raises ShapecheckError where it is not below."""
     inside = _inside(stored.file, onnx_folder)
     if inside is None:
@@ -149,7 +149,7 @@ def _inside(file: Path, onnx_folder: Path) -> PurePath | None:
     return None if own is None else place.relative_to(own)
 
 
-def copy(
+def copy_tensors(
     source: Mapping[str, TensorLocation | Tensor],
     dtype: str | None,
     target: Path,
@@ -169,9 +169,9 @@ def copy(
     Raises ShapecheckError where a source cannot be read, or the target not written.
     """
     _refuse_target(target, source)
-    placed = layout(source, dtype, target)
+    placed = plan_layout(source, dtype, target)
     total = sum(each.nbytes for each in placed.values())
-    with whole(target) as partial:
+    with atomic_write(target) as partial:
         try:
             with partial.open("wb") as file:
                 _write(file, source, placed, lambda done: progress(done, total))
@@ -207,8 +207,8 @@ def _refuse_target(target: Path, source: Mapping[str, TensorLocation | Tensor]) 
             raise ShapecheckError(f"cannot write {target}: it is the checkpoint itself; choose another output")
 
 
-def layout(source: Mapping[str, TensorLocation | Tensor], dtype: str | None, target: Path) -> dict[str, TensorLocation]:
-    """Where each tensor will lie in the file that `copy` writes."""
+def plan_layout(source: Mapping[str, TensorLocation | Tensor], dtype: str | None, target: Path) -> dict[str, TensorLocation]:
+    """Where each tensor will lie in the file that `copy_tensors` writes."""
     if dtype is not None and not _dtype(dtype).is_floating_point:
         raise ShapecheckError(f"{dtype} is no floating dtype to convert weights to; give float32, float16 or bfloat16")
     placed, offset = {}, 0
@@ -243,7 +243,7 @@ def digest(
     return f"sha256:{found.hexdigest()}"
 
 
-def differing(stored: Mapping[str, TensorLocation], live: Mapping[str, Tensor]) -> tuple[str, ...]:
+def find_differing(stored: Mapping[str, TensorLocation], live: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The names whose live tensor is not the file's, bit by bit, dtype and shape included; those of one side only too."""
     one_sided = [name for name in stored if name not in live]
     changed = [name for name, tensor in live.items() if name not in stored or not is_equal(stored[name], tensor)]

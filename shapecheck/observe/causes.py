@@ -8,7 +8,7 @@ from typing import Any
 
 from shapecheck import presets
 from shapecheck.contract import Contract, Dim, Input, Mismatch
-from shapecheck.presets.families import families
+from shapecheck.presets.families import find_families
 
 _SHAPING_KEYS = (
     "down_block_types",
@@ -22,7 +22,7 @@ Table = Mapping[str, tuple[Dim, ...]]
 """Slot → shape of what is emitted for it."""
 
 
-def explain(
+def add_causes(
     found: Sequence[Mismatch], contract: Contract, emitted: Table, inputs: Sequence[Input], config: Mapping[str, Any]
 ) -> tuple[Mismatch, ...]:
     """The same mismatches, each with the likely cause that all of one ControlNet's faults share put first.
@@ -33,18 +33,18 @@ def explain(
     return tuple(replace(each, cause="; ".join(filter(None, (cause, each.cause)))) for each in found)
 
 
-def explain_adapter(found: Sequence[Mismatch], contract: Contract, config: Mapping[str, Any]) -> tuple[Mismatch, ...]:
+def add_adapter_causes(found: Sequence[Mismatch], contract: Contract, config: Mapping[str, Any]) -> tuple[Mismatch, ...]:
     """The mismatches of a T2I-Adapter's features, each with the family put first that the adapter was made for, if known."""
     deciding = ("adapter_type", "channels", "downscale_factor")
     known = [presets.load(name) for name in presets.names() if presets.load(name).kind == "adapter"]
     made_for = {
         each.family for each in known if all(_plain(each.config[key]) == _plain(config.get(key)) for key in deciding)
-    } - {presets.load(name).family for name in families(contract)}
+    } - {presets.load(name).family for name in find_families(contract)}
     cause = f"this adapter was made for {' or '.join(sorted(made_for))}" if made_for else ""
     return tuple(replace(each, cause="; ".join(filter(None, (cause, each.cause)))) for each in found)
 
 
-def input_mismatches(unet: Sequence[Input], controlnet: Sequence[Input]) -> tuple[Mismatch, ...]:
+def compare_pipeline_inputs(unet: Sequence[Input], controlnet: Sequence[Input]) -> tuple[Mismatch, ...]:
     """Inputs that a pipeline gives to both, where the two want different ones."""
     wanted = {each.name: each.shape[1:] for each in unet}
     found = []
@@ -74,7 +74,7 @@ def _made_for(emitted: Table, inputs: Sequence[Input], config: Mapping[str, Any]
         and _text_width(known.inputs) == text
     }
     best = {presets.load(name).family for name, likeness in fits.items() if likeness == max(fits.values())}
-    own = {presets.load(name).family for name in families(contract)}
+    own = {presets.load(name).family for name in find_families(contract)}
     return f"this ControlNet was made for {' or '.join(sorted(best))}" if best and not own & best else ""
 
 

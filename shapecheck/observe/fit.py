@@ -11,7 +11,7 @@ from shapecheck.models.lookup import ModelSource
 from shapecheck.progress import Progress
 
 
-def misfits(
+def find_misfits(
     contract: Contract,
     controlnets: Sequence[str],
     geometry: Geometry | None = None,

@@ -14,14 +14,14 @@ from shapecheck.models.model import (
     AdapterChoice,
     ControlNetChoice,
     Model,
-    info,
+    describe_controlnet,
     take_adapters,
     take_controlnet_alone,
     take_controlnets,
     take_unet,
 )
 from shapecheck.observe import causes
-from shapecheck.observe.reconcile import Subject, emitted_table, reconcile, slot_table
+from shapecheck.observe.reconcile import Subject, derive_emitted, derive_slots, reconcile
 from shapecheck.observe.runs import observe, observe_adapter, observe_call, observe_controlnet
 from shapecheck.observe.trace import Trace
 from shapecheck.progress import Progress, silent
@@ -57,7 +57,7 @@ def probe(
     nets, notes = take_controlnets(controlnet, unet, beside, offline)
     header = replace(
         header,
-        controlnets=tuple(map(info, nets)),
+        controlnets=tuple(map(describe_controlnet, nets)),
         notes=(*header.notes, *notes),
         vae_factor=vae_factor or header.vae_factor,
     )
@@ -92,7 +92,7 @@ def _with_adapter(
     """
     header = subject.header
     adapters, notes = take_adapters(choice, unet, header.vae_factor, offline)
-    mid = next((slot for slot in slot_table(traces)[0] if slot.name == SHAPECHECK.mid), None)
+    mid = next((slot for slot in derive_slots(traces)[0] if slot.name == SHAPECHECK.mid), None)
     accepted = [trace.geometry for trace in traces if not trace.refused]
     for each in adapters:
         seen, divisor = observe_adapter(unet, nets, each, mid, accepted, subject.divisor, progress)
@@ -119,13 +119,13 @@ def _judged(
     explained: list[Mismatch] = []
     for number, net in enumerate(nets):
         name = f"ControlNet {number + 1}" if len(nets) > 1 else ""
-        inputs = tuple(replace(each, controlnet=name) for each in causes.input_mismatches(unet.inputs, net.inputs))
+        inputs = tuple(replace(each, controlnet=name) for each in causes.compare_pipeline_inputs(unet.inputs, net.inputs))
         own = (*(each for each in found if each.controlnet == name), *inputs)
-        explained += causes.explain(own, contract, emitted_table(traces, number), net.inputs, net.config)
+        explained += causes.add_causes(own, contract, derive_emitted(traces, number), net.inputs, net.config)
     if len(nets) != 1:
         explained += [each for each in found if not each.controlnet]
     unfit = [each for each in every if is_feature(each.where)]
-    explained += causes.explain_adapter(unfit, contract, adapters[0].config) if adapters else unfit
+    explained += causes.add_adapter_causes(unfit, contract, adapters[0].config) if adapters else unfit
     if not explained:
         return contract
     beside = " + ".join(each.name for each in (*nets, *adapters))
@@ -141,7 +141,7 @@ def probe_controlnet(module: nn.Module) -> Contract:
     net, header = take_controlnet_alone(module)
     traces = observe_controlnet(net)
     makers = {residual.name: residual.module for residual in traces[0].emitted}
-    table = emitted_table(traces, 0)
+    table = derive_emitted(traces, 0)
     if unexplained := makers.keys() - table.keys():
         raise ShapecheckError(f"{net.name} emits sizes that no chain of halvings explains, at {min(unexplained)}")
     slots = tuple(

@@ -8,10 +8,10 @@ from typing import Any
 
 from shapecheck.contract import Config, Contract, Dim, Geometry, Header, Input, Mismatch, Shape, Slot
 from shapecheck.contract.dims import BATCH, constant
-from shapecheck.contract.mismatch import compare
+from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.records import Spatial
-from shapecheck.observe.sizes import Sizes, rules
-from shapecheck.observe.trace import Add, Residual, Trace, slot_name
+from shapecheck.observe.sizes import Sizes, derive_rules
+from shapecheck.observe.trace import Add, Residual, Trace, name_slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def reconcile(
     slots, found = _reconciled(control, subject, at)
     featured = [seen for trace in traces if (seen := trace.only("feature")).emitted or seen.arrived or seen.adds]
     features, wrong = _reconciled(featured, subject, at)
-    header = replace(subject.header, handover=tuple(dict.fromkeys((*handover(control), *handover(featured)))))
+    header = replace(subject.header, handover=tuple(dict.fromkeys((*describe_handover(control), *describe_handover(featured)))))
     contract = Contract(subject.unet, subject.inputs, slots, subject.config, subject.divisor, header, features=features)
     return contract, (*found, *wrong)
 
@@ -45,7 +45,7 @@ def _reconciled(
     traces: Sequence[Trace], subject: Subject, at: Geometry | None
 ) -> tuple[tuple[Slot, ...], tuple[Mismatch, ...]]:
     """The slots of one group, and what is wrong with what was emitted for them. `traces` are those of that group only."""
-    slots, found = slot_table(traces)
+    slots, found = derive_slots(traces)
     numbers = sorted({residual.controlnet for trace in traces for residual in trace.emitted})
     spatials = {number: _spatial(traces, number) for number in numbers}
     if numbers and set(spatials.values()) == {"pooled"}:
@@ -64,7 +64,7 @@ def _reconciled(
     return slots, tuple(found)
 
 
-def slot_table(traces: Sequence[Trace]) -> tuple[tuple[Slot, ...], list[Mismatch]]:
+def derive_slots(traces: Sequence[Trace]) -> tuple[tuple[Slot, ...], list[Mismatch]]:
     """The UNet's slots, from the adds of every trace; and the skips whose sizes no chain of halvings explains.
 
     All adds are of residuals, or all are of features.
@@ -98,7 +98,7 @@ def slot_table(traces: Sequence[Trace]) -> tuple[tuple[Slot, ...], list[Mismatch
     return tuple(slots), found
 
 
-def handover(traces: Sequence[Trace]) -> tuple[str, ...]:
+def describe_handover(traces: Sequence[Trace]) -> tuple[str, ...]:
     """What was seen to happen to residuals between the ControlNets and the UNet, in words, each once."""
     told: dict[str, None] = {}
     for trace in traces:
@@ -121,7 +121,7 @@ def _step_in_words(step: str, nets: int) -> str:
     return f"on their way the residuals go through: {step}"
 
 
-def emitted_table(traces: Sequence[Trace], controlnet: int) -> Mapping[str, tuple[Dim, ...]]:
+def derive_emitted(traces: Sequence[Trace], controlnet: int) -> Mapping[str, tuple[Dim, ...]]:
     """Slot → shape of what one ControlNet or adapter emits, as rules; without those whose sizes no rule explains."""
     seen = [trace for trace in traces if _of(trace, controlnet)]
     shapes: dict[str, list[Shape]] = {}
@@ -145,7 +145,7 @@ def _rule(known: Mapping[Sizes, Dim], shapes: list[Shape], axis: int) -> Dim | N
 
 
 def _axis_rules(symbol: str, given: list[int], shapes: Mapping[Any, list[Shape]], axis: int) -> Mapping[Sizes, Dim]:
-    return rules(symbol, tuple(given), (tuple(shape[axis] for shape in each) for each in shapes.values()))
+    return derive_rules(symbol, tuple(given), (tuple(shape[axis] for shape in each) for each in shapes.values()))
 
 
 def _slot(traces: Sequence[Trace], index: int, skip: tuple[Dim, ...]) -> Slot:
@@ -176,19 +176,19 @@ def _emitted_mismatches(
     makers = {residual.name: residual.module for trace in traces for residual in _of(trace, controlnet)}
     first: dict[str, Mismatch] = {}
     if at is not None and (given := _emitted_at(traces, controlnet, at)):
-        _keep_first(first, compare(slots, at, given, makers=makers))
+        _keep_first(first, compare_shapes(slots, at, given, makers=makers))
     for trace in traces:
         if residuals := _of(trace, controlnet):
             # a batch of its own, as in guess mode, is the hand-over's business
             geometry = replace(trace.geometry, batch=residuals[0].shape[0])
-            _keep_first(first, compare(slots, geometry, {each.name: each.shape for each in residuals}, makers=makers))
+            _keep_first(first, compare_shapes(slots, geometry, {each.name: each.shape for each in residuals}, makers=makers))
     order = {slot.name: position for position, slot in enumerate(slots)}
     return sorted(first.values(), key=lambda mismatch: order.get(mismatch.where, len(order)))
 
 
 def _emitted_at(traces: Sequence[Trace], controlnet: int, at: Geometry) -> dict[str, Shape]:
     """What the ControlNet emits at a geometry that was not observed; empty where its rules do not say."""
-    table = emitted_table(traces, controlnet)
+    table = derive_emitted(traces, controlnet)
     if any(residual.name not in table for trace in traces for residual in _of(trace, controlnet)):
         return {}
     try:
@@ -203,7 +203,7 @@ def _handover_mismatches(traces: Sequence[Trace], slots: tuple[Slot, ...]) -> li
     for trace in traces:
         _keep_first(first, _not_understood(trace))
         if trace.arrived:
-            _keep_first(first, compare(slots, trace.geometry, {each.name: each.shape for each in trace.arrived}))
+            _keep_first(first, compare_shapes(slots, trace.geometry, {each.name: each.shape for each in trace.arrived}))
         _keep_first(first, _exchanged(trace))
         if trace.emitted and not trace.adds and not trace.arrived and not trace.refused:
             cause = "the ControlNet emitted it and it never reached the UNet"
@@ -237,7 +237,7 @@ def _exchanged(trace: Trace) -> list[Mismatch]:
     for arrival in trace.arrived:
         name = arrival.name
         if wrong := sorted({index for _, index in arrival.sources} - {arrival.index}, key=_slot_order):
-            got = " and ".join(slot_name(index, arrival.group) for index in wrong)
+            got = " and ".join(name_slot(index, arrival.group) for index in wrong)
             cause = "residuals were reordered between the ControlNet and the UNet"
             found.append(Mismatch("order", name, got, name, trace.geometry, cause=cause))
         elif not arrival.sources:

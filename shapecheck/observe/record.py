@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shapecheck.contract import Geometry
-from shapecheck.observe.residual_tracer import Arrived, Emitted, Follower, Summed, dtype_name, tensors_in
+from shapecheck.observe.residual_tracer import Arrived, Emitted, ResidualTracer, Summed, dtype_name, tensors_in
 from shapecheck.observe.trace import Arrival, Group, Residual, Trace
 
 MID = -1
@@ -37,7 +37,7 @@ class Recorder:
 
     def __init__(self, unet: nn.Module) -> None:
         self.traces: list[Trace] = []
-        self.follower = Follower({id(module): path for path, module in unet.named_modules()})
+        self.follower = ResidualTracer({id(module): path for path, module in unet.named_modules()})
         self._emitted: list[Residual] = []
         self._call: _Call | None = None
 

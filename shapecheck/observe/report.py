@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from shapecheck.contract import AddSite, Contract, Geometry, Mismatch, Slot, show
 from shapecheck.contract.naming import SHAPECHECK, is_feature
-from shapecheck.presets.families import families, identity
+from shapecheck.presets.families import describe_families, find_families
 from shapecheck.report.document import Document, Facts, Format, Heading, Part, Points, Table
 from shapecheck.report.mismatches import count_mismatches, list_mismatches
 from shapecheck.report.numbers import dump_json
@@ -34,7 +34,7 @@ def render_text(
     shared_sites = _find_shared_sites(contract, lines)
     feature_sites = dict.fromkeys(_format_site(add, lines) for slot in contract.features for add in slot.adds)
     facts = [
-        ("identity", identity(contract)),
+        ("identity", describe_families(contract)),
         ("model", f"{contract.class_name}, {header.parameters:,} parameters" if header.parameters else contract.class_name),
         ("sizes", _describe_sizes(contract)),
         ("shown at", f"{geometry} ({geometry.width * header.vae_factor}×{geometry.height * header.vae_factor} pixels)"),
@@ -72,7 +72,7 @@ def render_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Ge
     report: dict[str, Any] = {
         "verdict": judge_probe(contract, mismatches),
         "claim": False,  # of claimed shapes explain speaks
-        "families": list(families(contract)),
+        "families": list(find_families(contract)),
         "geometry": asdict(geometry),
         "shapes": {slot.name: slot.shape_at(geometry) for slot in contract.residuals},
         "mismatches": [asdict(mismatch) for mismatch in mismatches],

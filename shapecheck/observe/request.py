@@ -42,7 +42,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ProbeResult:
     """What a request came to."""
 
     contract: Contract
@@ -50,7 +50,7 @@ class Finding:
     geometry: Geometry
 
 
-def carry_out(request: Request, *, offline: bool = False, progress: Progress) -> Finding:
+def run_probe(request: Request, *, offline: bool = False, progress: Progress) -> ProbeResult:
     """Observe the model and the ControlNets of a request. Mismatches are part of the finding; its `mapping` is not looked at.
 
     Everything that can be refused by reading configurations is refused before torch is imported. Raises ShapecheckError if it
@@ -61,7 +61,7 @@ def carry_out(request: Request, *, offline: bool = False, progress: Progress) ->
         lookup.find(name, "controlnet", offline=offline)
     if request.adapter is not None:
         lookup.find(request.adapter, "adapter", offline=offline)
-    requested = geometry_of(request, source.vae_factor)
+    requested = resolve_geometry(request, source.vae_factor)
     progress("importing torch and diffusers")
     with _no_collection():
         from shapecheck.observe.probe import probe
@@ -75,10 +75,10 @@ def carry_out(request: Request, *, offline: bool = False, progress: Progress) ->
         contract, mismatches = error.contract, error.mismatches
     if requested is not None:
         contract.require(requested)
-    return Finding(contract, mismatches, requested or Geometry(request.batch, *contract.header.usual))
+    return ProbeResult(contract, mismatches, requested or Geometry(request.batch, *contract.header.usual))
 
 
-def read(path: Path) -> Request:
+def read_request(path: Path) -> Request:
     """The request in a TOML file. Raises ShapecheckError naming the key that is wrong."""
     try:
         record = tomllib.loads(read_bytes(path, hub.LARGEST_FILE, too_large=f"{path} is too large for a probe").decode("utf-8"))
@@ -108,7 +108,7 @@ def _request(record: Mapping[str, Any]) -> Request:
         adapter=_text(record, "adapter") if "adapter" in record else None,
         size_px=parse_pair(_text(record, "size"), "WxH") if "size" in record else None,
         latent=parse_pair(_text(record, "latent"), "HxW") if "latent" in record else None,
-        batch=checked_batch(record.get("batch", 1), "`batch`"),
+        batch=check_batch(record.get("batch", 1), "`batch`"),
         mapping=_checked_mapping(record["mapping"]) if "mapping" in record else None,
         story=_text(record, "story") if "story" in record else "",
         expect=expect,
@@ -121,14 +121,14 @@ def _text(record: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def checked_batch(value: object, name: str) -> int:
+def check_batch(value: object, name: str) -> int:
     """A batch somebody gave as `name`. Raises ShapecheckError where it is none, or absurd."""
     if type(value) is not int or not 1 <= value <= _MOST_IN_BATCH:
         raise ShapecheckError(f"{name} must be a whole number from 1 to {_MOST_IN_BATCH}, got {one_line(value)}")
     return value
 
 
-def geometry_of(request: Request, vae_factor: int) -> Geometry | None:
+def resolve_geometry(request: Request, vae_factor: int) -> Geometry | None:
     """The size that is asked for, if any. Raises ShapecheckError where two are, or pixels fill no whole cells."""
     if request.size_px is not None and request.latent is not None:
         raise ShapecheckError("a size in pixels and one in latent cells were given; give one of them")
@@ -159,7 +159,7 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def surprises(request: Request, mismatches: Sequence[Mismatch], verdict: str) -> tuple[str, ...]:
+def list_surprises(request: Request, mismatches: Sequence[Mismatch], verdict: str) -> tuple[str, ...]:
     """Return in what a probe came to something else than its `[expect]` says; `verdict` is the report's."""
     actual = {
         "verdict": verdict,

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from shapecheck.contract import AddSite
 from shapecheck.observe.meta_kernels import META_KERNELS
-from shapecheck.observe.trace import Add, Group, slot_name
+from shapecheck.observe.trace import Add, Group, name_slot
 
 _aten = torch.ops.aten
 
@@ -63,7 +63,7 @@ class Zeros:
     """Tag of a tensor of zeros, as guess mode puts in place of the unconditional half."""
 
 
-class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+class ResidualTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Watches every operation while it is active. Tags are weak: no tensor is kept alive.
 
     Outside a UNet's call whatever is computed from a residual is still that residual; inside it a residual stays one
@@ -150,7 +150,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
             self._tag(result, Arrived(tuple(dict.fromkeys(key for tag in arrived for key in tag.keys))))
         else:
             site = self._site()
-            taken = (slot_name(index, group) for tag in arrived for group, index in tag.keys)
+            taken = (name_slot(index, group) for tag in arrived for group, index in tag.keys)
             self.misunderstood |= dict.fromkeys(taken, f"aten.{name} at {site.file}:{site.line}")
 
     def _saw_slot(self, skip: Tensor, residual: Tensor, tag: Arrived, result: Any) -> None:

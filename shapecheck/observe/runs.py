@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import Geometry, Shape, ShapecheckError, Slot
-from shapecheck.models.inputs import call_arguments
+from shapecheck.models.inputs import build_zero_arguments
 from shapecheck.models.model import Model
 from shapecheck.observe import sizes
 from shapecheck.observe.record import Recorder, record
@@ -30,7 +30,7 @@ def observe(unet: Model, nets: Sequence[Model], geometry: Geometry | None, progr
     Raises ShapecheckError where a model runs at no size.
     """
     halvings = len(unet.config["down_block_types"]) - 1
-    wanted = [*sizes.survey(halvings), *(sizes.odd_at(level) for level in range(3, halvings))]
+    wanted = [*sizes.list_survey_sizes(halvings), *(sizes.odd_geometry(level) for level in range(3, halvings))]
     if geometry is not None:
         wanted.append(geometry)
     traces = []
@@ -77,7 +77,7 @@ def observe_adapter(
     traces = []
     with torch.no_grad(), record(unet.module, [net.module for net in nets], [adapter.module]) as recorder:
         divisor, count = _adapter_divisor(adapter, halvings)
-        wanted = [*accepted, *(sizes.coarse(max(divisor, allowed), halvings) if divisor > 1 else ())]
+        wanted = [*accepted, *(sizes.list_coarse_sizes(max(divisor, allowed), halvings) if divisor > 1 else ())]
         for number, each in enumerate(dict.fromkeys(wanted), start=1):
             progress(f"observing {adapter.name} at {each} ({number} of {len(wanted)})")
             traces.append(_observe_features_at(unet, adapter, each, _feature_probes(unet, each, count, mid), recorder))
@@ -87,7 +87,7 @@ def observe_adapter(
 def observe_controlnet(net: Model) -> list[Trace]:
     """What a ControlNet alone emits, at the sizes a UNet would be observed at."""
     traces = []
-    for geometry in sizes.survey(len(net.config["down_block_types"]) - 1):
+    for geometry in sizes.list_survey_sizes(len(net.config["down_block_types"]) - 1):
         with torch.no_grad(), record(torch.nn.Identity(), [net.module]) as recorder:
             _run_controlnet(net, geometry)
         traces.append(Trace(geometry, recorder.take_emitted()))
@@ -103,7 +103,7 @@ def _find_divisor(
     divisor = 2
     while not easiest.refused and divisor <= _LARGEST_DIVISOR:
         progress(f"{unet.name} refuses some sizes; trying multiples of {divisor}")
-        tried = [_observe_at(unet, nets, each, recorder) for each in sizes.multiples_of(divisor, halvings)]
+        tried = [_observe_at(unet, nets, each, recorder) for each in sizes.list_multiples(divisor, halvings)]
         seen += tried
         if not any(trace.refused for trace in tried):
             return divisor, seen
@@ -140,7 +140,7 @@ def _run_unet_alone(unet: Model, geometry: Geometry, recorder: Recorder) -> Trac
 
 def _run_controlnet(net: Model, geometry: Geometry) -> Residuals:
     try:
-        downs, mid = net.module(**call_arguments(net.inputs, geometry, net.device), return_dict=False)
+        downs, mid = net.module(**build_zero_arguments(net.inputs, geometry, net.device), return_dict=False)
     except Exception as error:  # a user's module may raise anything; the fault is told with where it came from
         raise ShapecheckError(f"{net.name} does not run at {geometry}: {type(error).__name__}: {error}") from error
     return list(downs), mid
@@ -152,7 +152,7 @@ def _run_unet(unet: Model, geometry: Geometry, given: Residuals, recorder: Recor
 
 
 def _call_unet(unet: Model, geometry: Geometry, recorder: Recorder, **given: object) -> Trace:
-    arguments, before = call_arguments(unet.inputs, geometry, unet.device), len(recorder.traces)
+    arguments, before = build_zero_arguments(unet.inputs, geometry, unet.device), len(recorder.traces)
     with contextlib.suppress(Exception):  # a refusal is an observation: its text is in the trace
         unet.module(**arguments, **given)
     return recorder.traces[before:][-1]
@@ -163,7 +163,7 @@ def _adapter_divisor(adapter: Model, halvings: int) -> tuple[int, int]:
     divisor, failure = 1, ""
     while divisor <= _LARGEST_DIVISOR:
         try:
-            counts = [len(_run_adapter(adapter, each)) for each in sizes.coarse(divisor, halvings)]
+            counts = [len(_run_adapter(adapter, each)) for each in sizes.list_coarse_sizes(divisor, halvings)]
             return divisor, counts[0]
         except Exception as error:  # a user's module may raise anything
             divisor, failure = 2 * divisor, f"{type(error).__name__}: {error}"

@@ -15,31 +15,31 @@ Sizes = tuple[int, ...]
 """One axis of one tensor, a number for each observed geometry."""
 
 
-def survey(halvings: int) -> tuple[Geometry, ...]:
+def list_survey_sizes(halvings: int) -> tuple[Geometry, ...]:
     """The geometries every probe observes: batch 2, height ≠ width, both sides ≡ 1, 3, 5 and 7 modulo 8.
 
     Up to three halvings these meet an odd size at every level, whatever the rounding of the levels before;
-    for deeper UNets `odd_at` gives the rest.
+    for deeper UNets `odd_geometry` gives the rest.
     """
     deepest = 2 ** max(3, halvings)
     step = deepest + 2  # no two geometries fall together even at the deepest level
     return tuple(Geometry(2, 2 * deepest + 1 + each * step, 8 * deepest - 1 - each * step) for each in range(4))
 
 
-def coarse(divisor: int, halvings: int) -> tuple[Geometry, ...]:
+def list_coarse_sizes(divisor: int, halvings: int) -> tuple[Geometry, ...]:
     """The same for a model that takes only multiples of `divisor`: four odd multiples of it, which the levels left halve."""
     if divisor == 1:
-        return survey(halvings)
+        return list_survey_sizes(halvings)
     least = 2 ** max(2, halvings + 2 - divisor.bit_length()) + 1
     return tuple(Geometry(2, divisor * (least + 2 * each), divisor * (2 * least + 5 - 2 * each)) for each in range(4))
 
 
-def odd_at(level: int) -> Geometry:
+def odd_geometry(level: int) -> Geometry:
     """A geometry whose sides are odd after `level` halvings of any rounding."""
     return Geometry(2, 17 * 2**level, 19 * 2**level)
 
 
-def multiples_of(divisor: int, halvings: int) -> tuple[Geometry, ...]:
+def list_multiples(divisor: int, halvings: int) -> tuple[Geometry, ...]:
     """Multiples of `divisor` that are odd at each level it leaves open, one geometry a level, large enough to halve."""
     first = divisor.bit_length() - 1
     levels = range(first, max(first + 1, halvings))
@@ -47,7 +47,7 @@ def multiples_of(divisor: int, halvings: int) -> tuple[Geometry, ...]:
     return tuple(Geometry(2, 2**level * factor, 2**level * (factor + 2)) for level, factor in smallest.items())
 
 
-def rules(symbol: str, given: Sizes, observed: Iterable[Sizes]) -> Mapping[Sizes, Dim]:
+def derive_rules(symbol: str, given: Sizes, observed: Iterable[Sizes]) -> Mapping[Sizes, Dim]:
     """The expression of every observed size as halvings of the given one, each measured from the level before it.
 
     Sizes that no chain of halvings explains are left out.
@@ -55,13 +55,13 @@ def rules(symbol: str, given: Sizes, observed: Iterable[Sizes]) -> Mapping[Sizes
     known: dict[Sizes, Dim] = {given: Dim(symbol)}
     for sizes in sorted(set(observed) - {given}, reverse=True):
         for previous, dim in reversed(known.items()):
-            if (steps := halvings_between(previous, sizes)) is not None:
+            if (steps := find_halvings(previous, sizes)) is not None:
                 known[sizes] = Dim(symbol, 1, dim.halvings + steps)
                 break
     return known
 
 
-def halvings_between(previous: Sizes, current: Sizes) -> tuple[Rounding, ...] | None:
+def find_halvings(previous: Sizes, current: Sizes) -> tuple[Rounding, ...] | None:
     """The shortest chain of halvings from one level to the next that holds at every geometry.
 
     A step whose rounding the geometries do not show is `exact`; None where no chain holds.

@@ -17,9 +17,9 @@ from shapecheck.files import report_unreadable
 from shapecheck.models import diffusers_models, lookup
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.models.safetensors import TensorLocation, checkpoint_files, read_table
-from shapecheck.models.weights import differing, linkable, match
+from shapecheck.models.weights import find_differing, match_tensors, require_linkable
 from shapecheck.observe.probe import probe, probe_controlnet
-from shapecheck.progress import quiet
+from shapecheck.progress import silence_logger
 
 PRECISIONS = frozenset(("float32", "float16", "bfloat16"))
 
@@ -53,7 +53,7 @@ class Subject:
 
         Casts the meta module.
         """
-        with quiet("diffusers"):
+        with silence_logger("diffusers"):
             self.module.to(getattr(torch, dtype))
         if self.role == "controlnet":
             observed = probe_controlnet(self.module)
@@ -82,10 +82,10 @@ class Subject:
         others = sorted({each.dtype for each in self.stored.values()} - {dtype})
         if others:
             return f"the checkpoint is {others[0]} and the graph {dtype}"
-        if self.live and (changed := differing(self.stored, self.live)):
+        if self.live and (changed := find_differing(self.stored, self.live)):
             return f"the live module differs from its checkpoint in {len(changed)} tensors, first {changed[0]} (a fused LoRA?)"
         try:
-            linkable(self.stored.values(), folder)
+            require_linkable(self.stored.values(), folder)
         except ShapecheckError as error:
             return str(error)
         return ""
@@ -99,11 +99,11 @@ class Subject:
         return {name: every[name] for name in names}
 
 
-def take(model: str | Path | nn.Module, *, variant: str | None = None, offline: bool = False) -> Subject:
+def resolve_subject(model: str | Path | nn.Module, *, variant: str | None = None, offline: bool = False) -> Subject:
     """The model of that name, or a live one, ready to be traced. Raises ShapecheckError where it cannot be had."""
     if isinstance(model, nn.Module):
         return _take_live(model, variant)
-    source = find(str(model), offline=offline)
+    source = find_source(str(model), offline=offline)
     if source.tensors:
         raise ShapecheckError(
             f"{source.origin} is a single file without a configuration: `probe` reads its shapes, but what it computes with "
@@ -119,7 +119,7 @@ def take(model: str | Path | nn.Module, *, variant: str | None = None, offline: 
         stored, absent = _stored_in(source.folder, variant, source.origin)
     module = diffusers_models.build(source)
     if stored is not None:
-        stored = match(stored, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
+        stored = match_tensors(stored, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
     notes = source.notes
     if source.role == "controlnet" and source.controlnets:
         notes += (f"the first of {1 + len(source.controlnets)} ControlNets that were saved together; export each",)
@@ -127,7 +127,7 @@ def take(model: str | Path | nn.Module, *, variant: str | None = None, offline: 
     return Subject(module, source.name, _place(source), source.vae_factor, role, stored, None, absent, notes)
 
 
-def find(model: str, *, offline: bool) -> lookup.ModelSource:
+def find_source(model: str, *, offline: bool) -> lookup.ModelSource:
     """The source of a UNet, or of a ControlNet where that is what the name stands for."""
     try:
         return lookup.find(model, "unet", offline=offline)
@@ -155,9 +155,9 @@ def _take_live(module: nn.Module, variant: str | None) -> Subject:
         raise ShapecheckError(f"class {name} is not exported yet: expected a UNet2DConditionModel or a ControlNetModel")
     live = dict(module.state_dict())
     if any(tensor.is_meta for tensor in live.values()):
-        return Subject(meta_twin(module), name, f"live {name}", 8, _role(module), None, None, f"the {name} has no values")
+        return Subject(copy_to_meta(module), name, f"live {name}", 8, _role(module), None, None, f"the {name} has no values")
     stored, absent = _origin_of(module, variant)
-    return Subject(meta_twin(module), name, f"live {name}", 8, _role(module), stored, live, absent)
+    return Subject(copy_to_meta(module), name, f"live {name}", 8, _role(module), stored, live, absent)
 
 
 def _origin_of(module: nn.Module, variant: str | None) -> tuple[Mapping[str, TensorLocation] | None, str]:
@@ -185,7 +185,7 @@ def _stored_in(folder: Path, variant: str | None, origin: str) -> tuple[Mapping[
     return read_table(checkpoint_files(folder, variant=variant)), ""
 
 
-def meta_twin(module: nn.Module) -> nn.Module:
+def copy_to_meta(module: nn.Module) -> nn.Module:
     """A copy of a live module with its own forward and no memory for tensors."""
     module = unwrap_compiled(module)
     memo = {id(each): _meta_like(each) for each in (*module.parameters(), *module.buffers())}
@@ -212,11 +212,11 @@ class TorchModel:
 
     def __init__(self, model: str | Path | nn.Module, *, variant: str | None = None, offline: bool = False) -> None:
         self._variant = variant
-        self._subject = take(model, variant=variant, offline=offline)
+        self._subject = resolve_subject(model, variant=variant, offline=offline)
         if self._subject.stored is None and self._subject.live is None:
             raise ShapecheckError(f"no weights for {self._subject.name}: {self._subject.absent}; give a folder that holds them")
         self._live = unwrap_compiled(model) if isinstance(model, nn.Module) else None
-        self._source = None if self._live is not None else find(str(model), offline=offline)
+        self._source = None if self._live is not None else find_source(str(model), offline=offline)
 
     @property
     def name(self) -> str:
@@ -241,7 +241,7 @@ class TorchModel:
         if self._source is not None:
             return diffusers_models.load(self._source, self._variant, getattr(torch, precision))
         assert self._live is not None
-        with quiet("diffusers"):
+        with silence_logger("diffusers"):
             return copy.deepcopy(self._live).to("cpu", getattr(torch, precision)).eval()
 
     def choose_reference(self, wanted: Precision, parameters: int) -> str:

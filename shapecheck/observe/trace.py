@@ -7,17 +7,17 @@ from typing import Literal
 
 from shapecheck.contract.dims import Shape
 from shapecheck.contract.geometry import Geometry
-from shapecheck.contract.naming import SHAPECHECK, feature, is_feature
+from shapecheck.contract.naming import SHAPECHECK, is_feature, name_feature
 from shapecheck.contract.records import AddSite
 
 Group = Literal["control", "feature"]
 """What a tensor is to the UNet: a ControlNet's residual, or a feature of a T2I-Adapter."""
 
 
-def slot_name(index: int, group: Group = "control") -> str:
+def name_slot(index: int, group: Group = "control") -> str:
     """Our name of the slot that residual or feature `index` is for; the mid residual has -1."""
     if group == "feature":
-        return feature(index)
+        return name_feature(index)
     return SHAPECHECK.mid if index < 0 else SHAPECHECK.down(index)
 
 
@@ -40,7 +40,7 @@ class Residual:
     @property
     def name(self) -> str:
         """Of the slot it is for."""
-        return slot_name(self.index, self.group)
+        return name_slot(self.index, self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Arrival:
     @property
     def name(self) -> str:
         """Of the slot it was given for."""
-        return slot_name(self.index, self.group)
+        return name_slot(self.index, self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Add:
     @property
     def name(self) -> str:
         """Of the slot."""
-        return slot_name(self.index, self.group)
+        return name_slot(self.index, self.group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from shapecheck import presets
 from shapecheck.contract import Config, Contract, Dim, Geometry, Input, Mismatch, ShapecheckError, Slot, show
-from shapecheck.contract.mismatch import compare
+from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.onnx import contract_metadata
 from shapecheck.onnx.file import OnnxFile
@@ -16,7 +16,7 @@ from shapecheck.onnx.input_roles import Matching, Roles, assign_roles, diffusers
 from shapecheck.onnx.reading import Reading
 from shapecheck.onnx.records import Basis, Check, DeclaredInput, DeclaredSlot
 from shapecheck.onnx.size_sweep import SizeSweep, sweep_sizes
-from shapecheck.presets.families import architecture
+from shapecheck.presets.families import extract_architecture
 from shapecheck.progress import Progress, silent
 
 
@@ -119,7 +119,7 @@ def _check_outputs(reading: Reading, case: Case) -> tuple[Mismatch, ...]:
         shapes = {name: run.known[name] for name in names & run.known.keys()}
         # An output whose size could not be followed is there all the same.
         comparable = [slot for slot in slots if slot.name in shapes or slot.name not in names]
-        if mismatches := compare(comparable, geometry, shapes):
+        if mismatches := compare_shapes(comparable, geometry, shapes):
             return (*faults, *mismatches)
     return faults
 
@@ -156,7 +156,7 @@ def _describe_slots(case: Case, matching: Matching) -> tuple[DeclaredSlot, ...]:
 def _write_notes(case: Case, inside: Contract | None) -> list[str]:
     """Return what is not a fault and still worth knowing."""
     notes, sweep, naming = [], case.sweep, case.roles.naming
-    if inside is not None and architecture(inside) != architecture(case.contract):
+    if inside is not None and extract_architecture(inside) != extract_architecture(case.contract):
         notes.append(f"the contract inside the file is another one: {inside.header.source or inside.digest}")
     if "tokens" in sweep.fixed:
         notes.append(f"the number of text tokens is fixed at {sweep.fixed['tokens']}")

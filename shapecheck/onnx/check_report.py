@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from shapecheck.contract import Mismatch
 from shapecheck.onnx.records import Check
-from shapecheck.presets.families import families, identity
+from shapecheck.presets.families import describe_families, find_families
 from shapecheck.report.document import Document, Facts, Format, Heading, Part, Points, Table
 from shapecheck.report.mismatches import count_mismatches, describe_fit, list_mismatches
 from shapecheck.report.numbers import dump_json
@@ -27,7 +27,7 @@ def render_text(
     naming = f"named as by {checked.naming}" if checked.naming else "found by graph walk"
     facts = [
         ("held to", bases[checked.basis]),
-        ("identity", identity(checked.contract)),
+        ("identity", describe_families(checked.contract)),
         ("exporter", checked.exporter or "not stated"),
         ("slots", f"{len(checked.slots)}, {naming}" if checked.slots else ""),
         ("sizes", _describe_sizes(checked)),
@@ -60,7 +60,7 @@ def render_json(checked: Check, *, controlnets: Sequence[str] = (), misfits: Seq
         "verdict": "broken" if checked.mismatches or misfits else verdict,
         "unchecked": checked.unchecked or None,
         "basis": checked.basis,
-        "presets": list(families(checked.contract)),
+        "presets": list(find_families(checked.contract)),
         "digest": checked.contract.digest,
         "exporter": checked.exporter,
         "naming": checked.naming or None,

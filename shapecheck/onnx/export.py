@@ -11,11 +11,11 @@ import onnx_ir as ir
 from torch import nn
 
 from shapecheck.contract import ShapecheckError
-from shapecheck.contract.naming import ONNX_NUMBERS, scheme
-from shapecheck.files import refuse_unwritable, whole
+from shapecheck.contract.naming import ONNX_NUMBERS, find_scheme
+from shapecheck.files import atomic_write, ensure_writable
 from shapecheck.models import weights as checkpoints
 from shapecheck.models.safetensors import TensorLocation
-from shapecheck.observe.subject import Subject, take
+from shapecheck.observe.subject import Subject, resolve_subject
 from shapecheck.onnx import postconditions, trace_graph
 from shapecheck.onnx.file import CONTRACT_KEY, WEIGHTS_KEY
 from shapecheck.onnx.records import Exported, Weights
@@ -54,10 +54,10 @@ def export(
 
     Raises ShapecheckError if the model, the weights or the output cannot be used; nothing is left behind then.
     """
-    target, names = _find_target(Path(output)), scheme(naming)
+    target, names = _find_target(Path(output)), find_scheme(naming)
     data = target.with_name(f"{target.name}.data")
     progress("reading the model")
-    subject = take(model, variant=variant, offline=offline)
+    subject = resolve_subject(model, variant=variant, offline=offline)
     if subject.role == "controlnet" and adapter:
         raise ShapecheckError(f"--adapter is for UNets, and {subject.name} is a ControlNet")
     if subject.role == "controlnet" and not control:
@@ -71,7 +71,7 @@ def export(
         raise ShapecheckError(f"opset {opset} with {dtype}: expected {oldest} to {_NEWEST_OPSET}")
     mode, reason = _choose_weights(weights, dtype, subject, target)
     if mode == "copy":
-        refuse_unwritable(data)
+        ensure_writable(data)
     if mode == "none" and data.exists():
         raise ShapecheckError(f"--weights none: {data} exists and would be read as this model's weights; move it away")
 
@@ -87,7 +87,7 @@ def export(
     parameters = list(traced.graph.inputs[len(contract.input_rules) :])
     tensors = subject.tensors([str(value.name) for value in parameters], linked=mode == "link")
     linked = {name: stored for name, stored in tensors.items() if isinstance(stored, TensorLocation)}
-    placed = linked if mode == "link" else checkpoints.layout(tensors, dtype, data)
+    placed = linked if mode == "link" else checkpoints.plan_layout(tensors, dtype, data)
     _bind(traced, parameters, placed, target.parent)
 
     # Only the file has the slots under another project's names; the contract keeps ours.
@@ -108,12 +108,12 @@ def export(
     }
     traced.metadata_props.update(metadata)
 
-    with whole(target) as partial:
+    with atomic_write(target) as partial:
         ir.save(traced, partial)
         # The weights come last: until every byte is there, no file of an earlier export changes.
         if mode == "copy":
             copied = lambda *bytes_: progress("copying the weights", *bytes_)  # noqa: E731
-            checkpoints.copy(tensors, dtype, data, copied, outdated=target)
+            checkpoints.copy_tensors(tensors, dtype, data, copied, outdated=target)
     files = (Path(output), *dict.fromkeys(stored.file for stored in placed.values()))
     return Exported(Path(output), contract, mode, reason, files, dtype, opset, naming)
 
@@ -125,7 +125,7 @@ def _find_target(output: Path) -> Path:
     target = output.resolve() if output.is_symlink() else output  # its weights lie beside the file, not beside the link
     if target.exists() and not target.is_file():
         raise ShapecheckError(f"cannot write {output}: it is a folder, a pipe or a device")
-    refuse_unwritable(target)
+    ensure_writable(target)
     return target
 
 
@@ -151,7 +151,7 @@ def _bind(model: ir.Model, parameters: list[ir.Value], placed: Mapping[str, Tens
         stored = placed[str(value.name)]
         model.graph.inputs.remove(value)
         value.const_value = ir.ExternalTensor(
-            checkpoints.location(stored, folder), stored.offset, stored.nbytes, ir.DataType(ONNX_NUMBERS[stored.dtype]),
+            checkpoints.format_location(stored, folder), stored.offset, stored.nbytes, ir.DataType(ONNX_NUMBERS[stored.dtype]),
             shape=ir.Shape(stored.shape), name=str(value.name), base_dir=folder,
         )  # fmt: skip
         model.graph.register_initializer(value)

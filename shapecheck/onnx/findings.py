@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from shapecheck.contract import Contract, Dim, Geometry, Input, Mismatch, Slot, show
-from shapecheck.contract.mismatch import compare
+from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import MismatchKind
 from shapecheck.onnx.input_roles import Matching, Roles, diffusers_names, match_inputs
@@ -160,7 +160,7 @@ def _check_skip(case: Case, slot: Slot, tensor: GraphTensor) -> Iterator[Mismatc
     for geometry, shape in case.sweep.measured(tensor.adds[0].skip).items():
         if geometry.height % divisor == 0 and geometry.width % divisor == 0:
             shapes = {skip.name: skip.shape_at(geometry) for skip in skips}
-            for mismatch in compare(skips, geometry, shapes | {slot.name: shape}):
+            for mismatch in compare_shapes(skips, geometry, shapes | {slot.name: shape}):
                 yield replace(mismatch, where=tensor.name)
                 return
 

@@ -82,7 +82,7 @@ def diffusers_names(tensor: GraphTensor) -> tuple[str, ...]:
 
 def assign_roles(reading: Reading) -> Roles:
     """Sort a graph's inputs into slots, features and base inputs."""
-    scheme = naming.detect(tensor.name for tensor in reading.inputs)
+    scheme = naming.detect_scheme(tensor.name for tensor in reading.inputs)
     slots, features, base = [], [], []
     for tensor in reading.inputs:
         is_named = scheme is not None and scheme.index(tensor.name) is not None
@@ -97,7 +97,7 @@ def assign_roles(reading: Reading) -> Roles:
     is_controlnet = not slots and not features and len(reading.outputs) >= 4
     is_controlnet |= any(tensor.name == "controlnet_cond" for tensor in base)
     if is_controlnet:
-        scheme = naming.detect(tensor.name for tensor in reading.outputs)
+        scheme = naming.detect_scheme(tensor.name for tensor in reading.outputs)
     return Roles(scheme, tuple(slots), tuple(base), is_controlnet, tuple(features))
 
 

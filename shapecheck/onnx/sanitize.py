@@ -12,7 +12,7 @@ import onnx_ir.passes.common as passes
 
 from shapecheck.contract import ShapecheckError
 from shapecheck.contract.errors import one_line
-from shapecheck.progress import quiet
+from shapecheck.progress import silence_logger
 
 LONGEST_NAME = 500
 """Characters of a name that are kept."""
@@ -35,7 +35,7 @@ def convert(path: Path, proto: onnx.ModelProto) -> ir.Model:
 
     Raises ShapecheckError if the graph is not sound.
     """
-    with report_unsound(path), quiet("onnx_ir"):
+    with report_unsound(path), silence_logger("onnx_ir"):
         model = ir.from_proto(proto)
         nodes = [*model.graph.all_nodes(), *(node for function in model.functions.values() for node in function.all_nodes())]
         if _count_inlined(nodes, model, {}) > _MOST_NODES:  # functions that double at every level could never be inlined

@@ -54,7 +54,7 @@ class SizeSweep:
         rules = {skip: [BATCH, constant(next(iter(table.values()))[1])] for skip, table in tables.items() if common}
         for symbol, axis in (("h", 2), ("w", 3)):
             columns = {skip: tuple(tables[skip][geometry][axis] for geometry in common) for skip in rules}
-            known = sizes.rules(symbol, tuple(geometry.sizes[symbol] for geometry in common), columns.values())
+            known = sizes.derive_rules(symbol, tuple(geometry.sizes[symbol] for geometry in common), columns.values())
             rules = {skip: [*rule, known[columns[skip]]] for skip, rule in rules.items() if columns[skip] in known}
         return {skip: tuple(rule) for skip, rule in rules.items()}
 
@@ -85,13 +85,13 @@ def sweep_sizes(
                 return geometry
         return None
 
-    refused = find_refusal(sizes.survey(_HALVINGS))
+    refused = find_refusal(sizes.list_survey_sizes(_HALVINGS))
     divisor, failed = 1, refused
     while failed and divisor < _LARGEST_DIVISOR and not {"h", "w"} <= fixed.keys():
         divisor *= 2
-        failed = find_refusal(sizes.multiples_of(divisor, _HALVINGS))
+        failed = find_refusal(sizes.list_multiples(divisor, _HALVINGS))
     if divisor < allowed and not failed:
-        failed = find_refusal(sizes.multiples_of(allowed, _HALVINGS))
+        failed = find_refusal(sizes.list_multiples(allowed, _HALVINGS))
     works = next((geometry for geometry, run in runs.items() if not run.fault), None)
     # Another batch and number of tokens than all the sizes above have.
     refused_batch = works and find_refusal([replace(works, batch=3, tokens=11)])

@@ -16,9 +16,9 @@ from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.contract.dims import BATCH, HEIGHT, WIDTH, constant
 from shapecheck.contract.errors import one_line
 from shapecheck.contract.naming import is_feature
-from shapecheck.models.forward_call import added, grouped
+from shapecheck.models.forward_call import build_residual_arguments, group_arguments
 from shapecheck.onnx.node_locations import BLOCK, SCOPES
-from shapecheck.progress import quiet
+from shapecheck.progress import silence_logger
 
 OUTPUT = "out_sample"
 """Name of the UNet's output, as optimum and diffusers' own export call it."""
@@ -57,10 +57,10 @@ class _FlatModel(nn.Module):
         self._blocks = len(contract.config["down_block_types"])
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        call = grouped(dict(zip(self._arguments, tensors, strict=False)))
+        call = group_arguments(dict(zip(self._arguments, tensors, strict=False)))
         others = tensors[len(self._arguments) :]
         residuals, features = others[: self._slots], others[self._slots :]
-        call |= added(residuals, [*features[: self._blocks], *map(_MidFeature, features[self._blocks :])])
+        call |= build_residual_arguments(residuals, [*features[: self._blocks], *map(_MidFeature, features[self._blocks :])])
         result = self.model(**call, return_dict=False)
         return (*result[0], result[1]) if isinstance(result[0], list) else (result[0],)
 
@@ -124,7 +124,7 @@ def find_bare_skip(skip: ir.Value) -> ir.Value:
 
 def _export(model: nn.Module, tensors: tuple[Tensor, ...], dynamic: list[dict[int, Any]], opset: int) -> ir.Model:
     try:
-        with quiet("torch.onnx"), warnings.catch_warnings():
+        with silence_logger("torch.onnx"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks of the exporter on its own internals
             program = torch.export.export(model, tensors, dynamic_shapes=(tuple(dynamic),), strict=False)
             exported = torch.onnx.export(

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
-from shapecheck.contract.naming import detect
+from shapecheck.contract.naming import detect_scheme
 from shapecheck.observe.subject import TorchModel
 from shapecheck.onnx import weight_comparison
 from shapecheck.onnx.check import check
@@ -159,7 +159,7 @@ def _match_names(reading: Reading, contract: Contract) -> dict[str, str]:
 
 def _match_outputs(contract: Contract, outputs: Sequence[str]) -> dict[str, str]:
     """Return what a file calls the outputs that it has: residuals by their names if those are known, else by their order."""
-    ours, scheme = output_names(contract), detect(outputs)
+    ours, scheme = output_names(contract), detect_scheme(outputs)
     if contract.role == "unet" or scheme is None:
         return dict(zip(ours, outputs, strict=False))
     return {name: own for name, own in zip(ours, scheme.names(len(ours) - 1), strict=True) if own in outputs}

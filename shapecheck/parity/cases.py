@@ -13,7 +13,7 @@ from torch import Tensor
 from shapecheck.contract import Contract, Geometry, Input, ShapecheckError, Slot
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.models import diffusers_models, lookup
-from shapecheck.models.inputs import controlled, controlnet_inputs
+from shapecheck.models.inputs import build_controlnet_arguments, controlnet_inputs
 from shapecheck.models.safetensors import checkpoint_files
 
 EmitResiduals = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
@@ -179,7 +179,7 @@ def load_controlnet(name: str, *, variant: str | None = None, offline: bool = Fa
             else:
                 raise ShapecheckError(f"{name} takes {spec.name}, which the UNet does not")
         with torch.inference_mode():
-            downs, mid = net(**controlled(arguments), return_dict=False)
+            downs, mid = net(**build_controlnet_arguments(arguments), return_dict=False)
         return dict(zip(SHAPECHECK.names(len(downs)), (*downs, mid), strict=True))
 
     return emit

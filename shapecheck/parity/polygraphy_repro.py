@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shapecheck.files import whole
+from shapecheck.files import atomic_write
 from shapecheck.onnx.file import LARGEST, OnnxFile
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def reproduce(
         return ""
     result = IterationResult(_arrays(expected), runner_name="PyTorch")
     for name, content in ((INPUTS, [_arrays(inputs)]), (OUTPUTS, RunResults([("PyTorch", [result])]))):
-        with whole(folder / name) as partial:
+        with atomic_write(folder / name) as partial:
             save_json(content, str(partial))
     command = ["polygraphy", "run", str(file), "--onnxrt"]
     command += ["--providers", _PROVIDERS[backend]] if backend in _PROVIDERS else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shapecheck.files import whole
+from shapecheck.files import atomic_write
 from shapecheck.parity import page
 from shapecheck.parity.json_record import OUTPUTS, compare_with_torch, record_parity
 from shapecheck.parity.results import Parity, Result, Side, Verdict
@@ -49,7 +49,7 @@ def write_all(parity: Parity, folder: Path) -> tuple[Path, ...]:
     }
     paths = tuple(folder / NAMES[form] for form in texts)
     for path, text in zip(paths, texts.values(), strict=True):
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return paths
 

@@ -55,14 +55,14 @@ def create_run(request: ParityRequest, progress: Progress = silent) -> ParityRun
         raise ShapecheckError("--batch and --tokens go with --sizes")
     if not request.times_own > 0:
         raise ShapecheckError(f"--times-own must be more than 0, got {request.times_own}")
-    from shapecheck.observe.subject import find
+    from shapecheck.observe.subject import find_source
     from shapecheck.parity.cases import load_controlnet
     from shapecheck.parity.run import ParityOptions, ParityRun
 
     ranges: tuple[Range, ...] = ()
     if request.sizes:
         is_named = isinstance(request.model, str | Path)
-        factor = find(str(request.model), offline=request.offline).vae_factor if is_named else 8
+        factor = find_source(str(request.model), offline=request.offline).vae_factor if is_named else 8
         ranges = parse_ranges(request.sizes, request.batch or ("1",), request.tokens or str(USUAL_TOKENS), vae_factor=factor)
     options = ParityOptions(
         ranges, request.seed, request.times_own, request.reference, request.variant, request.offline, request.folder

@@ -15,7 +15,7 @@ from shapecheck import doctor, extras
 from shapecheck.contract import ShapecheckError
 from shapecheck.files import make_folder
 from shapecheck.observe.probe import probe
-from shapecheck.observe.subject import meta_twin
+from shapecheck.observe.subject import copy_to_meta
 from shapecheck.pipelines.export_cache import ExportCache
 from shapecheck.pipelines.unet_owner import UNetOwners
 from shapecheck.progress import Progress, silent
@@ -98,7 +98,7 @@ def accelerate(
         raise ShapecheckError(f"backend is one of {', '.join(get_args(Backend))}, and fallback log or error")
     owners, folder = UNetOwners(pipe_or_stream), make_folder(Path(engine_dir))
     progress("observing the contract")
-    contract = probe(meta_twin(owners.unet), [meta_twin(net) for net in owners.controlnets] or None)
+    contract = probe(copy_to_meta(owners.unet), [copy_to_meta(net) for net in owners.controlnets] or None)
     (width, height), usual_batch = contract.header.usual_px, "1:2:2"
     if owners.frame is not None:
         width, height, number = owners.frame
@@ -115,7 +115,7 @@ def accelerate(
         try:
             dropin, artefact = _open_session(owners.unet, files, name, profiles, open_file)
         except (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
-            reason = extras.missing(error, "it") if isinstance(error, ModuleNotFoundError) else error
+            reason = extras.explain_missing(error, "it") if isinstance(error, ModuleNotFoundError) else error
             refusals += ((name, str(reason)),)
             _log.warning("%s does not run this UNet: %s", *refusals[-1])
             continue

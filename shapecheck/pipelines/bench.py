@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from shapecheck import doctor, extras
-from shapecheck.artefact import contract_of
+from shapecheck.artefact import resolve_contract
 from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.doctor.environment import BACKENDS
@@ -88,7 +88,7 @@ def time_frames(
                 clock.begin()
                 play(clock)
         except caught as error:
-            problem = extras.missing(error, name) if isinstance(error, ModuleNotFoundError) else error
+            problem = extras.explain_missing(error, name) if isinstance(error, ModuleNotFoundError) else error
             return Timing(name, "", reason=one_line(str(problem) or type(problem).__name__, longest=300), asked=asked)
         plays[name], after = play, _measure_memory(device)
         memory = None if before is None or after is None else max(0, after - before)
@@ -105,14 +105,14 @@ def time_frames(
                 measured[name].append(_time_frame(play, clock))
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     timed = tuple(replace(timing, frames=tuple(measured[timing.backend])) for timing in timings)
-    return Bench(artefact, contract.digest, geometry, nets, place, timed, extras.versions(_PACKAGES))
+    return Bench(artefact, contract.digest, geometry, nets, place, timed, extras.list_versions(_PACKAGES))
 
 
 def _read_contract(artefact: str, model: str | None, offline: bool, progress: Progress) -> Contract:
     """Return the contract inside the artefact, or else that of the model it is said to be."""
     contract = contract_inside(OnnxFile(artefact)) if model and artefact.lower().endswith(".onnx") else None
     if contract is None:
-        contract = contract_of(model or artefact, offline=offline, progress=progress)
+        contract = resolve_contract(model or artefact, offline=offline, progress=progress)
     if contract.role != "unet":
         raise ShapecheckError(f"{artefact} is a ControlNet: give a UNet, and --controlnets for how many run beside it")
     return contract

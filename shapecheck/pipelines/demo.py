@@ -20,7 +20,7 @@ from shapecheck.pipelines import pictures
 from shapecheck.pipelines.accelerate import accelerate
 from shapecheck.pipelines.demo_record import Demo, DemoBackend, Picture
 from shapecheck.pipelines.tiny_pipeline import build_tiny_pipeline
-from shapecheck.progress import Progress, hide_progress_bars, quiet, silent
+from shapecheck.progress import Progress, hide_progress_bars, silence_logger, silent
 from shapecheck.runtime.dropin import DropIn
 from shapecheck.version import __version__
 
@@ -59,7 +59,7 @@ def draw_demo(
         pipe, (width, height) = _load_pipeline(model, controlnet, size_px, dtype, variant, offline, progress)
     pipe.set_progress_bar_config(disable=True)
     # diffusers warns of casts even if there is nothing to warn of.
-    with quiet("diffusers"):
+    with silence_logger("diffusers"):
         pipe.to(device, dtype)
     if control_image is None:
         control, control_name, origin = pictures.draw_scene(height, width), "depth", ", a depth map: nearer is brighter"
@@ -136,7 +136,7 @@ def draw_demo(
         allowed=1.0 if dtype == torch.float32 else None,  # of 255: too little to be seen
         torch_seconds=torch_seconds,
         backend_seconds=backend_seconds,
-        versions=(("shapecheck", __version__), *extras.versions(_PACKAGES)),
+        versions=(("shapecheck", __version__), *extras.list_versions(_PACKAGES)),
     )
 
 
@@ -156,7 +156,7 @@ def _load_pipeline(
     size = size_px or contract.header.usual_px
     Geometry.from_px(*size, vae_factor=contract.header.vae_factor)
     progress("loading the pipeline")
-    with quiet("transformers"):
+    with silence_logger("transformers"):
         from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
     options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": offline}
     kind: Any = StableDiffusionControlNetPipeline
@@ -165,7 +165,12 @@ def _load_pipeline(
         kind, own = StableDiffusionXLControlNetPipeline, {"add_watermarker": False}
     name, libraries = controlnet, ("diffusers", "transformers")
     try:
-        with quiet("diffusers"), quiet("transformers"), hide_progress_bars(*libraries), warnings.catch_warnings():
+        with (
+            silence_logger("diffusers"),
+            silence_logger("transformers"),
+            hide_progress_bars(*libraries),
+            warnings.catch_warnings(),
+        ):
             # The oldest diffusers that is supported knows no other name.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             net = ControlNetModel.from_pretrained(name, **options)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from shapecheck.doctor.environment import BACKENDS
-from shapecheck.files import whole
+from shapecheck.files import atomic_write
 from shapecheck.pipelines.demo_record import Demo
 from shapecheck.report.document import Document, Facts, Format, Heading, Part, Points, Table
 from shapecheck.report.numbers import dump_json, format_number
@@ -61,7 +61,7 @@ def write_all(demo: Demo, folder: Path) -> None:
     pictures = {picture.file: (folder / picture.file).read_bytes() for picture in demo.pictures}
     page, markdown = render_page(demo, pictures), render_text(demo, "markdown")
     for name, text in {"demo.json": render_json(demo), "demo.md": markdown, "index.html": page}.items():
-        with whole(folder / name) as partial:
+        with atomic_write(folder / name) as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

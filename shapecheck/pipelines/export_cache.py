@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import nn
 
 from shapecheck.contract import ShapecheckError
-from shapecheck.files import locked
+from shapecheck.files import lock_folder
 from shapecheck.models import weights
-from shapecheck.observe.subject import take
+from shapecheck.observe.subject import resolve_subject
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.export import export
 from shapecheck.onnx.file import OnnxFile
@@ -43,7 +43,7 @@ class ExportCache:
 
     def export_onnx(self) -> Path:
         """Return the ONNX file, its weights beside it. Raises ShapecheckError if the UNet cannot be exported."""
-        with locked(self._folder):
+        with lock_folder(self._folder):
             if not self.is_exported:
                 export(self._unet, self._path, weights="copy", progress=self._progress)
         return self._path
@@ -56,7 +56,7 @@ class ExportCache:
     @cached_property
     def _path(self) -> Path:
         """Name the file after all that it depends on: the modules and their settings, the weights, and what exports it."""
-        subject = take(self._unet)
+        subject = resolve_subject(self._unet)
         # A config holds no settings, such as FreeU's factors or an attention processor: they are attributes of modules.
         layers = [
             (

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from shapecheck.contract import Contract, Geometry
 from shapecheck.models import diffusers_models
-from shapecheck.models.forward_call import arguments
+from shapecheck.models.forward_call import build_unet_arguments
 from shapecheck.models.lookup import ModelSource
-from shapecheck.progress import quiet
+from shapecheck.progress import silence_logger
 from shapecheck.runtime.combine import combined
 from shapecheck.runtime.dropin import DropIn
 
@@ -88,7 +88,7 @@ class FrameMaker:
             slot.name: torch.rand(slot.shape_at(geometry), generator=generator).to(device, getattr(torch, dtypes[slot.name]))
             for slot in contract.inputs
         }
-        self._base = arguments(replace(contract, slots=()), tensors)
+        self._base = build_unet_arguments(replace(contract, slots=()), tensors)
         factor = contract.header.vae_factor
         pixels = (geometry.batch, 3, geometry.height * factor, geometry.width * factor)
         self._image = torch.rand(pixels, generator=generator).to(device, self._dtype)
@@ -130,7 +130,7 @@ class FrameMaker:
         return diffusers_models.build(ModelSource(name, "the contract", name, self._contract.config.to_json()))
 
     def _fill(self, module: nn.Module) -> nn.Module:
-        with quiet("diffusers"):
+        with silence_logger("diffusers"):
             module.to(self._dtype).to_empty(device=self._device)
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():

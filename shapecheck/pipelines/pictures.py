@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from shapecheck.contract import ShapecheckError
 from shapecheck.contract.errors import one_line
-from shapecheck.files import whole
+from shapecheck.files import atomic_write
 from shapecheck.pipelines.demo_record import Change
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
@@ -63,7 +63,7 @@ def fit_image(image: Image.Image, height: int, width: int) -> Floats:
 def save_picture(picture: Floats, path: Path) -> None:
     """Write a PNG; NaN becomes black. Raises ShapecheckError if the system refuses."""
     levels = np.rint(np.clip(np.nan_to_num(picture), 0, 1) * 255).astype(np.uint8)
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         Image.fromarray(levels).save(partial, format="PNG")
 
 

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DCondi
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from shapecheck.progress import quiet
+from shapecheck.progress import silence_logger
 
 
 def build_tiny_pipeline(*, seed: int = 0) -> Any:
@@ -18,7 +18,7 @@ def build_tiny_pipeline(*, seed: int = 0) -> Any:
     Its UNet and ControlNet take (batch, 4, height, width) latent cells and text of (batch, 77, 32), and the ControlNet an image
     of (batch, 3, 8·height, 8·width).
     """
-    with quiet("transformers"):
+    with silence_logger("transformers"):
         from diffusers import StableDiffusionControlNetPipeline
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

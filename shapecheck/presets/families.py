@@ -11,19 +11,21 @@ from shapecheck.contract import Config, Contract
 _NOT_ARCHITECTURE = ("sample_size", "upcast_attention", "dropout")
 
 
-def families(contract: Contract) -> tuple[str, ...]:
+def find_families(contract: Contract) -> tuple[str, ...]:
     """The presets whose architecture this is; more than one where they differ only in size, precision or training."""
-    return tuple(name for name, known in presets.contracts().items() if architecture(known) == architecture(contract))
+    return tuple(
+        name for name, known in presets.contracts().items() if extract_architecture(known) == extract_architecture(contract)
+    )
 
 
-def identity(contract: Contract) -> str:
+def describe_families(contract: Contract) -> str:
     """The same in words: `SD2.1 (presets: sd-turbo, sd21, sd21-base)`, or `no known family`."""
-    fits = families(contract)
+    fits = find_families(contract)
     known = ", ".join(dict.fromkeys(presets.load(name).family for name in fits))
     return f"{known} (presets: {', '.join(fits)})" if fits else "no known family"
 
 
-def architecture(contract: Contract) -> tuple[object, ...]:
+def extract_architecture(contract: Contract) -> tuple[object, ...]:
     """What two models share when one's ControlNets, exports and engines are built like the other's.
 
     Leaves out the native size and numeric settings; an absent setting and a false one are the same, and so are
@@ -34,7 +36,7 @@ def architecture(contract: Contract) -> tuple[object, ...]:
     return contract.class_name, contract.inputs, slots, tuple(config.items())
 
 
-def sharing(config: Mapping[str, Any], keys: Collection[str]) -> tuple[str, ...]:
+def find_sharing(config: Mapping[str, Any], keys: Collection[str]) -> tuple[str, ...]:
     """The UNet presets with these settings of a configuration; spelt otherwise is the same, as above."""
     wanted = _kept(config, keys)
     return tuple(name for name, known in presets.contracts().items() if _kept(known.config, keys) == wanted)

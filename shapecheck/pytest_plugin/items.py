@@ -93,16 +93,16 @@ class ProbeItem(ReasonItem):
         from shapecheck.observe import request as requests
         from shapecheck.progress import silent
 
-        request = requests.read(self.path)
+        request = requests.read_request(self.path)
         if request.mapping is not None:
             judgement = judge_mapping(request)
             mismatches, verdict = judgement.mismatches, "mismatch" if judgement.mismatches else "agree"
             text = explain_report.render_text(Diagnosis((), judgement.models), judgement, form="markdown")
         else:
-            finding = requests.carry_out(request, progress=silent)
+            finding = requests.run_probe(request, progress=silent)
             mismatches, verdict = finding.mismatches, report.judge_probe(finding.contract, finding.mismatches)
             text = report.render_text(finding.contract, finding.mismatches, finding.geometry, form="markdown", lines=False)
-        if surprises := requests.surprises(request, mismatches, verdict):
+        if surprises := requests.list_surprises(request, mismatches, verdict):
             raise CheckError("; ".join(surprises))
         if folder := option(self.config, "reports"):
             page, text = self.config.rootpath / folder / f"{self.path.stem}.md", f"> {request.story}\n\n{text}"

@@ -102,7 +102,7 @@ def _usage_errors() -> Iterator[None]:
     try:
         yield
     except (ModuleNotFoundError, ShapecheckError) as error:
-        problem = extras.missing(error, "parity") if isinstance(error, ModuleNotFoundError) else error
+        problem = extras.explain_missing(error, "parity") if isinstance(error, ModuleNotFoundError) else error
         names = "|".join(name for name, _ in OPTIONS)
         message = re.sub(rf"(?<![\w-])--(?=({names})\b)", "--shapecheck-", str(problem))
         raise pytest.UsageError(message) from None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from shapecheck.contract import Mismatch
 from shapecheck.contract.naming import SHAPECHECK, is_feature
-from shapecheck.contract.records import shape_or_words
+from shapecheck.contract.records import format_observed
 from shapecheck.report.document import Paragraph, Part, Table
 from shapecheck.report.numbers import format_count
 
@@ -24,8 +24,8 @@ def list_mismatches(mismatches: Sequence[Mismatch], actual: str, expected: str =
         (
             mismatch.where,
             mismatch.kind,
-            shape_or_words(mismatch.observed),
-            shape_or_words(mismatch.expected),
+            format_observed(mismatch.observed),
+            format_observed(mismatch.expected),
             mismatch.unet_module,
             mismatch.controlnet if several else "",
             mismatch.controlnet_module,

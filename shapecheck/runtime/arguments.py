@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError
-from shapecheck.contract.naming import SHAPECHECK, feature
+from shapecheck.contract.naming import SHAPECHECK, name_feature
 from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.residual_checks import describe_value
 from shapecheck.runtime.unet_call import DOWNS, EMPTIED, FEATURES, LONE_DOWNS, LONE_MID
@@ -97,7 +97,7 @@ class Arguments:
             raise self._refuse(Mismatch("surplus", FEATURES, "features", "no such input"), unknown=[FEATURES])
         if not features:
             raise self._refuse(Mismatch("missing", FEATURES, "an empty list", "a feature for each down block", cause=EMPTIED))
-        return {feature(index): value for index, value in enumerate(features)}
+        return {name_feature(index): value for index, value in enumerate(features)}
 
     def _get_zeros(self, names: Sequence[str], sample: Any) -> dict[str, Tensor]:
         """Return zeros under these names; nothing if the sample shows no size, which is refused later."""

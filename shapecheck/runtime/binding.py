@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from shapecheck.contract import Contract, ContractError, Dim, Geometry, Mismatch, Shape, ShapecheckError, show
 from shapecheck.contract.geometry import AXES, USUAL_TOKENS
-from shapecheck.contract.mismatch import compare, tell_axes
+from shapecheck.contract.mismatch import compare_shapes, describe_axes
 from shapecheck.tensorrt.profiles import Profile, Range, choose_profile, explain_refusal, range_of, verify_profiles
 from shapecheck.tensorrt.size_ranges import format_range
 
@@ -148,7 +148,7 @@ class Binding:
         if geometry is not None:
             slots = contract.residuals if contract.role == "unet" else ()
             shapes = {name: tuple(shape) for name, (shape, _, _) in tensors.items() if name in rules}
-            mismatches += compare(slots, geometry, shapes, inputs=contract.inputs)
+            mismatches += compare_shapes(slots, geometry, shapes, inputs=contract.inputs)
             if self._profiles is not None:
                 # a tensor of the wrong shape says nothing about the profiles
                 wrong = {mismatch.where for mismatch in mismatches}
@@ -197,7 +197,7 @@ def _compare_forms(contract: Contract, device: str, tensors: Mapping[str, Tensor
             continue
         shape, dtype, place = tensors[name]
         if not sized and len(shape) != len(rule):
-            yield Mismatch("rank", name, tuple(shape), show(rule), cause=tell_axes(rule))
+            yield Mismatch("rank", name, tuple(shape), show(rule), cause=describe_axes(rule))
         if dtype != dtypes[name]:
             yield Mismatch("dtype", name, dtype, dtypes[name], unet_module=producers.get(name, ""))
         if place != device:

@@ -105,7 +105,7 @@ def import_tensorrt(target: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise extras.missing(error, "running an engine") from None
+        raise extras.explain_missing(error, "running an engine") from None
     except (ImportError, OSError, RuntimeError) as error:
         raise ShapecheckError(f"{name} is installed and does not load: {error}; `shapecheck doctor` says why") from error
 

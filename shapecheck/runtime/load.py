@@ -74,11 +74,11 @@ def load(
     if backend != "auto" and backend not in backends:
         raise ShapecheckError(f"backend {backend} does not run {name}, {artefact!s:.200}: use {' or '.join(backends)}")
     if kind == "model":
-        from shapecheck.observe.subject import TorchModel, take
+        from shapecheck.observe.subject import TorchModel, resolve_subject
 
         if isinstance(artefact, nn.Module):
             module = artefact.to(device, dtype) if device is not None or dtype is not None else artefact
-            known = take(module).contract(name_dtype(next(module.parameters()).dtype), control=True)
+            known = resolve_subject(module).contract(name_dtype(next(module.parameters()).dtype), control=True)
             return DropInUNet(ContractSession.of_unet(module, known), finite=finite)
         named = TorchModel(artefact, variant=variant)
         precision = name_dtype(dtype) if dtype is not None else named.dtype()

@@ -65,7 +65,7 @@ class OnnxSession:
         try:
             import onnxruntime
         except ModuleNotFoundError as error:
-            raise extras.missing(error, "running an ONNX file") from None
+            raise extras.explain_missing(error, "running an ONNX file") from None
         if backend != "ort" and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA as pip installs it is not where the loader looks
         settings = onnxruntime.SessionOptions()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError, Slot, show
-from shapecheck.contract.mismatch import compare
+from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.runtime.gate import name_dtype
 from shapecheck.runtime.unet_call import DOWNS, EMPTIED, FEATURES, LONE_DOWNS, LONE_MID, MID, Call
@@ -78,7 +78,7 @@ def find_residual_faults(contract: Contract, call: Call, geometry: Geometry, mov
             yield Mismatch("input", name, observed, known.shape_at(geometry), geometry, known.producer, cause=cause)
 
     left = [slot for slot in slots if slot.name not in others]
-    for mismatch in compare(left, geometry, {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
+    for mismatch in compare_shapes(left, geometry, {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
         cause = _explain_broadcast(mismatch)
         if mismatch.where == mid.name and mismatch.kind == "missing":
             cause = LONE_DOWNS if call.features is None else _LONE_DOWNS_BESIDE_FEATURES

@@ -15,7 +15,7 @@ from shapecheck.contract.json_codec import decode, encode
 from shapecheck.contract.mismatch import Port
 from shapecheck.contract.naming import torch_name
 from shapecheck.doctor.environment import RTX_CAPABILITIES, RTX_NAMES
-from shapecheck.files import locked, make_folder, refuse_unwritable, whole
+from shapecheck.files import atomic_write, ensure_writable, lock_folder, make_folder
 from shapecheck.models import weights as checkpoints
 from shapecheck.onnx.file import WEIGHTS_KEY, OnnxFile, file_digest
 from shapecheck.progress import Progress, silent
@@ -163,7 +163,7 @@ def _resolve_output(output: str | Path | None, cache: str | Path | None) -> Path
     if (output is None) == (cache is None):
         raise ShapecheckError("say where the engine goes: -o FILE.plan, or --cache FOLDER, and not both")
     if output is None:
-        refuse_unwritable(make_folder(Path(cache or "")) / "engine.plan")
+        ensure_writable(make_folder(Path(cache or "")) / "engine.plan")
         return None
     path = Path(output).resolve() if Path(output).is_symlink() else Path(output)  # the record lies beside the file
     if path.suffix.lower() not in ENGINES:
@@ -175,7 +175,7 @@ def _resolve_output(output: str | Path | None, cache: str | Path | None) -> Path
 
 def _refuse_pipe(path: Path) -> None:
     """Raise ShapecheckError unless a regular file can be written here: nothing may wait for a pipe."""
-    refuse_unwritable(path)
+    ensure_writable(path)
     if path.exists() and not path.is_file():
         raise ShapecheckError(f"cannot write {path}: it is a pipe or a device")
 
@@ -212,7 +212,7 @@ def _wait_until_ready(process: EngineProcess, options: BuildOptions) -> Mapping[
 
 
 def _build(process: EngineProcess, source: Source, request: Request, path: Path, timings: Path | None) -> Built:
-    with ExitStack() as lock, whole(record_of(path)) as beside, whole(path) as partial:
+    with ExitStack() as lock, atomic_write(record_of(path)) as beside, atomic_write(path) as partial:
         job = {
             "onnx": str(source.file.path.absolute()),
             "name": request.contract.digest,
@@ -242,7 +242,7 @@ def _build(process: EngineProcess, source: Source, request: Request, path: Path,
             if mismatches := compare_engine(request, declared):
                 raise ContractError(mismatches, subject=f"{path} is not what was requested", contract=request.contract)
         beside.write_text(engine.to_json(), encoding="utf-8")
-        lock.enter_context(locked(path.parent))  # no other build comes between the engine and its record
+        lock.enter_context(lock_folder(path.parent))  # no other build comes between the engine and its record
     return Built(path, engine, False, seconds, tuple(process.messages))
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.errors import one_line
-from shapecheck.contract.mismatch import Port, compare, compare_inputs
+from shapecheck.contract.mismatch import Port, compare_inputs, compare_shapes
 from shapecheck.models import weights as checkpoints
 from shapecheck.observe import subject
-from shapecheck.observe.fit import misfits
+from shapecheck.observe.fit import find_misfits
 from shapecheck.onnx.file import WEIGHTS_KEY, OnnxFile, file_digest
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.build import read_back
@@ -49,7 +49,7 @@ def check_engine(
     # A contract read off a graph does not know its model's configuration, which a ControlNet is judged by.
     if model is not None and "down_block_types" not in contract.config:
         contract = replace(model, slots=contract.slots, features=contract.features)
-    unfit = misfits(contract, controlnets, asked, offline=offline, progress=progress) if controlnets else ()
+    unfit = find_misfits(contract, controlnets, asked, offline=offline, progress=progress) if controlnets else ()
     compared = _compare_weights(engine, weights, offline, progress) if weights is not None else None
     return EngineCheck(str(path), engine, read, unread, tuple(mismatches), fit, tuple(controlnets), unfit, compared)
 
@@ -79,7 +79,7 @@ def _compare_with_model(own: Contract, model: Contract) -> tuple[Mismatch, ...]:
     mismatches = compare_inputs(rules, {}, [Port(base.name, dims=base.shape) for base in own.inputs])
     if own.role == model.role == "unet":
         geometry = Geometry(2, 17 * model.divisor, 25 * model.divisor)
-        mismatches += compare(model.slots, geometry, {slot.name: slot.shape_at(geometry) for slot in own.slots})
+        mismatches += compare_shapes(model.slots, geometry, {slot.name: slot.shape_at(geometry) for slot in own.slots})
     return mismatches
 
 
@@ -109,7 +109,7 @@ def _compare_weights(engine: Engine, name: str, offline: bool, progress: Progres
     if Path(name).suffix.lower() == ".onnx":
         return replace(compare_with_file(engine, OnnxFile(name), progress), name=name)
     request = engine.request
-    model = subject.take(name, offline=offline)
+    model = subject.resolve_subject(name, offline=offline)
     if model.stored is None:
         raise ShapecheckError(f"--weights {name}: {model.absent}; give a folder that holds them, or an ONNX file")
     own = checkpoints.digest(model.stored, lambda *bytes_: progress("hashing the weights", *bytes_))

@@ -14,7 +14,7 @@ from shapecheck.contract.contract import Contract, ContractError
 from shapecheck.contract.dims import Dim, Shape, show
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import AXES, USUAL_TOKENS, Geometry
-from shapecheck.contract.mismatch import Port, compare, compare_inputs
+from shapecheck.contract.mismatch import Port, compare_inputs, compare_shapes
 from shapecheck.contract.records import Mismatch
 
 BOUNDS = ("min", "opt", "max")
@@ -252,7 +252,7 @@ def _compare_bounds(contract: Contract, bounds: Bounds, rule: tuple[Dim, ...], s
         expected = geometry.shape_of(rule)
         if shape != expected:
             slots = contract.residuals if contract.role == "unet" else ()
-            mismatches = compare(slots, geometry, {bounds.name: shape}, inputs=contract.inputs)
+            mismatches = compare_shapes(slots, geometry, {bounds.name: shape}, inputs=contract.inputs)
             wrong = next(mismatch for mismatch in mismatches if mismatch.where == bounds.name)
             return replace(wrong, observed=f"{bound} {show(shape)}", expected=f"{bound} {show(expected)}")
     return None

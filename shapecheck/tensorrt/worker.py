@@ -197,14 +197,14 @@ def _save_timing_cache(config: Any, path: str | None, write: EventWriter) -> Non
         return
     from polygraphy.util import LockFile
 
-    from shapecheck.files import whole
+    from shapecheck.files import atomic_write
 
     file = Path(path)
     try:
         with LockFile(path):
             if file.is_file() and (before := config.create_timing_cache(file.read_bytes())) is not None:
                 cache.combine(before, True)
-            with whole(file) as partial:
+            with atomic_write(file) as partial:
                 partial.write_bytes(cache.serialize())
     except Exception as error:  # whatever is wrong with a cache, the engine is built
         write("message", severity="warning", text=f"the timing cache {file} was not written: {error}")

@@ -21,7 +21,7 @@ from shapecheck.contract import Config, Dim, Header
 from shapecheck.contract.dims import constant
 from shapecheck.observe import request as requests
 from shapecheck.observe.report import render_text
-from shapecheck.presets.families import families
+from shapecheck.presets.families import find_families
 
 ODD = Geometry(2, 13, 21)
 SD15 = presets.contract("sd15")
@@ -276,16 +276,16 @@ WRITTEN_OUT = {
 
 @pytest.mark.parametrize("name", sorted(presets.contracts()))
 def test_a_preset_is_of_its_own_family(name):
-    assert name in families(presets.contract(name))
+    assert name in find_families(presets.contract(name))
 
 
 @pytest.mark.parametrize("name", WRITTEN_OUT)
 def test_a_number_written_out_per_level_is_that_number(name):
     contract = presets.contract(name)
     changed = replace(contract, config=Config(contract.config.to_json() | WRITTEN_OUT[name]))
-    assert (changed == contract, families(changed)) == (False, families(contract))
+    assert (changed == contract, find_families(changed)) == (False, find_families(contract))
     other = replace(contract, config=Config(contract.config.to_json() | {"attention_head_dim": 7}))
-    assert families(other) == ()
+    assert find_families(other) == ()
 
 
 PRESET_OF = {name: {"sdxl_base": "sdxl", "sd21_768v": "sd21"}.get(name, name.replace("_", "-")) for name in FACTS}
@@ -298,11 +298,11 @@ def test_a_recorded_config_is_of_the_family_it_is_named_after(name):
     defaults = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
     contract = presets.contract(PRESET_OF[name])
     recorded = replace(contract, config=Config(defaults | FACTS[name]["config"]))
-    assert PRESET_OF[name] in families(recorded)
+    assert PRESET_OF[name] in find_families(recorded)
     wider = FACTS[name]["config"] | {
         "block_out_channels": [64 + width for width in FACTS[name]["config"]["block_out_channels"]]
     }
-    assert families(replace(contract, config=Config(defaults | wider))) == ()
+    assert find_families(replace(contract, config=Config(defaults | wider))) == ()
 
 
 @pytest.mark.full
@@ -310,8 +310,8 @@ def test_a_recorded_config_is_of_the_family_it_is_named_after(name):
 def test_what_is_observed_of_a_recorded_config_is_of_its_family_too(name, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(FACTS[name]["config"] | {"_class_name": "UNet2DConditionModel"}), encoding="utf-8")
-    finding = requests.carry_out(requests.Request(str(config)), progress=lambda _: None)
-    assert PRESET_OF[name] in families(finding.contract)
+    finding = requests.run_probe(requests.Request(str(config)), progress=lambda _: None)
+    assert PRESET_OF[name] in find_families(finding.contract)
 
 
 # given shapes

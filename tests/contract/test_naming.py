@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shapecheck import ShapecheckError, presets
-from shapecheck.contract.naming import SCHEMES, SHAPECHECK, detect, scheme
+from shapecheck.contract.naming import SCHEMES, SHAPECHECK, detect_scheme, find_scheme
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from shapecheck.contract.naming import SCHEMES, SHAPECHECK, detect, scheme
     ],
 )
 def test_the_names_are_those_found_in_the_field(key, first, twelfth, mid):
-    names = scheme(key).names(12)
+    names = find_scheme(key).names(12)
     assert (names[0], names[11], names[12]) == (first, twelfth, mid)
 
 
@@ -34,7 +34,7 @@ def test_the_names_are_those_found_in_the_field(key, first, twelfth, mid):
 def test_a_scheme_reads_its_own_names_and_is_detected_by_them(naming, downs):
     names = naming.names(downs)
     assert [naming.index(name) for name in names] == [*range(downs), -1]
-    assert detect(["sample", "timestep", *names]) is naming
+    assert detect_scheme(["sample", "timestep", *names]) is naming
     for other in set(SCHEMES) - {naming}:
         assert [other.index(name) for name in names] == [None] * (downs + 1)
 
@@ -47,9 +47,9 @@ def test_near_misses_are_no_names(name):
 
 
 def test_names_of_no_scheme_are_of_none():
-    assert detect(["sample", "timestep"]) is None
+    assert detect_scheme(["sample", "timestep"]) is None
     with pytest.raises(ShapecheckError, match="no naming scheme 'webui'; known: shapecheck, streamdiffusion"):
-        scheme("webui")
+        find_scheme("webui")
 
 
 def test_contracts_use_our_names():

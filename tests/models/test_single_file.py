@@ -22,8 +22,8 @@ from shapecheck import ShapecheckError, presets, probe
 from shapecheck.cli import main
 from shapecheck.contract import Config
 from shapecheck.models import diffusers_models, lookup
-from shapecheck.models.ldm_names import rename
-from shapecheck.presets.families import families, sharing
+from shapecheck.models.ldm_names import rename_tensors
+from shapecheck.presets.families import find_families, find_sharing
 
 PREFIX = {"unet": "model.diffusion_model.", "controlnet": "control_model."}
 UNTOLD = {"sample_size", "upcast_attention"}
@@ -95,7 +95,7 @@ def test_the_contract_read_from_a_checkpoint_is_the_well_known_models(tmp_path, 
         known.divisor,
         known.class_name,
     )
-    assert preset in families(found)
+    assert preset in find_families(found)
     assert told(found.config) == told(known.config)
     assert (found.header.source, found.header.native, found.header.parameters) == (str(file), None, known.header.parameters)
     assert any("native size unknown; shown at 64×64" in note for note in found.header.notes)
@@ -120,7 +120,7 @@ def test_what_else_a_checkpoint_holds_tells_the_size_of_a_latent_cell(tmp_path):
 def test_presets_with_the_same_tensors_have_the_same_heads():
     open_to_shapes = {"attention_head_dim", "only_cross_attention"}
     for name, contract in presets.contracts().items():
-        alike = sharing(contract.config, contract.config.keys() - open_to_shapes - UNTOLD)
+        alike = find_sharing(contract.config, contract.config.keys() - open_to_shapes - UNTOLD)
         assert name in alike
         assert len({Config({key: presets.contract(each).config[key] for key in open_to_shapes}) for each in alike}) == 1
 
@@ -143,7 +143,7 @@ def test_names_are_translated_as_diffusers_does(preset):
     names = headers.original(model(preset), PREFIX["unet"])
     theirs = convert_ldm_unet_checkpoint({name: name for name in names}, model(preset).config)
     labels = "add_embedding" if "xl" in preset or "ssd" in preset else "class_embedding"
-    ours = rename([name.removeprefix(PREFIX["unet"]) for name in names], labels=labels)
+    ours = rename_tensors([name.removeprefix(PREFIX["unet"]) for name in names], labels=labels)
     assert {new: PREFIX["unet"] + old for new, old in ours.items()} == theirs
     assert theirs.keys() == headers.shapes(model(preset)).keys()
 
@@ -151,7 +151,7 @@ def test_names_are_translated_as_diffusers_does(preset):
 def test_names_of_a_controlnet_are_translated_as_diffusers_does():
     names = headers.original(model("controlnet-sd15"), PREFIX["controlnet"])
     theirs = convert_controlnet_checkpoint({name: name for name in names}, model("controlnet-sd15").config)
-    ours = rename([name.removeprefix(PREFIX["controlnet"]) for name in names], labels="class_embedding")
+    ours = rename_tensors([name.removeprefix(PREFIX["controlnet"]) for name in names], labels="class_embedding")
     assert {new: PREFIX["controlnet"] + old for new, old in ours.items()} == theirs
 
 

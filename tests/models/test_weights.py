@@ -26,7 +26,7 @@ from small import unet
 
 from shapecheck import ShapecheckError
 from shapecheck.models.safetensors import DTYPES, TensorLocation, checkpoint_files, read_table
-from shapecheck.models.weights import copy, differing, digest, linkable, location, match
+from shapecheck.models.weights import copy_tensors, digest, find_differing, format_location, match_tensors, require_linkable
 
 torch.set_num_threads(1)
 
@@ -79,7 +79,7 @@ def test_what_diffusers_saved_is_found(tmp_path, variant, size):
     assert (len(files) > 3) == (size == "100KB")
     table = read_table(files)
     state = model.state_dict()
-    found = match(table, {name: tuple(each.shape) for name, each in state.items()})
+    found = match_tensors(table, {name: tuple(each.shape) for name, each in state.items()})
     assert list(found) == list(state)
     assert {name: held(each) for name, each in found.items()} == {name: raw(each) for name, each in state.items()}
 
@@ -147,7 +147,7 @@ def test_the_command_that_converts_pickled_weights(tmp_path, monkeypatch, varian
     monkeypatch.setattr(sys, "argv", ["-c", argument])
     exec(code, {})
     table = read_table(checkpoint_files(place, variant=variant))
-    assert differing(table, model.state_dict()) == ()
+    assert find_differing(table, model.state_dict()) == ()
 
 
 @pytest.mark.parametrize(
@@ -402,13 +402,13 @@ WANTED = dict.fromkeys("abc", (2, 3))
 
 
 def test_what_fits_comes_in_the_order_it_was_asked_for():
-    assert list(match(TABLE, dict(reversed(WANTED.items())))) == ["c", "b", "a"]
-    assert match(TABLE, {"b": (2, 3)}, ignore=["a", "c", "d"]) == {"b": TABLE["b"]}
+    assert list(match_tensors(TABLE, dict(reversed(WANTED.items())))) == ["c", "b", "a"]
+    assert match_tensors(TABLE, {"b": (2, 3)}, ignore=["a", "c", "d"]) == {"b": TABLE["b"]}
 
 
 def test_all_that_does_not_fit_is_told_at_once():
     with pytest.raises(ShapecheckError) as error:
-        match(TABLE, {"a": (3, 2), "c": (2, 3, 1), "x": (1,), "y": ()})
+        match_tensors(TABLE, {"a": (3, 2), "c": (2, 3, 1), "x": (1,), "y": ()})
     assert str(error.value).splitlines() == [
         "the weights in m.safetensors do not fit the model:",
         "  2 missing: x, y",
@@ -420,7 +420,7 @@ def test_all_that_does_not_fit_is_told_at_once():
 
 def test_ten_of_many_are_told():
     with pytest.raises(ShapecheckError, match=r"  14 missing: n0, n1, .*, n9, and 4 more\n") as error:
-        match({}, {f"n{number}": () for number in range(14)})
+        match_tensors({}, {f"n{number}": () for number in range(14)})
     assert "n10" not in str(error.value)
 
 
@@ -437,7 +437,7 @@ def test_ten_of_many_are_told():
 )
 def test_the_advice_follows_the_names(name, told):
     with pytest.raises(ShapecheckError, match=told):
-        match({**TABLE, name: TABLE["a"]}, WANTED)
+        match_tensors({**TABLE, name: TABLE["a"]}, WANTED)
 
 
 @pytest.mark.parametrize("fault", ["missing", "extra", "shape"])
@@ -453,7 +453,7 @@ def test_a_fault_planted_in_a_real_unet(tmp_path, fault):
         wanted["conv_in.weight"] = (8, 4, 3, 5)
     told = {"missing": "mid_block.another.weight", "extra": "conv_in.bias", "shape": "conv_in.weight is 8×4×3×3, .* 8×4×3×5"}
     with pytest.raises(ShapecheckError, match=f"1 .*: {told[fault]}"):
-        match(read_table(checkpoint_files(tmp_path)), wanted)
+        match_tensors(read_table(checkpoint_files(tmp_path)), wanted)
 
 
 # linking
@@ -520,16 +520,16 @@ def test_linkable_is_what_checker_and_runtime_take(layout, monkeypatch, file, to
     stored = read_table([layout / file])["w"]
     root = layout / "root"
     if told is None:
-        linkable([stored], root)
-        place = location(stored, root)
+        require_linkable([stored], root)
+        place = format_location(stored, root)
         assert place == ("below/m.safetensors" if "below" in file else "m.safetensors")
         assert runs(root / "model.onnx", stored, place)
         monkeypatch.chdir(root)
-        linkable([stored], Path())
-        assert location(stored, Path()) == place
+        require_linkable([stored], Path())
+        assert format_location(stored, Path()) == place
         return
     with pytest.raises(ShapecheckError, match=told):
-        linkable([stored], root)
+        require_linkable([stored], root)
     place = os.path.relpath(stored.file, root).replace(os.sep, "/")
     assert not runs(root / "model.onnx", stored, place)
 
@@ -537,8 +537,8 @@ def test_linkable_is_what_checker_and_runtime_take(layout, monkeypatch, file, to
 @LINKS
 def test_a_way_back_is_not_part_of_the_location(layout):
     stored = read_table([layout / "root/below/../m.safetensors"])["w"]
-    linkable([stored], layout)
-    assert location(stored, layout) == "root/m.safetensors"
+    require_linkable([stored], layout)
+    assert format_location(stored, layout) == "root/m.safetensors"
 
 
 @LINKS
@@ -548,10 +548,10 @@ def test_the_output_that_is_offered_works(layout, file):
     (layout / "onnx").mkdir()
     for folder in (layout / "onnx", layout / "root"):
         with pytest.raises(ShapecheckError) as error:
-            linkable([stored], folder)
+            require_linkable([stored], folder)
         offered = Path(str(error.value).rpartition(" ")[2])
-        linkable([stored], offered.parent)
-        assert runs(offered, stored, location(stored, offered.parent))
+        require_linkable([stored], offered.parent)
+        assert runs(offered, stored, format_location(stored, offered.parent))
 
 
 @LINKS
@@ -560,16 +560,16 @@ def test_no_output_is_offered_where_none_works(layout):
     (layout / "other/m.safetensors").symlink_to(layout / "elsewhere/m.safetensors")
     stored = read_table([layout / "other/m.safetensors"])["w"]
     with pytest.raises(ShapecheckError, match=r"name the model by its real folder, .*elsewhere, and write there$"):
-        linkable([stored], layout / "root")
+        require_linkable([stored], layout / "root")
 
 
 def test_location_says_where_it_is_not(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "m.safetensors")
     (tmp_path / "a").mkdir()
     with pytest.raises(ShapecheckError, match=r"m.safetensors is not in or below .*a, "):
-        location(read_table([tmp_path / "m.safetensors"])["w"], tmp_path / "a")
+        format_location(read_table([tmp_path / "m.safetensors"])["w"], tmp_path / "a")
     with pytest.raises(ShapecheckError, match=r"cannot read .*absent: No such file"):
-        linkable(read_table([tmp_path / "m.safetensors"]).values(), tmp_path / "absent")
+        require_linkable(read_table([tmp_path / "m.safetensors"]).values(), tmp_path / "absent")
 
 
 # copying
@@ -582,7 +582,7 @@ def test_a_copy_is_what_pytorch_converts(folder, expected, dtype, live):
     save_file(expected, file)
     before = file.read_bytes()
     seen = []
-    placed = copy(expected if live else read_table([file]), dtype, target, lambda *each: seen.append(each))
+    placed = copy_tensors(expected if live else read_table([file]), dtype, target, lambda *each: seen.append(each))
     assert file.read_bytes() == before
     assert placed.keys() == expected.keys()
     end = 0
@@ -613,7 +613,7 @@ def test_a_tensor_larger_than_a_chunk_is_copied_whole(tmp_path, dtype, live):
     save_file(expected, tmp_path / "m.safetensors")
     seen = []
     source = expected if live else read_table([tmp_path / "m.safetensors"])
-    placed = copy(source, dtype, tmp_path / "w.data", lambda *each: seen.append(each))
+    placed = copy_tensors(source, dtype, tmp_path / "w.data", lambda *each: seen.append(each))
     assert {name: held(each) for name, each in placed.items()} == {
         name: raw(each.to(torch.bfloat16) if dtype else each) for name, each in expected.items()
     }
@@ -629,8 +629,8 @@ def test_live_tensors_in_any_layout_are_copied(tmp_path):
         "expanded": base[:1].expand(7, 6, 3, 5),
         "parameter": torch.nn.Parameter(base.clone()),
     }
-    placed = copy(live, None, tmp_path / "w.data", quiet)
-    assert differing(placed, live) == ()
+    placed = copy_tensors(live, None, tmp_path / "w.data", quiet)
+    assert find_differing(placed, live) == ()
     assert digest(placed) == digest(live) == digest({name: each.detach().contiguous() for name, each in live.items()})
 
 
@@ -653,7 +653,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, source, before):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(ShapecheckError, match=r"cannot write .*w.data: No space left on device; it takes 0.00 GB"):
-        copy(source, "float16", target, fill_the_disk)
+        copy_tensors(source, "float16", target, fill_the_disk)
     assert [each.read_bytes() for each in (tmp_path / "out").iterdir()] == [before] * bool(before)
 
 
@@ -663,7 +663,7 @@ def test_a_file_the_system_will_not_let_grow_leaves_nothing(tmp_path, source):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(ShapecheckError, match=r"cannot write .*w.data: File too large"):
-            copy(source, None, tmp_path / "out/w.data", quiet)
+            copy_tensors(source, None, tmp_path / "out/w.data", quiet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "out").iterdir())
@@ -679,17 +679,17 @@ def test_an_interruption_leaves_nothing(tmp_path, source, kind, at):
             raise kind
 
     with pytest.raises(kind):
-        copy(source, None, tmp_path / "out/w.data", interrupt)
+        copy_tensors(source, None, tmp_path / "out/w.data", interrupt)
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_source_cut_short_meanwhile_leaves_nothing(tmp_path, source):
     os.truncate(tmp_path / "model/m.safetensors", 150_000)
     with pytest.raises(ShapecheckError, match=r"m.safetensors was cut short after its header was read"):
-        copy(source, None, tmp_path / "out/w.data", quiet)
+        copy_tensors(source, None, tmp_path / "out/w.data", quiet)
     (tmp_path / "model/m.safetensors").unlink()
     with pytest.raises(ShapecheckError, match=r"cannot read .*m.safetensors: No such file"):
-        copy(source, None, tmp_path / "out/w.data", quiet)
+        copy_tensors(source, None, tmp_path / "out/w.data", quiet)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -709,7 +709,7 @@ def test_a_copy_that_cannot_be(tmp_path, source, target, dtype, told):
     os.link(tmp_path / "model/m.safetensors", tmp_path / "model/link")
     before = (tmp_path / "model/m.safetensors").read_bytes()
     with pytest.raises(ShapecheckError, match=told):
-        copy(source, dtype, tmp_path / target, quiet)
+        copy_tensors(source, dtype, tmp_path / target, quiet)
     assert (tmp_path / "model/m.safetensors").read_bytes() == before
     assert sorted(each.name for each in (tmp_path / "model").iterdir()) == ["link", "m.safetensors"]
     assert not list((tmp_path / "out").iterdir())
@@ -717,7 +717,7 @@ def test_a_copy_that_cannot_be(tmp_path, source, target, dtype, told):
 
 def test_tensors_without_values_are_refused(tmp_path):
     with pytest.raises(ShapecheckError, match="meta device"):
-        copy({"a": torch.empty(2, device="meta")}, None, tmp_path / "w.data", quiet)
+        copy_tensors({"a": torch.empty(2, device="meta")}, None, tmp_path / "w.data", quiet)
     assert not list(tmp_path.iterdir())
 
 
@@ -734,7 +734,7 @@ def test_the_digest_follows_content_alone(folder, expected):
     for name, tensor in sorted(expected.items()):
         oracle.update(json.dumps([name, str(tensor.dtype)[6:], list(tensor.shape)]).encode() + b"\n" + raw(tensor))
     reordered = dict(sorted(expected.items(), reverse=True))
-    found = {digest(table), digest(expected), digest(reordered), digest(copy(reordered, None, other, quiet))}
+    found = {digest(table), digest(expected), digest(reordered), digest(copy_tensors(reordered, None, other, quiet))}
     assert found == {f"sha256:{oracle.hexdigest()}"}
 
 
@@ -769,18 +769,18 @@ def test_what_differs_from_the_file_is_named(tmp_path, change, names):
     save_file(BASE, tmp_path / "m.safetensors")
     table = read_table([tmp_path / "m.safetensors"])
     live = BASE | change
-    assert differing(table, live) == names
+    assert find_differing(table, live) == names
     assert (digest(table) == digest(live)) == (not names)
-    assert differing(table, {name: each for name, each in live.items() if name != "b"})[-1] == "b"
+    assert find_differing(table, {name: each for name, each in live.items() if name != "b"})[-1] == "b"
 
 
 def test_one_bit_in_the_last_chunk_is_seen(tmp_path):
     tensor = larger_than_a_chunk()
     save_file({"a": tensor}, tmp_path / "m.safetensors")
     table = read_table([tmp_path / "m.safetensors"])
-    assert differing(table, {"a": tensor}) == ()
+    assert find_differing(table, {"a": tensor}) == ()
     tensor.view(torch.int32)[-1, -1] ^= 1
-    assert differing(table, {"a": tensor}) == ("a",)
+    assert find_differing(table, {"a": tensor}) == ("a",)
 
 
 def test_a_live_module_against_its_checkpoint(tmp_path):
@@ -789,10 +789,10 @@ def test_a_live_module_against_its_checkpoint(tmp_path):
     files = checkpoint_files(tmp_path)
     before = [hashlib.sha256(file.read_bytes()).digest() for file in files]
     table = read_table(files)
-    assert differing(table, model.state_dict()) == ()
+    assert find_differing(table, model.state_dict()) == ()
     with torch.no_grad():
         model.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight += 1e-3  # as a fused LoRA does
-    assert differing(table, model.state_dict()) == ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight",)
-    copy(table, "float16", tmp_path / "w.data", quiet)
+    assert find_differing(table, model.state_dict()) == ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight",)
+    copy_tensors(table, "float16", tmp_path / "w.data", quiet)
     assert [hashlib.sha256(file.read_bytes()).digest() for file in files] == before
     assert load_file(files[0]).keys() <= table.keys()

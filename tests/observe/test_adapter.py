@@ -29,13 +29,13 @@ from shapecheck import (
     read_contract,
 )
 from shapecheck.cli import main
-from shapecheck.contract.naming import feature, is_feature
+from shapecheck.contract.naming import is_feature, name_feature
 from shapecheck.models import lookup
 from shapecheck.runtime.contract_session import ContractSession
 from shapecheck.runtime.dropin_unet import DropInUNet
 from shapecheck.tensorrt.profiles import Range, profile_of
 
-FEATURES = [feature(number) for number in range(4)]
+FEATURES = [name_feature(number) for number in range(4)]
 LIKE_SDXL = {
     "block_out_channels": (8, 16, 24),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -261,7 +261,7 @@ def test_a_probe_file_names_an_adapter(tmp_path):
 
     file = tmp_path / "mine.toml"
     file.write_text('model = "sd15"\nadapter = "t2iadapter-sd15"\n', encoding="utf-8")
-    assert requests.read(file).adapter == "t2iadapter-sd15"
+    assert requests.read_request(file).adapter == "t2iadapter-sd15"
     refused = CliRunner().invoke(main, ["probe", str(file), "--adapter", "t2iadapter-sd15"])
     assert "says itself what to probe" in refused.stderr
 

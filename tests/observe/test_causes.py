@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shapecheck import Mismatch, presets
-from shapecheck.observe.causes import explain
+from shapecheck.observe.causes import add_causes
 
 FOUND = Mismatch("dtype", "down_block_residual_00", "float32", "float16", cause="what was seen")
 
@@ -22,7 +22,7 @@ FOUND = Mismatch("dtype", "down_block_residual_00", "float32", "float16", cause=
 def test_a_controlnet_is_told_to_be_made_for_another_family_only(net, unet, cause):
     made_for = presets.contract(net)
     emitted = {slot.name: slot.skip for slot in made_for.slots}
-    (told,) = explain([FOUND], presets.contract(unet), emitted, made_for.inputs, made_for.config)
+    (told,) = add_causes([FOUND], presets.contract(unet), emitted, made_for.inputs, made_for.config)
     assert told.cause.startswith(cause)
     assert told.cause.endswith("what was seen")
     assert ("made for" in told.cause) is bool(cause)

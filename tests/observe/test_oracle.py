@@ -186,9 +186,9 @@ def test_divisor_is_where_a_written_out_unet_stops_refusing():
 def test_a_rounding_that_no_size_shows_is_not_made_up():
     """Of a UNet that never runs at an odd size nobody knows how it would round."""
     sides = (16, 24)
-    assert sizes.rules("h", sides, [(8, 12)]) == {sides: Dim("h"), (8, 12): Dim("h", 1, ("exact",))}
+    assert sizes.derive_rules("h", sides, [(8, 12)]) == {sides: Dim("h"), (8, 12): Dim("h", 1, ("exact",))}
     sides = (17, 24)
-    assert sizes.rules("h", sides, [(8, 12), (9, 12), (5, 8)]) == {
+    assert sizes.derive_rules("h", sides, [(8, 12), (9, 12), (5, 8)]) == {
         sides: Dim("h"),
         (9, 12): Dim("h", 1, ("ceil",)),
         (8, 12): Dim("h", 1, ("floor",)),

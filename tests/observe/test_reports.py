@@ -37,7 +37,7 @@ def test_every_preset_is_probed_and_every_report_has_its_probe():
     assert probed >= set(UNETS)
     told = {path.stem for path in (ROOT / "reports").glob("*.md")} - {"README", "performance", "explain"}
     assert told == {path.stem for path in PROBES}
-    verdicts = Counter(requests.read(path).expect["verdict"] for path in PROBES)
+    verdicts = Counter(requests.read_request(path).expect["verdict"] for path in PROBES)
     assert min(verdicts[each] for each in ("agree", "mismatch", "unet alone")) >= 3
 
 

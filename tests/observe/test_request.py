@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from shapecheck import ContractError, Geometry, Mismatch, ShapecheckError, presets
-from shapecheck.observe.request import Request, carry_out
+from shapecheck.observe.request import Request, run_probe
 from shapecheck.progress import silent
 
 CONTRACT = presets.contract("sd15")
@@ -49,7 +49,7 @@ def observed(monkeypatch) -> list[dict]:
 )
 def test_what_is_asked_for_is_observed(observed, other):
     request = replace(REQUEST, **other)
-    finding = carry_out(request, offline=True, progress=silent)
+    finding = run_probe(request, offline=True, progress=silent)
     geometry = Geometry(request.batch, *(request.latent or (24, 40)))
     assert finding.geometry == geometry
     nets = list(request.controlnets) or None
@@ -66,7 +66,7 @@ def test_a_mismatch_that_was_observed_is_a_finding_and_a_failure_is_raised(monke
         raise ContractError(wrong, subject="sdxl", contract=CONTRACT)
 
     stand_in(monkeypatch, probe)
-    finding = carry_out(replace(REQUEST, controlnets=("sdxl",)), progress=silent)
+    finding = run_probe(replace(REQUEST, controlnets=("sdxl",)), progress=silent)
     assert (finding.mismatches, finding.contract) == (wrong, CONTRACT)
     with pytest.raises(ShapecheckError, match="no such thing today"):
-        carry_out(REQUEST, progress=silent)
+        run_probe(REQUEST, progress=silent)

@@ -13,7 +13,7 @@ from diffusers import ControlNetUnionModel, UNet2DConditionModel
 from shapecheck import Contract, ContractError, ShapecheckError, export, guard, presets, probe
 from shapecheck.cli import main
 from shapecheck.models import lookup
-from shapecheck.observe.fit import misfits
+from shapecheck.observe.fit import find_misfits
 from shapecheck.parity.cases import load_controlnet
 
 KINDS = 3
@@ -69,7 +69,7 @@ def test_a_saved_one_is_read_by_its_class(contract, tmp_path):
     union().save_config(tmp_path)
     source = lookup.find(str(tmp_path), "controlnet")
     assert (source.class_name, source.role, source.notes) == ("ControlNetUnionModel", "controlnet", ())
-    assert misfits(contract, [str(tmp_path)], progress=str) == ()
+    assert find_misfits(contract, [str(tmp_path)], progress=str) == ()
     with pytest.raises(ShapecheckError, match="is a ControlNet; name the UNet as MODEL"):
         lookup.find(str(tmp_path), "unet")
 

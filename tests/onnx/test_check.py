@@ -20,11 +20,11 @@ from diffusers import ControlNetModel
 from onnx_files import check
 
 from shapecheck import Contract, Geometry, Mismatch, ShapecheckError, presets, probe
-from shapecheck.artefact import contract_of
+from shapecheck.artefact import resolve_contract
 from shapecheck.cli import main
 from shapecheck.contract import show
-from shapecheck.contract.naming import SCHEMES, scheme
-from shapecheck.observe.fit import misfits
+from shapecheck.contract.naming import SCHEMES, find_scheme
+from shapecheck.observe.fit import find_misfits
 from shapecheck.observe.probe import probe_controlnet
 from shapecheck.onnx import check_report as report
 from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile
@@ -326,7 +326,7 @@ def test_the_table_of_another_family(drawn, inside):
 @pytest.mark.parametrize("key", [naming.key for naming in SCHEMES])
 def test_naming_schemes(key, plant, drawn):
     ours = [slot.name for slot in drawn[1].slots]
-    names = dict(zip(ours, scheme(key).names(len(ours) - 1), strict=True))
+    names = dict(zip(ours, find_scheme(key).names(len(ours) - 1), strict=True))
     checked = plant(files.rename(**names))
     assert checked.mismatches == ()
     assert checked.naming == key
@@ -335,7 +335,7 @@ def test_naming_schemes(key, plant, drawn):
 
 def test_faults_are_told_under_the_file_s_own_names(plant, drawn):
     ours = [slot.name for slot in drawn[1].slots]
-    names = dict(zip(ours, scheme("streamdiffusion").names(len(ours) - 1), strict=True))
+    names = dict(zip(ours, find_scheme("streamdiffusion").names(len(ours) - 1), strict=True))
     checked = plant(files.rename(**names), files.unconsume("input_control_02"), files.drop("input_control_02"))
     assert told(checked) == [("input_control_02", "missing")]
 
@@ -402,7 +402,7 @@ def test_a_controlnet_that_is_not_what_its_contract_says(controlnet, tmp_path):
 
 def test_a_controlnet_s_outputs_may_be_named_by_any_scheme(controlnet, drawn, tmp_path):
     path, contract = controlnet
-    names = dict(zip([slot.name for slot in contract.slots], scheme("streamdiffusion").names(4), strict=True))
+    names = dict(zip([slot.name for slot in contract.slots], find_scheme("streamdiffusion").names(4), strict=True))
 
     def rename(model: ir.Model) -> None:
         for value in model.graph.outputs:
@@ -444,21 +444,21 @@ def test_a_controlnet_of_others_needs_a_model(tmp_path, controlnet):
 def test_whether_a_controlnet_fits_what_the_file_is_of(drawn, tmp_path):
     small.controlnet(small.unet(**files.XL)).save_pretrained(tmp_path / "net")
     small.controlnet(small.unet(**small.TINY)).save_pretrained(tmp_path / "tiny")
-    assert misfits(drawn[1], [str(tmp_path / "net")], progress=str) == ()
-    found = misfits(drawn[1], [str(tmp_path / "tiny")], progress=str)
+    assert find_misfits(drawn[1], [str(tmp_path / "net")], progress=str) == ()
+    found = find_misfits(drawn[1], [str(tmp_path / "tiny")], progress=str)
     assert ("down_block_residual_03", "missing") in [(each.where, each.kind) for each in found]
 
 
 @pytest.mark.nightly
 def test_whether_the_controlnet_of_a_preset_fits():
-    assert misfits(presets.contract("sd15"), ["sd15"], progress=str) == ()
-    found = misfits(presets.contract("sd15"), ["sdxl"], progress=str)
+    assert find_misfits(presets.contract("sd15"), ["sd15"], progress=str) == ()
+    found = find_misfits(presets.contract("sd15"), ["sdxl"], progress=str)
     assert ("down_block_residual_09", "missing") in [(each.where, each.kind) for each in found]
 
 
 def test_a_controlnet_cannot_be_held_to_an_unknown_unet(drawn):
     with pytest.raises(ShapecheckError, match="it is not known which UNet this file is; name it with --model"):
-        misfits(check(drawn[0]).contract, ["sd15"], progress=str)
+        find_misfits(check(drawn[0]).contract, ["sd15"], progress=str)
 
 
 # shapes
@@ -870,8 +870,8 @@ def test_what_cannot_be_done_is_exit_status_2_and_one_message(arguments, message
 
 
 def test_a_model_is_a_preset_a_file_with_a_contract_or_observed(drawn, inside, tmp_path):
-    assert contract_of("sd15", progress=str) == presets.contract("sd15")
-    assert contract_of(str(inside), progress=str) == drawn[1]
+    assert resolve_contract("sd15", progress=str) == presets.contract("sd15")
+    assert resolve_contract(str(inside), progress=str) == drawn[1]
     config = tmp_path / "config.json"
     config.write_text(json.dumps(drawn[1].config.to_json()), encoding="utf-8")
-    assert contract_of(str(config), progress=str) == drawn[1]
+    assert resolve_contract(str(config), progress=str) == drawn[1]

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from shapecheck import Geometry, ShapecheckError, export, presets
 from shapecheck.cli import main
-from shapecheck.observe.subject import take
+from shapecheck.observe.subject import resolve_subject
 from shapecheck.onnx import export as exporter
 from shapecheck.onnx import export_report as report
 from shapecheck.onnx.records import Agreement, Exported
@@ -316,15 +316,15 @@ def test_a_live_module_needs_no_files(folder, tmp_path):
 
     live = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     (folder / "v1-5-pruned.safetensors").write_bytes(b"")
-    assert take(live).stored is not None
+    assert resolve_subject(live).stored is not None
     (folder / "unet" / CHECKPOINT).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    subject = take(live)
+    subject = resolve_subject(live)
     assert (subject.stored, subject.live is None) == (None, False)
     assert "choose one that is there: `--variant fp16`" in subject.absent
 
 
 def test_a_file_says_no_more_of_a_path_than_the_models_folder(saved):
-    assert take(saved).contract("float32", control=True).header.source == f"{saved.name}/unet"
+    assert resolve_subject(saved).contract("float32", control=True).header.source == f"{saved.name}/unet"
 
 
 def test_an_infinite_allowance_allows_nothing():

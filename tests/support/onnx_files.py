@@ -18,7 +18,7 @@ from torch import nn
 from shapecheck import Contract, Geometry, probe
 from shapecheck.contract import Input, Slot
 from shapecheck.observe.probe import probe_controlnet
-from shapecheck.observe.subject import meta_twin
+from shapecheck.observe.subject import copy_to_meta
 from shapecheck.onnx import check as checking
 from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile
 from shapecheck.onnx.records import Check
@@ -90,7 +90,7 @@ def written(
     """
 
     def export(folder: Path) -> None:
-        contract = probe(meta_twin(model), adapter=adapter or None)  # the same, and nothing is computed
+        contract = probe(copy_to_meta(model), adapter=adapter or None)  # the same, and nothing is computed
         (folder / "contract.json").write_text(contract.to_json(), encoding="utf-8")
         _trace(folder / "unet.onnx", model, contract, latent, baked)
 
@@ -146,7 +146,7 @@ def controlnet_written(path: Path, model: nn.Module, *, latent: tuple[int, int])
 
 
 def _trace_controlnet(path: Path, model: nn.Module, latent: tuple[int, int]) -> None:
-    contract = probe_controlnet(meta_twin(model))
+    contract = probe_controlnet(copy_to_meta(model))
     rules = {each.name: each.shape for each in (*contract.inputs, *contract.slots)}
     shapes = contract.input_shapes(Geometry(2, *latent, 7))
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}

@@ -21,7 +21,7 @@ from shapecheck.cli import main
 from shapecheck.contract.json_codec import decode
 from shapecheck.models.safetensors import checkpoint_files, read_table
 from shapecheck.models.weights import digest
-from shapecheck.observe.fit import misfits
+from shapecheck.observe.fit import find_misfits
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.tensorrt import check as tensorrt_check
 from shapecheck.tensorrt.engine_io import DeclaredEngine, DeclaredTensor, compare_engine
@@ -172,7 +172,7 @@ def test_an_engine_without_slots_takes_no_controlnet_and_is_not_the_model_with_t
     request = read_engine(made / "unet.plan").request
     contract = request.contract
     off = replace(contract, slots=())
-    (found,) = misfits(off, [str(made / "controlnet")], progress=print)
+    (found,) = find_misfits(off, [str(made / "controlnet")], progress=print)
     assert (found.kind, "exported with --no-control" in found.cause) == ("missing", True)
     inputs = tuple(pair for pair in request.names if pair[0] in off.input_rules)
     without = replace(request, contract=off, names=inputs, profiles=(profile_of(off, engines.SIZES),))
@@ -181,7 +181,7 @@ def test_an_engine_without_slots_takes_no_controlnet_and_is_not_the_model_with_t
     found = check_engine(plan, contract).mismatches
     assert [(each.where, each.kind) for each in found] == [(slot.name, "missing") for slot in contract.slots]
     with pytest.raises(ShapecheckError, match="this file is itself a ControlNet"):
-        misfits(replace(contract, role="controlnet"), ["sd15"], progress=print)
+        find_misfits(replace(contract, role="controlnet"), ["sd15"], progress=print)
 
 
 def test_the_profile_told_is_the_one_a_session_takes_and_tokens_count(made, tmp_path):
