@@ -4,48 +4,62 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from shapecheck import presets
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.files import read_text, report_unreadable
-from shapecheck.onnx.contract_metadata import _ADVICE, _LARGEST_JSON, _LONGEST_BLANK, _read, contract_inside
+from shapecheck.onnx.contract_metadata import PROBE_ADVICE, contract_inside, parse_untrusted
 from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile, require_readable
 from shapecheck.progress import Progress
 from shapecheck.tensorrt.record import is_engine, record_of
 
+_LARGEST_JSON = 16 * 2**20
+_LONGEST_BLANK = 64
+"""Bytes before the first brace of a JSON file."""
+
 
 def read_contract(path: str | Path) -> Contract:
-    """The contract in a JSON file, in an ONNX file's metadata, or beside an engine (`unet.plan` → `unet.plan.shapecheck.json`).
+    """Return the contract in a JSON file, in an ONNX file's metadata, or beside an engine.
 
-    Reads no weights and no external data. Raises ShapecheckError, naming the file, where there is no contract in it.
+    Beside `unet.plan` that is `unet.plan.shapecheck.json`. Reads no weights and no external data. Raises ShapecheckError,
+    naming the file, if there is no contract in it.
     """
     path = Path(path)
     file = record_of(path) if is_engine(path) else path
-    with report_unreadable(file):
+    with report_unreadable(file, "; give a file: JSON, .onnx or an engine"):
         if file != path and not file.exists():
             raise ShapecheckError(
-                f"{path} has no {file.name} beside it, where an engine's contract is kept; copy both together, or {_ADVICE}"
+                f"{path} has no {file.name} beside it, where an engine's contract is kept; copy both together, "
+                f"or {PROBE_ADVICE}"
             )
-    with report_unreadable(file, "; give a file: JSON, .onnx or an engine"):
         require_readable(file)
         with file.open("rb") as opened:
             start = opened.read(_LONGEST_BLANK)
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
-        return _from_json(file)
-    contract = contract_inside(OnnxFile(file))
-    if contract is None:
-        raise ShapecheckError(
-            f"{file} holds no contract (no metadata {CONTRACT_KEY!r}): shapecheck did not export it; "
-            f"`shapecheck check {file}` tells what can be seen in it"
-        )
-    return contract
+    if not start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        contract = contract_inside(OnnxFile(file))
+        if contract is None:
+            raise ShapecheckError(
+                f"{file} holds no contract (no metadata {CONTRACT_KEY!r}): shapecheck did not export it; "
+                f"`shapecheck check {file}` says what can be seen in it"
+            )
+        return contract
+    with report_unreadable(file):
+        too_large = f"{file} is larger than {_LARGEST_JSON >> 20} MiB: not a contract; {PROBE_ADVICE}"
+        not_text = f"{file} is not UTF-8 text, as a contract is; {PROBE_ADVICE}"
+        text = read_text(file, _LARGEST_JSON, too_large=too_large, not_text=not_text)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ShapecheckError(f"{file} is not valid JSON: {error}; is it cut short? Otherwise {PROBE_ADVICE}") from None
+    # An engine's record holds the contract as a value, older ones as text.
+    value = record if "shapecheck_contract" in record else record.get("contract") or record
+    return parse_untrusted(file, lambda: Contract.from_json(value) if isinstance(value, str) else Contract.from_value(value))
 
 
 def may_hold_contract(path: Path) -> bool:
-    """Whether a file is one that `read_contract` is for, rather than a model's config.json.
+    """Return whether a file is one that `read_contract` is for, rather than a model's config.json.
 
-    Raises ShapecheckError where it is neither a file nor a folder: nothing may wait for a pipe.
+    Raises ShapecheckError if it is neither a file nor a folder: nothing may wait for a pipe.
     """
     if path.suffix.lower() == ".onnx" or is_engine(path):
         return True
@@ -59,26 +73,10 @@ def may_hold_contract(path: Path) -> bool:
         return False
 
 
-def _from_json(path: Path) -> Contract:
-    with report_unreadable(path):
-        text = read_text(
-            path,
-            _LARGEST_JSON,
-            too_large=f"{path} is larger than {_LARGEST_JSON >> 20} MiB: no contract; {_ADVICE}",
-            not_text=f"{path} is not UTF-8 text, as a contract is; {_ADVICE}",
-        )
-    try:
-        record: dict[str, Any] = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ShapecheckError(f"{path} is not valid JSON: {error}; is it cut short? Otherwise {_ADVICE}") from None
-    inner = record.get("contract") if "shapecheck_contract" not in record else None
-    return _read(path, lambda: Contract.from_json(inner) if isinstance(inner, str) else Contract.from_value(inner or record))
-
-
 def resolve_contract(model: str, *, offline: bool = False, progress: Progress) -> Contract:
-    """The contract of a preset or a file that holds one, else that of a model observed now.
+    """Return the contract of a preset or a file that holds one, else that of a model observed now.
 
-    Raises ShapecheckError where there is neither.
+    Raises ShapecheckError if there is neither.
     """
     if model in presets.contracts():
         return presets.contract(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from shapecheck.contract.contract import Contract
 from shapecheck.contract.dims import show
@@ -15,109 +15,23 @@ from shapecheck.report.document import Document, Facts, Format, Heading, Part, P
 from shapecheck.report.numbers import dump_json, format_count
 
 ContractPart = Literal["model", "input", "slot", "feature", "setting"]
-"""Of what: the model as a whole, one base input, one slot, one slot of a T2I-Adapter's feature, one setting of its
-configuration."""
+_SHAPE_ASPECTS = ("", "batch", "channels", "size", "spatial")
+"""The aspects of a slot that decide whether a residual has its shape."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that two contracts, A and B, do not say alike."""
+    """One thing that two contracts, A and B, do not say alike.
+
+    `name` is that of the input, the slot or the setting; of the model it is class, role, divisor, inputs or slots.
+    `aspect` says in what they differ: shape, dtype, channels, size, …; empty if one of them has no such thing.
+    """
 
     part: ContractPart
     name: str
-    """Of the input, the slot or the setting; of the model: class, role, divisor, inputs or slots."""
     aspect: str
-    """In what: shape, dtype, channels, size, …; empty where the whole is meant."""
     a: str | None
-    """What A says; None where A has no such thing."""
     b: str | None
-
-
-def list_differences(a: Contract, b: Contract) -> tuple[Difference, ...]:
-    """Everything in which the contracts differ; empty exactly where they are equal.
-
-    In the order model, base inputs, slots, features, settings; A's order of inputs and slots, then what only B has.
-    """
-    return (
-        *_told("model", "", _whole(a), _whole(b)),
-        *_members("input", a.inputs, b.inputs),
-        *_members("slot", a.slots, b.slots),
-        *_members("feature", a.features, b.features),
-        *_told("setting", "", _settings(a), _settings(b)),
-    )
-
-
-def _whole(contract: Contract) -> Mapping[str, str]:
-    return {"class": contract.class_name, "role": contract.role, "divisor": str(contract.divisor)}
-
-
-def _settings(contract: Contract) -> Mapping[str, str]:
-    config: Mapping[str, Any] = contract.config.to_json()
-    return {key: json.dumps(value, ensure_ascii=False, sort_keys=True) for key, value in config.items()}
-
-
-def _members(
-    part: ContractPart, a: Sequence[Input] | Sequence[Slot], b: Sequence[Input] | Sequence[Slot]
-) -> Iterator[Difference]:
-    """Inputs or slots, by name; their order only where the names are the same."""
-    left, right = _by_name(a), _by_name(b)
-    if left.keys() == right.keys() and tuple(left) != tuple(right):
-        yield Difference("model", f"{part}s", "order", ", ".join(left), ", ".join(right))
-    for name in dict.fromkeys((*left, *right)):
-        if name in left and name in right:
-            yield from _told(part, name, _aspects(left[name]), _aspects(right[name]))
-        else:
-            yield Difference(part, name, "", *(_summary(side[name]) if name in side else None for side in (left, right)))
-
-
-def _by_name(members: Sequence[Input] | Sequence[Slot]) -> Mapping[str, Input | Slot]:
-    """Each under its name; a name that comes twice, as in no observed contract, is counted."""
-    named: dict[str, Input | Slot] = {}
-    for each in members:
-        count = sum(other.name == each.name for other in named.values())
-        named[f"{each.name} ({count + 1})" if count else each.name] = each
-    return named
-
-
-def _aspects(each: Input | Slot) -> Mapping[str, str]:
-    if isinstance(each, Input):
-        return {"shape": show(each.shape), "dtype": each.dtype, "argument": each.argument}
-    batch, channels, *size = each.skip
-    return {
-        "batch": str(batch),
-        "channels": str(channels),
-        "size": show(tuple(size)),
-        "spatial": each.spatial,
-        "skip from": each.producer,
-        "used by": each.up_block,
-        "added in": ", ".join(f"{add.owner or 'the UNet'}: {add.function}" for add in each.adds),
-    }
-
-
-def _summary(each: Input | Slot) -> str:
-    if isinstance(each, Input):
-        return f"{show(each.shape)} {each.dtype}"
-    return show(each.skip) if each.spatial == "full" else f"{show(each.skip)} {each.spatial}"
-
-
-def _told(part: ContractPart, name: str, a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[Difference]:
-    """What differs between two tables; without a name the keys are names, else aspects of that one."""
-    for key in dict.fromkeys((*a, *b)):
-        if a.get(key) != b.get(key):
-            yield Difference(part, name or key, key if name else "", a.get(key), b.get(key))
-
-
-_OF_THE_SHAPE = ("", "batch", "channels", "size", "spatial")
-"""What of a slot decides whether a residual has its shape."""
-
-
-_OF_THE_PIPELINE = ("sample", "timestep")
-
-
-_COUNTED = {"input": "base input", "slot": "slot", "feature": "feature", "setting": "setting"}
-
-
-_LONGEST = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +42,78 @@ class Side:
     contract: Contract
 
 
+def list_differences(a: Contract, b: Contract) -> tuple[Difference, ...]:
+    """Return everything in which the contracts differ; nothing exactly if they are equal.
+
+    In the order model, base inputs, slots, features, settings; A's order of inputs and slots, then what only B has.
+    """
+    models, settings = [], []
+    for contract in (a, b):
+        models.append({"class": contract.class_name, "role": contract.role, "divisor": str(contract.divisor)})
+        config = contract.config.to_json()
+        settings.append({key: json.dumps(value, ensure_ascii=False, sort_keys=True) for key, value in config.items()})
+    return (
+        *_compare_tables("model", "", *models),
+        *_compare_members("input", a.inputs, b.inputs),
+        *_compare_members("slot", a.slots, b.slots),
+        *_compare_members("feature", a.features, b.features),
+        *_compare_tables("setting", "", *settings),
+    )
+
+
+def _compare_members(
+    part: ContractPart, a: Sequence[Input] | Sequence[Slot], b: Sequence[Input] | Sequence[Slot]
+) -> Iterator[Difference]:
+    """Compare inputs or slots by name; their order only if the names are the same."""
+    left, right = _name_members(a), _name_members(b)
+    if left.keys() == right.keys() and tuple(left) != tuple(right):
+        yield Difference("model", f"{part}s", "order", ", ".join(left), ", ".join(right))
+    for name in dict.fromkeys((*left, *right)):
+        if name in left and name in right:
+            yield from _compare_tables(part, name, _list_aspects(left[name]), _list_aspects(right[name]))
+        else:
+            yield Difference(part, name, "", *(_summarize(side[name]) if name in side else None for side in (left, right)))
+
+
+def _compare_tables(part: ContractPart, name: str, a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[Difference]:
+    """Compare two tables whose keys are aspects of that name, or names if there is none."""
+    for key in dict.fromkeys((*a, *b)):
+        if a.get(key) != b.get(key):
+            yield Difference(part, name or key, key if name else "", a.get(key), b.get(key))
+
+
+def _name_members(members: Sequence[Input] | Sequence[Slot]) -> Mapping[str, Input | Slot]:
+    named: dict[str, Input | Slot] = {}
+    for member in members:
+        # No observed contract has a name twice, but an edited one may.
+        count = sum(other.name == member.name for other in named.values())
+        named[f"{member.name} ({count + 1})" if count else member.name] = member
+    return named
+
+
+def _list_aspects(member: Input | Slot) -> Mapping[str, str]:
+    if isinstance(member, Input):
+        return {"shape": show(member.shape), "dtype": member.dtype, "argument": member.argument}
+    batch, channels, *size = member.skip
+    return {
+        "batch": str(batch),
+        "channels": str(channels),
+        "size": show(tuple(size)),
+        "spatial": member.spatial,
+        "skip from": member.producer,
+        "used by": member.up_block,
+        "added in": ", ".join(f"{add.owner or 'the UNet'}: {add.function}" for add in member.adds),
+    }
+
+
+def _summarize(member: Input | Slot) -> str:
+    if isinstance(member, Input):
+        return f"{show(member.shape)} {member.dtype}"
+    return show(member.skip) + ("" if member.spatial == "full" else f" {member.spatial}")
+
+
 def render_text(a: Side, b: Side, *, form: Format = "human") -> str:
     """Return the whole report."""
-    found = list_differences(a.contract, b.contract)
     facts = []
     for letter, side in zip("AB", (a, b), strict=True):
         contract = side.contract
@@ -140,39 +123,54 @@ def render_text(a: Side, b: Side, *, form: Format = "human") -> str:
             (f"digest {letter}", contract.digest),
         ]
     parts: list[Part] = [Points(explain_differences(a, b)), Facts(facts)]
+    contract, found = a.contract, list_differences(a.contract, b.contract)
+    verdict = f"SAME: {len(contract.slots)} slots, {len(contract.inputs)} base inputs, {len(contract.config)} settings"
     if found:
-        rows = [
-            (
-                difference.part,
-                difference.name,
-                difference.aspect,
-                *("not there" if value is None else _cut(value) for value in (difference.a, difference.b)),
-            )
-            for difference in found
-        ]
+        names = [difference.name for difference in found if difference.part == "model"]
+        for part, noun in (("input", "base input"), ("slot", "slot"), ("feature", "feature"), ("setting", "setting")):
+            if count := len({difference.name for difference in found if difference.part == part}):
+                names.append(format_count(count, noun))
+        verdict = f"DIFFERENT: {', '.join(names)}"
+        rows = []
+        for difference in found:
+            texts = ("not there" if value is None else value for value in (difference.a, difference.b))
+            cut = (text if len(text) <= 400 else f"{text[:399]}…" for text in texts)
+            rows.append((difference.part, difference.name, difference.aspect, *cut))
         parts += [Heading("Differences"), Table(("of", "name", "in", "A", "B"), rows)]
     parts.append(Points(_list_notes(a.contract, b.contract), "note: "))
-    return Document(f"{a.name} against {b.name}", parts, [_describe_verdict(a, found)]).render(form)
+    return Document(f"{a.name} against {b.name}", parts, [verdict]).render(form)
 
 
 def render_json(a: Side, b: Side) -> str:
-    """Return the same for machines."""
+    """Return the report for machines."""
+    left, right = a.contract, b.contract
+    sides = {
+        letter: {
+            "name": side.name,
+            "source": side.contract.header.source,
+            "class_name": side.contract.class_name,
+            "role": side.contract.role,
+            "slots": len(side.contract.slots),
+            "families": list(find_families(side.contract)),
+            "digest": side.contract.digest,
+        }
+        for letter, side in (("a", a), ("b", b))
+    }
     record = {
-        "verdict": "same" if a.contract == b.contract else "different",
-        "same_architecture": _have_same_architecture(a.contract, b.contract),
-        "controlnet_of_a_fits_b": _fits(a.contract, b.contract),
-        "controlnet_of_b_fits_a": _fits(b.contract, a.contract),
+        "verdict": "same" if left == right else "different",
+        "same_architecture": _have_same_architecture(left, right),
+        "controlnet_of_a_fits_b": _fits(left, right),
+        "controlnet_of_b_fits_a": _fits(right, left),
         "meaning": list(explain_differences(a, b)),
-        "a": _record_side(a),
-        "b": _record_side(b),
-        "differences": [asdict(difference) for difference in list_differences(a.contract, b.contract)],
-        "notes": list(_list_notes(a.contract, b.contract)),
+        **sides,
+        "differences": [asdict(difference) for difference in list_differences(left, right)],
+        "notes": _list_notes(left, right),
     }
     return dump_json(record)
 
 
 def explain_differences(a: Side, b: Side) -> tuple[str, ...]:
-    """Return what the differences mean to who has a ControlNet, an export or an engine of one of the two, in sentences."""
+    """Return what the differences mean for a ControlNet, an export or an engine of one of the two, in sentences."""
     left, right = a.contract, b.contract
     if left == right:
         return ("One contract: ControlNets, exports and engines of one have the shapes of the other's.",)
@@ -181,24 +179,24 @@ def explain_differences(a: Side, b: Side) -> tuple[str, ...]:
         return (f"{net.name} is a ControlNet, {unet.name} a UNet: `shapecheck probe UNET --controlnet NAME` says what fits.",)
     sentences = []
     if left.features and right.features and left.features != right.features:
-        sentences.append(
+        sentences = [
             "Features are added in other places or of other shapes: a T2I-Adapter made for one does not fit the other."
-        )
+        ]
     elif left.features != right.features:
         taking, other = (a, b) if left.features else (b, a)
         exported = f"{taking.name} takes a T2I-Adapter's features too, as `export --adapter` makes it"
-        sentences.append(f"{exported}; {other.name} was observed without.")
+        sentences = [f"{exported}; {other.name} was observed without."]
     elif _have_same_architecture(left, right):
         settings = [difference.name for difference in list_differences(left, right) if difference.part == "setting"]
         only = f"; only {_join_names(settings)} {'differs' if len(settings) == 1 else 'differ'}" if settings else ""
-        sentences.append(f"The same architecture: exports and engines of both take calls of the same shapes{only}.")
+        sentences = [f"The same architecture: exports and engines of both take calls of the same shapes{only}."]
     if left.role == "unet":
         sentences += _compare_unets(a, b)
     elif wrong := _count_wrong_slots(left, right):
         sentences.append(f"One ControlNet cannot stand in for the other: {', '.join(wrong)}.")
     else:
         sentences.append(f"Both ControlNets give the same {len(left.slots)} residuals.")
-    first, second = (next((given.dtype for given in side.inputs if given.name == "sample"), "") for side in (left, right))
+    first, second = (next((base.dtype for base in side.inputs if base.name == "sample"), "") for side in (left, right))
     if first != second:
         sentences.append(
             f"The precision differs, {first} against {second}: residuals must come in that of the model they go to."
@@ -228,35 +226,36 @@ def _compare_unets(a: Side, b: Side) -> list[str]:
     moved = [found.name for found in list_differences(left, right) if found.part == "slot" and found.aspect == "skip from"]
     if moved and not shared:
         sentences.append(f"The same shapes are made elsewhere in the two: the skips of {_join_names(moved)}.")
-    if (channels := _find_latent_channels(left)) != (other := _find_latent_channels(right)):
+    samples = [next((base.shape for base in side.inputs if base.name == "sample"), ()) for side in (left, right)]
+    channels = [str(shape[1]) if len(shape) == 4 else "no" for shape in samples]
+    if channels[0] != channels[1]:
         sentences.append(
-            f"The UNets take {channels} and {other} latent channels: a ControlNet must take what the pipeline gives it, "
+            f"The UNets take {' and '.join(channels)} latent channels: a ControlNet must take what the pipeline gives it, "
             "in diffusers' own pipelines 4."
         )
     return sentences
 
 
 def _count_wrong_slots(a: Contract, b: Contract) -> list[str]:
-    wrong = {found.name for found in list_differences(a, b) if found.part == "slot" and found.aspect in _OF_THE_SHAPE}
+    wrong = {found.name for found in list_differences(a, b) if found.part == "slot" and found.aspect in _SHAPE_ASPECTS}
     count = len({slot.name for slot in (*a.slots, *b.slots)})
     return [f"{len(wrong)} of {count} slots differ in shape"] if wrong else []
 
 
 def _compare_widths(a: Contract, b: Contract) -> list[str]:
     """Return the inputs that pipelines give to ControlNets too, and that both take with another shape."""
-    theirs = {given.name: given.shape for given in b.inputs}
+    theirs = {base.name: base.shape for base in b.inputs}
     return [
-        f"{'text width' if given.name == 'encoder_hidden_states' else given.name} differs: "
-        f"{'×'.join(map(str, given.shape[-1:]))} against {'×'.join(map(str, theirs[given.name][-1:]))}"
-        for given in a.inputs
-        if given.name not in _OF_THE_PIPELINE and theirs.get(given.name, given.shape) != given.shape
+        f"{'text width' if base.name == 'encoder_hidden_states' else base.name} differs: "
+        f"{'×'.join(map(str, base.shape[-1:]))} against {'×'.join(map(str, theirs[base.name][-1:]))}"
+        for base in a.inputs
+        if base.name not in ("sample", "timestep") and theirs.get(base.name, base.shape) != base.shape
     ]
 
 
 def _find_lacking_inputs(of: Contract, to: Contract) -> list[str]:
     """Return the inputs that the ControlNet of one UNet takes and a pipeline of the other does not give."""
-    names = {given.name for given in to.inputs}
-    return [given.name for given in of.inputs if given.name not in names]
+    return [base.name for base in of.inputs if base.name not in {other.name for other in to.inputs}]
 
 
 def _fits(of: Contract, to: Contract) -> bool | None:
@@ -268,29 +267,13 @@ def _fits(of: Contract, to: Contract) -> bool | None:
 
 def _have_same_architecture(a: Contract, b: Contract) -> bool:
     """Return whether nothing but native size, numeric settings, spelling and precision differs."""
-    dtypes = {given.name: given.dtype for given in a.inputs}
-    inputs = tuple(replace(given, dtype=dtypes.get(given.name, given.dtype)) for given in b.inputs)
+    dtypes = {base.name: base.dtype for base in a.inputs}
+    inputs = tuple(replace(base, dtype=dtypes.get(base.name, base.dtype)) for base in b.inputs)
     alike = (a.role, a.divisor, extract_architecture(a)) == (b.role, b.divisor, extract_architecture(replace(b, inputs=inputs)))
     return alike and not _count_wrong_slots(a, b)
 
 
-def _find_latent_channels(contract: Contract) -> str:
-    samples = (given for given in contract.inputs if given.name == "sample" and len(given.shape) == 4)
-    return next((str(sample.shape[1]) for sample in samples), "no")
-
-
-def _describe_verdict(a: Side, found: Sequence[Difference]) -> str:
-    contract = a.contract
-    if not found:
-        return f"SAME: {len(contract.slots)} slots, {len(contract.inputs)} base inputs, {len(contract.config)} settings"
-    counted = [difference.name for difference in found if difference.part == "model"]
-    for part, noun in _COUNTED.items():
-        if names := {difference.name for difference in found if difference.part == part}:
-            counted.append(format_count(len(names), noun))
-    return f"DIFFERENT: {', '.join(counted)}"
-
-
-def _list_notes(a: Contract, b: Contract) -> tuple[str, ...]:
+def _list_notes(a: Contract, b: Contract) -> list[str]:
     """Return what differs without counting, and may matter."""
     notes = []
     if a.header.vae_factor != b.header.vae_factor:
@@ -299,25 +282,8 @@ def _list_notes(a: Contract, b: Contract) -> tuple[str, ...]:
     releases = [f"{name} {left[name]} and {right[name]}" for name in left if right.get(name, left[name]) != left[name]]
     if releases:
         notes.append(f"observed with other releases: {', '.join(releases)}; a setting that one side lacks may come from that")
-    return tuple(notes)
-
-
-def _record_side(side: Side) -> dict[str, Any]:
-    contract = side.contract
-    return {
-        "name": side.name,
-        "source": contract.header.source,
-        "class_name": contract.class_name,
-        "role": contract.role,
-        "slots": len(contract.slots),
-        "families": list(find_families(contract)),
-        "digest": contract.digest,
-    }
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    return notes
 
 
 def _join_names(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -9,20 +9,16 @@ from importlib.metadata import PackageNotFoundError, version
 from shapecheck.contract import ShapecheckError
 
 _EXTRAS = {
-    "onnx": "onnx",
-    "onnx_ir": "onnx",
-    "onnxscript": "onnx",
-    "onnxruntime": "onnx",
+    **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "onnxruntime"), "onnx"),
+    **dict.fromkeys(("tokenizers", "transformers"), "demo"),
     "tensorrt": "gpu",
     "tensorrt_rtx": "rtx",
-    "tokenizers": "demo",
-    "transformers": "demo",
 }
 """From a module to the extra of this distribution that installs it."""
 
 
 def explain_missing(error: ModuleNotFoundError, task: str) -> Exception:
-    """What to raise where a module is not there: how to install it, if an extra does; else the error itself."""
+    """Return an error that says which extra installs a missing module; the error itself if none does."""
     name = (error.name or "").partition(".")[0]
     if name not in _EXTRAS:
         return error
@@ -30,9 +26,9 @@ def explain_missing(error: ModuleNotFoundError, task: str) -> Exception:
 
 
 def list_versions(distributions: Iterable[str]) -> tuple[tuple[str, str], ...]:
-    """Name and version of those that are installed."""
-    found = []
+    """Return name and version of those that are installed."""
+    installed = []
     for name in distributions:
         with suppress(PackageNotFoundError):
-            found.append((name, version(name)))
-    return tuple(found)
+            installed.append((name, version(name)))
+    return tuple(installed)

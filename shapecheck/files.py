@@ -1,4 +1,4 @@
-"""Reading files that anybody may have written, bounded; and writing files that appear only when they are whole."""
+"""Bounded reading of files that anybody may have written; writing of files that appear only when they are whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ _LONG_AGO = 3 * 24 * 3600
 _LOCK = ".shapecheck.lock"
 """It stays: removing it would give two processes the same lock."""
 _numbers = count()
-"""So that no two files are written under one name."""
 
 
 @contextmanager
@@ -57,7 +56,7 @@ def read_text(path: Path, limit: int, *, too_large: str, not_text: str) -> str:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep out of a folder everybody else who asks; nobody, if the folder cannot be written or the system has no locks."""
+    """Keep everybody else who asks out of a folder; nobody, if the folder cannot be written or the system has no locks."""
     from filelock import FileLock
 
     with ExitStack() as stack:
@@ -68,19 +67,25 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(output: Path) -> Iterator[Path]:
-    """A path to write to, beside `output`; renamed to it if the block ends well, removed if it does not.
+    """Yield a path to write to, beside `output`; rename it to that if the block ends well, remove it if it does not.
 
-    A pipe or a device is written to directly. Raises ShapecheckError naming `output` where the system refuses.
+    A pipe or a device is written to directly. Raises ShapecheckError naming `output` if the system refuses.
     """
     target = output.resolve()
-    in_place = _is_no_file(target)
-    if not in_place:
-        _sweep(target.parent)
-    partial = target if in_place else target.with_name(f".shapecheck.{os.getpid()}.{next(_numbers)}.partial")
+    if in_place := _is_device(target):
+        partial = target
+    else:
+        partial = target.with_name(f".shapecheck.{os.getpid()}.{next(_numbers)}.partial")
+        # A process that is killed leaves its file behind; only an old one is surely nobody's.
+        for leftover in target.parent.glob(".shapecheck.*.partial"):
+            with suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > _LONG_AGO:
+                    leftover.unlink(missing_ok=True)
     try:
         yield partial
         if not in_place:
-            _sync(partial)
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
             if target.exists():
                 shutil.copymode(target, partial)
             partial.replace(target)
@@ -91,16 +96,8 @@ def atomic_write(output: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what was left half written long ago: a process that is killed cannot, and another machine's may still write."""
-    for left in folder.glob(".shapecheck.*.partial"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > _LONG_AGO:
-                left.unlink(missing_ok=True)
-
-
 def make_folder(path: Path) -> Path:
-    """The folder, made with those above it where it is not there. Raises ShapecheckError where the system refuses."""
+    """Return the folder, made with those above it if needed. Raises ShapecheckError if the system refuses."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -109,26 +106,21 @@ def make_folder(path: Path) -> Path:
 
 
 def ensure_writable(output: Path) -> None:
-    """Raise ShapecheckError before the work is done for nothing."""
+    """Raise ShapecheckError if a result could not be written, before the work is done for nothing."""
     try:
         target = output.resolve()
         if target.is_dir():
             raise ShapecheckError(f"cannot write {output}: it is a folder; name a file in it")
-        place = target if _is_no_file(target) else target.parent
-        place.stat()
+        written = target if _is_device(target) else target.parent
+        written.stat()
     except (OSError, RuntimeError) as error:
         raise ShapecheckError(f"cannot write {output}: {getattr(error, 'strerror', None) or error}") from None
-    if place == target.parent and not place.is_dir():
-        raise ShapecheckError(f"cannot write {output}: {place} is no folder")
-    if not os.access(place, os.W_OK):
-        raise ShapecheckError(f"cannot write {output}: no permission to write to {place}")
+    if written == target.parent and not written.is_dir():
+        raise ShapecheckError(f"cannot write {output}: {written} is not a folder")
+    if not os.access(written, os.W_OK):
+        raise ShapecheckError(f"cannot write {output}: no permission to write to {written}")
 
 
-def _is_no_file(target: Path) -> bool:
-    """Whether this is a pipe or a device, which is written to and never replaced."""
+def _is_device(target: Path) -> bool:
+    """Return whether this is a pipe or a device, which is written to and never replaced."""
     return target.exists() and not target.is_file()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -1,11 +1,11 @@
-"""What the command line writes: results on stdout or to a file, progress on stderr where a person is watching."""
+"""Output of the command line: results on stdout or to a file, progress on stderr if a person is watching."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ProgressLine:
-    """Shows the current step in one line that is overwritten, with a bar if the number of bytes is known."""
+    """The current step in one line that is overwritten, with a bar if the number of bytes is known."""
 
     def __init__(self) -> None:
         self._step = ""
@@ -33,11 +33,8 @@ class ProgressLine:
             self.close()
             from tqdm import tqdm
 
-            self._step = step
-            if total:
-                self._bar = tqdm(desc=step, total=total, unit="B", unit_scale=True, leave=False, file=sys.stderr)
-            else:
-                self._bar = tqdm(desc=f"{step} …", bar_format="{desc}", leave=False, file=sys.stderr)
+            form = {"total": total, "unit": "B", "unit_scale": True} if total else {"bar_format": "{desc} …"}
+            self._step, self._bar = step, tqdm(desc=step, leave=False, file=sys.stderr, **form)
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
 
@@ -75,7 +72,5 @@ def write(text: str, output: Path | None) -> None:
 
 def drop_stdout() -> None:
     """Discard what stdout still holds and cannot be written, or the interpreter would try again at its end, and fail."""
-    try:
+    with suppress(AttributeError, OSError, ValueError):  # no stdout, or one that is not a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (AttributeError, OSError, ValueError):  # no stdout, or one that is no file
-        return

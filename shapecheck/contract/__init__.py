@@ -1,4 +1,4 @@
-"""What is true of a UNet, as frozen records. Standard library only: works where torch is not installed."""
+"""The facts about a UNet, as frozen records. Standard library only: works where torch is not installed."""
 
 from shapecheck.contract.config import Config
 from shapecheck.contract.contract import Contract, ContractError
@@ -8,19 +8,6 @@ from shapecheck.contract.geometry import Geometry
 from shapecheck.contract.records import AddSite, ControlNetInfo, Header, Input, Mismatch, Role, Slot
 
 __all__ = [
-    "AddSite",
-    "Config",
-    "Contract",
-    "ContractError",
-    "ControlNetInfo",
-    "Dim",
-    "Geometry",
-    "Header",
-    "Input",
-    "Mismatch",
-    "Role",
-    "Shape",
-    "ShapecheckError",
-    "Slot",
-    "show",
-]
+    "AddSite", "Config", "Contract", "ContractError", "ControlNetInfo", "Dim", "Geometry", "Header", "Input", "Mismatch",
+    "Role", "Shape", "ShapecheckError", "Slot", "show",
+]  # fmt: skip

@@ -8,20 +8,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-"""In the text of many objects, and another in every run."""
+"""In the text of many objects, and different in every run."""
 
 
 class Config(Mapping[str, Any]):
-    """An immutable, hashable mapping of JSON values; lists become tuples, and what JSON does not know becomes its text.
+    """An immutable, hashable mapping of JSON values; lists become tuples, and values unknown to JSON their text.
 
-    Two are equal where their JSON text is, so 1, 1.0 and True differ, as they do in a digest.
+    Two are equal if their JSON text is, so 1, 1.0 and True differ, as they do in a digest.
     Keys that begin with an underscore are left out: they name the writer of the file, not the model.
     """
 
     __slots__ = ("_items",)
 
     def __init__(self, values: Mapping[str, Any] | None = None) -> None:
-        kept = {str(key): _frozen(value) for key, value in (values or {}).items() if not str(key).startswith("_")}
+        kept = {str(key): _freeze(value) for key, value in (values or {}).items() if not str(key).startswith("_")}
         self._items = dict(sorted(kept.items()))
 
     def __getitem__(self, key: str) -> Any:
@@ -50,22 +50,18 @@ class Config(Mapping[str, Any]):
         return cls(value)
 
     def to_json(self) -> dict[str, Any]:
-        """A plain mutable copy, lists where the JSON had lists."""
+        """Return a plain mutable copy, with lists for tuples."""
         return json.loads(self._text())  # type: ignore[no-any-return]
 
     def _text(self) -> str:
-        return json.dumps(self._items, sort_keys=True, separators=(",", ":"), default=_thawed)
+        return json.dumps(self._items, sort_keys=True, separators=(",", ":"), default=dict)
 
 
-def _frozen(value: Any) -> Any:
+def _freeze(value: Any) -> Any:
     if isinstance(value, Mapping):
         return Config(value)
     if isinstance(value, (set, frozenset)):
-        return tuple(sorted(map(_frozen, value), key=str))
+        return tuple(sorted(map(_freeze, value), key=str))
     if isinstance(value, (list, tuple)):
-        return tuple(map(_frozen, value))
+        return tuple(map(_freeze, value))
     return value if isinstance(value, (str, int, float, type(None))) else _ADDRESS.sub("", str(value))
-
-
-def _thawed(value: Config) -> Any:
-    return dict(value)

@@ -1,7 +1,8 @@
-"""The contract: what one UNet takes, slot by slot. Everything downstream reads this and nothing else."""
+"""The contract: the inputs and slots of one UNet. Everything downstream reads this and nothing else."""
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import json
 import operator
@@ -25,8 +26,6 @@ _FORMAT = TextFormat(
     remedy="probe the model again",
     largest=4 * 2**20,
 )
-
-
 Residuals = Mapping[str, Any] | Sequence[Any] | Any
 """By slot name, as the pair (downs, mid), flat with mid last, or as diffusers' ControlNetOutput."""
 
@@ -35,8 +34,8 @@ Residuals = Mapping[str, Any] | Sequence[Any] | Any
 class Contract:
     """Base inputs, slots and identity of a UNet, as observed.
 
-    A ControlNet has one too, where it is exported alone: its `role` says so, and its slots are what it emits.
-    Two contracts are equal, and share a digest, when class, inputs, slots, features, config, divisor and role agree;
+    A ControlNet has one too if it is exported alone: its `role` says so, and its slots are the residuals it emits.
+    Two contracts are equal, and share a digest, if class, inputs, slots, features, config, divisor and role agree;
     the header (where it came from, library versions) never counts.
     """
 
@@ -46,11 +45,11 @@ class Contract:
     slots: tuple[Slot, ...]
     config: Config
     divisor: int = field(default=1, metadata=POSITIVE)
-    """Latent height and width must be multiples of this; 1 where every size runs."""
+    """Latent height and width must be multiples of this; 1 if every size runs."""
     header: Header = field(default_factory=Header, compare=False)
     role: Role = "unet"
     features: tuple[Slot, ...] = field(default=(), metadata=OPTIONAL)
-    """Where a T2I-Adapter's features are added, if one was observed."""
+    """The slots of a T2I-Adapter's features, if one was observed."""
 
     @property
     def digest(self) -> str:
@@ -68,24 +67,24 @@ class Contract:
 
     @property
     def input_rules(self) -> dict[str, tuple[Dim, ...]]:
-        """The shape of every input the exported model has, by name: base inputs, then a UNet's slots, then features."""
-        rules = {each.name: each.shape for each in self.inputs}
+        """The shape of every input of the exported model, by name: base inputs, then a UNet's slots, then features."""
+        rules = {entry.name: entry.shape for entry in self.inputs}
         return rules | {slot.name: slot.shape for slot in self.residuals} if self.role == "unet" else rules
 
     @property
     def dtype(self) -> str:
         """The dtype of the sample, and so of the residuals."""
-        dtypes = {each.name: each.dtype for each in self.inputs}
+        dtypes = {entry.name: entry.dtype for entry in self.inputs}
         return dtypes.get("sample") or next(iter(dtypes.values()), "float32")
 
     @property
     def input_dtypes(self) -> dict[str, str]:
-        """The dtype of every input the exported model has, by name and in the order of `input_rules`."""
-        dtypes = {each.name: each.dtype for each in self.inputs}
+        """The dtype of every input of the exported model, by name and in the order of `input_rules`."""
+        dtypes = {entry.name: entry.dtype for entry in self.inputs}
         return {name: dtypes.get(name, self.dtype) for name in self.input_rules}
 
     def match_names(self, declared: Iterable[str]) -> dict[str, str]:
-        """Return what a file that declares these inputs calls each of ours: base inputs as we do, slots by its own scheme."""
+        """Return our name → the name in a file that declares these inputs; slots follow the file's own scheme."""
         names = {name: name for name in self.input_rules}
         if self.role == "unet" and self.slots:
             scheme = detect_scheme(declared) or SHAPECHECK
@@ -93,28 +92,27 @@ class Contract:
         return names
 
     def slot(self, name: str) -> Slot:
-        """The slot of that name, of a residual or a feature. Raises ShapecheckError listing the known names."""
-        for slot in self.residuals:
-            if slot.name == name:
-                return slot
-        raise ShapecheckError(f"no slot {name!r}; this contract has {', '.join(slot.name for slot in self.residuals)}")
+        """Return the slot of that name, of a residual or a feature. Raises ShapecheckError listing the known names."""
+        slots = {slot.name: slot for slot in self.residuals}
+        if name not in slots:
+            raise ShapecheckError(f"no slot {name!r}; this contract has {', '.join(slots)}")
+        return slots[name]
 
     def shapes(self, geometry: Geometry) -> dict[str, Shape]:
-        """Slot name → (batch, channels, height, width) of its residual, in slot order; sizes in slot cells.
+        """Return slot name → (batch, channels, height, width) of its residual, in slot order; sizes in slot cells.
 
-        Without a T2I-Adapter's features, which `feature_shapes` gives. Raises ShapecheckError where the UNet refuses the
-        geometry.
+        `feature_shapes` has the features of a T2I-Adapter. Raises ShapecheckError if the UNet refuses the geometry.
         """
         self.require(geometry)
         return {slot.name: slot.shape_at(geometry) for slot in self.slots}
 
     def feature_shapes(self, geometry: Geometry) -> dict[str, Shape]:
-        """The same of a T2I-Adapter's features, one a down block; empty where none was observed."""
+        """Return the shapes of a T2I-Adapter's features, one per down block, as `shapes` does; empty if none was observed."""
         self.require(geometry)
         return {slot.name: slot.shape_at(geometry) for slot in self.features}
 
     def input_shapes(self, geometry: Geometry) -> dict[str, Shape]:
-        """The shape of every input the exported model has: base inputs first, then a UNet's slots, then features."""
+        """Return the shape of every input of the exported model: base inputs first, then a UNet's slots, then features."""
         self.require(geometry)
         return {name: geometry.shape_of(rule) for name, rule in self.input_rules.items()}
 
@@ -128,30 +126,31 @@ class Contract:
     def compare_inputs(
         self, declared: Iterable[Port], names: Mapping[str, str] | None = None, *, present: str = ""
     ) -> tuple[Mismatch, ...]:
-        """Return everything in which the inputs that a file or an engine declares are not ours; `names` is what it calls them.
-
-        `present` is how to tell of one that it has besides; without it the shape is told.
-        """
+        """Compare the inputs that a file or an engine declares with ours, as `mismatch.compare_inputs` does."""
         producers = {slot.name: slot.producer for slot in self.residuals}
         return compare_inputs(self.input_rules, self.input_dtypes, declared, names=names, producers=producers, present=present)
 
     def mismatches(self, shapes: Residuals, geometry: Geometry | None = None) -> tuple[Mismatch, ...]:
-        """Every disagreement between given residuals and the slots; empty when all is well.
+        """Return every disagreement between residuals and the slots; empty if all is well.
 
-        `shapes` is a mapping by slot name, what a ControlNet returns (its output or the pair (downs, mid)), or a flat
+        `shapes` is a mapping by slot name, a ControlNet's result (its output or the pair (downs, mid)), or a flat
         sequence with mid last; each entry is a shape, anything that has one, or None for a residual that is not there.
         Without `geometry` batch, height and width are read off slot 0, whose stride is 1.
-        Raises ShapecheckError where these are no shapes, or the UNet refuses the geometry.
+        Raises ShapecheckError if these are not shapes, or the UNet refuses the geometry.
         """
-        given = _by_name(shapes)
-        at = geometry or self._geometry_of(given)
-        self.require(at)
-        return compare_shapes(self.slots, at, given)
+        actual = _parse_residuals(shapes)
+        if geometry is None:
+            name = self.slots[0].name if self.slots else "a contract without slots"
+            if len(first := actual.get(name, ())) != 4:
+                raise ShapecheckError(f"{name} gives no size to check against; pass geometry=Geometry(batch, height, width)")
+            geometry = Geometry(first[0], *first[2:])
+        self.require(geometry)
+        return compare_shapes(self.slots, geometry, actual)
 
     def verify(self, shapes: Residuals, geometry: Geometry | None = None) -> None:
         """Raise ContractError with every mismatch, or return in silence."""
-        if found := self.mismatches(shapes, geometry):
-            raise ContractError(found, subject="the residuals do not fit this UNet", contract=self)
+        if mismatches := self.mismatches(shapes, geometry):
+            raise ContractError(mismatches, subject="the residuals do not fit this UNet", contract=self)
 
     def to_json(self) -> str:
         """Return the contract as JSON text, which `from_json` reads."""
@@ -164,8 +163,8 @@ class Contract:
 
     def to_value(self) -> dict[str, Any]:
         """Return the contract as JSON values, which `from_value` reads."""
-        start = {_FORMAT.key: _FORMAT.schema, "digest": self.digest, "header": encode(self.header)}
-        return start | self._to_record(compared=False)
+        identity = {_FORMAT.key: _FORMAT.schema, "digest": self.digest, "header": encode(self.header)}
+        return identity | self._to_record(compared=False)
 
     @classmethod
     def from_value(cls, value: Any) -> Contract:
@@ -179,48 +178,35 @@ class Contract:
                 stated = [decode(int, entry.get(key), f"slot {slot.name}: {key}") for key in ("channels", "stride")]
                 if stated != [slot.channels, slot.stride]:
                     raise ValueError(f"slot {slot.name}: channels and stride do not agree with its shape {entry['skip']}")
-            claimed = decode(str, record.get("digest"), "digest")
+            stored = decode(str, record.get("digest"), "digest")
         except (ValueError, RecursionError) as error:
             raise ShapecheckError(f"a damaged contract: {error}") from None
-        if contract.digest != claimed:
+        if contract.digest != stored:
             raise ShapecheckError(
-                f"an edited contract: its digest says {claimed}, its contents give {contract.digest}; probe the model again"
+                f"an edited contract: its digest is {stored}, its contents have {contract.digest}; probe the model again"
             )
         return contract
 
     def _to_record(self, *, compared: bool) -> dict[str, Any]:
         """Return all but the header as JSON values; with `compared`, only what counts in equality."""
-        slots, features = (
-            [
-                {"name": slot.name, "channels": slot.channels, "stride": slot.stride} | encode(slot, compared=compared)
-                for slot in slots
-            ]
-            for slots in (self.slots, self.features)
-        )
+
+        def encode_slot(slot: Slot) -> dict[str, Any]:
+            record: dict[str, Any] = encode(slot, compared=compared)
+            return {"name": slot.name, "channels": slot.channels, "stride": slot.stride} | record
+
         return {
             "class_name": self.class_name,
             "role": self.role,
             "divisor": self.divisor,
             "inputs": encode(self.inputs),
-            "slots": slots,
-            **({"features": features} if features else {}),
+            "slots": [encode_slot(slot) for slot in self.slots],
+            **({"features": [encode_slot(slot) for slot in self.features]} if self.features else {}),
             "config": self.config.to_json(),
         }
 
-    def _geometry_of(self, given: Mapping[str, Shape]) -> Geometry:
-        name = self.slots[0].name if self.slots else "a contract without slots"
-        first = given.get(name, ())
-        if len(first) != 4:
-            raise ShapecheckError(f"{name} gives no size to check against; pass geometry=Geometry(batch, height, width)")
-        batch, _, height, width = first
-        return Geometry(batch, height, width)
-
 
 class ContractError(ShapecheckError):
-    """The shapes disagree. `mismatches` holds every disagreement, never only the first.
-
-    `contract` is what the UNet wants, where that could be learnt.
-    """
+    """The shapes disagree: `mismatches` holds every disagreement, and `contract` is the UNet's, if it is known."""
 
     exit_status = 1
 
@@ -229,51 +215,39 @@ class ContractError(ShapecheckError):
         self.subject = subject
         self.contract = contract
         count = f"{len(mismatches)} mismatch{'es' if len(mismatches) != 1 else ''}"
-        super().__init__("\n".join([f"{subject}: {count}", *(f"  {each}" for each in mismatches)]))
+        super().__init__("\n".join([f"{subject}: {count}", *(f"  {mismatch}" for mismatch in mismatches)]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copied and pickled whole, subclasses too: an exception is otherwise made again from its text alone."""
-        return _made_again, (type(self), self.args), self.__dict__
+        # copied and pickled whole, subclasses too: an exception is otherwise made again from its text alone
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
-def _made_again(kind: type[ContractError], args: tuple[Any, ...]) -> ContractError:
-    """One with this text; copy and pickle then give it its attributes."""
-    return kind.__new__(kind, *args)
-
-
-def _by_name(shapes: Residuals) -> dict[str, Shape]:
-    """Slot name → shape, from any of the forms `Contract.mismatches` takes."""
-    if getattr(shapes, "down_block_res_samples", None) is not None:  # which is a mapping too
-        shapes = name_residuals(shapes)
-    named = shapes if isinstance(shapes, Mapping) else _named(shapes)
-    return {name: _shape(name, value) for name, value in named.items() if value is not None}
-
-
-def _named(shapes: Any) -> dict[str, Any]:
-    if not isinstance(shapes, (list, tuple)):
+def _parse_residuals(shapes: Residuals) -> dict[str, Shape]:
+    """Return slot name → shape, from any of the forms that `Contract.mismatches` takes."""
+    if getattr(shapes, "down_block_res_samples", None) is not None:  # diffusers' output, which is a mapping too
+        named: Mapping[str, Any] = name_residuals(shapes)
+    elif isinstance(shapes, Mapping):
+        named = shapes
+    elif isinstance(shapes, (list, tuple)):
+        # two entries are (downs, mid), unless the first is a shape: then they are two shapes in a row
+        first = shapes[0] if len(shapes) == 2 else False
+        pair = first is None or isinstance(first, (list, tuple))
+        if isinstance(first, (list, tuple)) and first:
+            pair = not all(hasattr(size, "__index__") and not getattr(size, "shape", ()) for size in first)
+        downs, mid = shapes if pair else (shapes[:-1], shapes[-1] if shapes else None)
+        named = name_residuals((downs or (), mid))
+    else:
         raise ShapecheckError(
-            "residuals are given by slot name, as (downs, mid), or in a list with the mid residual last, "
+            f"residuals are passed by slot name, as (downs, mid), or in a list with the mid residual last, "
             f"not as {type(shapes).__name__}"
         )
-    downs, mid = shapes if _is_pair(shapes) else (shapes[:-1], shapes[-1] if shapes else None)
-    return name_residuals((downs or (), mid))
-
-
-def _is_pair(shapes: Sequence[Any]) -> bool:
-    """Whether these are (downs, mid) rather than two shapes in a row."""
-    if len(shapes) != 2 or not (shapes[0] is None or isinstance(shapes[0], (list, tuple))):
-        return False
-    return not shapes[0] or not all(map(_is_size, shapes[0]))
-
-
-def _is_size(value: Any) -> bool:
-    return hasattr(value, "__index__") and not getattr(value, "shape", ())
-
-
-def _shape(name: str, value: Any) -> Shape:
-    """The shape of a tensor, or a shape given as such."""
-    sizes = getattr(value, "shape", value)
-    try:
-        return tuple(map(operator.index, sizes))
-    except TypeError:
-        raise ShapecheckError(f"{name}: expected a tensor or a shape such as (2, 320, 64, 64), got {value!r:.60}") from None
+    parsed = {}
+    for name, value in named.items():
+        if value is not None:
+            try:
+                parsed[name] = tuple(map(operator.index, getattr(value, "shape", value)))
+            except TypeError:
+                raise ShapecheckError(
+                    f"{name}: expected a tensor or a shape such as (2, 320, 64, 64), got {value!r:.60}"
+                ) from None
+    return parsed

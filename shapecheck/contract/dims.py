@@ -6,13 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 Rounding = Literal["ceil", "floor", "exact"]
-"""How one halving treats an odd size. `exact`: no odd size ever reached it, so its rounding is not known."""
+"""The treatment of an odd size by one halving. `exact`: no odd size ever reached it, so its rounding is not known."""
 
 Shape = tuple[int, ...]
-
 _LONGEST_TEXT = 200
 _HALVED = re.compile(r"(?P<rounding>ceil|floor)\((?P<inner>.+)/(?P<divisor>\d+)\)|(?P<exact>.+)/(?P<exact_divisor>\d+)")
 _PLAIN = re.compile(r"(?:(?P<scale>\d+)\*)?(?P<symbol>[a-z_]+)|(?P<constant>\d+)")
@@ -20,7 +19,7 @@ _PLAIN = re.compile(r"(?:(?P<scale>\d+)\*)?(?P<symbol>[a-z_]+)|(?P<constant>\d+)
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """`scale * symbol`, halved once for each entry of `halvings`; the plain number `scale` where `symbol` is None."""
+    """`scale * symbol`, halved once for each entry of `halvings`; the plain number `scale` if `symbol` is None."""
 
     symbol: str | None
     scale: int = 1
@@ -32,10 +31,7 @@ class Dim:
         return 1 << len(self.halvings)
 
     def at(self, sizes: Mapping[str, int]) -> int:
-        """The number this axis has for the given symbol sizes.
-
-        Raises ValueError where a halving of unknown rounding would meet an odd size.
-        """
+        """Return the size of this axis. Raises ValueError if a halving of unknown rounding would meet an odd size."""
         size = self.scale * (1 if self.symbol is None else sizes[self.symbol])
         for rounding in self.halvings:
             if rounding == "exact" and size % 2:
@@ -55,31 +51,27 @@ class Dim:
     to_value = __str__
 
     @classmethod
-    def from_value(cls, value: Any) -> Dim:
-        """Read a JSON value, which is `str`'s text. Raises ValueError on anything else."""
-        return cls.parse(value)
-
-    @classmethod
     def parse(cls, text: str) -> Dim:
         """Read `str`'s text. Raises ValueError naming the text that is not a dimension."""
-        if isinstance(text, str) and len(text) <= _LONGEST_TEXT:
-            if plain := _PLAIN.fullmatch(text):
-                if plain["constant"]:
-                    return cls(None, int(plain["constant"]))
-                return cls(plain["symbol"], int(plain["scale"] or 1))
-            if halved := _HALVED.fullmatch(text):
-                return cls._parse_halved(halved)
-        raise ValueError(f"not a dimension: {text!r:.60} (expected forms: 320, h, 8*h, ceil(h/4), ceil(floor(h/2)/2))")
-
-    @classmethod
-    def _parse_halved(cls, match: re.Match[str]) -> Dim:
-        inner = cls.parse(match["inner"] or match["exact"])
-        divisor = int(match["divisor"] or match["exact_divisor"])
+        message = f"not a dimension: {text!r:.60} (expected forms: 320, h, 8*h, ceil(h/4), ceil(floor(h/2)/2))"
+        if not isinstance(text, str) or len(text) > _LONGEST_TEXT:
+            raise ValueError(message)
+        if plain := _PLAIN.fullmatch(text):
+            if plain["constant"]:
+                return cls(None, int(plain["constant"]))
+            return cls(plain["symbol"], int(plain["scale"] or 1))
+        halved = _HALVED.fullmatch(text)
+        if halved is None:
+            raise ValueError(message)
+        inner = cls.parse(halved["inner"] or halved["exact"])
+        divisor = int(halved["divisor"] or halved["exact_divisor"])
         steps = divisor.bit_length() - 1
         if inner.symbol is None or steps < 1 or divisor != 2**steps or steps > 16:
-            raise ValueError(f"not a chain of halvings: {match[0]!r}")
-        rounding = cast(Rounding, match["rounding"] or "exact")
+            raise ValueError(f"not a chain of halvings: {text!r}")
+        rounding = cast(Rounding, halved["rounding"] or "exact")
         return cls(inner.symbol, inner.scale, inner.halvings + (rounding,) * steps)
+
+    from_value = parse
 
 
 BATCH = Dim("batch")
@@ -89,10 +81,10 @@ TOKENS = Dim("tokens")
 
 
 def constant(size: int) -> Dim:
-    """An axis that is the same number in every call."""
+    """Return an axis that is the same number in every call."""
     return Dim(None, size)
 
 
 def show(shape: tuple[Dim, ...] | Shape) -> str:
-    """`2×320×64×64`: a shape for a person to read."""
+    """Return a shape for a person to read: `2×320×64×64`."""
     return "×".join(map(str, shape)) if shape else "scalar"

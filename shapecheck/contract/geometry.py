@@ -11,8 +11,6 @@ from shapecheck.contract.errors import ShapecheckError
 
 AXES = {"batch": "batch", "h": "height", "w": "width", "tokens": "tokens"}
 """From every symbol a dimension may use to the field of `Geometry` that holds its size."""
-
-
 USUAL_TOKENS = 77
 
 
@@ -35,21 +33,18 @@ class Geometry:
     def from_px(
         cls, width_px: int, height_px: int, *, batch: int = 1, tokens: int = USUAL_TOKENS, vae_factor: int = 8
     ) -> Geometry:
-        """The latent geometry of an image; its sides must be multiples of `vae_factor` (pixels a latent cell)."""
+        """Return the latent geometry of an image; its sides must be multiples of `vae_factor` (pixels per latent cell)."""
         for name, side in (("width", width_px), ("height", height_px)):
-            if side % vae_factor:
-                lower = side - side % vae_factor
-                nearest = ", ".join(str(size) for size in (lower, lower + vae_factor) if size)
-                raise ShapecheckError(
-                    f"{width_px}x{height_px} pixels: {name} {side} is not a multiple of {vae_factor} (pixels per latent cell); "
-                    f"nearest: {nearest}"
-                )
+            if excess := side % vae_factor:
+                nearest = ", ".join(str(size) for size in (side - excess, side - excess + vae_factor) if size)
+                fault = f"{name} {side} is not a multiple of {vae_factor} (pixels per latent cell); nearest: {nearest}"
+                raise ShapecheckError(f"{width_px}x{height_px} pixels: {fault}")
         return cls(batch, height_px // vae_factor, width_px // vae_factor, tokens)
 
     @property
     def sizes(self) -> Mapping[str, int]:
         """The value of every symbol a dimension may use."""
-        return {"batch": self.batch, "h": self.height, "w": self.width, "tokens": self.tokens}
+        return {symbol: getattr(self, name) for symbol, name in AXES.items()}
 
     def with_sizes(self, sizes: Mapping[str, int]) -> Geometry:
         """Return this geometry with other sizes for some symbols."""
@@ -64,7 +59,7 @@ class Geometry:
 
 
 def parse_pair(text: str, form: str) -> tuple[int, int]:
-    """Two whole numbers out of `904x512`. Raises ShapecheckError showing the form expected."""
+    """Return the two whole numbers in `904x512`. Raises ShapecheckError showing the expected form."""
     match = re.fullmatch(r"([0-9]{1,6})[xX×]([0-9]{1,6})", text.strip())
     if not match or not int(match[1]) or not int(match[2]):
         raise ShapecheckError(f"{text!r} is not a size; expected {form}: two whole numbers with an x between them")

@@ -15,18 +15,17 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from shapecheck.contract.errors import ShapecheckError
 
-Limits = tuple[int, float]
-"""The least and the largest whole number that is read."""
 OPTIONAL = {"optional": True}
-"""Metadata of a field that is left out where it is empty, as in files older than it is."""
+"""Metadata of a field that is left out if it is empty, as in files older than it is."""
 POSITIVE = {"limits": (1, math.inf)}
 """Metadata of a field whose whole numbers are read from 1 on; otherwise they are from 0 on."""
+_NOT_NEGATIVE = (0, math.inf)
 _EXPECTED = {str: "text", bool: "true or false", dict: "an object", list: "a list"}
 
 
 @dataclass(frozen=True, slots=True)
 class TextFormat:
-    """One kind of JSON text that we write: how it is recognized, and what a message says of a text that is not it."""
+    """One kind of JSON text that we write: how it is recognized, and the words for it in messages."""
 
     key: str
     """The key that holds the schema."""
@@ -39,7 +38,7 @@ class TextFormat:
     schema: int = 1
 
     def parse(self, text: str) -> dict[str, Any]:
-        """Return the JSON object in a text. Raises ShapecheckError where it is not of this kind."""
+        """Return the JSON object in a text. Raises ShapecheckError if it is not of this kind."""
         if not isinstance(text, str):
             raise ShapecheckError(f"not {self.what}: expected JSON text, got {type(text).__name__}")
         if len(text) > self.largest:
@@ -50,7 +49,7 @@ class TextFormat:
             raise ShapecheckError(f"not {self.what}: not JSON ({error})") from None
 
     def check(self, record: Any) -> dict[str, Any]:
-        """Return the JSON object that a record is. Raises ShapecheckError where it is not of this kind."""
+        """Return the JSON object that a record is. Raises ShapecheckError if it is not of this kind."""
         if not isinstance(record, dict) or self.key not in record:
             raise ShapecheckError(f"not {self.what}: no key {self.key!r}; {self.writer} writes one")
         if type(record[self.key]) is not int or record[self.key] != self.schema:
@@ -69,14 +68,17 @@ def encode(value: Any, *, compared: bool = False) -> Any:
     kind: Any = type(value)
     types, record = _field_types(kind), {}
     for field in fields(value):
-        held = getattr(value, field.name)
-        if (field.compare or not compared) and (held or "optional" not in field.metadata):
-            record[field.name] = dict(held) if _is_table(types[field.name]) else encode(held, compared=compared)
+        content = getattr(value, field.name)
+        if (field.compare or not compared) and (content or "optional" not in field.metadata):
+            record[field.name] = dict(content) if _is_table(types[field.name]) else encode(content, compared=compared)
     return record if len(types) > 1 else record.popitem()[1]
 
 
-def decode(kind: Any, value: Any, where: str = "", limits: Limits = (0, math.inf)) -> Any:
-    """Return the value of type `kind` that a JSON value stands for. Raises ValueError with where and what was expected."""
+def decode(kind: Any, value: Any, where: str = "", limits: tuple[int, float] = _NOT_NEGATIVE) -> Any:
+    """Return the value of type `kind` that a JSON value stands for. Raises ValueError with where and what was expected.
+
+    `limits` are the least and the largest whole number that is read.
+    """
     origin, arguments = get_origin(kind), get_args(kind)
     if hasattr(kind, "from_value"):
         try:
@@ -87,31 +89,42 @@ def decode(kind: Any, value: Any, where: str = "", limits: Limits = (0, math.inf
         return decode_record(kind, value, where)
     if origin in (Union, UnionType):  # of something and None
         return None if value is None else decode(arguments[0], value, where, limits)
+    if _is_table(kind):
+        _, member = get_args(arguments[0])
+        table = decode(dict, value, where)
+        return tuple((key, decode(member, entry, f"{where}[{key!r:.60}]", limits)) for key, entry in table.items())
     if origin is tuple:
-        return _decode_tuple(kind, value, where, limits)
+        members = decode(list, value, where)
+        kinds = arguments[:1] * len(members) if arguments[1:] == (...,) else arguments
+        if len(kinds) != len(members):
+            raise _error(where, f"expected a list of {len(kinds)}, got {value!r:.60}")
+        pairs = enumerate(zip(kinds, members, strict=True))
+        return tuple(decode(one, member, f"{where}[{at}]", limits) for at, (one, member) in pairs)
+    least, most = limits
     if origin is Literal:
-        if value not in arguments:
-            raise _error(where, f"{value!r:.60} is none of {', '.join(arguments)}")
-    elif type(value) is not kind or (kind is int and not limits[0] <= value <= limits[1]):
-        least, most = limits
+        fits, expected = value in arguments, f"one of {', '.join(arguments)}"
+    else:
+        fits = type(value) is kind and (kind is not int or least <= value <= most)
         whole = f"a whole number {f'of at least {least}' if most == math.inf else f'from {least} to {most}'}"
-        raise _error(where, f"expected {_EXPECTED.get(kind, whole)}, got {value!r:.60}")
+        expected = _EXPECTED.get(kind, whole)
+    if not fits:
+        raise _error(where, f"expected {expected}, got {value!r:.60}")
     return value
 
 
 def decode_record(kind: Any, value: Any, where: str = "") -> Any:
-    """Return the dataclass `kind` that a JSON object stands for; keys that it does not know are ignored."""
+    """Return the dataclass `kind` that a JSON object stands for; unknown keys are ignored."""
     types, known = _field_types(kind), fields(kind)
     record = decode(dict, value, where) if len(known) > 1 else {known[0].name: value}
-    held = {}
+    values = {}
     for field in known:
         if field.name in record:
             inside = where if len(known) == 1 else f"{where}.{field.name}" if where else field.name
-            limits = field.metadata.get("limits", (0, math.inf))
-            held[field.name] = decode(types[field.name], record[field.name], inside, limits)
+            limits = field.metadata.get("limits", _NOT_NEGATIVE)
+            values[field.name] = decode(types[field.name], record[field.name], inside, limits)
         elif "optional" not in field.metadata:
             raise _error(where, f"no key {field.name!r}")
-    return kind(**held)
+    return kind(**values)
 
 
 def refuse_unprintable(value: Any) -> None:
@@ -122,23 +135,8 @@ def refuse_unprintable(value: Any) -> None:
         refuse_unprintable(member)
 
 
-def _decode_tuple(kind: Any, value: Any, where: str, limits: Limits) -> tuple[Any, ...]:
-    first, *others = get_args(kind)
-    if _is_table(kind):
-        _, member = get_args(first)
-        return tuple(
-            (key, decode(member, held, f"{where}[{key!r:.60}]", limits)) for key, held in decode(dict, value, where).items()
-        )
-    members = decode(list, value, where)
-    kinds = [first] * len(members) if others == [...] else [first, *others]
-    if len(kinds) != len(members):
-        raise _error(where, f"expected a list of {len(kinds)}, got {value!r:.60}")
-    pairs = enumerate(zip(kinds, members, strict=True))
-    return tuple(decode(one, member, f"{where}[{at}]", limits) for at, (one, member) in pairs)
-
-
 def _is_table(kind: Any) -> bool:
-    """Whether a type is that of (text, value) pairs of any number."""
+    """Return whether a type is a tuple of (text, value) pairs, of any number."""
     arguments = get_args(kind)
     return get_origin(kind) is tuple and arguments[1:] == (...,) and get_args(arguments[0])[:1] == (str,)
 

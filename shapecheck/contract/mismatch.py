@@ -1,4 +1,4 @@
-"""Given shapes against the slots that take them, and declared inputs against a contract's: every disagreement at once."""
+"""Comparison of shapes with slots, and of declared inputs with a contract's: every disagreement at once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Port:
 
     name: str
     dtype: str = ""
-    """Empty where it does not count."""
+    """Empty if it does not count."""
     dims: tuple[int | str | Dim | None, ...] | None = None
-    """A number, a name or a rule for each axis, None where it is dynamic and nameless; without axes where none are known."""
+    """A number, a name or a rule for each axis, None if it is dynamic and nameless; None for all if no shape is known."""
 
     def __str__(self) -> str:
         if self.dims is None:
@@ -37,62 +37,61 @@ def compare_inputs(
     present: str = "",
     cause: str = "",
 ) -> tuple[Mismatch, ...]:
-    """Return everything in which declared inputs are not those of a contract, in its order, surplus inputs last.
+    """Return every mismatch between declared inputs and those of a contract, in its order, surplus inputs last.
 
     Names, ranks, channels and dtypes count. An axis that the contract leaves open may be fixed or have any name; one that is
-    declared as a rule has to be the same rule. `names` says what the inputs are called where they are declared. `absent` and
-    `present` are the words for one that is missing, with its `cause`, and for one too many; without them its shape is told.
+    declared as a rule has to be the same rule. `names` are the names of the inputs in the declaration. `absent` and `present`
+    describe a missing input, with its `cause`, and a surplus one; without `present` its shape does.
     """
-    names, producers, table = names or {}, producers or {}, {port.name: port for port in declared}
-    found = []
+    names, producers, ports = names or {}, producers or {}, {port.name: port for port in declared}
+    mismatches = []
     for name, rule in rules.items():
-        port, module = table.pop(names.get(name, name), None), producers.get(name, "")
+        port, module = ports.pop(names.get(name, name), None), producers.get(name, "")
         if port is None:
-            found.append(Mismatch("missing", name, absent, show(rule), unet_module=module, cause=cause))
+            mismatches.append(Mismatch("missing", name, absent, show(rule), unet_module=module, cause=cause))
             continue
-        if kind := _declared_kind(rule, port.dims):
-            found.append(Mismatch(kind, name, str(port), show(rule), unet_module=module))
+        if kind := _classify_declared(rule, port.dims):
+            mismatches.append(Mismatch(kind, name, str(port), show(rule), unet_module=module))
         if kind != "rank" and port.dtype and port.dtype != dtypes[name]:
-            found.append(Mismatch("dtype", name, port.dtype, dtypes[name], unet_module=module))
-    return (*found, *(Mismatch("surplus", port.name, present or str(port), "no such input") for port in table.values()))
+            mismatches.append(Mismatch("dtype", name, port.dtype, dtypes[name], unet_module=module))
+    return (*mismatches, *(Mismatch("surplus", name, present or str(port), "no such input") for name, port in ports.items()))
 
 
 def compare_shapes(
     slots: Sequence[Slot],
     geometry: Geometry,
-    given: Mapping[str, Shape],
+    actual: Mapping[str, Shape],
     *,
     makers: Mapping[str, str] | None = None,
     inputs: Sequence[Input] = (),
 ) -> tuple[Mismatch, ...]:
-    """Return what is wrong when these residuals meet these slots: base inputs, if any, then slots in order, surplus ones last.
+    """Return every mismatch between shapes and slots: base inputs, if any, then slots in order, surplus shapes last.
 
-    `given` maps names to shapes, those of slots (batch, channels, height, width), height and width in slot cells.
+    `actual` maps names to shapes, those of slots (batch, channels, height, width), height and width in slot cells.
     `makers` maps the same names to the paths of the modules that made the residuals, for the report.
     """
     table = {slot.name: slot.shape_at(geometry) for slot in slots}
-    makers, found = makers or {}, []
-    for base in inputs:
-        expected, shape = base.shape_at(geometry), given.get(base.name)
+    makers, mismatches = makers or {}, []
+    for entry in inputs:
+        expected, shape = entry.shape_at(geometry), actual.get(entry.name)
         if shape is None:
-            found.append(Mismatch("missing", base.name, "nothing", expected, geometry))
+            mismatches.append(Mismatch("missing", entry.name, "nothing", expected, geometry))
         elif shape != expected:
-            kind = _kind_of(base.shape, shape, expected)
-            found.append(Mismatch(kind, base.name, shape, expected, geometry, cause=describe_axes(base.shape)))
+            kind = _classify_input(entry.shape, shape, expected)
+            mismatches.append(Mismatch(kind, entry.name, shape, expected, geometry, cause=describe_axes(entry.shape)))
     for slot in slots:
-        expected, shape = table[slot.name], given.get(slot.name)
+        expected, shape = table[slot.name], actual.get(slot.name)
         if shape is None:
-            found.append(Mismatch("missing", slot.name, "nothing", expected, geometry, slot.producer))
+            mismatches.append(Mismatch("missing", slot.name, "nothing", expected, geometry, slot.producer))
         elif shape != expected:
-            kind, cause = _diagnosis(expected, shape, table)
+            kind, cause = _diagnose_slot(expected, shape, table)
             maker = makers.get(slot.name, "")
-            found.append(Mismatch(kind, slot.name, shape, expected, geometry, slot.producer, maker, cause))
-    surplus = [
-        Mismatch("surplus", name, shape, "no such slot", geometry, "", makers.get(name, ""), "the UNet ignores it in silence")
-        for name, shape in given.items()
-        if name not in table and all(name != base.name for base in inputs)
-    ]
-    return (*found, *surplus)
+            mismatches.append(Mismatch(kind, slot.name, shape, expected, geometry, slot.producer, maker, cause))
+    known, ignored = {*table, *(entry.name for entry in inputs)}, "the UNet ignores it in silence"
+    for name, shape in actual.items():
+        if name not in known:
+            mismatches.append(Mismatch("surplus", name, shape, "no such slot", geometry, "", makers.get(name, ""), ignored))
+    return tuple(mismatches)
 
 
 def describe_axes(rule: tuple[Dim, ...]) -> str:
@@ -100,18 +99,16 @@ def describe_axes(rule: tuple[Dim, ...]) -> str:
     return f"its axes are ({', '.join(map(str, rule))})"
 
 
-def _kind_of(rule: tuple[Dim, ...], shape: Shape, expected: Shape) -> MismatchKind:
-    """In what the shape of an input is not what its rule gives."""
+def _classify_input(rule: tuple[Dim, ...], shape: Shape, expected: Shape) -> MismatchKind:
     if len(shape) != len(expected):
         return "rank"
-    wrong = {dim.symbol for dim, size, wanted in zip(rule, shape, expected, strict=True) if size != wanted}
+    wrong = {dim.symbol for dim, actual, size in zip(rule, shape, expected, strict=True) if actual != size}
     if None in wrong:
         return "channels"
     return "batch" if wrong == {"batch"} else "size"
 
 
-def _declared_kind(rule: tuple[Dim, ...], dims: Sequence[int | str | Dim | None] | None) -> MismatchKind | None:
-    """Return in what declared axes are not those of a rule, or None."""
+def _classify_declared(rule: tuple[Dim, ...], dims: Sequence[int | str | Dim | None] | None) -> MismatchKind | None:
     if dims is None:
         return None
     if len(dims) != len(rule):
@@ -122,24 +119,21 @@ def _declared_kind(rule: tuple[Dim, ...], dims: Sequence[int | str | Dim | None]
     return "input" if any(isinstance(own, Dim) and own != dim for own, dim in axes) else None
 
 
-def _diagnosis(expected: Shape, given: Shape, table: Mapping[str, Shape]) -> tuple[MismatchKind, str]:
-    """The kind of a disagreement in one slot, and what the other slots say of it."""
-    if len(given) != len(expected):
-        return "rank", f"{len(given)} axes where (batch, channels, height, width) are needed"
-    owners = [name for name, shape in table.items() if shape == given]
-    belongs = f"this is the shape of {_listed(owners)}" if owners else ""
-    if given[1] != expected[1]:
-        return "channels", belongs
-    if given[0] != expected[0]:
-        return "batch", "PyTorch broadcasts a batch of 1 in silence" if given[0] == 1 else ""
-    if given[2:] == expected[2:][::-1]:
+def _diagnose_slot(expected: Shape, actual: Shape, table: Mapping[str, Shape]) -> tuple[MismatchKind, str]:
+    """Return the kind of a disagreement in one slot, and its cause by comparison with the other slots."""
+    if len(actual) != len(expected):
+        return "rank", f"{len(actual)} axes where (batch, channels, height, width) are needed"
+    owners = [name for name, shape in table.items() if shape == actual]
+    more = f" and {len(owners) - 1} more" if len(owners) > 1 else ""
+    owner = f"this is the shape of {owners[0]}{more}" if owners else ""
+    if actual[1] != expected[1]:
+        return "channels", owner
+    if actual[0] != expected[0]:
+        return "batch", "PyTorch broadcasts a batch of 1 in silence" if actual[0] == 1 else ""
+    if actual[2:] == expected[2:][::-1]:
         return "size", "height and width are exchanged"
-    if given[2:] == (1, 1):
+    if actual[2:] == (1, 1):
         return "broadcast", "1×1 is broadcast in silence; only pooled slots may do that"
-    if all(abs(got - want) <= 1 for got, want in zip(given[2:], expected[2:], strict=True)):
+    if all(abs(got - size) <= 1 for got, size in zip(actual[2:], expected[2:], strict=True)):
         return "rounding", "off by one: the sizes were halved with another rounding than the UNet's"
-    return "size", belongs
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    return "size", owner

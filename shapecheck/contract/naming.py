@@ -1,4 +1,4 @@
-"""How slots and element types are called: our own names, and those found in files that others exported."""
+"""The names of slots and element types: our own, and those in files that others exported."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Naming:
     origin: str
 
     def down(self, index: int) -> str:
-        """The name of a down slot."""
+        """Return the name of a down slot."""
         return f"{self.prefix}{index:0{self.digits}d}"
 
     def names(self, downs: int) -> tuple[str, ...]:
-        """The names of `downs` down slots and the mid slot, in slot order."""
+        """Return the names of `downs` down slots and the mid slot, in slot order."""
         return (*map(self.down, range(downs)), self.mid)
 
     def index(self, name: str) -> int | None:
-        """The number of a down slot, -1 for the mid slot, None for a name that is not of this scheme."""
+        """Return the number of a down slot, -1 for the mid slot, None for a name that is not of this scheme."""
         if name == self.mid:
             return -1
         match = re.fullmatch(re.escape(self.prefix) + r"([0-9]{1,4})", name)
@@ -48,7 +48,7 @@ SCHEMES = (
 
 
 def name_residuals(output: Any) -> dict[str, Any]:
-    """Return slot name → residual of what a ControlNet returns, its output or (downs, mid); empty for anything else."""
+    """Return slot name → residual from a ControlNet's output or the pair (downs, mid); empty for anything else."""
     downs, mid = (getattr(output, name, None) for name in ("down_block_res_samples", "mid_block_res_sample"))
     if downs is None and isinstance(output, (list, tuple)) and len(output) > 1:
         downs, mid = output[:2]
@@ -70,26 +70,26 @@ def torch_name(name: str) -> str:
 
 
 def name_feature(index: int) -> str:
-    """The name of a feature of a T2I-Adapter."""
+    """Return the name of a feature of a T2I-Adapter."""
     return f"{FEATURE}{index:02d}"
 
 
 def is_feature(name: str) -> bool:
-    """Whether this is the name of a T2I-Adapter's feature."""
+    """Return whether this is the name of a T2I-Adapter's feature."""
     return re.fullmatch(FEATURE + "[0-9]{2,4}", name) is not None
 
 
 def find_scheme(key: str) -> Naming:
-    """The scheme of that key. Raises ShapecheckError listing the known ones."""
-    for naming in SCHEMES:
-        if naming.key == key:
-            return naming
-    raise ShapecheckError(f"no naming scheme {key!r}; known: {', '.join(naming.key for naming in SCHEMES)}")
+    """Return the scheme of that key. Raises ShapecheckError listing the known ones."""
+    schemes = {naming.key: naming for naming in SCHEMES}
+    if key not in schemes:
+        raise ShapecheckError(f"no naming scheme {key!r}; known: {', '.join(schemes)}")
+    return schemes[key]
 
 
 def detect_scheme(names: Iterable[str]) -> Naming | None:
-    """The scheme that names the most of these inputs; None where no scheme names any."""
-    given = tuple(names)
-    counts = {naming: sum(naming.index(name) is not None for name in given) for naming in SCHEMES}
+    """Return the scheme that names the most of these inputs, or None if no scheme names any."""
+    names = tuple(names)
+    counts = {naming: sum(naming.index(name) is not None for name in names) for naming in SCHEMES}
     best = max(counts, key=lambda naming: counts[naming])
     return best if counts[best] else None

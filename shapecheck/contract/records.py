@@ -1,4 +1,4 @@
-"""What a contract and its reports are made of: plain frozen values, no tensors."""
+"""The parts of a contract and its reports: plain frozen values, no tensors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from shapecheck.contract.naming import is_feature
 
 Spatial = Literal["full", "pooled"]
 """`full`: the residual is as large as the skip. `pooled`: it is 1×1 and broadcast over the skip."""
-
 Role = Literal["unet", "controlnet"]
-"""Whether a model takes residuals or emits them."""
-
+"""A UNet takes residuals, a ControlNet emits them."""
 MismatchKind = Literal[
     "channels", "size", "rounding", "batch", "rank", "broadcast", "dtype", "missing", "surplus", "order", "unused", "input",
     "baked", "symbol", "sizes", "name", "range", "engine", "device", "values",
@@ -24,24 +22,21 @@ MismatchKind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One tensor the UNet takes besides the residuals.
-
-    `argument` is where diffusers' forward takes it: `sample`, or `added_cond_kwargs.text_embeds`.
-    """
+    """One tensor the UNet takes besides the residuals."""
 
     name: str
     shape: tuple[Dim, ...]
     dtype: str
     argument: str
+    """The argument of diffusers' forward: `sample`, or `added_cond_kwargs.text_embeds`."""
 
     def shape_at(self, geometry: Geometry) -> Shape:
-        """Return the numbers of the shape at one geometry."""
         return geometry.shape_of(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class AddSite:
-    """Where a residual was seen to be added. File and line move with the diffusers release: never compared."""
+    """The code that was seen to add a residual. File and line move with the diffusers release: never compared."""
 
     owner: str
     """Path of the module whose forward adds, from the UNet; empty for the UNet itself."""
@@ -64,12 +59,11 @@ class Slot:
     producer: str
     """Path of the module that produces the skip."""
     up_block: str
-    """Path of the block that consumes the sum; empty where none was seen."""
+    """Path of the block that consumes the sum; empty if none was seen."""
     adds: tuple[AddSite, ...]
 
     @property
     def channels(self) -> int:
-        """Channels of the skip and of the residual."""
         return self.skip[1].at({})
 
     @property
@@ -79,12 +73,12 @@ class Slot:
 
     @property
     def roundings(self) -> tuple[Rounding, ...]:
-        """How each halving down to this slot treats an odd height, outermost first."""
+        """The rounding of an odd height by each halving down to this slot, outermost first."""
         return self.skip[-2].halvings
 
     @property
     def shape(self) -> tuple[Dim, ...]:
-        """Shape of the residual this slot takes."""
+        """The shape of the residual, which is not the skip's if it is pooled."""
         return self.skip if self.spatial == "full" else (*self.skip[:2], constant(1), constant(1))
 
     def shape_at(self, geometry: Geometry) -> Shape:
@@ -105,19 +99,17 @@ class Mismatch:
     controlnet_module: str = ""
     cause: str = ""
     controlnet: str = ""
-    """Which ControlNet, where several were observed."""
+    """The ControlNet, if several were observed."""
 
     def __str__(self) -> str:
         emitter = "adapter" if is_feature(self.where) else "ControlNet"
-        sides = ", ".join(
-            f"{side} {module}" for side, module in (("UNet", self.unet_module), (emitter, self.controlnet_module)) if module
-        )
-        place = f"{self.where} ({sides})" if sides else self.where
+        paths = {"UNet": self.unet_module, emitter: self.controlnet_module}
+        modules = ", ".join(f"{side} {path}" for side, path in paths.items() if path)
+        place = f"{self.where} ({modules})" if modules else self.where
+        sides = f"got {format_observed(self.observed)}, expected {format_observed(self.expected)}"
         at = f" at {self.geometry}" if self.geometry else ""
         cause = f"; {self.cause}" if self.cause else ""
-        return (
-            f"{place}: {self.kind}: got {format_observed(self.observed)}, expected {format_observed(self.expected)}{at}{cause}"
-        )
+        return f"{place}: {self.kind}: {sides}{at}{cause}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +125,11 @@ class ControlNetInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What was known when the contract was written. Never part of equality or of the digest."""
+    """The circumstances in which the contract was written. Never part of equality or of the digest."""
 
     source: str = ""
     vae_factor: int = field(default=8, metadata=POSITIVE)
-    """Pixels a latent cell covers along each side."""
+    """Pixels per latent cell along each side."""
     native: tuple[int, int] | None = field(default=None, metadata=POSITIVE)
     """Latent height and width of the model's own `sample_size`."""
     parameters: int | None = None
@@ -145,22 +137,22 @@ class Header:
     adapter: str = field(default="", metadata=OPTIONAL)
     """The T2I-Adapter that was observed beside the UNet, if any."""
     handover: tuple[str, ...] = ()
-    """What happened to the residuals between the ControlNet and the UNet, in words."""
+    """Changes of the residuals between the ControlNet and the UNet, in words."""
     notes: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
 
     @property
     def usual(self) -> tuple[int, int]:
-        """Latent height and width to take where nobody asked for a size: the model's own, else 64×64."""
+        """Latent height and width to use if no size is requested: the model's own, else 64×64."""
         return self.native or (64, 64)
 
     @property
     def usual_px(self) -> tuple[int, int]:
-        """Width and height of that in pixels."""
+        """The width and height of `usual` in pixels."""
         rows, columns = self.usual
         return columns * self.vae_factor, rows * self.vae_factor
 
 
 def format_observed(value: Shape | str) -> str:
-    """A shape as people read it; what stands in its place as it is."""
+    """Return a shape for a person to read; words in its place stay as they are."""
     return value if isinstance(value, str) else show(value)

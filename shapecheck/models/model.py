@@ -18,15 +18,13 @@ from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.models.inputs import adapter_input, controlnet_inputs, unet_inputs
 
 ControlNetChoice = str | nn.Module | Sequence[str | nn.Module] | None
-
-
 AdapterChoice = str | nn.Module | Literal[True] | None
 """A T2I-Adapter, or True for the one that the UNet implies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A module under observation, and what is read off it."""
+    """A module under observation, with its name and inputs."""
 
     module: nn.Module
     name: str
@@ -34,172 +32,171 @@ class Model:
 
     @property
     def config(self) -> Config:
-        """The module's own configuration."""
-        return Config(_config(self.module))
+        return Config(_config_of(self.module))
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie; inputs go there too."""
+        """The device of the weights; inputs go there too."""
         return next(self.module.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
         return next(self.module.parameters()).dtype
 
 
 def take_unet(model: str | nn.Module, offline: bool) -> tuple[Model, Header, tuple[lookup.ModelSource, ...]]:
-    """The UNet, the contract's header as far as it is known, and the ControlNets that lie beside it.
+    """Return the UNet, the contract's header as far as it is known, and the ControlNets that lie beside it.
 
-    Raises ShapecheckError where it cannot be found or built, or is no conditional UNet.
+    Raises ShapecheckError if it cannot be found or built, or is not a conditional UNet.
     """
     if isinstance(model, str):
         source = lookup.find(model, "unet", offline=offline)
         module, name, beside = diffusers_models.build(source), source.name, source.controlnets
-        notes = (*source.notes, *_ignored(source))
-        header = Header(source=source.origin, vae_factor=source.vae_factor, notes=notes, versions=_versions())
+        header = Header(source=source.origin, vae_factor=source.vae_factor, notes=_collect_notes(source))
     else:
         module, beside = unwrap_compiled(model), ()
         name = type(module).__name__
-        header = Header(source=f"live {name}", versions=_versions())
-    config = _config(module)
-    if not diffusers_models.is_unet(module):
-        raise ShapecheckError(f"{_describe(module)} is not read yet: expected a UNet2DConditionModel or a subclass of it")
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+        header = Header(source=f"live {name}")
+    config = _config_of(module)
+    _require_class(module, diffusers_models.is_unet(module), "a UNet2DConditionModel or a subclass of it")
     size = config.get("sample_size")
     size = (size, size) if isinstance(size, int) else size
     native = tuple(size) if isinstance(size, (list, tuple)) and len(size) == 2 else None
-    header = replace(header, native=native, parameters=parameters)
+    header = replace(header, native=native, parameters=_count_parameters(module), versions=_list_versions())
     return Model(module, name, unet_inputs(config, _dtype_name(module))), header, beside
 
 
 def take_controlnets(
     choice: ControlNetChoice, unet: Model, beside: Sequence[lookup.ModelSource], offline: bool
 ) -> tuple[list[Model], tuple[str, ...]]:
-    """The ControlNets to observe, and what the reader must know of the choice.
+    """Return the ControlNets to observe, and notes on the choice.
 
-    None chosen: those that lie beside the UNet, else the one it implies, else none, which a note then says.
+    If none is chosen: those that lie beside the UNet, else the one it implies, else none, and a note says so.
     """
+    nets: list[Model] = []
+    notes: list[str] = []
     if choice is None and beside:
-        nets, notes = [_built(source) for source in beside], [each for source in beside for each in source.notes]
+        nets, notes = [_build_controlnet(source) for source in beside], [note for source in beside for note in source.notes]
     elif choice is None:
         try:
-            implied = diffusers_models.implied_controlnet(unet.module)
+            implied = diffusers_models.derive_controlnet(unet.module)
         except ShapecheckError as error:
             return [], (f"UNet side alone: {error}",)
-        nets, notes = [_controlnet(implied, f"the ControlNet {unet.name} implies")], []
+        nets = [_make_controlnet(implied, f"the ControlNet {unet.name} implies")]
     else:
-        several = [choice] if isinstance(choice, (str, nn.Module)) else choice
+        choices = [choice] if isinstance(choice, (str, nn.Module)) else choice
         if isinstance(choice, nn.Module):
-            several = getattr(choice, "nets", [choice])  # a MultiControlNetModel holds its ControlNets in `nets`
-        nets, notes = [], []
-        for one in several:
-            taken, more = _take_controlnet(one, offline)
+            choices = getattr(choice, "nets", [choice])  # a MultiControlNetModel holds its ControlNets in `nets`
+        for net_choice in choices:
+            taken, further = _take_controlnet(net_choice, offline)
             nets += taken
-            notes += more
-    return nets, (*notes, *filter(None, (_own_latents(unet, net) for net in nets)))
+            notes += further
+
+    # a difference in latent channels is not a fault, but a pipeline must know it
+    expected = unet.config["in_channels"]
+    for net in nets:
+        channels = net.config["in_channels"]
+        takes = f"{net.name} takes {channels} latent channels"
+        if channels < expected:
+            notes.append(f"{takes} and the UNet {expected}: the pipeline must give each its own")
+        elif channels == expected and channels != net.config.get("out_channels", 4):
+            notes.append(f"{takes}, as the UNet does; diffusers' own pipelines give a ControlNet 4")
+    return nets, tuple(notes)
 
 
 def build_controlnets(names: Sequence[str], offline: bool) -> list[Model]:
-    """The ControlNets of these names, with those saved beside them, on the meta device.
-
-    Raises ShapecheckError where one cannot be found or built.
-    """
+    """Return these ControlNets and those saved beside them, on the meta device. Raises ShapecheckError if one is not built."""
     return [net for name in names for net in _take_controlnet(name, offline)[0]]
 
 
 def take_adapters(
     choice: str | nn.Module | Literal[True], unet: Model, vae_factor: int, offline: bool
 ) -> tuple[list[Model], tuple[str, ...]]:
-    """The T2I-Adapter to observe, or those one of which the UNet implies, and what the reader must know of the choice.
+    """Return the T2I-Adapter to observe, or those of which the UNet implies one, and notes on the choice.
 
-    Raises ShapecheckError where it cannot be found or built, or is none.
+    Raises ShapecheckError if it cannot be found or built, or is not a T2I-Adapter.
     """
+    notes: tuple[str, ...] = ()
     if choice is True:
-        implied = diffusers_models.implied_adapters(unet.module, vae_factor)
-        return [_adapter(module, f"the T2I-Adapter {unet.name} implies", vae_factor) for module in implied], ()
-    if isinstance(choice, str):
+        modules, name = diffusers_models.derive_adapters(unet.module, vae_factor), f"the T2I-Adapter {unet.name} implies"
+    elif isinstance(choice, str):
         source = lookup.find(choice, "adapter", offline=offline)
-        return [_adapter(diffusers_models.build(source), source.name, vae_factor)], (*source.notes, *_ignored(source))
-    module = unwrap_compiled(choice)
-    return [_adapter(module, type(module).__name__, vae_factor)], ()
-
-
-def _adapter(module: nn.Module, name: str, vae_factor: int) -> Model:
-    if not diffusers_models.is_adapter(module):
-        raise ShapecheckError(
-            f"{_describe(module)} is not read yet: expected a T2IAdapter or a subclass of it; of a MultiAdapter give one"
-        )
-    return Model(module, name, (adapter_input(_config(module), _dtype_name(module), vae_factor),))
+        modules, name, notes = [diffusers_models.build(source)], source.name, _collect_notes(source)
+    else:
+        modules = [unwrap_compiled(choice)]
+        name = type(modules[0]).__name__
+    adapters = []
+    for module in modules:
+        expected = "a T2IAdapter or a subclass of it; of a MultiAdapter give one"
+        _require_class(module, diffusers_models.is_adapter(module), expected)
+        image = adapter_input(_config_of(module), _dtype_name(module), vae_factor)
+        adapters.append(Model(module, name, (image,)))
+    return adapters, notes
 
 
 def take_controlnet_alone(module: nn.Module) -> tuple[Model, Header]:
-    """A ControlNet without a UNet, its conditioning_scale an input of its own, and a contract's header for it."""
-    net = _controlnet(module, type(module).__name__)
+    """Return a ControlNet without a UNet, its conditioning_scale an input of its own, and a contract's header for it."""
+    net = _make_controlnet(module, type(module).__name__)
     scale = Input("conditioning_scale", (constant(1),), _dtype_name(module), "conditioning_scale")
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    header = Header(source=f"live {net.name}", parameters=parameters, versions=_versions())
+    header = Header(source=f"live {net.name}", parameters=_count_parameters(module), versions=_list_versions())
     return replace(net, inputs=(*net.inputs, scale)), header
 
 
 def describe_controlnet(net: Model) -> ControlNetInfo:
-    """What a contract's header says of a ControlNet."""
+    """Return the entry of a ControlNet in a contract's header."""
     config = net.config
     pooled = bool(config.get("global_pool_conditions"))
     return ControlNetInfo(net.name, type(net.module).__name__, config["in_channels"], config.get("cross_attention_dim"), pooled)
 
 
 def _take_controlnet(choice: str | nn.Module, offline: bool) -> tuple[list[Model], tuple[str, ...]]:
-    """The ControlNet of that name, with those saved beside it, and what the reader must know of them."""
+    """Return a ControlNet with those saved beside it, and notes on them."""
     if not isinstance(choice, str):
         module = unwrap_compiled(choice)
-        return [_controlnet(module, type(module).__name__)], ()
+        return [_make_controlnet(module, type(module).__name__)], ()
     source = lookup.find(choice, "controlnet", offline=offline)
-    every = (source, *source.controlnets)
-    return [_built(each) for each in every], tuple(note for each in every for note in (*each.notes, *_ignored(each)))
+    sources = (source, *source.controlnets)
+    return [_build_controlnet(net) for net in sources], tuple(note for net in sources for note in _collect_notes(net))
 
 
-def _built(source: lookup.ModelSource) -> Model:
+def _build_controlnet(source: lookup.ModelSource) -> Model:
     module = diffusers_models.build(source)
     if source.role == "unet":
-        return _controlnet(diffusers_models.implied_controlnet(module), f"the ControlNet of {source.name}")
-    return _controlnet(module, source.name)
+        return _make_controlnet(diffusers_models.derive_controlnet(module), f"the ControlNet of {source.name}")
+    return _make_controlnet(module, source.name)
 
 
-def _controlnet(module: nn.Module, name: str) -> Model:
-    config = _config(module)
-    if not diffusers_models.is_controlnet(module):
-        raise ShapecheckError(f"{_describe(module)} is not read yet: expected a ControlNetModel, a union one, or a subclass")
+def _make_controlnet(module: nn.Module, name: str) -> Model:
+    config = _config_of(module)
+    _require_class(module, diffusers_models.is_controlnet(module), "a ControlNetModel, a union one, or a subclass")
     return Model(module, name, controlnet_inputs(config, _dtype_name(module)))
 
 
-def _describe(module: object) -> str:
-    return f"class {type(module).__name__}"
+def _require_class(module: nn.Module, fits: bool, expected: str) -> None:
+    if not fits:
+        raise ShapecheckError(f"class {type(module).__name__} is not supported yet: expected {expected}")
 
 
-def _own_latents(unet: Model, net: Model) -> str:
-    """What a pipeline must know of the latents it gives to both, where that is no fault."""
-    takes, wants = net.config["in_channels"], unet.config["in_channels"]
-    if takes < wants:
-        return f"{net.name} takes {takes} latent channels and the UNet {wants}: the pipeline must give each its own"
-    if takes == wants and takes != net.config.get("out_channels", 4):
-        return f"{net.name} takes {takes} latent channels, as the UNet does; diffusers' own pipelines give a ControlNet 4"
-    return ""
+def _collect_notes(source: lookup.ModelSource) -> tuple[str, ...]:
+    keys = diffusers_models.list_ignored_keys(source)
+    ignored = (f"diffusers ignores these keys of {source.origin}: {one_line(', '.join(keys))}",) if keys else ()
+    return (*source.notes, *ignored)
 
 
-def _ignored(source: lookup.ModelSource) -> tuple[str, ...]:
-    keys = diffusers_models.ignored_keys(source)
-    return (f"diffusers ignores these keys of {source.origin}: {one_line(', '.join(keys))}",) if keys else ()
-
-
-def _config(module: nn.Module) -> Mapping[str, Any]:
+def _config_of(module: nn.Module) -> Mapping[str, Any]:
     config = getattr(module, "config", None)
     if not isinstance(config, Mapping):
-        raise ShapecheckError(f"{_describe(module)} has no diffusers config; give a diffusers model or a subclass of one")
+        raise ShapecheckError(
+            f"class {type(module).__name__} has no diffusers config; give a diffusers model or a subclass of one"
+        )
     return config
 
 
-def _versions() -> tuple[tuple[str, str], ...]:
+def _count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _list_versions() -> tuple[tuple[str, str], ...]:
     return tuple((package, version(package)) for package in ("diffusers", "torch"))
 
 

@@ -1,1 +1,1 @@
-"""How a contract is learnt: real modules, run and watched."""
+"""Observation: real modules, run and watched, give a contract."""

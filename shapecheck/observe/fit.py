@@ -1,4 +1,4 @@
-"""What a user names beside a file: the model it should be, and the ControlNets it should fit."""
+"""The ControlNets that a user names beside a file, and whether they fit its UNet."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def find_misfits(
     offline: bool = False,
     progress: Progress,
 ) -> tuple[Mismatch, ...]:
-    """Every disagreement between the named ControlNets and the UNet of this contract, both built from configurations.
+    """Return every disagreement between the named ControlNets and the UNet of this contract, both built from configurations.
 
-    Raises ShapecheckError where a ControlNet cannot be had, or the contract does not say which UNet it is of.
+    Raises ShapecheckError if a ControlNet cannot be found, or the contract does not say which UNet it is of.
     """
     if contract.role != "unet":
-        raise ShapecheckError("--controlnet: this file is itself a ControlNet; ask of a UNet's whether it fits")
+        raise ShapecheckError("--controlnet: this file is itself a ControlNet; give the file of a UNet")
     if not contract.slots:
-        cause = "it was exported with --no-control: what a ControlNet gives has no effect"
+        cause = "it was exported with --no-control: a ControlNet has no effect"
         return (Mismatch("missing", "every slot", "no input for it", "one input a slot", cause=cause),)
     if "down_block_types" not in contract.config:
         raise ShapecheckError("--controlnet: it is not known which UNet this file is; name it with --model")

@@ -7,6 +7,7 @@ All but the linear layer give back the shape of their operand; what is less plai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,22 +37,13 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, **scales: Any) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1])
 
 
-def _arithmetic(operation: Callable[..., Any]) -> Callable[..., Any]:
-    def shape(operand: Tensor, other: Tensor | float, **scales: Any) -> Any:
-        plain = _like(operand, other) if isinstance(other, Tensor) else isinstance(other, (int, float))
-        return torch.empty_like(operand) if plain and operand.is_floating_point() else operation(operand, other, **scales)
-
-    return shape
-
-
-def _like(operand: Tensor, other: Tensor) -> bool:
-    """Whether two tensors need neither broadcasting nor promotion."""
-    return (operand.shape, operand.dtype, operand.device, operand.stride()) == (
-        other.shape,
-        other.dtype,
-        other.device,
-        other.stride(),
-    )
+def _arithmetic(operation: Callable[..., Any], operand: Tensor, other: Tensor | float, **scales: Any) -> Any:
+    # Two tensors that are laid out alike need neither broadcasting nor promotion.
+    layouts = {
+        (value.shape, value.dtype, value.device, value.stride()) for value in (operand, other) if isinstance(value, Tensor)
+    }
+    plain = len(layouts) == 1 and isinstance(other, (Tensor, int, float)) and operand.is_floating_point()
+    return torch.empty_like(operand) if plain else operation(operand, other, **scales)
 
 
 _ARITHMETIC = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor)
@@ -60,9 +52,8 @@ META_KERNELS: Mapping[Any, Callable[..., Any]] = {
     _aten.addmm.default: _addmm,
     _aten.native_group_norm.default: _group_norm,
     _aten.native_layer_norm.default: _layer_norm,
-    _aten._safe_softmax.default: _like_operand,
-    _aten._softmax.default: _like_operand,
-    _aten.gelu.default: _like_operand,
-    _aten.silu.default: _like_operand,
-    **{operation: _arithmetic(operation) for operation in _ARITHMETIC},
+    **dict.fromkeys(
+        (_aten._safe_softmax.default, _aten._softmax.default, _aten.gelu.default, _aten.silu.default), _like_operand
+    ),
+    **{operation: partial(_arithmetic, operation) for operation in _ARITHMETIC},
 }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from shapecheck.contract import AddSite, Contract, Geometry, Mismatch, Slot, show
+from shapecheck.contract import Contract, Geometry, Mismatch, Slot, show
 from shapecheck.contract.naming import SHAPECHECK, is_feature
 from shapecheck.presets.families import describe_families, find_families
 from shapecheck.report.document import Document, Facts, Format, Heading, Part, Points, Table
@@ -17,47 +17,46 @@ Verdict = Literal["agree", "mismatch", "unet alone"]
 
 
 def render_text(
-    contract: Contract,
-    mismatches: Sequence[Mismatch],
-    geometry: Geometry,
-    *,
-    form: Format = "human",
-    lines: bool = True,
+    contract: Contract, mismatches: Sequence[Mismatch], geometry: Geometry, *, form: Format = "human", lines: bool = True
 ) -> str:
-    """Return the whole report.
-
-    `lines=False` leaves out what moves with the libraries' releases: line numbers and versions.
-    """
+    """Return the whole report. `lines=False` leaves out what moves with the libraries' releases: line numbers and versions."""
     header = contract.header
     nets = " + ".join(net.source for net in header.controlnets) or "no ControlNet"
     title = f"{header.source} with {nets}" + (f" + {header.adapter}" if header.adapter else "")
-    shared_sites = _find_shared_sites(contract, lines)
-    feature_sites = dict.fromkeys(_format_site(add, lines) for slot in contract.features for add in slot.adds)
+    sites = {slot.name: [str(add) if lines else add.function for add in slot.adds] for slot in contract.residuals}
+    shared_sites = _find_shared_sites({slot.name: sites[slot.name] for slot in contract.slots})
     facts = [
         ("identity", describe_families(contract)),
         ("model", f"{contract.class_name}, {header.parameters:,} parameters" if header.parameters else contract.class_name),
         ("sizes", _describe_sizes(contract)),
         ("shown at", f"{geometry} ({geometry.width * header.vae_factor}×{geometry.height * header.vae_factor} pixels)"),
         ("added at", shared_sites),
-        ("features at", ", ".join(feature_sites)),
+        ("features at", ", ".join(dict.fromkeys(site for slot in contract.features for site in sites[slot.name]))),
         *(("hand-over", sentence) for sentence in header.handover),
         ("digest", contract.digest),
         ("observed with", ", ".join(f"{name} {release}" for name, release in header.versions) if lines else ""),
     ]
-    parts: list[Part] = [Facts(facts), Heading("Slots"), _tabulate_slots(contract.slots, geometry, bool(shared_sites), lines)]
+    parts: list[Part] = [Facts(facts), Heading("Slots")]
+    parts.append(_tabulate_slots(contract.slots, geometry, {} if shared_sites else sites))
     if contract.features:
-        parts += [Heading("Features of the adapter"), _tabulate_slots(contract.features, geometry, True, lines)]
+        parts += [Heading("Features of the adapter"), _tabulate_slots(contract.features, geometry, {})]
     inputs = [
-        (given.name, "×".join(map(str, given.shape)), show(given.shape_at(geometry)), given.dtype, given.argument)
-        for given in contract.inputs
+        (base.name, "×".join(map(str, base.shape)), show(base.shape_at(geometry)), base.dtype, base.argument)
+        for base in contract.inputs
     ]
     parts += [Heading("Base inputs"), Table(("input", "rule", "shape", "dtype", "argument of forward"), inputs)]
     if mismatches:
-        featured = {is_feature(mismatch.where) for mismatch in mismatches}
-        giver = "given" if len(featured) > 1 else "adapter gives" if featured == {True} else "ControlNet gives"
-        parts += [Heading("Mismatches"), *list_mismatches(mismatches, giver)]
+        kinds = {is_feature(mismatch.where) for mismatch in mismatches}
+        actual = "given" if len(kinds) > 1 else "adapter gives" if kinds == {True} else "ControlNet gives"
+        parts += [Heading("Mismatches"), *list_mismatches(mismatches, actual)]
     parts.append(Points(header.notes, "note: "))
-    return Document(title, parts, [_describe_verdict(contract, mismatches)]).render(form)
+    slots = f"{len(contract.slots)} slots" + (f" and {len(contract.features)} features" if contract.features else "")
+    verdicts = {
+        "mismatch": f"MISMATCH: {count_mismatches(mismatches, 'place')}",
+        "unet alone": f"UNET ALONE: {slots} observed, no ControlNet to compare",
+        "agree": f"AGREE: {slots}, both sides observed",
+    }
+    return Document(title, parts, [verdicts[judge_probe(contract, mismatches)]]).render(form)
 
 
 def judge_probe(contract: Contract, mismatches: Sequence[Mismatch]) -> Verdict:
@@ -68,10 +67,10 @@ def judge_probe(contract: Contract, mismatches: Sequence[Mismatch]) -> Verdict:
 
 
 def render_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Geometry) -> str:
-    """Return the contract, as `Contract.from_json` reads it, and under `report` what this run found."""
+    """Return the contract, as `Contract.from_json` reads it, with the result of this run under `report`."""
     report: dict[str, Any] = {
         "verdict": judge_probe(contract, mismatches),
-        "claim": False,  # of claimed shapes explain speaks
+        "claim": False,  # claimed shapes are explain's business
         "families": list(find_families(contract)),
         "geometry": asdict(geometry),
         "shapes": {slot.name: slot.shape_at(geometry) for slot in contract.residuals},
@@ -80,11 +79,7 @@ def render_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Ge
     return dump_json({"report": report} | contract.to_value())
 
 
-_ROUNDED = {
-    "ceil": "; halvings round up (ceil)",
-    "floor": "; halvings round down (floor)",
-    "exact": "; no odd size is halved",
-}
+_ROUNDED = {"ceil": "; halvings round up (ceil)", "floor": "; halvings round down (floor)", "exact": "; no odd size is halved"}
 
 
 def _describe_sizes(contract: Contract) -> str:
@@ -99,7 +94,7 @@ def _describe_sizes(contract: Contract) -> str:
     return f"{accepted}; halvings are mixed: {chains}"
 
 
-def _tabulate_slots(slots: Sequence[Slot], geometry: Geometry, sites_are_told: bool, lines: bool) -> Table:
+def _tabulate_slots(slots: Sequence[Slot], geometry: Geometry, sites: Mapping[str, Sequence[str]]) -> Table:
     rows = [
         (
             number,
@@ -108,7 +103,7 @@ def _tabulate_slots(slots: Sequence[Slot], geometry: Geometry, sites_are_told: b
             slot.stride,
             show(slot.shape_at(geometry)) + ("" if slot.spatial == "full" else " pooled"),
             slot.producer,
-            "" if sites_are_told else _list_sites(slot, lines),
+            ", ".join(sites.get(slot.name, ())),
             slot.up_block,
         )
         for number, slot in enumerate(slots)
@@ -116,19 +111,10 @@ def _tabulate_slots(slots: Sequence[Slot], geometry: Geometry, sites_are_told: b
     return Table(("#", "slot", "channels", "stride", "shape", "skip from", "added at", "used by"), rows)
 
 
-def _list_sites(slot: Slot, lines: bool) -> str:
-    return ", ".join(_format_site(add, lines) for add in slot.adds)
-
-
-def _format_site(add: AddSite, lines: bool) -> str:
-    return str(add) if lines else add.function
-
-
-def _find_shared_sites(contract: Contract, lines: bool) -> str:
+def _find_shared_sites(sites: Mapping[str, Sequence[str]]) -> str:
     """Return `unet_2d_condition.py:1165 (down), :1193 (mid)` if that says it of every slot, else nothing."""
-    downs, mids = (
-        {_list_sites(slot, lines) for slot in contract.slots if (slot.name == SHAPECHECK.mid) is mid} for mid in (False, True)
-    )
+    downs = {", ".join(added) for name, added in sites.items() if name != SHAPECHECK.mid}
+    mids = {", ".join(added) for name, added in sites.items() if name == SHAPECHECK.mid}
     if len(downs | mids) == 1:
         return (downs | mids).pop()
     if (len(downs), len(mids)) != (1, 1) or "" in downs | mids:
@@ -136,13 +122,3 @@ def _find_shared_sites(contract: Contract, lines: bool) -> str:
     down, mid = downs.pop(), mids.pop()
     file = down.partition(":")[0]
     return f"{down} (down), {mid.removeprefix(file) if mid.startswith(f'{file}:') else mid} (mid)"
-
-
-def _describe_verdict(contract: Contract, mismatches: Sequence[Mismatch]) -> str:
-    slots = f"{len(contract.slots)} slots" + (f" and {len(contract.features)} features" if contract.features else "")
-    verdict = judge_probe(contract, mismatches)
-    if verdict == "mismatch":
-        return f"MISMATCH: {count_mismatches(mismatches, 'place')}"
-    if verdict == "unet alone":
-        return f"UNET ALONE: {slots} observed, no ControlNet to compare"
-    return f"AGREE: {slots}, both sides observed"

@@ -1,11 +1,10 @@
-"""What to probe, as the command line or a probes/*.toml file asks for it, and carrying it out."""
+"""Requests for a probe, from the command line or a probes/*.toml file, and the probe itself."""
 
 from __future__ import annotations
 
 import gc
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,32 +17,31 @@ from shapecheck.models import hub, lookup
 from shapecheck.progress import Progress
 
 _MOST_IN_BATCH = 65_536
-
-
 _KEYS = {"story", "model", "controlnet", "adapter", "size", "latent", "batch", "mapping", "expect"}
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A model, the ControlNets, T2I-Adapter or claimed shapes to hold against it, and the size to show."""
+    """A model, the ControlNets, T2I-Adapter or claimed shapes to compare it with, and the size to show.
+
+    `size_px` is (width, height), `latent` is (height, width). `mapping` has the residual shapes that somebody says the UNet
+    takes, under `down` and `mid`, in place of a ControlNet's.
+    """
 
     model: str
     controlnets: tuple[str, ...] = ()
     adapter: str | None = None
     size_px: tuple[int, int] | None = None
-    """Width, height."""
     latent: tuple[int, int] | None = None
-    """Height, width."""
     batch: int = 1
     mapping: Mapping[str, Any] | None = None
-    """Residual shapes somebody says the UNet takes, under `down` and `mid`, in place of a ControlNet's."""
     story: str = ""
     expect: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What a request came to."""
+    """A contract, everything that disagrees with it, and the size to show both at."""
 
     contract: Contract
     mismatches: tuple[Mismatch, ...]
@@ -51,7 +49,7 @@ class ProbeResult:
 
 
 def run_probe(request: Request, *, offline: bool = False, progress: Progress) -> ProbeResult:
-    """Observe the model and the ControlNets of a request. Mismatches are part of the finding; its `mapping` is not looked at.
+    """Observe the model and the ControlNets of a request. Mismatches are part of the result; its `mapping` is not looked at.
 
     Everything that can be refused by reading configurations is refused before torch is imported. Raises ShapecheckError if it
     cannot be done.
@@ -63,12 +61,17 @@ def run_probe(request: Request, *, offline: bool = False, progress: Progress) ->
         lookup.find(request.adapter, "adapter", offline=offline)
     requested = resolve_geometry(request, source.vae_factor)
     progress("importing torch and diffusers")
-    with _no_collection():
+    # The garbage collector would walk the growing heap again and again; later it leaves out what was imported.
+    gc.disable()
+    try:
         from shapecheck.observe.probe import probe
+    finally:
+        gc.freeze()
+        gc.enable()
+    mismatches: tuple[Mismatch, ...] = ()
     try:
         nets = list(request.controlnets) or None
         contract = probe(request.model, nets, adapter=request.adapter, geometry=requested, offline=offline, progress=progress)
-        mismatches: tuple[Mismatch, ...] = ()
     except ContractError as error:
         if error.contract is None:
             raise
@@ -79,7 +82,7 @@ def run_probe(request: Request, *, offline: bool = False, progress: Progress) ->
 
 
 def read_request(path: Path) -> Request:
-    """The request in a TOML file. Raises ShapecheckError naming the key that is wrong."""
+    """Read the request in a TOML file. Raises ShapecheckError naming the key that is wrong."""
     try:
         record = tomllib.loads(read_bytes(path, hub.LARGEST_FILE, too_large=f"{path} is too large for a probe").decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -87,12 +90,12 @@ def read_request(path: Path) -> Request:
     if unknown := sorted(record.keys() - _KEYS):
         raise ShapecheckError(f"{path}: unknown {one_line(', '.join(unknown))}; known: {', '.join(sorted(_KEYS))}")
     try:
-        return _request(record)
+        return _parse_request(record)
     except ShapecheckError as error:
         raise ShapecheckError(f"{path}: {error}") from None
 
 
-def _request(record: Mapping[str, Any]) -> Request:
+def _parse_request(record: Mapping[str, Any]) -> Request:
     nets = record.get("controlnet", [])
     nets = [nets] if isinstance(nets, str) else nets
     if not (isinstance(nets, list) and all(isinstance(net, str) for net in nets)):
@@ -102,65 +105,50 @@ def _request(record: Mapping[str, Any]) -> Request:
     expect = record.get("expect", {})
     if not isinstance(expect, dict):
         raise ShapecheckError("`expect` must be a table")
+    texts = {key: record[key] for key in ("adapter", "size", "latent") if key in record}
+    texts |= {"model": record.get("model"), "story": record.get("story", "")}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise ShapecheckError(f"`{key}` must be text, got {one_line(value)}")
     return Request(
-        model=_text(record, "model"),
-        controlnets=tuple(nets),
-        adapter=_text(record, "adapter") if "adapter" in record else None,
-        size_px=parse_pair(_text(record, "size"), "WxH") if "size" in record else None,
-        latent=parse_pair(_text(record, "latent"), "HxW") if "latent" in record else None,
-        batch=check_batch(record.get("batch", 1), "`batch`"),
-        mapping=_checked_mapping(record["mapping"]) if "mapping" in record else None,
-        story=_text(record, "story") if "story" in record else "",
-        expect=expect,
+        texts["model"],
+        tuple(nets),
+        texts.get("adapter"),
+        parse_pair(texts["size"], "WxH") if "size" in texts else None,
+        parse_pair(texts["latent"], "HxW") if "latent" in texts else None,
+        check_batch(record.get("batch", 1), "`batch`"),
+        _parse_mapping(record["mapping"]) if "mapping" in record else None,
+        texts["story"],
+        expect,
     )
 
 
-def _text(record: Mapping[str, Any], key: str) -> str:
-    if not isinstance(value := record.get(key), str):
-        raise ShapecheckError(f"`{key}` must be text, got {one_line(value)}")
-    return value
+def _parse_mapping(record: Any) -> dict[str, Any]:
+    downs, mid = (record.get("down"), record.get("mid")) if isinstance(record, dict) else (None, None)
+    for shape in [*downs, *([] if mid is None else [mid])] if isinstance(downs, list) else [None]:
+        if not (isinstance(shape, list) and len(shape) == 3 and all(type(size) is int and size > 0 for size in shape)):
+            raise ShapecheckError("`mapping` must have `down`, a list of [channels, height, width], and may have `mid`")
+    return {"down": downs, "mid": mid}
 
 
 def check_batch(value: object, name: str) -> int:
-    """A batch somebody gave as `name`. Raises ShapecheckError where it is none, or absurd."""
+    """Return a batch given under `name`. Raises ShapecheckError if it is not a whole number, or an absurd one."""
     if type(value) is not int or not 1 <= value <= _MOST_IN_BATCH:
         raise ShapecheckError(f"{name} must be a whole number from 1 to {_MOST_IN_BATCH}, got {one_line(value)}")
     return value
 
 
 def resolve_geometry(request: Request, vae_factor: int) -> Geometry | None:
-    """The size that is asked for, if any. Raises ShapecheckError where two are, or pixels fill no whole cells."""
+    """Return the requested size, if any. Raises ShapecheckError if there are two, or pixels fill no whole cells."""
     if request.size_px is not None and request.latent is not None:
-        raise ShapecheckError("a size in pixels and one in latent cells were given; give one of them")
+        raise ShapecheckError("got a size in pixels and one in latent cells; give one of them")
     if request.size_px is not None:
         return Geometry.from_px(*request.size_px, batch=request.batch, vae_factor=vae_factor)
     return Geometry(request.batch, *request.latent) if request.latent is not None else None
 
 
-def _checked_mapping(record: Any) -> dict[str, Any]:
-    downs, mid = (record.get("down"), record.get("mid")) if isinstance(record, dict) else (None, None)
-    if not isinstance(downs, list) or not all(map(_is_shape, downs)) or not (mid is None or _is_shape(mid)):
-        raise ShapecheckError("`mapping` must have `down`, a list of [channels, height, width], and may have `mid`")
-    return {"down": downs, "mid": mid}
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(type(size) is int and size > 0 for size in value)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Import without the garbage collector walking the growing heap, and leave what was imported out of later walks."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 def list_surprises(request: Request, mismatches: Sequence[Mismatch], verdict: str) -> tuple[str, ...]:
-    """Return in what a probe came to something else than its `[expect]` says; `verdict` is the report's."""
+    """Return every difference between the result of a probe and what its `[expect]` says; `verdict` is the report's."""
     actual = {
         "verdict": verdict,
         "wrong": [f"{mismatch.where} {mismatch.kind}" for mismatch in mismatches],

@@ -1,4 +1,4 @@
-"""What is exported: a module on the meta device, and where its tensors are."""
+"""The model to export or to compute with: its module on the meta device, and where its tensors are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,65 +21,70 @@ from shapecheck.models.weights import find_differing, match_tensors, require_lin
 from shapecheck.observe.probe import probe, probe_controlnet
 from shapecheck.progress import silence_logger
 
-PRECISIONS = frozenset(("float32", "float16", "bfloat16"))
-
-
+_PRECISIONS = frozenset(("float32", "float16", "bfloat16"))
 _UNION = (
     "a ControlNetUnionModel is not exported: how many images it takes, and of which kinds, changes from call to call; run it "
-    "in PyTorch beside the exported UNet, whose slots take what it gives"
+    "in PyTorch beside the exported UNet, whose slots take its residuals"
 )
+
+Precision = Literal["auto", "float64", "float32"]
+Stored = Mapping[str, TensorLocation]
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to export."""
+    """A model to export: `module` is on the meta device, and any live weights stay where they are.
+
+    `stored` says where the checkpoint's tensors lie; if it is None, `absent` says why there is no checkpoint.
+    `live` has the tensors of a live module, and `source` is what a name stands for: one of the two is None.
+    """
 
     module: nn.Module
-    """On the meta device; any live weights stay where they are."""
     name: str
     origin: str
-    vae_factor: int
     role: Role
-    stored: Mapping[str, TensorLocation] | None
-    """Where the checkpoint's tensors lie; None where there is no checkpoint."""
-    live: Mapping[str, Tensor] | None
-    """The tensors of a live module; None for a model that was named."""
+    stored: Stored | None
     absent: str = ""
-    """Why there is no checkpoint."""
+    live: Mapping[str, Tensor] | None = None
+    source: lookup.ModelSource | None = None
     notes: tuple[str, ...] = ()
 
     def contract(self, dtype: str, *, control: bool, adapter: bool = False) -> Contract:
-        """The contract the file is written under: without slots where no control is wanted, with features for an adapter.
+        """Return the contract the file is written under: without slots if no control is requested, with an adapter's features.
 
         Casts the meta module.
         """
         with silence_logger("diffusers"):
             self.module.to(getattr(torch, dtype))
+        vae_factor = self.source.vae_factor if self.source else 8
         if self.role == "controlnet":
             observed = probe_controlnet(self.module)
         else:
-            observed = probe(self.module, adapter=True if adapter else None, vae_factor=self.vae_factor)
+            observed = probe(self.module, adapter=True if adapter else None, vae_factor=vae_factor)
         notes = (*self.notes, *observed.header.notes)
-        header = replace(observed.header, source=self.origin, vae_factor=self.vae_factor, notes=notes)
+        header = replace(observed.header, source=self.origin, vae_factor=vae_factor, notes=notes)
         return replace(observed, header=header, slots=observed.slots if control else ())
 
-    def dtype(self, wanted: str | None) -> str:
-        """The wanted precision, else that of the weights. Raises ShapecheckError where they have several, or are quantised."""
+    def dtype(self, requested: str | None) -> str:
+        """Return the requested precision, else that of the weights.
+
+        Raises ShapecheckError if the weights have several, or are quantized.
+        """
         tensors: Mapping[str, TensorLocation | Tensor] = self.live or self.stored or self.module.state_dict()
-        found = sorted({str(each.dtype).removeprefix("torch.") for each in tensors.values()})
-        if quantised := [each for each in found if not each.startswith(("float", "bfloat")) or each.startswith("float8")]:
-            raise ShapecheckError(f"the weights of {self.name} are quantised to {', '.join(quantised)}: give those before")
-        if wanted is not None:
-            return wanted
-        if len(found) > 1 or not PRECISIONS.issuperset(found):
-            raise ShapecheckError(f"the weights of {self.name} are of {' and '.join(found)}: choose a precision with --dtype")
-        return found[0]
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+        if quantized := [dtype for dtype in dtypes if not dtype.startswith(("float", "bfloat")) or dtype.startswith("float8")]:
+            raise ShapecheckError(f"{self.name} is quantized ({', '.join(quantized)}); export the unquantized checkpoint")
+        if requested is not None:
+            return requested
+        if len(dtypes) > 1 or not _PRECISIONS.issuperset(dtypes):
+            raise ShapecheckError(f"the weights of {self.name} are {' and '.join(dtypes)}: choose a precision with --dtype")
+        return dtypes[0]
 
     def unlinkable(self, dtype: str, folder: Path) -> str:
-        """Why no ONNX file of that precision in that folder can point into the checkpoint; empty where one can."""
+        """Return why no ONNX file of that precision in that folder can point into the checkpoint, or nothing if one can."""
         if self.stored is None:
             return self.absent
-        others = sorted({each.dtype for each in self.stored.values()} - {dtype})
+        others = sorted({tensor.dtype for tensor in self.stored.values()} - {dtype})
         if others:
             return f"the checkpoint is {others[0]} and the graph {dtype}"
         if self.live and (changed := find_differing(self.stored, self.live)):
@@ -91,18 +96,18 @@ class Subject:
         return ""
 
     def tensors(self, names: Iterable[str], *, linked: bool) -> dict[str, TensorLocation | Tensor]:
-        """What these parameters hold: in the checkpoint, in the live module where that counts, else no more than shapes."""
+        """Return these parameters: from the live module unless `linked`, else from the checkpoint, else mere shapes."""
         checkpoint: Mapping[str, TensorLocation | Tensor] = self.module.state_dict() if self.stored is None else self.stored
-        every = checkpoint if linked or self.live is None else self.live
-        if lost := [name for name in names if name not in every]:
-            raise ShapecheckError(f"{self.name} computes with tensors that are in no state dict: {', '.join(lost)}")
-        return {name: every[name] for name in names}
+        tensors = checkpoint if linked or self.live is None else self.live
+        if missing := [name for name in names if name not in tensors]:
+            raise ShapecheckError(f"{self.name} computes with tensors that are in no state dict: {', '.join(missing)}")
+        return {name: tensors[name] for name in names}
 
 
 def resolve_subject(model: str | Path | nn.Module, *, variant: str | None = None, offline: bool = False) -> Subject:
-    """The model of that name, or a live one, ready to be traced. Raises ShapecheckError where it cannot be had."""
+    """Return the model of that name, or a live one, ready to be traced. Raises ShapecheckError if there is none."""
     if isinstance(model, nn.Module):
-        return _take_live(model, variant)
+        return _wrap_live(unwrap_compiled(model), variant)
     source = find_source(str(model), offline=offline)
     if source.tensors:
         raise ShapecheckError(
@@ -113,22 +118,22 @@ def resolve_subject(model: str | Path | nn.Module, *, variant: str | None = None
     if source.class_name == "ControlNetUnionModel":
         raise ShapecheckError(f"{source.origin}: {_UNION}")
     stored, absent = None, f"{source.origin} is a configuration without weights"
-    if source.folder is None and Path(model).is_dir():
-        absent += f", and the folder of that name is ./{model}"
     if source.folder is not None:
-        stored, absent = _stored_in(source.folder, variant, source.origin)
+        stored, absent = _read_checkpoint(source.folder, variant, source.origin)
+    elif Path(model).is_dir():
+        absent += f", and the folder of that name is ./{model}"
     module = diffusers_models.build(source)
     if stored is not None:
         stored = match_tensors(stored, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
-    notes = source.notes
-    if source.role == "controlnet" and source.controlnets:
-        notes += (f"the first of {1 + len(source.controlnets)} ControlNets that were saved together; export each",)
     role: Role = "controlnet" if source.role == "controlnet" else "unet"
-    return Subject(module, source.name, _place(source), source.vae_factor, role, stored, None, absent, notes)
+    notes = source.notes
+    if role == "controlnet" and source.controlnets:
+        notes += (f"the first of {1 + len(source.controlnets)} ControlNets that were saved together; export each",)
+    return Subject(module, source.name, _shorten_origin(source), role, stored, absent, None, source, notes)
 
 
 def find_source(model: str, *, offline: bool) -> lookup.ModelSource:
-    """The source of a UNet, or of a ControlNet where that is what the name stands for."""
+    """Return the source of a UNet, or of a ControlNet if the name stands for one."""
     try:
         return lookup.find(model, "unet", offline=offline)
     except ShapecheckError as error:
@@ -138,45 +143,37 @@ def find_source(model: str, *, offline: bool) -> lookup.ModelSource:
             raise (other if isinstance(error, lookup.OtherModelError) else error) from None
 
 
-def _place(source: lookup.ModelSource) -> str:
-    """What the file says of where it came from: no more of a path than the model's own folder, for files are passed on."""
+def _shorten_origin(source: lookup.ModelSource) -> str:
+    # Files are passed on: of a path no more is written into them than the model's own folder.
     if source.folder is None or not Path(source.origin).is_file():
         return source.origin
     parts = source.folder.absolute().parts
     return "/".join(parts[-2:] if parts[-1] in ("unet", "controlnet") else parts[-1:])
 
 
-def _take_live(module: nn.Module, variant: str | None) -> Subject:
-    module = unwrap_compiled(module)
+def _wrap_live(module: nn.Module, variant: str | None) -> Subject:
     name = type(module).__name__
     if diffusers_models.is_union(module):
         raise ShapecheckError(_UNION)
     if not (diffusers_models.is_unet(module) or diffusers_models.is_controlnet(module)):
         raise ShapecheckError(f"class {name} is not exported yet: expected a UNet2DConditionModel or a ControlNetModel")
-    live = dict(module.state_dict())
-    if any(tensor.is_meta for tensor in live.values()):
-        return Subject(copy_to_meta(module), name, f"live {name}", 8, _role(module), None, None, f"the {name} has no values")
-    stored, absent = _origin_of(module, variant)
-    return Subject(copy_to_meta(module), name, f"live {name}", 8, _role(module), stored, live, absent)
-
-
-def _origin_of(module: nn.Module, variant: str | None) -> tuple[Mapping[str, TensorLocation] | None, str]:
-    """The checkpoint that a live module was loaded from, as far as that can be known, or why none is taken."""
+    role: Role = "controlnet" if diffusers_models.is_controlnet(module) else "unet"
+    live: dict[str, Tensor] | None = dict(module.state_dict())
+    stored, absent = None, f"the live {name} was not loaded from a folder"
     root = Path(str(getattr(module, "config", {}).get("_name_or_path") or ""))
-    folder = next((each for each in (root, root / _role(module)) if (each / "config.json").is_file()), None)
-    if not root.name or folder is None:
-        return None, f"the live {type(module).__name__} was not loaded from a folder"
-    try:
-        return _stored_in(folder, variant, str(folder))
-    except ShapecheckError as error:  # the module has its weights whatever became of the files
-        return None, f"the live {type(module).__name__} was loaded from {folder}, which cannot be linked: {error}"
+    folder = next((folder for folder in (root, root / role) if (folder / "config.json").is_file()), None)
+    if any(tensor.is_meta for tensor in module.state_dict().values()):
+        live, absent = None, f"the {name} has no values"
+    elif root.name and folder is not None:
+        try:
+            stored, absent = _read_checkpoint(folder, variant, str(folder))
+        except ShapecheckError as error:  # the module has its weights whatever became of the files
+            absent = f"the live {name} was loaded from {folder}, which cannot be linked: {error}"
+    return Subject(copy_to_meta(module), name, f"live {name}", role, stored, absent, live)
 
 
-def _role(module: nn.Module) -> Role:
-    return "controlnet" if diffusers_models.is_controlnet(module) else "unet"
-
-
-def _stored_in(folder: Path, variant: str | None, origin: str) -> tuple[Mapping[str, TensorLocation] | None, str]:
+def _read_checkpoint(folder: Path, variant: str | None, origin: str) -> tuple[Stored | None, str]:
+    """Return where the tensors in a folder lie, or why there are none."""
     with report_unreadable(f"the folder {folder}"):
         has_weights = any(entry.suffix in (".safetensors", ".bin") for entry in folder.iterdir())
     if not has_weights:
@@ -186,76 +183,49 @@ def _stored_in(folder: Path, variant: str | None, origin: str) -> tuple[Mapping[
 
 
 def copy_to_meta(module: nn.Module) -> nn.Module:
-    """A copy of a live module with its own forward and no memory for tensors."""
+    """Return a copy of a live module with its own forward and no memory for tensors."""
     module = unwrap_compiled(module)
-    memo = {id(each): _meta_like(each) for each in (*module.parameters(), *module.buffers())}
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo).eval()
 
 
-def _meta_like(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
-Precision = Literal["auto", "float64", "float32"]
-
-
-_ROOM = 1.2
-
-
-_PROCESS = 2e9
-"""Bytes that must be free besides the weights."""
-
-
 class TorchModel:
-    """A model with its weights: named, and then loaded from its files each time, or a live module, which stays as it is."""
+    """A model with its weights: a named one is loaded from its files each time, a live module stays as it is."""
 
     def __init__(self, model: str | Path | nn.Module, *, variant: str | None = None, offline: bool = False) -> None:
-        self._variant = variant
-        self._subject = resolve_subject(model, variant=variant, offline=offline)
-        if self._subject.stored is None and self._subject.live is None:
-            raise ShapecheckError(f"no weights for {self._subject.name}: {self._subject.absent}; give a folder that holds them")
-        self._live = unwrap_compiled(model) if isinstance(model, nn.Module) else None
-        self._source = None if self._live is not None else find_source(str(model), offline=offline)
-
-    @property
-    def name(self) -> str:
-        """As reports call it."""
-        return self._subject.origin
-
-    @property
-    def role(self) -> Role:
-        """Whether it is a UNet or a ControlNet."""
-        return self._subject.role
+        subject = resolve_subject(model, variant=variant, offline=offline)
+        if subject.stored is None and subject.live is None:
+            raise ShapecheckError(f"no weights for {subject.name}: {subject.absent}; give a folder that holds them")
+        self.name, self.role = subject.origin, subject.role
+        self._model, self._variant, self._subject = model, variant, subject
 
     def contract(self, dtype: str, *, control: bool, adapter: bool = False) -> Contract:
-        """Return what a file of it has to take and give."""
+        """Return the contract that a file of it has to keep."""
         return self._subject.contract(dtype, control=control, adapter=adapter)
 
     def dtype(self) -> str:
-        """Return the precision of the weights."""
         return self._subject.dtype(None)
 
     def load(self, precision: str) -> nn.Module:
         """Return the model in that precision, in eval mode."""
-        if self._source is not None:
-            return diffusers_models.load(self._source, self._variant, getattr(torch, precision))
-        assert self._live is not None
-        with silence_logger("diffusers"):
-            return copy.deepcopy(self._live).to("cpu", getattr(torch, precision)).eval()
+        dtype = getattr(torch, precision)
+        if isinstance(self._model, nn.Module):
+            with silence_logger("diffusers"):
+                return copy.deepcopy(unwrap_compiled(self._model)).to("cpu", dtype).eval()
+        assert self._subject.source is not None
+        return diffusers_models.load(self._subject.source, self._variant, dtype)
 
-    def choose_reference(self, wanted: Precision, parameters: int) -> str:
-        """Return float64 if twice the memory of float32 is free, else float32."""
-        if wanted != "auto":
-            return wanted
-        return "float64" if parameters * 8 * _ROOM + _PROCESS <= _available_memory() else "float32"
-
-
-def _available_memory() -> float:
-    """Return the bytes of memory that are free, or would be if caches were dropped."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-        return pages * (os.sysconf("SC_PAGE_SIZE") if pages else 0) / 2
+    def choose_reference(self, requested: Precision, parameters: int) -> str:
+        """Return the precision to compute a reference in: float64 if twice the memory of float32 is free, else float32."""
+        if requested != "auto":
+            return requested
+        try:  # what is free, or would be if caches were dropped
+            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+            free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        except (OSError, StopIteration, ValueError):  # systems other than Linux only say how much there is
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 if hasattr(os, "sysconf") else 0
+        # A fifth more than the weights, and two gigabytes for everything else.
+        return "float64" if parameters * 8 * 1.2 + 2e9 <= free else "float32"

@@ -1,4 +1,4 @@
-"""What one observed run saw: numbers and names, so that it can be stored, compared and reasoned about without torch."""
+"""Traces of observed runs: numbers and names, so that they can be stored, compared and reasoned about without torch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,34 @@ from shapecheck.contract.naming import SHAPECHECK, is_feature, name_feature
 from shapecheck.contract.records import AddSite
 
 Group = Literal["control", "feature"]
-"""What a tensor is to the UNet: a ControlNet's residual, or a feature of a T2I-Adapter."""
+"""The origin of a tensor that a UNet adds: a ControlNet's residual, or a feature of a T2I-Adapter."""
 
 
 def name_slot(index: int, group: Group = "control") -> str:
-    """Our name of the slot that residual or feature `index` is for; the mid residual has -1."""
+    """Return our name of the slot for residual or feature `index`; the mid residual has -1."""
     if group == "feature":
         return name_feature(index)
     return SHAPECHECK.mid if index < 0 else SHAPECHECK.down(index)
 
 
+class _SlotMember:
+    """A member of a trace that belongs to one slot."""
+
+    __slots__ = ()
+    index: int
+    group: Group
+
+    @property
+    def name(self) -> str:
+        return name_slot(self.index, self.group)
+
+
 @dataclass(frozen=True, slots=True)
-class Residual:
+class Residual(_SlotMember):
     """A residual as a ControlNet emitted it, or a T2I-Adapter's feature.
 
     `controlnet` counts the ControlNets and after them the adapters; `index` the down residuals from 0, with the mid one -1,
-    or the features from 0.
+    or the features from 0. `module` is the path of the emitter's module that made it.
     """
 
     controlnet: int
@@ -34,20 +46,14 @@ class Residual:
     shape: Shape
     dtype: str
     module: str
-    """Path of the module of the ControlNet that made it."""
     group: Group = "control"
-
-    @property
-    def name(self) -> str:
-        """Of the slot it is for."""
-        return name_slot(self.index, self.group)
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(_SlotMember):
     """A residual as the UNet received it.
 
-    `sources` are the (controlnet, index) pairs it was made from; empty where it came from elsewhere.
+    `sources` are the (controlnet, index) pairs it was made from; empty if it came from elsewhere.
     `via` names the operations between the two ends other than plain scaling and casting.
     """
 
@@ -58,15 +64,10 @@ class Arrival:
     via: tuple[str, ...] = ()
     group: Group = "control"
 
-    @property
-    def name(self) -> str:
-        """Of the slot it was given for."""
-        return name_slot(self.index, self.group)
-
 
 @dataclass(frozen=True, slots=True)
-class Add:
-    """One addition that consumed a residual inside the UNet."""
+class Add(_SlotMember):
+    """One addition that consumed a residual inside the UNet; `dtypes` are those of the skip and of the residual."""
 
     index: int
     skip: Shape
@@ -76,11 +77,6 @@ class Add:
     site: AddSite
     up_block: str = ""
     group: Group = "control"
-
-    @property
-    def name(self) -> str:
-        """Of the slot."""
-        return name_slot(self.index, self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +95,11 @@ class Trace:
     refused: str = ""
 
     def only(self, group: Group) -> Trace:
-        """The same call, as far as residuals or as far as features go."""
+        """Return the same call, as far as residuals or as far as features go."""
         return replace(
             self,
-            emitted=tuple(each for each in self.emitted if each.group == group),
-            arrived=tuple(each for each in self.arrived if each.group == group),
-            adds=tuple(each for each in self.adds if each.group == group),
-            misunderstood=tuple(each for each in self.misunderstood if is_feature(each[0]) is (group == "feature")),
+            emitted=tuple(residual for residual in self.emitted if residual.group == group),
+            arrived=tuple(arrival for arrival in self.arrived if arrival.group == group),
+            adds=tuple(add for add in self.adds if add.group == group),
+            misunderstood=tuple(pair for pair in self.misunderstood if is_feature(pair[0]) is (group == "feature")),
         )

@@ -1,4 +1,4 @@
-"""Reading a contract back from what was made with it: its JSON, an ONNX file, the file beside an engine."""
+"""The contract in an ONNX file's metadata, which anybody may have written: read, and made fit to be shown."""
 
 from __future__ import annotations
 
@@ -10,36 +10,28 @@ from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile
 
-_LARGEST_JSON = 16 * 2**20
-
-
-_LONGEST_BLANK = 64
-
-
+PROBE_ADVICE = "`shapecheck probe MODEL --format json` writes a contract"
 _LONGEST_LINE = 2000
-
-
-_ADVICE = "`shapecheck probe MODEL --format json` writes a contract"
 
 
 def contract_inside(file: OnnxFile) -> Contract | None:
     """Return the contract in an ONNX file, or None. Raises ShapecheckError if it is damaged, or there is no such file."""
     if CONTRACT_KEY not in file.metadata:
         return None
-    return _read(file.path, lambda: Contract.from_json(file.metadata[CONTRACT_KEY]))
+    return parse_untrusted(file.path, lambda: Contract.from_json(file.metadata[CONTRACT_KEY]))
 
 
-def _read(path: Path, read: Callable[[], Contract]) -> Contract:
-    """Return the contract that `read` gives, fit to be shown, or raise ShapecheckError naming the file."""
+def parse_untrusted(path: Path, parse: Callable[[], Contract]) -> Contract:
+    """Return the contract that `parse` reads, fit to be shown, or raise ShapecheckError naming the file."""
     try:
-        contract = read()
+        contract = parse()
     except ShapecheckError as error:
         raise ShapecheckError(f"{path}: {one_line(error, _LONGEST_LINE)}") from None
     names = [contract.class_name]  # what reports show besides the header
-    names += [text for entry in contract.inputs for text in (entry.name, entry.dtype, entry.argument)]
+    names += [text for base in contract.inputs for text in (base.name, base.dtype, base.argument)]
     names += [text for slot in contract.residuals for text in (slot.name, slot.producer, slot.up_block)]
     if forged := next((name for name in names if not name.isprintable()), None):
-        raise ShapecheckError(f"{path}: an edited contract: {one_line(forged)} is no name; {_ADVICE}")
+        raise ShapecheckError(f"{path}: an edited contract: {one_line(forged)} is not a name; {PROBE_ADVICE}")
     return make_printable(contract)
 
 

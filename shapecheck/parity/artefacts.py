@@ -15,7 +15,7 @@ from shapecheck.observe.subject import TorchModel
 from shapecheck.onnx import weight_comparison
 from shapecheck.onnx.check import check
 from shapecheck.onnx.file import OnnxFile
-from shapecheck.onnx.input_roles import match, sort_out
+from shapecheck.onnx.input_roles import assign_roles, match_inputs
 from shapecheck.onnx.reading import Reading
 from shapecheck.parity.plan import choose_geometries
 from shapecheck.parity.results import Check, Ran, Result
@@ -91,7 +91,7 @@ def read_files(backends: Sequence[str], model: TorchModel, onnx: Path | None, en
 
 def _read_onnx(file: OnnxFile, model: TorchModel) -> ParityFile:
     reading = file.reading
-    roles = sort_out(reading)
+    roles = assign_roles(reading)
     image = roles.sample or next((tensor for tensor in roles.base if tensor.is_image), None)
     if image is None:
         raise ShapecheckError(f"{file} takes no image (batch, channels, height, width); is it a UNet?")
@@ -154,7 +154,7 @@ def _require_role(path: Path, role: str, model: TorchModel) -> None:
 
 
 def _match_names(reading: Reading, contract: Contract) -> dict[str, str]:
-    return dict(match(sort_out(reading), contract).names)
+    return dict(match_inputs(assign_roles(reading), contract).names)
 
 
 def _match_outputs(contract: Contract, outputs: Sequence[str]) -> dict[str, str]:

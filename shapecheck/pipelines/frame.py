@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shapecheck.contract import Contract, Geometry
 from shapecheck.models import diffusers_models
-from shapecheck.models.forward_call import build_unet_arguments
+from shapecheck.models.forward_call import build_arguments
 from shapecheck.models.lookup import ModelSource
 from shapecheck.progress import silence_logger
 from shapecheck.runtime.combine import combined
@@ -88,11 +88,11 @@ class FrameMaker:
             slot.name: torch.rand(slot.shape_at(geometry), generator=generator).to(device, getattr(torch, dtypes[slot.name]))
             for slot in contract.inputs
         }
-        self._base = build_unet_arguments(replace(contract, slots=()), tensors)
+        self._base = build_arguments(replace(contract, slots=()), tensors)
         factor = contract.header.vae_factor
         pixels = (geometry.batch, 3, geometry.height * factor, geometry.width * factor)
         self._image = torch.rand(pixels, generator=generator).to(device, self._dtype)
-        self._nets = [self._fill(diffusers_models.implied_controlnet(self._build_unet())) for _ in range(controlnets)]
+        self._nets = [self._fill(diffusers_models.derive_controlnet(self._build_unet())) for _ in range(controlnets)]
 
     @cached_property
     def torch_unet(self) -> nn.Module:

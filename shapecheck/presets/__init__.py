@@ -13,18 +13,18 @@ from shapecheck.contract import Contract, ShapecheckError
 
 _FOLDER = files(__name__)
 Kind = Literal["unet", "controlnet", "adapter"]
-"""What a model is to a UNet, or that it is one; an adapter is a T2I-Adapter."""
+"""The role of a model; an adapter is a T2I-Adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A well-known model: where its config was read, and the config itself."""
+    """A well-known model: its config, and where that was read."""
 
     name: str
     kind: Kind
     title: str
     family: str
-    """What people call the architecture, shared by presets that differ only in size, precision or training."""
+    """The usual name of the architecture, shared by presets that differ only in size, precision or training."""
     hub_ids: tuple[str, ...]
     checked: str
     verified: bool
@@ -34,13 +34,13 @@ class Preset:
 
 @cache
 def names() -> tuple[str, ...]:
-    """The names of all presets, sorted."""
+    """Return the names of all presets, sorted."""
     return tuple(sorted(entry.name.removesuffix(".json") for entry in _FOLDER.iterdir() if entry.name.endswith(".json")))
 
 
 @cache
 def load(name: str) -> Preset:
-    """The preset of that name. Raises ShapecheckError listing the known ones."""
+    """Return the preset of that name. Raises ShapecheckError listing the known ones."""
     if name not in names():
         raise ShapecheckError(f"no preset {name!r}; known: {', '.join(names())}")
     record = json.loads(_FOLDER.joinpath(f"{name}.json").read_text(encoding="utf-8"))
@@ -49,11 +49,11 @@ def load(name: str) -> Preset:
 
 @cache
 def contract(name: str) -> Contract:
-    """The contract saved for a UNet preset: observed, and kept equal to a fresh observation by a test."""
+    """Return the contract saved for a UNet preset; a test keeps it equal to a fresh observation."""
     return Contract.from_json(_FOLDER.joinpath("contracts", f"{load(name).name}.json").read_text(encoding="utf-8"))
 
 
 @cache
 def contracts() -> Mapping[str, Contract]:
-    """Preset name → saved contract, of every UNet preset."""
+    """Return preset name → saved contract, of every UNet preset."""
     return {name: contract(name) for name in names() if load(name).kind == "unet"}

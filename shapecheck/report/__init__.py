@@ -1,1 +1,1 @@
-"""How findings are told: tables for people, JSON for machines. Reads records only, never models."""
+"""Reports: tables for people, JSON for machines. They read records only, never models."""

@@ -13,13 +13,12 @@ Format = Literal["human", "markdown"]
 Cell = str | int
 LINE = 100
 """Columns that text for a terminal is wrapped at."""
-_COLUMN = 40
-_WRAPPED = (
+_SHAPES = (
     "ControlNet gives", "adapter gives", "claimed", "the file has", "the engine has", "given", "UNet takes", "it should have",
     "it should be", "likely cause", "A", "B",
 )  # fmt: skip
-_LONG = {"what was done": 78, "change": 84, "verdict": 60}
-"""Widths of columns that hold sentences."""
+_WIDTHS = {**dict.fromkeys(_SHAPES, 40), "what was done": 78, "change": 84, "verdict": 60}
+"""Columns that are wrapped in a terminal, and how wide they may be."""
 
 
 class Part(Protocol):
@@ -52,22 +51,20 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """`indent` begins the later lines of a long one; None leaves it on one line."""
+    """A heading; `indent` begins the later lines of a long one, None leaves it on one line."""
 
     text: str
     level: int = 2
     indent: str | None = None
 
     def render(self, form: Format) -> str:
-        text = clean(self.text, form)
-        if form == "markdown":
-            return f"{'#' * self.level} {text}"
-        return text if self.indent is None else wrap(text, self.indent)
+        text = Paragraph(self.text, self.indent).render(form)
+        return f"{'#' * self.level} {text}" if form == "markdown" else text
 
 
 @dataclass(frozen=True, slots=True)
 class Paragraph:
-    """A text. Later lines are indented as those of a Heading."""
+    """A text; `indent` as in a Heading."""
 
     text: str
     indent: str | None = None
@@ -105,22 +102,18 @@ class Points:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Values by name. A value without a name goes on with the one before; one that is empty is left out."""
+    """Values by name. A value without a name goes on with the one before; one that is empty is left out.
+
+    `width` is where a terminal wraps the values.
+    """
 
     pairs: Sequence[tuple[str, str]]
     width: int | None = None
-    """Columns that the values are wrapped at in a terminal."""
 
     def render(self, form: Format) -> str:
         pairs = [(name, clean(value, form)) for name, value in self.pairs if value]
         if form == "markdown":
-            lines: list[str] = []
-            for name, value in pairs:
-                if name:
-                    lines.append(f"- {name}: {value}")
-                else:
-                    lines[-1] += f"; {value}"
-            return "\n".join(lines)
+            return "".join(f"\n- {name}: {value}" if name else f"; {value}" for name, value in pairs).removeprefix("\n")
         if self.width is not None:
             pairs = [(name, wrap(value, "", self.width)) for name, value in pairs]
         return tabulate(pairs, tablefmt="plain", disable_numparse=True)
@@ -128,33 +121,30 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under their headers. Columns that are empty in every row are left out."""
+    """Rows under their headers. Columns that are empty in every row are left out, in a terminal those in `spared` too.
+
+    If it `fits`, a terminal wraps the last column so that the whole is no wider than a line.
+    """
 
     headers: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     spared: Sequence[str] = ()
-    """Columns that a terminal is spared."""
     fits: bool = False
-    """In a terminal, wrap the last column so that the whole is no wider than a line."""
 
     def render(self, form: Format) -> str:
         if not self.rows:
             return "none"
-        hidden = self.spared if form == "human" else ()
-        kept = [
-            at for at, header in enumerate(self.headers) if header not in hidden and any(row[at] != "" for row in self.rows)
-        ]
-        headers = [self.headers[at] for at in kept]
-        rows = [
-            [clean(cell, form) if isinstance(cell, str) else cell for cell in map(row.__getitem__, kept)] for row in self.rows
-        ]
+        columns: list[Sequence[Cell]] = []
+        for header, *cells in zip(self.headers, *self.rows, strict=True):
+            if any(cell != "" for cell in cells) and not (form == "human" and header in self.spared):
+                columns.append([header, *(clean(cell, form) if isinstance(cell, str) else cell for cell in cells)])
+        headers, *rows = map(list, zip(*columns, strict=True))
         sides = ["right" if isinstance(cell, int) else "left" for cell in rows[0]]
         if form == "markdown":
             return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=sides)
-        widths = [_COLUMN if header in _WRAPPED else _LONG.get(header) for header in headers]
+        widths = [_WIDTHS.get(header) for header in headers]
         if self.fits:
-            others = list(zip(headers, *rows, strict=True))[:-1]
-            widths[-1] = max(LINE - sum(max(len(str(cell)) for cell in column) + 2 for column in others), 30)
+            widths[-1] = max(LINE - sum(max(len(str(cell)) for cell in column) + 2 for column in columns[:-1]), 30)
         # tabulate pads a header that is given as such by two columns.
         lines = tabulate(
             [headers, *rows], tablefmt="simple", disable_numparse=True, colalign=sides, maxcolwidths=widths

@@ -57,6 +57,6 @@ def count_mismatches(mismatches: Sequence[Mismatch], noun: str) -> str:
 
 
 def describe_fit(controlnets: Sequence[str], misfits: Sequence[Mismatch]) -> str:
-    """Return the line that says if these ControlNets fit."""
+    """Return the line that says whether these ControlNets fit."""
     fit = f"does not fit: {count_mismatches(misfits, 'place')}" if misfits else "fits"
     return f"CONTROLNET: {', '.join(controlnets)} {fit}"

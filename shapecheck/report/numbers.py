@@ -1,4 +1,4 @@
-"""How numbers are written, for a person and in JSON: one place, so that text, page and JSON say the same."""
+"""Numbers as text for a person and in JSON: in one place, so that text, page and JSON say the same."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any, Literal
 Style = Literal["difference", "times", "share", "strength", "cosine", "decibel", "count", "seconds", "milliseconds", "level"]
 """`difference`: an error; `times`: a ratio; `share`: of a whole; `level`: of 255 from black to white; the others say it."""
 
-_NAMES = {math.inf: "∞", -math.inf: "−∞"}
-
 
 def format_number(value: float, style: Style) -> str:
     """Return the number for a person: `2.3e-05`, `1.40×`, `0.01%`, `0.998`, `96.2 dB`; NaN and ∞ by name.
@@ -20,7 +18,7 @@ def format_number(value: float, style: Style) -> str:
     ('0.012%', '100%', '0%')
     """
     if not math.isfinite(value):
-        return _NAMES.get(value, "NaN")
+        return {math.inf: "∞", -math.inf: "−∞"}.get(value, "NaN")
     return _FORMS[style](value)
 
 

@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves: no script, no font, no image from elsewhere."""
+"""Templates of pages that need nothing but themselves: no script, no font, no image from elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Place:
     path: str = ""
 
     def __getitem__(self, step: str | int) -> Place:
-        """Go one step on; below nothing there is nothing."""
+        # Below nothing there is nothing.
         return Place(None if self.value is None else self.value[step], f"{self.path}.{step}".removeprefix("."))
 
     def format(self, style: Style) -> str:
@@ -29,13 +29,9 @@ class Place:
         return format_number(_NONFINITE.get(self.value, self.value), style)
 
 
+@cache
 def open_template(name: str) -> Template:
     """Return a template of this package."""
-    return _make_environment().get_template(name)
-
-
-@cache
-def _make_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("shapecheck", ""),
         autoescape=True,
@@ -46,11 +42,10 @@ def _make_environment() -> Environment:
     )
     # The filter `tojson` escapes whatever could end the script element that it stands in, and all that is not ASCII.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment
+    return environment.get_template(name)
 
 
 def _escape_unprintable(value: object) -> object:
-    """Return text without letters that a page cannot show, and some that it must not hold."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     return "".join(letter if letter.isprintable() or letter in "\n\t\xa0" else ascii(letter)[1:-1] for letter in value)

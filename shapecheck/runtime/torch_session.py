@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract
-from shapecheck.models.forward_call import build_unet_arguments
+from shapecheck.models.forward_call import build_arguments
 
 OUTPUT = "out_sample"
 
@@ -42,7 +42,7 @@ class TorchSession:
         """
         values = {name: self._place(name, value) for name, value in inputs.items()}
         with torch.no_grad(), forbid_tf32() if self._exactly else nullcontext():
-            first, *mid = self.module(**build_unet_arguments(self.contract, values), return_dict=False)
+            first, *mid = self.module(**build_arguments(self.contract, values), return_dict=False)
         tensors = [first] if self.contract.role == "unet" else [*first, *mid]
         return dict(zip(output_names(self.contract), tensors, strict=True))
 

@@ -272,7 +272,7 @@ def test_the_installed_command_says_the_same_with_nothing_on_stderr():
 
 def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr("shapecheck.observe.request.run_probe", None)
-    for output, said in (("no/such/report.txt", "No such file"), (__file__ + "/report.txt", "is no folder")):
+    for output, said in (("no/such/report.txt", "No such file"), (__file__ + "/report.txt", "is not a folder")):
         result = shapecheck("probe", "sd15", "-o", output)
         assert result.exit_code == 2
         assert result.stderr.startswith(f"error: cannot write {output}: ")

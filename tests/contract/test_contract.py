@@ -181,7 +181,7 @@ def test_line_numbers_are_no_part_of_equality():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: record | {"divisor": 8}, "an edited contract: its digest says sha256:"),
+        (lambda record: record | {"divisor": 8}, "an edited contract: its digest is sha256:"),
         (lambda record: record | {"shapecheck_contract": 99}, "contract of schema 99; this release reads schema 1"),
         (lambda record: record | {"slots": [{}]}, r"a damaged contract: slots\[0\]: no key 'name'"),
         (lambda record: record | {"inputs": None}, "a damaged contract: inputs: expected a list, got None"),

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from shapecheck import ShapecheckError
 from shapecheck.cli import main
 from shapecheck.models import hub, lookup
+from shapecheck.presets import Kind
 
 ADVICE = "give a preset (`shapecheck presets`), a diffusers folder, its config.json or a hub id"
 UNET = {
@@ -65,7 +66,7 @@ def one_message(status: int, stdout: str, stderr: str) -> str:
     return one_line(stderr.removeprefix("error: ")[:-1])
 
 
-def refused_by_find(name: str | Path, role: lookup.Role = "unet") -> str:
+def refused_by_find(name: str | Path, role: Kind = "unet") -> str:
     """What the command would say, without the command."""
     with pytest.raises(ShapecheckError) as error:
         lookup.find(str(name), role)
@@ -114,26 +115,26 @@ FILES = {
     "nested past the interpreter": (text("[" * 200_000), "nested too deeply"),
     "nested past reason": (config(sample_size=json.loads("[" * 90 + "]" * 90)), "nested too deeply"),
     "huge number": (text('{"sample_size": ' + "9" * 5000 + "}"), "is not valid JSON: Exceeds the limit"),
-    "NaN": (text('{"norm_eps": NaN}'), "is not valid JSON: NaN is no finite number"),
-    "Infinity": (text('{"norm_eps": -Infinity}'), "is not valid JSON: -Infinity is no finite number"),
-    "overflowing float": (text('{"norm_eps": 1e999}'), "is not valid JSON: 1e999 is no finite number"),
+    "NaN": (text('{"norm_eps": NaN}'), "is not valid JSON: NaN is not a finite number"),
+    "Infinity": (text('{"norm_eps": -Infinity}'), "is not valid JSON: -Infinity is not a finite number"),
+    "overflowing float": (text('{"norm_eps": 1e999}'), "is not valid JSON: 1e999 is not a finite number"),
     "larger than any config": (text(WHOLE + " " * 2**20), "is larger than 1048576 bytes"),
     "a billion channels written out": (text('{"block_out_channels": [' + "1," * 2**20 + "1]}"), "is larger than 1048576 bytes"),
     "terabyte": (sparse, "is larger than 1048576 bytes"),
     "llm": (text('{"architectures": ["LlamaForCausalLM"]}'), "is the config of a LlamaForCausalLM; expected a "),
     "llm without architectures": (text('{"model_type": "gpt2"}'), "is the config of a gpt2; expected a "),
     "odd architectures": (text('{"architectures": [{"a": [1]}]}'), "is the config of a {'a': .*; expected a "),
-    "other json": (text('{"name": "a package"}'), r"is no diffusers config \(no _class_name\); expected a "),
+    "other json": (text('{"name": "a package"}'), r"is not a diffusers config \(no _class_name\); expected a "),
     "transformer": (
         text('{"_class_name": "FluxTransformer2DModel"}'),
         "is of class FluxTransformer2DModel, which is not",
     ),
-    "vae": (text('{"_class_name": "AutoencoderKL"}'), "is of class AutoencoderKL, which is not read yet"),
+    "vae": (text('{"_class_name": "AutoencoderKL"}'), "is of class AutoencoderKL, which is not supported yet"),
     "pipeline": (
         text('{"_class_name": "StableDiffusionPipeline"}'),
         "is of class StableDiffusionPipeline, which is not",
     ),
-    "class name of another type": (text('{"_class_name": ["UNet2DConditionModel"]}'), "which is not read yet"),
+    "class name of another type": (text('{"_class_name": ["UNet2DConditionModel"]}'), "which is not supported yet"),
     "terminal escapes": (
         text('{"_class_name": "\\u001b[2J\\u202e\\n"}'),
         r"is of class \\x1b\[2J\\u202e\\n, which",
@@ -187,7 +188,7 @@ def test_a_unet_is_no_controlnet_and_a_controlnet_no_unet(tmp_path: Path) -> Non
     assert refused("probe", "sd15", "--controlnet", str(unet)) == (
         f"{unet} is a UNet; --controlnet takes a ControlNet, or the name of a UNet preset"
     )
-    assert refused("probe", "controlnet-sd15").endswith("give this one as --controlnet controlnet-sd15")
+    assert refused("probe", "controlnet-sd15").endswith("name the UNet as MODEL and give this one with --controlnet")
 
 
 # pickles, in which opening is executing
@@ -293,7 +294,7 @@ def test_safetensors_without_a_model_say_so(tmp_path: Path) -> None:
 def test_code_in_a_folder_is_not_imported(tmp_path: Path, bomb: Bomb) -> None:
     (tmp_path / "unet.py").write_text(f"import os; os.mkdir({str(bomb.marker)!r})", encoding="utf-8")
     config(_class_name="Own", auto_map={"AutoModel": "unet.Own"})(tmp_path / "config.json")
-    assert "is of class Own, which is not read yet" in refused("probe", str(tmp_path))
+    assert "is of class Own, which is not supported yet" in refused("probe", str(tmp_path))
 
 
 # folders
@@ -361,7 +362,7 @@ def test_a_link_in_a_circle_leads_nowhere(tmp_path: Path) -> None:
     for name, target in (("a", "b"), ("b", "a"), ("gone", "nowhere")):
         (tmp_path / name).symlink_to(target)
     for name in ("a", "gone", "a/config.json"):
-        assert f"{tmp_path / name} is no preset, no file or folder" in refused("probe", str(tmp_path / name))
+        assert f"{tmp_path / name} is not a preset, file, folder" in refused("probe", str(tmp_path / name))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
@@ -395,20 +396,20 @@ def test_an_error_of_the_file_system_is_told(tmp_path: Path, method: str, monkey
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("/nowhere/model", "/nowhere/model is no preset, no file or folder, and no hub id of the form owner/name; "),
-        ("./nowhere.json", "./nowhere.json is no preset, no file or folder"),
-        ("owner/model.ckpt", "owner/model.ckpt is no preset, no file or folder"),
-        ("owner/model.safetensors", "owner/model.safetensors is no preset, no file or folder"),
-        ("a/b/c", "a/b/c is no preset, no file or folder"),
-        ("https://huggingface.co/owner/name", "https://huggingface.co/owner/name is no preset, no file or folder"),
+        ("/nowhere/model", "/nowhere/model is not a preset, file, folder, or hub id of the form owner/name; "),
+        ("./nowhere.json", "./nowhere.json is not a preset, file, folder"),
+        ("owner/model.ckpt", "owner/model.ckpt is not a preset, file, folder"),
+        ("owner/model.safetensors", "owner/model.safetensors is not a preset, file, folder"),
+        ("a/b/c", "a/b/c is not a preset, file, folder"),
+        ("https://huggingface.co/owner/name", "https://huggingface.co/owner/name is not a preset, file, folder"),
         ("sd16", "did you mean sd21 or sd15 or ssd-1b? Otherwise "),
-        ("SD15", "SD15 is no preset, no file or folder"),
-        ("a\0b", r"a\x00b is no preset, no file or folder"),
-        ("x\x1b[2J\n", r"x\x1b[2J\n is no preset, no file or folder"),
+        ("SD15", "SD15 is not a preset, file, folder"),
+        ("a\0b", r"a\x00b is not a preset, file, folder"),
+        ("x\x1b[2J\n", r"x\x1b[2J\n is not a preset, file, folder"),
         ("", "the name of the unet is empty; "),
         (" ", "the name of the unet is empty; "),
         ("~nobody-of-this-name/model", "cannot read ~nobody-of-this-name/model: "),
-        ("owner/" + "n" * 100, f"owner/{'n' * 100} is no preset, no file or folder"),
+        ("owner/" + "n" * 100, f"owner/{'n' * 100} is not a preset, file, folder"),
         ("n" * 5000, f"cannot read {'n' * 119}…: File name too long"),
         ("o/" + "n" * 5000, f"o/{'n' * 117}…"),
     ],
@@ -426,7 +427,7 @@ def test_a_hub_id_without_network_is_refused_in_time(tmp_path: Path, monkeypatch
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     message = refused_in_a_process("probe", "owner/name")
     assert (
-        "owner/name is no file or folder here, its unet/config.json is not in the local hub cache, and the hub could not"
+        "owner/name is not a file or folder here, its unet/config.json is not in the local hub cache, and the hub could not"
         in message
     )
     assert message.endswith("give a local folder or config.json, a preset (`shapecheck presets`), or try again with a network")

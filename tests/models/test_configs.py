@@ -19,6 +19,7 @@ import pytest
 
 from shapecheck import ShapecheckError
 from shapecheck.models import hub, lookup
+from shapecheck.presets import Kind
 
 REPOSITORY = "owner/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -55,7 +56,7 @@ def write(path: Path, record: object) -> Path:
         ("sdxl", "controlnet", "UNet2DConditionModel", 8),  # the ControlNet made for it
     ],
 )
-def test_a_preset_is_found_by_name(name: str, role: lookup.Role, class_name: str, vae_factor: int) -> None:
+def test_a_preset_is_found_by_name(name: str, role: Kind, class_name: str, vae_factor: int) -> None:
     found = lookup.find(name, role)
     assert (found.name, found.origin, found.class_name, found.vae_factor) == (name, f"preset {name}", class_name, vae_factor)
     assert found.config["block_out_channels"]
@@ -69,7 +70,7 @@ def test_a_preset_goes_before_a_folder_of_that_name(tmp_path: Path, monkeypatch:
 
 
 def test_a_controlnet_preset_is_no_model() -> None:
-    with pytest.raises(ShapecheckError, match=r"^controlnet-sd15 is a ControlNet; .* --controlnet controlnet-sd15$"):
+    with pytest.raises(ShapecheckError, match=r"^controlnet-sd15 is a ControlNet; .* --controlnet$"):
         lookup.find("controlnet-sd15", "unet")
 
 
@@ -201,7 +202,7 @@ def test_what_is_found_builds_the_module_that_was_saved(saved: Saved) -> None:
     ("record", "role", "guess"), [(UNET, "unet", "UNet2DConditionModel"), (CONTROLNET, "controlnet", "ControlNetModel")]
 )
 def test_without_a_class_name_the_keys_tell_and_a_note_says_so(
-    tmp_path: Path, record: Mapping[str, Any], role: lookup.Role, guess: str
+    tmp_path: Path, record: Mapping[str, Any], role: Kind, guess: str
 ) -> None:
     path = write(tmp_path / "config.json", {key: value for key, value in record.items() if key != "_class_name"})
     found = lookup.find(str(path), role)
@@ -347,7 +348,7 @@ def test_what_lies_beside_a_cached_unet_may_be_out_of_reach_and_a_note_says_so(c
     store(cache, {"unet/config.json": UNET})
     found = lookup.find(REPOSITORY, "unet")
     assert found.vae_factor == 8
-    assumed = f"8 pixels a latent cell and no ControlNet in {REPOSITORY} are assumed"
+    assumed = f"8 pixels per latent cell and no ControlNet in {REPOSITORY} are assumed"
     assert found.notes == (f"{assumed}: the hub could not be asked: the test has no network",)
 
 
@@ -396,7 +397,7 @@ def test_without_network_one_message_says_what_was_looked_for_and_what_to_do(cac
     with pytest.raises(hub.HubError) as raised:
         lookup.find(REPOSITORY, "unet")
     assert str(raised.value) == (
-        "owner/tiny is no file or folder here, its unet/config.json is not in the local hub cache, "
+        "owner/tiny is not a file or folder here, its unet/config.json is not in the local hub cache, "
         "and the hub could not be asked: the test has no network; "
         "give a local folder or config.json, a preset (`shapecheck presets`), or try again with a network"
     )
@@ -404,7 +405,7 @@ def test_without_network_one_message_says_what_was_looked_for_and_what_to_do(cac
 
 @pytest.mark.parametrize("name", ["a--b/c", "a/b..c", "a/b.git", "a/b-"])
 def test_a_name_the_hub_would_refuse_is_no_hub_id(cache: Path, name: str) -> None:
-    with pytest.raises(ShapecheckError, match=r"no hub id of the form owner/name either; check the spelling"):
+    with pytest.raises(ShapecheckError, match=r"not a hub id of the form owner/name either; check the spelling"):
         lookup.find(name, "unet")
 
 

@@ -291,7 +291,7 @@ def test_the_contract_read_from_the_file_whose_faults_these_are_is_the_models(tm
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["lora_unet_down_blocks_0.lora_down.weight"], "it looks like a LoRA, which is no model of its own"),
+        (["lora_unet_down_blocks_0.lora_down.weight"], "it looks like a LoRA, which is not a model by itself"),
         (["unet.down_blocks.0.attentions.0.to_q.lora_A.weight"], "it looks like a LoRA"),
         (
             ["model.diffusion_model.joint_blocks.0.x_block.weight", "model.diffusion_model.x_embedder.proj.weight"],
@@ -348,10 +348,10 @@ FIRST = "model.diffusion_model.input_blocks.0.0.weight"
         (b"{}", 2**62, "2 bytes|expected a header of"),
         (b"{}", 0x80, "expected a header of"),
         (b"not JSON", None, "does not start with an object"),
-        (b'{"a":' + b"[" * 100_000, None, "nested too deeply|is no valid"),
+        (b'{"a":' + b"[" * 100_000, None, "nested too deeply|is not a valid"),
         (f"{{{entry('a', [1], 2)},{entry('a', [1], 2)}}}".encode(), None, "a is given twice"),
-        (f"{{{entry(FIRST, [-1, 4, 3, 3], 2)}}}".encode(), None, "holds something else than sizes"),
-        (f"{{{entry(FIRST, [2**62, 2**62], 2)}}}".encode(), None, "data_offsets leave 2 bytes"),
+        (f"{{{entry(FIRST, [-1, 4, 3, 3], 2)}}}".encode(), None, "holds a value that is not a size"),
+        (f"{{{entry(FIRST, [2**62, 2**62], 2)}}}".encode(), None, "data_offsets span 2 bytes"),
         (f"{{{entry(FIRST, [0, 2**62], 0)}}}".encode(), None, "holds no Stable Diffusion UNet"),
     ],
 )
@@ -389,9 +389,9 @@ def test_the_command_says_what_was_read_and_what_is_not_known(tmp_path):
     done = CliRunner().invoke(main, ["probe", str(file), "--latent", "13x21"])
     assert done.exit_code == 0
     said = " ".join(done.stdout.split())
-    assert "note: tiny.safetensors: settings told by the shapes in its header, and they build exactly its tensors." in said
+    assert "note: tiny.safetensors: settings read from the shapes in its header, and they build exactly its tensors." in said
     assert "Attention heads are not in a header: as in Stable Diffusion, 8 in each level" in said
-    assert "8 pixels a latent cell assumed" in said
+    assert "8 pixels per latent cell assumed" in said
 
 
 @pytest.mark.parametrize(

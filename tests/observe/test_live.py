@@ -268,9 +268,9 @@ def test_half_precision_models_have_half_precision_inputs():
 def test_what_is_no_unet_or_no_controlnet_is_refused(unet):
     with pytest.raises(ShapecheckError, match="Linear has no diffusers config"):
         probe(torch.nn.Linear(2, 2))
-    with pytest.raises(ShapecheckError, match="class ControlNetModel is not read yet: expected a UNet2D"):
+    with pytest.raises(ShapecheckError, match="class ControlNetModel is not supported yet: expected a UNet2D"):
         probe(small.controlnet(unet))
-    with pytest.raises(ShapecheckError, match="class UNet2DConditionModel is not read yet: expected a ControlNetModel"):
+    with pytest.raises(ShapecheckError, match="class UNet2DConditionModel is not supported yet: expected a ControlNetModel"):
         probe(unet, unet)
 
 
@@ -485,5 +485,5 @@ def test_other_kinds_of_models_are_named():
         other = UNet3DConditionModel(block_out_channels=(8, 8), norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
                                      down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
                                      up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"))  # fmt: skip
-    with pytest.raises(ShapecheckError, match="class UNet3DConditionModel is not read yet"):
+    with pytest.raises(ShapecheckError, match="class UNet3DConditionModel is not supported yet"):
         probe(other)

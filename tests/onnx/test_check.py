@@ -690,7 +690,7 @@ def test_a_contract_inside_that_forges_names_is_refused(inside, drawn, tmp_path)
         first, *rest = drawn[1].slots
         model.metadata_props[CONTRACT_KEY] = replace(drawn[1], slots=(replace(first, producer=EVIL), *rest)).to_json()
 
-    with pytest.raises(ShapecheckError, match=r"an edited contract: evil\\x1b\[2J\\nFINE: .* is no name"):
+    with pytest.raises(ShapecheckError, match=r"an edited contract: evil\\x1b\[2J\\nFINE: .* is not a name"):
         check(files.planted(inside, tmp_path / "x.onnx", forge))
 
 

@@ -236,13 +236,13 @@ def other_architecture(file):
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        (cut_short, "is no valid .safetensors file"),
+        (cut_short, "is not a valid .safetensors file"),
         (endless_header, "expected a header of 2 to 100000000"),
         (overlapping, "tensor b at byte"),
         (beyond_the_end, "ends at byte"),
         (pickled, "its weights are pickled, which shapecheck never opens"),
         (escaping_shard, "escapes the folder"),
-        (other_architecture, "attn2.to_k.weight is 8×12, the model wants 8×20"),
+        (other_architecture, "attn2.to_k.weight is 8×12, expected 8×20"),
     ],
 )
 def test_a_damaged_or_hostile_checkpoint_is_refused_in_a_message(folder, fault, told):
@@ -290,7 +290,7 @@ def test_an_option_for_unets_is_refused_for_a_controlnet(tmp_path):
     assert "--no-control is for UNets" in result.stderr
 
 
-def test_quantised_weights_are_refused(folder):
+def test_quantized_weights_are_refused(folder):
     unet = small.unet(**exports.LEAST)
     tensors = unet.state_dict()
     tensors["conv_in.weight"] = (tensors["conv_in.weight"] * 100).to(torch.int8)
@@ -298,7 +298,7 @@ def test_quantised_weights_are_refused(folder):
     for options in ((), ("--dtype", "float16")):
         result = run(folder, "-o", folder / "unet.onnx", *options)
         assert result.exit_code == 2
-        assert "are quantised to int8" in result.stderr
+        assert "is quantized (int8)" in result.stderr
 
 
 @pytest.mark.full

@@ -247,7 +247,7 @@ def test_nothing_waits_for_a_pipe_and_no_file_is_written_over(deep, tmp_path):
         ("-o", "x.plan", "--timing-cache", "pipe"): "it is a pipe or a device",
         ("-o", "x.plan", "--timing-cache", "deep.onnx"): "that file is not a timing cache, and it would be overwritten",
         ("-o", "x.plan", "--timing-cache", "x.plan"): "it would be overwritten",
-        ("-o", "x.plan", "--timing-cache", "nofolder/x"): "nofolder is no folder",
+        ("-o", "x.plan", "--timing-cache", "nofolder/x"): "nofolder is not a folder",
     }
     for options, message in cases.items():
         places = [each if each.startswith("-") else tmp_path / each for each in options]
