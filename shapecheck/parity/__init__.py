@@ -17,7 +17,7 @@ def parity(model: str | Path | nn.Module, **asked: Any) -> Parity:
 
     Keywords are the fields of `ParityRequest`, which are named as the options of `shapecheck parity`: `onnx`, `engine`,
     `backends=("ort", "trt")`, `controlnet`, `sizes=("512x512:512x512:904x512",)`, `batch`, `seed`, … Returns the record of the
-    run: `passes`, `sides`, and in each the results check by check. Raises ShapecheckError where nothing can be compared.
+    run: `passes`, `sides`, and in each the results check by check. Raises ShapecheckError if nothing can be compared.
     """
     from shapecheck.parity.request import ParityRequest, create_run
 

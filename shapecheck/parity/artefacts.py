@@ -1,8 +1,8 @@
-"""The files of a parity run, before anything runs: which contract each has to keep, and what reading it tells."""
+"""The files of a parity run, before anything runs: the contract that each has to keep, and what reading it shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,131 +16,130 @@ from shapecheck.onnx import weight_comparison
 from shapecheck.onnx.check import check
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.input_roles import assign_roles, match_inputs
-from shapecheck.onnx.reading import Reading
 from shapecheck.parity.plan import choose_geometries
+from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import Check, Ran, Result
 from shapecheck.runtime.onnx_session import PROVIDERS
 from shapecheck.runtime.torch_session import output_names
 from shapecheck.tensorrt.check import check_engine, compare_with_file
 from shapecheck.tensorrt.profiles import Range, range_of
-from shapecheck.tensorrt.record import Engine, read_engine
+from shapecheck.tensorrt.record import Engine
 
 ENGINE_BACKENDS = ("trt", "rtx")
-
 
 _SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
 class ParityFile:
-    """What a backend runs, read and not yet opened. PyTorch itself runs the model, and has no file."""
+    """A file that a backend runs, read and not yet opened. PyTorch itself runs the model, and has no file."""
 
     contract: Contract
-    """Of the model, in the precision of the file."""
+    """The contract of the model, in the precision of the file."""
     names: Mapping[str, str]
     """From the contract's name of an input to the session's, for those that it has."""
     outputs: Mapping[str, str]
-    """Likewise of the outputs."""
+    """The same of the outputs."""
     path: Path = Path()
     graph: OnnxFile | None = None
-    """The ONNX file it is, or was built from, if there is one and it is known."""
+    """The ONNX file that it is, or was built from, if that is known."""
     names_in_graph: Mapping[str, str] = field(default_factory=dict)
-    """What that ONNX file calls the contract's inputs."""
+    """From the contract's name of an input to that ONNX file's."""
     record: Engine | None = None
-    """What was written of an engine when it was built."""
     ranges: tuple[Range, ...] = ()
     """The sizes that it was made for."""
     fixed: Mapping[str, int] = field(default_factory=dict)
     """Sizes of a call that it declares as numbers, by symbols: batch, h, w."""
     find_mismatches: Callable[[], tuple[Mismatch, ...]] = tuple
-    """Returns in what it is not of its contract."""
+    """Returns everything in which it breaks its contract."""
     compare_weights: Callable[[nn.Module], str | None] = lambda module: ""
-    """Returns in what its weights are not the module's; None if that cannot be told."""
+    """Returns how its weights differ from the module's; None if that is not known."""
     find_narrower: Callable[[], tuple[str, ...] | None] = tuple
-    """Returns what computes in less than its precision; None if that cannot be told."""
+    """Returns what computes in less than its precision; None if that is not known."""
 
     def geometries(self, ranges: tuple[Range, ...]) -> tuple[Geometry, ...]:
         """Return the sizes of the ranges; without any its own, else three small ones as far as it does not fix them."""
-        found = choose_geometries(self.contract, ranges or self.ranges)
-        return found if ranges else tuple(dict.fromkeys(geometry.with_sizes(self.fixed) for geometry in found))
+        geometries = choose_geometries(self.contract, ranges or self.ranges)
+        return geometries if ranges else tuple(dict.fromkeys(geometry.with_sizes(self.fixed) for geometry in geometries))
 
 
-def read_files(backends: Sequence[str], model: TorchModel, onnx: Path | None, engine: Path | None) -> dict[str, ParityFile]:
-    """Return what each backend runs, every file read once. Raises ShapecheckError if it is not given or cannot be read."""
-
-    graph = OnnxFile(onnx) if onnx is not None else None
-
-    @cache
-    def read_kind(kind: str) -> ParityFile:
-        if kind == "engine" and engine is not None:
-            return _read_engine(engine, model, graph)
-        if kind == "onnx" and graph is not None:
-            return _read_onnx(graph, model)
-        contract = model.contract(model.dtype(), control=True)
-        return ParityFile(contract, _keep_names(contract.input_rules), _keep_names(output_names(contract)))
-
-    files = {}
-    for backend in backends:
-        if backend in ENGINE_BACKENDS and engine is None:
-            raise ShapecheckError(f"{backend} runs engines: give one with --engine (`shapecheck build` makes one)")
-        if backend in PROVIDERS and onnx is None:
-            raise ShapecheckError(f"{backend} runs ONNX files: give one with --onnx (`shapecheck export` makes one)")
-        files[backend] = read_kind("engine" if backend in ENGINE_BACKENDS else "onnx" if backend in PROVIDERS else "torch")
+def read_files(request: ParityRequest, model: TorchModel) -> dict[str, ParityFile]:
+    """Return what each backend runs, every file read once. Raises ShapecheckError if one is missing or cannot be read."""
+    graph = OnnxFile(request.onnx) if request.onnx is not None else None
+    read: dict[str, ParityFile] = {}
+    files: dict[str, ParityFile] = {}
+    for backend in request.what_runs:
+        if backend in ENGINE_BACKENDS:
+            if request.engine is None or request.record is None:
+                raise ShapecheckError(f"{backend} runs engines: give one with --engine (`shapecheck build` makes one)")
+            engine = read.get("engine") or _read_engine(Path(request.engine), request.record, model, graph)
+            files[backend] = read["engine"] = engine
+        elif backend in PROVIDERS:
+            if graph is None:
+                raise ShapecheckError(f"{backend} runs ONNX files: give one with --onnx (`shapecheck export` makes one)")
+            files[backend] = read["onnx"] = read.get("onnx") or _read_onnx(graph, model)
+        else:
+            files[backend] = read["torch"] = read.get("torch") or _take_model(model)
     return files
 
 
+def _take_model(model: TorchModel) -> ParityFile:
+    contract = model.contract(model.dtype(), control=True)
+    return ParityFile(contract, _keep_names(contract.input_rules), _keep_names(output_names(contract)))
+
+
 def _read_onnx(file: OnnxFile, model: TorchModel) -> ParityFile:
-    reading = file.reading
-    roles = assign_roles(reading)
+    roles = assign_roles(file.reading)
     image = roles.sample or next((tensor for tensor in roles.base if tensor.is_image), None)
     if image is None:
         raise ShapecheckError(f"{file} takes no image (batch, channels, height, width); is it a UNet?")
     _require_role(file.path, "controlnet" if roles.is_controlnet else "unet", model)
     contract = model.contract(image.dtype, control=bool(roles.slots) or roles.is_controlnet, adapter=bool(roles.features))
-    names = _match_names(reading, contract)
+    names = {ours.name: tensor.name for ours, tensor in match_inputs(roles, contract).pairs}
     axes = zip(("batch", "", "h", "w"), image.dims or (), strict=False)
 
     def compare_weights(module: nn.Module) -> str | None:
-        found = weight_comparison.compare_weights(file, module.state_dict())
-        if not found.different:
-            return "" if found.same else None
-        total = len(found.different) + found.same
-        return f"{len(found.different)} of {total} tensors are not the model's: {_list_names(found.different)}"
+        compared = weight_comparison.compare_weights(file, module.state_dict())
+        if not compared.different:
+            return "" if compared.same else None
+        total = len(compared.different) + compared.same
+        return f"{len(compared.different)} of {total} tensors are not the model's: {_list_names(compared.different)}"
 
     return ParityFile(
         contract,
         names,
-        _match_outputs(contract, [output.name for output in reading.outputs]),
+        _match_outputs(contract, [output.name for output in file.reading.outputs]),
         file.path,
         file,
         names,
-        fixed={side: size for side, size in axes if side and isinstance(size, int)},
+        fixed={symbol: size for symbol, size in axes if symbol and isinstance(size, int)},
         find_mismatches=cache(lambda: check(file, contract).mismatches),
         compare_weights=compare_weights,
         find_narrower=cache(lambda: weight_comparison.find_narrower(file, image.dtype)),
     )
 
 
-def _read_engine(path: Path, model: TorchModel, graph: OnnxFile | None) -> ParityFile:
-    record = read_engine(path)
-    request, own = record.request, record.request.contract
-    _require_role(path, own.role, model)
-    contract = model.contract(own.dtype, control=bool(own.slots), adapter=bool(own.features))
+def _read_engine(path: Path, record: Engine, model: TorchModel, graph: OnnxFile | None) -> ParityFile:
+    request, built = record.request, record.request.contract
+    _require_role(path, built.role, model)
+    contract = model.contract(built.dtype, control=bool(built.slots), adapter=bool(built.features))
 
     def compare_weights(module: nn.Module) -> str | None:
         if graph is None:
             return None
         return "" if compare_with_file(record, graph).same else f"it was not built from the weights of {graph}"
 
+    pairs = match_inputs(assign_roles(graph.reading), contract).pairs if graph is not None else []
+    names_in_graph = {ours.name: tensor.name for ours, tensor in pairs}
     return ParityFile(
         contract,
         _keep_names(contract.input_rules),  # a session takes the contract's names
         _match_outputs(contract, request.outputs),
         path,
         graph,
-        _match_names(graph.reading, contract) if graph is not None else {},
+        names_in_graph,
         record,
-        ranges=tuple(range_of(own, profile) for profile in request.profiles),
+        ranges=tuple(range_of(built, profile) for profile in request.profiles),
         find_mismatches=cache(lambda: check_engine(path, record, contract).mismatches),
         compare_weights=compare_weights,
         find_narrower=lambda: None,
@@ -153,35 +152,33 @@ def _require_role(path: Path, role: str, model: TorchModel) -> None:
         raise ShapecheckError(f"{path} is {names[role]} and {model.name} {names[model.role]}: give the model it was made of")
 
 
-def _match_names(reading: Reading, contract: Contract) -> dict[str, str]:
-    return dict(match_inputs(assign_roles(reading), contract).names)
-
-
 def _match_outputs(contract: Contract, outputs: Sequence[str]) -> dict[str, str]:
-    """Return what a file calls the outputs that it has: residuals by their names if those are known, else by their order."""
+    """Return the file's names of the outputs that it has: residuals by their names if those are known, else by their order."""
     ours, scheme = output_names(contract), detect_scheme(outputs)
     if contract.role == "unet" or scheme is None:
         return dict(zip(ours, outputs, strict=False))
     return {name: own for name, own in zip(ours, scheme.names(len(ours) - 1), strict=True) if own in outputs}
 
 
-def _keep_names(names: Sequence[str] | Mapping[str, object]) -> dict[str, str]:
+def _keep_names(names: Iterable[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
 def evaluate_file(check: Check, file: ParityFile, ran: Ran, weights: str | None) -> Result:
-    """Return what reading a file proves, and what really ran it; `weights` is what `compare_weights` said."""
-    unknown = ""
-    fault: str | None
+    """Return the result of a check that needs no call: of the file, or of what really ran it.
+
+    `weights` is the answer of the file's `compare_weights`.
+    """
+    unknown, fault = "", weights
     if check.kind == "provider":
         expected = PROVIDERS.get(check.backend, ran.provider)
         fault = "" if ran.provider == expected else f"{ran.provider} runs, where {check.backend} is {expected}"
     elif check.kind == "contract":
         fault = "; ".join(map(str, file.find_mismatches()))
     elif check.kind == "weights":
-        fault, unknown = weights, "no tensor of the file has a name that tells which of the model's it is"
+        unknown = "no tensor of the file has a name that tells which of the model's it is"
     else:
-        narrower, unknown = file.find_narrower(), "an engine does not tell in what it computes; its numbers do"
+        narrower, unknown = file.find_narrower(), "an engine does not show in what precision it computes; its numbers do"
         fault = None if narrower is None else ""
         if narrower:
             fault = f"{len(narrower)} in less than {ran.precision}: {_list_names(narrower)}"

@@ -1,4 +1,4 @@
-"""The forward calls of a parity run, and the numbers of their inputs: drawn from a seed, the same for every backend."""
+"""The forward calls of a parity run, and their inputs: drawn from a seed, the same for every backend."""
 
 from __future__ import annotations
 
@@ -19,17 +19,13 @@ from shapecheck.models.safetensors import checkpoint_files
 EmitResiduals = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
 """Returns a real ControlNet's residuals for the base inputs of a call, and a frame's number."""
 
-
 _FIRST_TIMESTEP, _LAST_TIMESTEP = 11.3, 967.7
 """Timesteps are between these, a fraction each: one that is cut to a whole number is seen."""
 
-
 _TIMESTEP_CHANGE = 173.0
-
 
 _SCALE, _OTHER_SCALE = 0.8, 0.5
 """A ControlNet's conditioning_scale, and its perturbation: neither is 1, so that one that is baked is seen."""
-
 
 _LOUD = 16.0
 """Perturbations in a half precision are this many times as large, or their effect would drown in its rounding."""
@@ -41,13 +37,13 @@ class ForwardCase:
 
     geometry: Geometry
     frame: int | None = None
-    """Whose residuals are given; None for a ControlNet that is off: zeros."""
+    """The frame whose residuals are given; None for a ControlNet that is off: zeros."""
     half: bool = False
-    """Whether the residuals are only in the first half of the batch, zeros in the second."""
+    """Residuals are only in the first half of the batch, zeros in the second."""
     perturbed: str = ""
     """The input or slot whose perturbation is added, the same in every row."""
     pooled: bool = False
-    """Whether each residual is one cell, as with guess mode or global pooling: PyTorch broadcasts it, files get it expanded."""
+    """Each residual is one cell, as with guess mode or global pooling: PyTorch broadcasts it, files get it expanded."""
 
     def __str__(self) -> str:
         control = "off" if self.frame is None else "on in the first half" if self.half else f"on, frame {self.frame}"
@@ -63,35 +59,37 @@ def residual_slots(contract: Contract) -> tuple[Slot, ...]:
 class InputGenerator:
     """Makes the inputs of forward calls.
 
-    Residuals are those of `emit`, or drawn from a normal distribution of width 1 as a T2I-Adapter's features always are.
+    Residuals are those of `emit`, or normally distributed with a width of 1, as a T2I-Adapter's features always are.
     """
 
     def __init__(self, contract: Contract, seed: int, emit: EmitResiduals | None = None) -> None:
-        self._contract, self._seed, self._emit = contract, seed, emit
-        self._slots = residual_slots(contract)
+        self._contract, self._seed, self._emit, self._slots = contract, seed, emit, residual_slots(contract)
         self._dtypes = {name: getattr(torch, dtype) for name, dtype in contract.input_dtypes.items()}
+        self._labels = int(contract.config.get("num_class_embeds") or 1000)
         self._frames: dict[tuple[Geometry, int], dict[str, Tensor]] = {}
 
     def __call__(self, case: ForwardCase, *, expanded: bool = True) -> dict[str, Tensor]:
         """Return a tensor for every input and slot, in its dtype, on the CPU; pooled residuals are `expanded` or 1×1."""
         self._contract.require(case.geometry)
         values = {spec.name: self._draw_input(spec, case.geometry) for spec in self._contract.inputs}
-        values |= self._residuals(values, case)
+        values |= self._draw_residuals(values, case)
         if case.pooled:
-            values |= self._pool(values, case.geometry, expanded)
+            for name, shape in self._contract.shapes(case.geometry).items():
+                cell = values[name].double().mean((2, 3), keepdim=True).mul(4).to(values[name].dtype)
+                values[name] = cell.expand(shape) if expanded else cell
         if case.perturbed:
             values[case.perturbed] = self.perturb(case.perturbed, values[case.perturbed])
         return values
 
     def perturb(self, name: str, value: Tensor) -> Tensor:
-        """Return the value with the input's or slot's own perturbation added."""
+        """Add the perturbation of an input or slot to its value."""
         if name == "timestep":
             return ((value + _TIMESTEP_CHANGE) % 1000).to(value.dtype)
         if name == "conditioning_scale":
             return torch.full_like(value, _OTHER_SCALE)
         if not value.is_floating_point():
-            return (value + 1) % self._count_labels()
-        noise = self._noise(f"perturb {name}", (1, *value.shape[1:])).expand(value.shape)
+            return (value + 1) % self._labels
+        noise = self._draw_noise(f"perturb {name}", (1, *value.shape[1:])).expand(value.shape)
         if name == "time_ids":
             return (value.double() + 300 * noise.abs()).to(value.dtype)
         return (value.double() + noise * (_LOUD if value.dtype.itemsize < 4 else 1)).to(value.dtype)
@@ -104,49 +102,37 @@ class InputGenerator:
         if spec.name == "conditioning_scale":
             return torch.full(shape, _SCALE, dtype=dtype)
         if not dtype.is_floating_point:
-            return (torch.arange(shape[0]) % self._count_labels()).reshape(shape).to(dtype)
-        noise = self._noise(f"{spec.name} {geometry}", shape)
+            return (torch.arange(shape[0]) % self._labels).reshape(shape).to(dtype)
+        noise = self._draw_noise(f"{spec.name} {geometry}", shape)
         return (64 * (1 + noise.abs()).mul(4).floor() if spec.name == "time_ids" else noise).to(dtype)
 
-    def _count_labels(self) -> int:
-        return int(self._contract.config.get("num_class_embeds") or 1000)
-
-    def _residuals(self, base: Mapping[str, Tensor], case: ForwardCase) -> dict[str, Tensor]:
-        if case.frame is None or not self._slots:
-            shapes = {slot.name: slot.shape_at(case.geometry) for slot in self._slots}
+    def _draw_residuals(self, base: Mapping[str, Tensor], case: ForwardCase) -> dict[str, Tensor]:
+        shapes = {slot.name: slot.shape_at(case.geometry) for slot in self._slots}
+        if case.frame is None or not shapes:
             return {name: torch.zeros(shape, dtype=self._dtypes[name]) for name, shape in shapes.items()}
         key = (case.geometry, case.frame)
         if key not in self._frames:
-            self._frames[key] = self._draw_frame(base, case.geometry, case.frame)
+            end = f"{case.geometry} frame {case.frame}"
+            values = {name: self._draw_noise(f"{name} {end}", shape).to(self._dtypes[name]) for name, shape in shapes.items()}
+            if self._emit is not None:
+                emitted = self._emit(base, case.frame)
+                emitted = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in emitted.items()}
+                self._contract.verify(emitted, case.geometry)
+                refuse_zeros(emitted)
+                values |= emitted
+            self._frames[key] = values
         if not case.half:
             return dict(self._frames[key])
         rows = case.geometry.batch // 2
         return {name: torch.cat([value[:rows], torch.zeros_like(value[rows:])]) for name, value in self._frames[key].items()}
 
-    def _pool(self, values: Mapping[str, Tensor], geometry: Geometry, expanded: bool) -> dict[str, Tensor]:
-        shapes = self._contract.shapes(geometry)
-        cells = {name: values[name].double().mean((2, 3), keepdim=True).mul(4).to(values[name].dtype) for name in shapes}
-        return {name: cell.expand(shapes[name]) if expanded else cell for name, cell in cells.items()}
-
-    def _draw_frame(self, base: Mapping[str, Tensor], geometry: Geometry, frame: int) -> dict[str, Tensor]:
-        values = {
-            slot.name: self._noise(f"{slot.name} {geometry} frame {frame}", slot.shape_at(geometry)).to(self._dtypes[slot.name])
-            for slot in self._slots
-        }
-        if self._emit is None:
-            return values
-        emitted = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in self._emit(base, frame).items()}
-        self._contract.verify(emitted, geometry)
-        refuse_zeros(emitted)
-        return values | emitted
-
-    def _noise(self, what: str, shape: tuple[int, ...]) -> Tensor:
-        seed = zlib.crc32(f"{self._seed} {what}".encode())
+    def _draw_noise(self, label: str, shape: tuple[int, ...]) -> Tensor:
+        seed = zlib.crc32(f"{self._seed} {label}".encode())
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def refuse_zeros(residuals: Mapping[str, Tensor]) -> None:
-    """Raise ShapecheckError if every residual is zero: with those, a slot that is not even connected passes."""
+    """Raise ShapecheckError if every residual is zero: with such residuals a slot that is not even connected passes."""
     if residuals and not any(bool(value.any()) for value in residuals.values()):
         raise ShapecheckError(
             "every residual is zero, so nothing would be proven: an untrained ControlNet has zero convolutions; "
@@ -154,15 +140,15 @@ def refuse_zeros(residuals: Mapping[str, Tensor]) -> None:
         )
 
 
-def load_controlnet(name: str, *, variant: str | None = None, offline: bool = False) -> EmitResiduals:
-    """Return what the named ControlNet, in float32, emits for a random image a frame.
+def load_controlnet(name: str, *, offline: bool = False) -> EmitResiduals:
+    """Return a function that runs the named ControlNet, in float32, on a random image a frame.
 
-    Raises ShapecheckError if it, or its weights, cannot be had.
+    Raises ShapecheckError if it or its weights cannot be found.
     """
     source = lookup.find(name, "controlnet", offline=offline)
-    if source.folder is None or not checkpoint_files(source.folder, variant=variant):
+    if source.folder is None or not checkpoint_files(source.folder):
         raise ShapecheckError(f"{source.origin} is a ControlNet without weights; give a folder that holds them")
-    net: Any = diffusers_models.load(source, variant, torch.float32)
+    net: Any = diffusers_models.load(source, None, torch.float32)
     inputs = controlnet_inputs(net.config, "float32")
 
     def emit(base: Mapping[str, Tensor], frame: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Where a file's numbers leave PyTorch's: the first of the contract's own values that is further away than is allowed."""
+"""The first of the contract's own values inside a file that is further from PyTorch's than is allowed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from shapecheck.runtime.torch_session import TorchSession
 Source = Callable[[Sequence[Inner]], Mapping[str, Tensor]]
 """Returns values by `Inner.name`, float64 on the CPU, as `compute_inner` does; loads the model first if it has to."""
 
-
 RunMarked = Callable[[bytes, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Runs the bytes of a marked model on inputs by the contract's names; returns outputs by the model's."""
 
@@ -45,7 +44,7 @@ def find_divergence(
 
     The file is run once with its values as outputs, in ONNX Runtime on `backend` or by `run`. That keeps it from fusing
     across them: a fault of a fused kernel may vanish. `names` is what the file calls the contract's inputs, of those it has;
-    `inputs` holds a tensor for each, by the contract's names. `reference` and `own` give PyTorch's values in the reference's
+    `inputs` holds a tensor for each, by the contract's names. `reference` and `own` return PyTorch's values in the reference's
     precision and in the file's, `dtype`; each is called once, one after the other. A value may differ by `tolerance_factor`
     times PyTorch's own largest difference, or by as many units of rounding (`torch.finfo(dtype).eps`) of its largest magnitude,
     whichever is more.
@@ -56,11 +55,10 @@ def find_divergence(
     expected = reference(values)
     rounded = own(values)
     values = tuple(value for value in values if value.name in expected and value.name in rounded)
-    errors = {value.name: _largest(rounded[value.name] - expected[value.name]) for value in values}
     outputs = (run or in_onnx_runtime(file.path, names, backend))(add_outputs(file, [value.value for value in values]), inputs)
     agreed: list[str] = []
     for value in values:
-        error = errors[value.name]
+        error = _largest(rounded[value.name] - expected[value.name])
         rounding = torch.finfo(dtype).eps * _largest(expected[value.name])
         unit = rounding if error <= rounding else error  # which stays NaN if PyTorch itself overflows, and fails
         actual = outputs[name_output(value.value)]
@@ -83,18 +81,18 @@ def compute_inner(
 
     `inputs` holds a tensor for every input and slot of the contract. A value whose module does not exist here is left out.
     """
-    found: dict[str, Tensor] = {}
+    computed: dict[str, Tensor] = {}
     modules = dict(module.named_modules())
 
     def keep_as(value: Inner) -> Callable[[Any, Any, Any], None]:
         features = [feature.name for feature in contract.features if feature.producer == value.module]
         added = [*features, value.slot] if value.slot else []
 
-        def keep(_module: nn.Module, _given: Any, output: Any) -> None:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             total = output if isinstance(output, Tensor) else output[0]  # a tuple begins with the hidden state
             for name in added:
                 total = total + inputs[name].to(total.device, total.dtype)  # rounded as the UNet's own sum is
-            found[value.name] = total.detach().to("cpu", torch.float64, copy=True)  # which later layers cannot write to
+            computed[value.name] = total.detach().to("cpu", torch.float64, copy=True)  # which later layers cannot write to
 
         return keep
 
@@ -103,11 +101,11 @@ def compute_inner(
             if value.module in modules:
                 hooks.callback(modules[value.module].register_forward_hook(keep_as(value)).remove)
         TorchSession(module, contract)(inputs)
-    return found
+    return computed
 
 
 def in_onnx_runtime(path: Path, names: Mapping[str, str], backend: str) -> RunMarked:
-    """Return what runs a marked copy of the file at `path`, whose weights stay where they are."""
+    """Return a function that runs a marked copy of the file at `path`, whose weights stay where they are."""
 
     def run(model: bytes, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         with OnnxSession.open(model, backend=backend, folder=path.parent) as session:

@@ -1,4 +1,4 @@
-"""Where everything stands in the picture of a UNet and its slots: plain numbers, which a template turns into SVG."""
+"""The layout of the picture of a UNet and its slots: plain numbers, which a template turns into SVG."""
 
 from __future__ import annotations
 
@@ -12,47 +12,14 @@ from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.parity.results import Result, Status
 
 WIDTH = 1160
-
-
-_TOP = 52
-
-
-_ROW = 34
-
-
-_BOX = 24
-
-
-_LEVEL_HEAD = 22
-
-
-_GAP = 12
-
-
+_TOP, _ROW, _BOX, _LEVEL_HEAD, _GAP, _INSET = 52, 34, 24, 22, 12, 26
 _LANE = 312
-"""Where the column of residuals ends and the UNet begins."""
-
-
+"""The column of residuals ends here, and the UNet begins."""
 _PATH = _LANE + 34
-"""Where the boxes of the first level begin."""
-
-
-_INSET = 26
-
-
-_NARROWEST, _WIDEST = 58, 124
-
-
-_UP = 106
-
-
-_BAR = 64
-
-
+"""The boxes of the first level begin here."""
+_NARROWEST, _WIDEST, _UP, _BAR = 58, 124, 106, 64
 _FULL_BAR = 1.25
-"""The strength at which a bar is full; more is drawn no longer."""
-
-
+"""The strength at which a bar is full; a greater one is drawn no longer."""
 _LETTER, _SMALL_LETTER = 6.3, 6.0
 """Width of an average letter of a label, and of a reason."""
 
@@ -93,9 +60,9 @@ class SlotDrawing:
     arrow: str
     skip: str
     bars: tuple[tuple[str, float, float], ...]
-    """What is measured, the upper edge, and how far it is filled."""
+    """The name of the number, the upper edge, and how far the bar is filled."""
     strip: Box | None
-    """On the line of a slot that failed: holds the reason, in one line or two."""
+    """Holds the reason of a slot that failed, in one line or two."""
     lines: tuple[str, ...]
 
 
@@ -109,11 +76,10 @@ class Drawing:
     ups: tuple[Box, ...]
     flows: tuple[str, ...]
     entry: tuple[float, float]
-    """Where the sample comes in."""
+    """The point where the sample comes in; at `exit` the prediction leaves."""
     exit: tuple[float, float]
-    """Where the prediction leaves."""
     words: str
-    """For who cannot see the picture."""
+    """The picture in a sentence, for readers who cannot see it."""
     width: float = WIDTH
     lane: float = _LANE
     """The right edge of the column of residuals."""
@@ -132,7 +98,12 @@ def draw_unet(contract: Contract, results: Mapping[str, Result]) -> Drawing | No
     boxes, levels, bottom = _place_downs(downs, widest)
     ups = _place_ups(downs, boxes)
     mid = _place_mid(bottom, mids, widest)
-    slots = [_draw_down(slot, results.get(slot.name), box, ups) for slot, box in zip(downs, boxes, strict=True)]
+    slots = []
+    for slot, box in zip(downs, boxes, strict=True):
+        up = next((up for up in ups if up.y <= box.middle <= up.bottom), None)
+        skip = f"M{box.right:.1f} {box.middle:.1f}H{up.x:.1f}" if up else ""
+        room = box.right + 22, (up.x if up else WIDTH) - 22
+        slots.append(_draw_slot(slot, results.get(slot.name), box, skip, *room, box.middle))
     slots += [_draw_slot(slot, results.get(slot.name), mid, "", _LANE + 60, WIDTH - 60, mid.bottom + 24) for slot in mids]
     left = boxes[0] if boxes else mid
     right = ups[0] if ups else Box(WIDTH - _UP, _TOP, _UP, 0)
@@ -153,9 +124,7 @@ def draw_unet(contract: Contract, results: Mapping[str, Result]) -> Drawing | No
 
 def _place_downs(downs: Sequence[Slot], widest: int) -> tuple[list[Box], list[Box], float]:
     """Return the boxes of the down path, the bands of its levels, and where the last band ends."""
-    boxes: list[Box] = []
-    levels: list[Box] = []
-    y = float(_TOP)
+    boxes, levels, y = list[Box](), list[Box](), float(_TOP)
     for depth, (stride, group) in enumerate(groupby(downs, key=lambda slot: slot.stride)):
         level, start = list(group), y
         y += _LEVEL_HEAD
@@ -170,7 +139,7 @@ def _place_downs(downs: Sequence[Slot], widest: int) -> tuple[list[Box], list[Bo
 
 
 def _measure(slot: Slot, widest: int) -> float:
-    """Return the width of a slot's box: wider for more channels."""
+    """Return the width of a slot's box, which grows with its channels."""
     return _NARROWEST + (_WIDEST - _NARROWEST) * slot.channels / widest
 
 
@@ -200,20 +169,11 @@ def _place_mid(bottom: float, mids: Sequence[Slot], widest: int) -> Box:
     return Box((_LANE + WIDTH - width) / 2, bottom + 18, width, 30, label)
 
 
-def _draw_down(slot: Slot, result: Result | None, box: Box, ups: Sequence[Box]) -> SlotDrawing:
-    up = next((up for up in ups if up.y <= box.middle <= up.bottom), None)
-    skip = f"M{box.right:.1f} {box.middle:.1f}H{up.x:.1f}" if up else ""
-    return _draw_slot(slot, result, box, skip, box.right + 22, (up.x if up else WIDTH) - 22, box.middle)
-
-
 def _draw_slot(slot: Slot, result: Result | None, box: Box, skip: str, left: float, right: float, middle: float) -> SlotDrawing:
     """Return a slot; if it failed, the reason stands between `left` and `right` about the height `middle`."""
     number = SHAPECHECK.index(slot.name)
     label = _cut(slot.name, 150) if number is None else "mid" if number == -1 else f"down {number:02d}"
-    strip: Box | None = None
-    lines: tuple[str, ...] = ()
-    if result and result.status == "failed":
-        strip, lines = _place_reason(result, left, right, middle)
+    strip, lines = _place_reason(result, left, right, middle) if result and result.status == "failed" else (None, ())
     effect = result.effect if result else None
     bars = (("strength", effect.strength, -8), ("cosine", effect.cosine, 3)) if effect else ()
     return SlotDrawing(
@@ -235,7 +195,7 @@ def _draw_slot(slot: Slot, result: Result | None, box: Box, skip: str, left: flo
 
 
 def _place_reason(result: Result, left: float, right: float, middle: float) -> tuple[Box, tuple[str, ...]]:
-    """Return a strip in the middle of the room there is, as wide as its words: at most two lines of about the same length."""
+    """Return a strip in the middle of the room, as wide as its words: at most two lines of about the same length."""
     why = result.reason or "failed"
     text = why.removeprefix(result.check.where).lstrip(" :") or why
     most = int((right - left - 20) / _SMALL_LETTER)

@@ -1,7 +1,7 @@
-"""An exported file's numbers beside PyTorch's, as a short parity run in a process of its own.
+"""An exported file's numbers beside PyTorch's: a short parity run in a process of its own.
 
-Its memory is that of one side at a time, none of it stays behind, and a system that has too little kills nothing else. Run as
-`python -m shapecheck.parity.export_check JOB`, the job being what `verify_export` writes: the outputs are printed as JSON.
+It needs the memory of one side at a time and leaves none behind, and a system that has too little kills nothing else.
+`verify_export` runs `python -m shapecheck.parity.export_check JOB`, which prints the outputs as JSON.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from typing import Any
 
 from shapecheck.contract import Geometry, ShapecheckError
 from shapecheck.onnx.records import Agreement, Exported
+from shapecheck.parity.request import ParityRequest
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.profiles import Range
 
 _FLOAT32_FACTOR = 10
 """Times the error assumed of PyTorch, which makes 1e-5: ten times the largest difference measured at full size, and a hundredth
 of a scale wrong by 0.1 %."""
+
 _HALF_FACTOR = 2
 """Times PyTorch's own error, which is measured."""
+
 _PROCESS = 0.6e9
 """Bytes of a process with PyTorch before any weights."""
 
@@ -41,7 +44,7 @@ def refuse_unverifiable(dtype: str | None, weights: str | None) -> None:
 
 
 def estimate_memory(exported: Exported) -> int:
-    """Return the bytes that `verify_export` takes at most: a side after the other, each with all weights, PyTorch's float32."""
+    """Return the bytes that `verify_export` needs at most: for one side at a time with all weights, PyTorch's in float32."""
     return int((exported.contract.header.parameters or 0) * 4 * 1.15 + _PROCESS)
 
 
@@ -72,36 +75,35 @@ def verify_export(
     }
     progress("computing with PyTorch, then with ONNX Runtime")
     command = [sys.executable, "-P", "-m", __name__, json.dumps(job)]  # -P: no modules of the current folder
-    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603  # this interpreter, our own module
-    if done.returncode < 0:
+    process = subprocess.run(command, capture_output=True, text=True)  # noqa: S603  # this interpreter, our own module
+    if process.returncode < 0:
         raise ShapecheckError(
             f"verifying: the process was killed; it needs about {estimate_memory(exported) / 1e9:.1f} GB of memory. The file "
             "is written; verify it on a larger machine"
         )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ShapecheckError(f"verifying: {reason[:600]}")
-    return tuple(
-        Agreement(name, Geometry(*size), *numbers) for name, size, *numbers in json.loads(done.stdout.splitlines()[-1])
-    )
+    rows = json.loads(process.stdout.splitlines()[-1])
+    return tuple(Agreement(name, Geometry(*size), *numbers) for name, size, *numbers in rows)
 
 
 def compare_outputs(job: Mapping[str, Any]) -> Iterator[tuple[str, Geometry, float, float]]:
     """Yield every output at every size: the largest difference, and the allowed one, as shares of the largest value."""
     from shapecheck.parity.plan import plan_outputs
-    from shapecheck.parity.run import ParityOptions, ParityRun
+    from shapecheck.parity.run import ParityRun
 
     sizes = [Geometry(*size) for size in job["sizes"]]
-    options = ParityOptions(
-        tuple(Range(size, size, size) for size in sizes),
-        tolerance_factor=job["factor"],
+    request = ParityRequest(
+        job["model"],
+        job["onnx"],
+        times_own=job["factor"],
         reference="float32",  # float64 would take twice the memory
         variant=job["variant"],
         offline=job["offline"],
-        plan=plan_outputs,
-        explain=False,
     )
-    run = ParityRun(job["model"], ["ort"], onnx=job["onnx"], options=options)
+    ranges = tuple(Range(size, size, size) for size in sizes)
+    run = ParityRun(request, ranges=ranges, plan=plan_outputs, explain=False)
     outputs = {plan.check: plan.output for plan in run.plans["ort"]}
     for result in run.side("ort").results:
         verdict = result.verdict
@@ -120,12 +122,12 @@ def compare_outputs(job: Mapping[str, Any]) -> Iterator[tuple[str, Geometry, flo
 
 
 def main(job: str) -> None:
-    """Carry out a job and print its outputs."""
+    """Compare the outputs of a job and print them."""
     try:
-        found = [(name, astuple(size), *numbers) for name, size, *numbers in compare_outputs(json.loads(job))]
+        rows = [(name, astuple(size), *numbers) for name, size, *numbers in compare_outputs(json.loads(job))]
     except ShapecheckError as error:
         sys.exit(" ".join(str(error).split()))
-    sys.stdout.write(json.dumps(found))
+    sys.stdout.write(json.dumps(rows))
 
 
 if __name__ == "__main__":

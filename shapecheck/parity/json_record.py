@@ -1,4 +1,4 @@
-"""A parity run as JSON values: what machines read, and where the page takes every number from."""
+"""A parity run as JSON values: for machines, and for the page, which takes every number from them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from shapecheck.parity.results import CheckKind, Parity, Result, Side, Verdict
+from shapecheck.parity.results import CheckKind, Parity, Side, Verdict
 from shapecheck.report.numbers import encode_nonfinite
-
-SCHEMA = 1
-
 
 OUTPUTS: tuple[CheckKind, ...] = ("case", "switch", "cfg")
 """Checks of whole outputs."""
@@ -19,7 +16,7 @@ OUTPUTS: tuple[CheckKind, ...] = ("case", "switch", "cfg")
 def record_parity(parity: Parity) -> dict[str, Any]:
     """Return the whole run. JSON has no word for NaN and the infinities: they are "NaN", "Infinity", "-Infinity"."""
     values = {
-        "shapecheck_parity": SCHEMA,
+        "shapecheck_parity": 1,
         "verdict": parity.verdict.lower(),
         "model": parity.model,
         "contract_digest": parity.contract.digest,
@@ -44,35 +41,29 @@ def compare_with_torch(verdict: Verdict) -> float:
 
 
 def _record_side(side: Side) -> dict[str, Any]:
-    found = side.divergence
+    divergence = side.divergence
     return {
         "backend": side.backend,
         "artefact": side.artefact,
         "ran": asdict(side.ran) if side.ran else None,
         "notes": list(side.notes),
-        "results": [_record_result(result) for result in side.results],
-        "divergence": asdict(found) | {"verdict": _record_verdict(found.verdict)} if found else None,
-    }
-
-
-def _record_result(result: Result) -> dict[str, Any]:
-    return {
-        "kind": result.check.kind,
-        "where": result.check.where,
-        "status": result.status,
-        "reason": result.reason,
-        "geometry": asdict(result.geometry) if result.geometry else None,
-        "verdict": _record_verdict(result.verdict) if result.verdict else None,
-        "effect": asdict(result.effect) if result.effect else None,
-        "seconds": result.seconds,
+        "results": [
+            {
+                "kind": result.check.kind,
+                "where": result.check.where,
+                "status": result.status,
+                "reason": result.reason,
+                "geometry": asdict(result.geometry) if result.geometry else None,
+                "verdict": _record_verdict(result.verdict) if result.verdict else None,
+                "effect": asdict(result.effect) if result.effect else None,
+                "seconds": result.seconds,
+            }
+            for result in side.results
+        ],
+        "divergence": asdict(divergence) | {"verdict": _record_verdict(divergence.verdict)} if divergence else None,
     }
 
 
 def _record_verdict(verdict: Verdict) -> dict[str, Any]:
-    derived = {
-        "count": verdict.count,
-        "share": verdict.share,
-        "passes": verdict.passes,
-        "times_own": compare_with_torch(verdict),
-    }
-    return asdict(verdict) | derived
+    derived = {"count": verdict.count, "share": verdict.share, "passes": verdict.passes}
+    return asdict(verdict) | derived | {"times_own": compare_with_torch(verdict)}

@@ -6,18 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shapecheck.parity import summary
 from shapecheck.parity.drawing import draw_unet
 from shapecheck.parity.json_record import OUTPUTS, record_parity
 from shapecheck.parity.results import KINDS, CheckKind, Parity, Result, Status
-from shapecheck.parity.summary import (
-    count_statuses,
-    describe_reason,
-    describe_subject,
-    describe_tolerance,
-    judge_side,
-    name_backend,
-    summarize,
-)
 from shapecheck.report.pages import Place, open_template
 
 _PLURALS = {"case": "cases", "input": "inputs", "slot": "slots"}
@@ -39,14 +31,9 @@ def render_page(parity: Parity) -> str:
     return open_template("parity/parity.html.j2").render(
         parity=parity,
         sections=[_describe_side(parity, index, values["sides"][index]) for index in range(len(parity.sides))],
-        sentence=summarize(parity),
-        tolerance=describe_tolerance(parity),
-        status="passed" if parity.passes else "failed",
+        summary=summary,
         values=values,
         outputs=OUTPUTS,
-        name_backend=name_backend,
-        judge_side=judge_side,
-        count_statuses=count_statuses,
     )
 
 
@@ -55,8 +42,8 @@ def _describe_side(parity: Parity, index: int, place: Place) -> dict[str, Any]:
     side = parity.sides[index]
     rows = []
     for number, result in enumerate(side.results):
-        about = describe_subject(result)
-        message = describe_reason(result).removeprefix(about).lstrip(" :") or result.reason
+        about = summary.describe_subject(result)
+        message = summary.describe_reason(result).removeprefix(about).lstrip(" :") or result.reason
         rows.append(Row(result, place["results"][number], about.removeprefix("case "), message))
     slots = _choose_rows(rows, "slot")
     results = {name: row.result for name, row in slots.items()}

@@ -1,4 +1,4 @@
-"""What a parity run proves, and by which calls: known from the contract and the sizes alone, before anything runs."""
+"""The checks of a parity run and the calls that decide them: known from the contract and the sizes, before anything runs."""
 
 from __future__ import annotations
 
@@ -27,28 +27,23 @@ class PlannedCheck:
 
 def choose_geometries(contract: Contract, ranges: Sequence[Range]) -> tuple[Geometry, ...]:
     """Return each range's min, opt and max and an odd size between; without ranges three small sizes, of batch 2, 1 and 3."""
+    step = contract.divisor
     if not ranges:
-        step = contract.divisor
         return Geometry(2, 17 * step, 25 * step), Geometry(1, 24 * step, 40 * step), Geometry(3, 9 * step, 14 * step)
-    several = (geometry for sizes in ranges for geometry in (*sizes.geometries, _choose_between(sizes, contract.divisor)))
-    return tuple(dict.fromkeys(several))
 
-
-def _choose_between(sizes: Range, divisor: int) -> Geometry:
-    """Return a size between min and max whose sides are odd multiples of the divisor if there are any."""
-
-    def odd(least: int, most: int, step: int) -> int:
+    def choose_odd(least: int, most: int) -> int:
+        """Return the middle one of the odd multiples of the divisor between two sizes, or of all if none is odd."""
         steps = range(-(-least // step), most // step + 1)
-        found = [each for each in steps if each % 2] or list(steps)
-        return found[len(found) // 2] * step
+        candidates = [number for number in steps if number % 2] or list(steps)
+        return candidates[len(candidates) // 2] * step
 
-    low, high = sizes.min, sizes.max
-    return Geometry(
-        (low.batch + high.batch + 1) // 2,
-        odd(low.height, high.height, divisor),
-        odd(low.width, high.width, divisor),
-        (low.tokens + high.tokens) // 2,
-    )
+    geometries: list[Geometry] = []
+    for sizes in ranges:
+        low, high = sizes.min, sizes.max
+        height, width = choose_odd(low.height, high.height), choose_odd(low.width, high.width)
+        between = Geometry((low.batch + high.batch + 1) // 2, height, width, (low.tokens + high.tokens) // 2)
+        geometries += (*sizes.geometries, between)
+    return tuple(dict.fromkeys(geometries))
 
 
 def plan_checks(contract: Contract, backend: str, geometries: Sequence[Geometry]) -> tuple[PlannedCheck, ...]:
@@ -75,19 +70,19 @@ def plan_checks(contract: Contract, backend: str, geometries: Sequence[Geometry]
 def plan_outputs(contract: Contract, backend: str, geometries: Sequence[Geometry]) -> tuple[PlannedCheck, ...]:
     """Return the shortest proof that a backend computes the same: what runs, and every output once a size."""
     frame = 0 if residual_slots(contract) else None
-    cases = [ForwardCase(geometry, frame) for geometry in geometries]
-    plans = [plan for case in cases for plan in _plan_case(contract, backend, case)]
+    plans = [plan for geometry in geometries for plan in _plan_case(contract, backend, ForwardCase(geometry, frame))]
     return (PlannedCheck(Check(backend, "provider", "")), *plans)
 
 
 def _plan_case(contract: Contract, backend: str, case: ForwardCase) -> list[PlannedCheck]:
-    """One check of each output."""
+    """Return one check of each output."""
     where = str(case.geometry)
     if residual_slots(contract):
         where += f", control {'off' if case.frame is None else 'on'}" + (", pooled residuals" if case.pooled else "")
-    outputs = output_names(contract)
-    several = len(outputs) > 1
-    return [PlannedCheck(Check(backend, "case", f"{where}, {name}" if several else where), (case,), name) for name in outputs]
+    names = output_names(contract)
+    return [
+        PlannedCheck(Check(backend, "case", f"{where}, {name}" if len(names) > 1 else where), (case,), name) for name in names
+    ]
 
 
 def list_cases(plans: Sequence[PlannedCheck]) -> tuple[ForwardCase, ...]:

@@ -1,4 +1,4 @@
-"""A Polygraphy command that shows a difference to somebody who does not have shapecheck."""
+"""A Polygraphy command that shows a difference without shapecheck."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 INPUTS, OUTPUTS = "inputs.json", "torch.json"
 
-
 _PROVIDERS = {"ort-cuda": "cuda", "ort-trt": "tensorrt"}
 
 
@@ -30,35 +29,35 @@ def reproduce(
     allowed: float,
     backend: str = "ort",
 ) -> str:
-    """Write `inputs.json` and `torch.json` for Polygraphy into a folder. Returns the command that compares with them.
+    """Write `inputs.json` and `torch.json` for Polygraphy into a folder. Return the command that compares with them.
 
-    `inputs` and `expected` are by the file's own names of its inputs and values; `allowed` is the largest absolute
-    difference. The command fails where a value differs by more, is no number or is infinite. Nothing is written, and the
-    command is empty, where there is no Polygraphy, where no difference is allowed or denied (NaN), or where values inside
-    of a model of more than 2 GiB would have to be marked. Raises ShapecheckError where the folder cannot be written.
+    `inputs` and `expected` are by the file's own names of its inputs and values; `allowed` is the largest absolute difference.
+    The command fails if a value differs by more or is not finite. Nothing is written, and the command is empty, if Polygraphy
+    is not installed, if `allowed` is not finite, or if values inside a model of more than 2 GiB would have to be marked. Raises
+    ShapecheckError if the folder cannot be written.
     """
     outputs = {value.name for value in file.proto.graph.output}
-    wanted = [name for name in expected if name not in outputs]
-    # Where Polygraphy marks outputs, it puts model and weights into one message of protobuf.
-    if not math.isfinite(allowed) or (wanted and file.size >= LARGEST):
+    unmarked = [name for name in expected if name not in outputs]
+    # To mark outputs, Polygraphy puts model and weights into one message of protobuf.
+    if not math.isfinite(allowed) or (unmarked and file.size >= LARGEST):
         return ""
     try:
         from polygraphy.comparator import IterationResult, RunResults
         from polygraphy.json import save_json
     except ImportError:
         return ""
-    result = IterationResult(_arrays(expected), runner_name="PyTorch")
-    for name, content in ((INPUTS, [_arrays(inputs)]), (OUTPUTS, RunResults([("PyTorch", [result])]))):
+    result = IterationResult(_to_arrays(expected), runner_name="PyTorch")
+    for name, content in ((INPUTS, [_to_arrays(inputs)]), (OUTPUTS, RunResults([("PyTorch", [result])]))):
         with atomic_write(folder / name) as partial:
             save_json(content, str(partial))
     command = ["polygraphy", "run", str(file), "--onnxrt"]
     command += ["--providers", _PROVIDERS[backend]] if backend in _PROVIDERS else []
-    command += ["--onnx-outputs", *wanted] if wanted else []
+    command += ["--onnx-outputs", *unmarked] if unmarked else []
     command += ["--load-inputs", str(folder / INPUTS), "--load-outputs", str(folder / OUTPUTS)]
     return shlex.join([*command, "--atol", f"{allowed:.6g}", "--rtol", "0", "--validate"])
 
 
-def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """As numpy's arrays, which know no bfloat16."""
+def _to_arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Convert to numpy's arrays, which know no bfloat16."""
     known = {name: value.float() if str(value.dtype) == "torch.bfloat16" else value for name, value in tensors.items()}
     return {name: value.detach().cpu().numpy() for name, value in known.items()}

@@ -1,4 +1,4 @@
-"""What a parity run came to, as text, Markdown or JSON; every form in a folder; and one failure as a test tells it."""
+"""A parity run as text, Markdown or JSON; all its forms in a folder; and one failure as a test shows it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from shapecheck.parity.summary import count_statuses, describe_reason, describe_
 from shapecheck.report.document import Document, Facts, Format, Heading, Lines, Part, Points, Table
 from shapecheck.report.numbers import dump_json, format_number
 
-NAMES = {"json": "parity.json", "markdown": "parity.md", "html": "parity.html"}
+_CASE_HEADERS = ("output", "worst error", "allowed", "own error", "worst/own", "outside", "cosine", "PSNR", "status")
+
+_PROBE_HEADERS = ("input or slot", "strength", "cosine", "effect", "worst error", "allowed", "at", "status")
 
 
 def render_text(parity: Parity, form: Format = "human") -> str:
-    """Return the whole report: per backend what ran, what failed and why, where it began, then the numbers."""
+    """Return the whole report: for each backend what ran, what failed and why, where it began, then the numbers."""
     first, *others = [str(geometry) for geometry in parity.geometries] or [""]
     facts = [
         ("reference", parity.reference),
@@ -42,39 +44,28 @@ def write_all(parity: Parity, folder: Path) -> tuple[Path, ...]:
 
     Raises ShapecheckError if the folder cannot be written.
     """
-    texts = {
-        "json": render_json(parity),
-        "markdown": render_text(parity, "markdown"),
-        "html": page.render_page(parity),
-    }
-    paths = tuple(folder / NAMES[form] for form in texts)
-    for path, text in zip(paths, texts.values(), strict=True):
-        with atomic_write(path) as partial:
+    texts = {"json": render_json(parity), "md": render_text(parity, "markdown"), "html": page.render_page(parity)}
+    for suffix, text in texts.items():
+        with atomic_write(folder / f"parity.{suffix}") as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    return paths
+    return tuple(folder / f"parity.{suffix}" for suffix in texts)
 
 
 def render_failure(result: Result, side: Side) -> str:
-    """Return what a test says of a check that failed: the reason, the numbers, and where the image leaves PyTorch's."""
+    """Return the text of a check that failed: the reason, the numbers, and where the image leaves PyTorch's."""
     lines = [result.reason]
     if result.geometry is not None:
         lines.append(f"at {result.geometry}, {side.artefact}, {side.ran or 'not run'}")
     if result.verdict is not None and str(result.verdict) not in result.reason:
         lines.append(str(result.verdict))
     first = next((failed for failed in side.failed if failed.check.kind == "case"), None)
-    found = side.divergence if result == first else None  # the same for every case: told once
-    if found is not None:
-        slot = f" (slot {found.slot})" if found.slot else ""
-        lines.append(f"the first value that is not PyTorch's: {found.value}, of {found.module}{slot}: {found.verdict}")
-        lines += [found.note] if found.note else []
-        lines += [f"to see it without shapecheck: {found.command}"] if found.command else []
+    if result == first and (divergence := side.divergence):  # the same for every case: said once
+        slot = f" (slot {divergence.slot})" if divergence.slot else ""
+        place = f"{divergence.value}, of {divergence.module}{slot}"
+        lines.append(f"the first value that is not PyTorch's: {place}: {divergence.verdict}")
+        lines += [divergence.note] if divergence.note else []
+        lines += [f"to see it without shapecheck: {divergence.command}"] if divergence.command else []
     return "\n".join(lines)
-
-
-_CASE_HEADERS = ("output", "worst error", "allowed", "own error", "worst/own", "outside", "cosine", "PSNR", "status")
-
-
-_PROBE_HEADERS = ("input or slot", "strength", "cosine", "effect", "worst error", "allowed", "at", "status")
 
 
 def _list_parts(side: Side) -> list[Part]:
@@ -86,16 +77,16 @@ def _list_parts(side: Side) -> list[Part]:
     for title, results in (("What failed", side.failed), ("What was not run", list_unrun(side))):
         if results:
             parts += [Heading(f"{title} on {side.backend}"), Points([describe_reason(result) for result in results])]
-    if found := side.divergence:
-        slot = f", slot {found.slot}" if found.slot else ""
-        last = f", the last {found.agreed[-1]}" if found.agreed else ""
+    if divergence := side.divergence:
+        slot = f", slot {divergence.slot}" if divergence.slot else ""
+        last = f", the last {divergence.agreed[-1]}" if divergence.agreed else ""
         lines = [
-            f"{found.value} (module {found.module}{slot}): {found.verdict}",
-            f"{len(found.agreed)} values before it agree{last}",
-            *([found.note] if found.note else []),
+            f"{divergence.value} (module {divergence.module}{slot}): {divergence.verdict}",
+            f"{len(divergence.agreed)} values before it agree{last}",
+            *([divergence.note] if divergence.note else []),
         ]
         parts += [Heading(f"Where {side.backend} first leaves PyTorch"), Points(lines)]
-        parts += [Lines([found.command], "    ")] if found.command else []
+        parts += [Lines([divergence.command], "    ")] if divergence.command else []
     if cases := [_tabulate_case(result) for result in side.results if result.check.kind in OUTPUTS]:
         parts += [Heading(f"Outputs of {side.backend}"), Table(_CASE_HEADERS, cases)]
     if probes := [_tabulate_probe(result) for result in side.results if result.check.kind in ("input", "slot")]:
@@ -104,17 +95,16 @@ def _list_parts(side: Side) -> list[Part]:
 
 
 def _tabulate_case(result: Result) -> tuple[str, ...]:
-    numbers: tuple[str, ...] = ("-",) * 7
+    numbers: list[str] = ["-"] * 7
     if verdict := result.verdict:
-        numbers = (
+        numbers = [
             _format_worst(verdict),
-            format_number(verdict.allowed, "difference"),
-            format_number(verdict.own, "difference"),
+            *(format_number(error, "difference") for error in (verdict.allowed, verdict.own)),
             format_number(compare_with_torch(verdict), "times"),
             format_number(verdict.share, "share"),
             format_number(verdict.cosine, "cosine"),
             format_number(verdict.psnr, "decibel"),
-        )
+        ]
     return (describe_subject(result).removeprefix("case "), *numbers, _format_status(result))
 
 

@@ -1,4 +1,4 @@
-"""What a parity run came to: records of numbers and names, no tensors."""
+"""The records of a parity run: numbers and names, no tensors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,27 @@ from shapecheck.contract.contract import Contract
 from shapecheck.contract.dims import Shape, show
 from shapecheck.contract.geometry import Geometry
 
+CheckKind = Literal["provider", "contract", "weights", "precision", "input", "slot", "cfg", "switch", "case"]
+"""The subject of a check: what really runs; whether the file is of that contract; whose weights it has; the precision in which
+it computes; one base input; one slot; the halves of a batch kept apart; control switched within one session; the output at one
+size, with control on or off. In this order: an earlier one explains later ones."""
+
+KINDS: tuple[CheckKind, ...] = get_args(CheckKind)
+
+Status = Literal["passed", "failed", "not run"]
+
+Grid = tuple[tuple[float, ...], ...]
+"""Rows of numbers from 0 to 1: a picture of at most 8×8 cells."""
+
 
 @dataclass(frozen=True, slots=True)
 class Worst:
-    """The value that is furthest from the reference."""
+    """The value that is furthest from the reference; `difference` is absolute, or a share of the expected magnitude."""
 
     index: tuple[int, ...]
     found: float
     expected: float
     difference: float
-    """Absolute, or as a share of the expected value's magnitude."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,75 +45,52 @@ class Verdict:
     scale: float
     """The largest magnitude in the reference."""
     absolute: Worst | None = None
-    """None where nothing could be compared."""
+    """None if nothing could be compared."""
     relative: Worst | None = None
     rms: float = math.nan
     """Root mean square of the differences."""
     outside: int = 0
-    """How many values differ by more than is allowed, those that are no finite numbers included."""
+    """The number of values that differ by more than is allowed or are not finite."""
     nan: int = 0
-    """How many values are not a number where the reference is one."""
     inf: int = 0
-    """How many values are infinite where the reference is finite."""
     cosine: float = math.nan
     psnr: float = math.nan
-    """Peak signal-to-noise ratio in dB, the peak being `scale`; infinite where nothing differs."""
+    """Peak signal-to-noise ratio in dB, the peak being `scale`; infinite if nothing differs."""
     fault: str = ""
-    """Why nothing could be compared, such as another shape."""
+    """The reason why nothing could be compared, such as another shape."""
 
     @property
     def passes(self) -> bool:
-        """Whether every value is finite and as near as is allowed."""
         return not self.fault and math.isfinite(self.allowed) and self.outside == 0 and self.nan == 0 and self.inf == 0
 
     @property
     def count(self) -> int:
-        """How many values there are."""
         return math.prod(self.shape)
 
     @property
     def share(self) -> float:
-        """The share of values outside of what is allowed, 0 to 1."""
+        """Return the share of values that are outside of what is allowed, 0 to 1."""
         return self.outside / self.count if self.count else 0.0
 
     def __str__(self) -> str:
         if self.fault:
             return self.fault
-        told = []
-        if self.nan or self.inf:
-            told.append(f"{self.nan} NaN and {self.inf} Inf among {self.count} values")
-        if self.absolute is not None:
-            worst = self.absolute
-            told.append(
+        parts = [f"{self.nan} NaN and {self.inf} Inf among {self.count} values"] if self.nan or self.inf else []
+        if worst := self.absolute:
+            parts.append(
                 f"largest difference {worst.difference:.2e} at {list(worst.index)} "
                 f"({worst.found:.6g} for {worst.expected:.6g}), {self.allowed:.2e} allowed; "
                 f"{self.outside} of {self.count} values outside ({self.share:.1%})"
             )
-        return "; ".join(told) or f"nothing to compare in {show(self.shape)}"
-
-
-CheckKind = Literal["provider", "contract", "weights", "precision", "input", "slot", "cfg", "switch", "case"]
-"""What a check is about: what really runs; whether the file is of that contract; whose weights it has; a graph that computes in
-another precision; one base input; one slot; the halves of a batch kept apart; control switched within one session; the output
-at one size, with control on or off. In this order: what comes first explains what comes later."""
-
-
-KINDS: tuple[CheckKind, ...] = get_args(CheckKind)
-
-
-Status = Literal["passed", "failed", "not run"]
-
-
-Grid = tuple[tuple[float, ...], ...]
-"""Rows of numbers from 0 to 1: a picture of at most 8×8 cells."""
+        return "; ".join(parts) or f"nothing to compare in {show(self.shape)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What really ran, whatever was asked for."""
+    """What really ran, whatever was requested."""
 
     backend: str
-    """As it was asked for: a key of `contract.environment.BACKENDS`."""
+    """As requested: a key of `doctor.environment.BACKENDS`."""
     provider: str
     """`CPUExecutionProvider`, `eager`, `TensorRT`."""
     device: str
@@ -117,12 +105,11 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing to prove of one backend."""
+    """One thing to prove of one backend; `where` is the slot or input, or the case in words."""
 
     backend: str
     kind: CheckKind
     where: str
-    """The slot or input, or the case in words."""
 
     def __str__(self) -> str:
         return f"{self.backend}/{self.kind}[{self.where}]" if self.where else f"{self.backend}/{self.kind}"
@@ -130,7 +117,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """How the output changes when one input is perturbed, beside how PyTorch's does."""
+    """The change of the output when one input is perturbed, beside PyTorch's change."""
 
     strength: float
     """The change as a share of PyTorch's, along it: 1 is right, 0 is no effect."""
@@ -141,22 +128,22 @@ class Effect:
     expected: Grid
     """PyTorch's fingerprint: the change's magnitude over height and width, the largest cell of both fingerprints being 1."""
     found: Grid
-    """The backend's."""
+    """The backend's fingerprint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a check came to."""
+    """The outcome of a check."""
 
     check: Check
     status: Status
     reason: str = ""
-    """Empty where it passed; one or two sentences that name slot, input or case."""
+    """Empty if it passed; one or two sentences that name slot, input or case."""
     geometry: Geometry | None = None
     verdict: Verdict | None = None
     effect: Effect | None = None
     seconds: float = 0.0
-    """Of the backend's call that was judged; 0 where there was none."""
+    """The duration of the backend's call that was judged; 0 if there was none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,34 +153,32 @@ class Divergence:
     value: str
     """Its name in the ONNX file."""
     module: str
-    """Path of the PyTorch module that gives it."""
+    """Path of the PyTorch module that computes it."""
     slot: str
-    """The slot whose skip or sum it is; empty where it is none's."""
+    """The slot whose skip or sum it is, if any."""
     verdict: Verdict
     agreed: tuple[str, ...]
     """The values before it, all of which agree."""
     command: str
-    """A Polygraphy command that shows the same; empty where none can be given."""
+    """A Polygraphy command that shows the same; empty if there is none."""
     note: str = ""
-    """What it was found on, where that is not the artefact itself."""
+    """The file in which it was found, if that is not the artefact itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One backend of a run."""
+    """One backend of a run; `ran` is None if it could not run."""
 
     backend: str
     artefact: str
     ran: Ran | None
-    """None where it could not run."""
     results: tuple[Result, ...]
     divergence: Divergence | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def failed(self) -> tuple[Result, ...]:
-        """The checks that failed."""
-        return tuple(each for each in self.results if each.status == "failed")
+        return tuple(result for result in self.results if result.status == "failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,16 +198,15 @@ class Parity:
 
     @property
     def passes(self) -> bool:
-        """Whether something was checked on every backend and nothing failed."""
+        """Return whether something was checked on every backend and nothing failed."""
         return bool(self.sides) and all(
-            any(each.status == "passed" for each in side.results) and not side.failed for side in self.sides
+            any(result.status == "passed" for result in side.results) and not side.failed for side in self.sides
         )
 
     @property
     def verdict(self) -> str:
-        """`PARITY`, or `BROKEN`."""
         return "PARITY" if self.passes else "BROKEN"
 
     def __str__(self) -> str:
-        wrong = [f"  {each.check}: {each.reason}" for side in self.sides for each in side.failed]
+        wrong = [f"  {result.check}: {result.reason}" for side in self.sides for result in side.failed]
         return "\n".join([f"{self.verdict}: {self.model}", *wrong])

@@ -1,4 +1,4 @@
-"""One protocol over every backend: open what was asked for, and say what really runs."""
+"""One protocol over every backend: open the requested one, and say what really runs."""
 
 from __future__ import annotations
 
@@ -20,31 +20,27 @@ from shapecheck.tensorrt.record import MODULES
 
 
 class Session(Protocol):
-    """A backend with a model loaded, called with tensors by the file's names of its inputs."""
+    """A backend with a model loaded, called with tensors on its device by the file's names of its inputs."""
 
     @property
-    def provider(self) -> str:
-        """What really runs."""
+    def provider(self) -> str: ...
 
     @property
-    def device(self) -> torch.device:
-        """Where inputs have to lie."""
+    def device(self) -> torch.device: ...
 
     @property
-    def detail(self) -> str:
-        """Versions, and whether TF32 was off."""
+    def detail(self) -> str: ...
 
     def __call__(self, inputs: Mapping[str, Tensor], /) -> Mapping[str, Tensor]:
         """Return the outputs, by the file's names. Raises ShapecheckError if the backend cannot run the call."""
 
-    def close(self) -> None:
-        """Give the memory back."""
+    def close(self) -> None: ...
 
 
 def open_session(
     backend: str, file: ParityFile, geometries: Sequence[Geometry], load: Callable[[str], nn.Module]
 ) -> Session | EngineSession:
-    """Return the backend with its file loaded; for PyTorch `load` gives the model in a precision.
+    """Return the backend with its file loaded; for PyTorch `load` returns the model in a precision.
 
     Raises ShapecheckError if it cannot run here, an ONNX Runtime that fell back to another provider included.
     """
@@ -52,37 +48,30 @@ def open_session(
         session = EngineSession.open(file.path)
         target = session.record.request.options.target
         if target != backend:
-            raise ShapecheckError(f"{file.path} was built by {MODULES[target]}: ask for {target}, not {backend}")
+            raise ShapecheckError(f"{file.path} was built by {MODULES[target]}: request {target}, not {backend}")
         return session
     if backend in PROVIDERS:
         options = {"use_tf32": "0"} if backend == "ort-cuda" else {}
         if backend == "ort-trt":
-            options = _profile_options(file, geometries)
+            # one profile that holds every size of the run
+            sizes = Range(geometries[0], geometries[0], geometries[0])
+            for geometry in geometries:
+                sizes = sizes.with_(geometry)
+            profile = profile_of(file.contract, sizes).renamed(file.names)
+            options = {key: str(value) for key, value in profile_formats.make_provider_options([profile]).items()}
         return OnnxSession.open(file.path, backend=backend, options=options)
     if backend == "torch-cuda" and not torch.cuda.is_available():
         raise ShapecheckError("PyTorch sees no GPU here; `shapecheck doctor --require torch-cuda` says why")
-    module = load(file.contract.dtype).to("cuda" if backend == "torch-cuda" else "cpu")
-    return TorchSession(module, file.contract)
+    return TorchSession(load(file.contract.dtype).to("cuda" if backend == "torch-cuda" else "cpu"), file.contract)
 
 
 def describe_session(backend: str, session: Session | EngineSession, file: ParityFile) -> Ran:
     """Return what really runs."""
-    device = str(session.device)
+    device, precision = str(session.device), file.contract.dtype
     if session.device.type != "cpu" and torch.cuda.is_available():
         device = f"cuda:{session.device.index or 0} {torch.cuda.get_device_name(session.device)}"
-    precision = file.contract.dtype
     if not isinstance(session, EngineSession):
         return Ran(backend, session.provider, device, precision, session.detail)
     request = session.record.request
     provider = "TensorRT" if request.options.target == "trt" else "TensorRT for RTX"
-    detail = f"{request.tensorrt}, TF32 {'allowed' if request.options.tf32 else 'off'}"
-    return Ran(backend, provider, device, precision, detail)
-
-
-def _profile_options(file: ParityFile, geometries: Sequence[Geometry]) -> dict[str, str]:
-    """Return, for ONNX Runtime's TensorRT provider, one profile that holds every size of the run."""
-    sizes = Range(geometries[0], geometries[0], geometries[0])
-    for geometry in geometries:
-        sizes = sizes.with_(geometry)
-    profile = profile_of(file.contract, sizes).renamed(file.names)
-    return {key: str(value) for key, value in profile_formats.make_provider_options([profile]).items()}
+    return Ran(backend, provider, device, precision, f"{request.tensorrt}, TF32 {'allowed' if request.options.tf32 else 'off'}")

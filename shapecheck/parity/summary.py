@@ -1,23 +1,24 @@
-"""A parity run in one sentence, and what each of its backends came to."""
+"""A parity run in one sentence, and each of its backends in words."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import get_args
 
 from shapecheck.doctor.environment import BACKENDS
 from shapecheck.parity.results import CheckKind, Parity, Result, Side, Status
 from shapecheck.report.numbers import format_count
 
 _NAMED = 4
-"""How many failed checks the verdict line names."""
-
+"""The verdict line names at most so many failed checks."""
 
 _FIRST: tuple[CheckKind, ...] = ("slot", "input")
 """Named before the others: they say where to look."""
 
 
 def summarize(parity: Parity) -> str:
-    """Return what stands after `PARITY:` or `BROKEN:`."""
+    """Return the sentence that follows `PARITY:` or `BROKEN:`."""
     if not parity.passes:
         wrong = [_describe_fault(side) for side in parity.sides if judge_side(side) != "passed"]
         return "; ".join(wrong) or "no backend was tried"
@@ -27,7 +28,7 @@ def summarize(parity: Parity) -> str:
 
 
 def describe_tolerance(parity: Parity) -> str:
-    """Return the one rule that every number was held to."""
+    """Return the rule that every number has to keep."""
     times = f"{parity.times_own:g} times as far from {parity.reference}"
     return f"a backend may be at most {times} as PyTorch itself is in that precision"
 
@@ -46,10 +47,9 @@ def name_backend(side: Side) -> str:
 
 
 def count_statuses(side: Side) -> str:
-    """Return `22 passed, 4 failed`; what did not run is named only if something did not."""
-    statuses = [result.status for result in side.results]
-    counts = {status: statuses.count(status) for status in ("passed", "failed", "not run")}
-    return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"
+    """Return `22 passed, 4 failed`; a status that no check has is not named."""
+    counts = Counter(result.status for result in side.results)
+    return ", ".join(f"{counts[status]} {status}" for status in get_args(Status) if counts[status]) or "none"
 
 
 def describe_subject(result: Result) -> str:
@@ -63,7 +63,7 @@ def list_unrun(side: Side) -> tuple[Result, ...]:
 
 
 def describe_reason(result: Result) -> str:
-    """Return what the check is about, then why it failed or was not made; no name is told twice."""
+    """Return the subject of a check, then why it failed or was not made, without a name that stands there twice."""
     about, why = describe_subject(result), result.reason or "no reason was given"
     if why.startswith(about):
         return why

@@ -272,7 +272,7 @@ def test_an_image_that_is_wrong_anyway_is_no_fault_of_any_slot_and_one_that_is_e
 
     results = judge(spoil=heavier)
     assert of_slots(results, "not run") == set(NAMES)
-    told = "not judged: the image is wrong even without it; its effect has strength 1.00 and cosine 1.000"
+    told = "not judged: the image is wrong even without it; its effect has strength 1.001, cosine 1.0000"
     assert {results[f"slot[{name}]"].reason for name in NAMES} == {told}
     assert failed(results)[OFF].startswith("largest difference ")
     results = judge(exchanged(NAMES[1], NAMES[2]), spoil=heavier)
@@ -304,13 +304,15 @@ def test_a_call_in_between_that_is_kept():
     assert failed(judge(switched=[*images, last + 0.01])) == {"switch": f"step 5, control on with frame 0: {told}"}
 
 
-def test_what_drowns_in_what_is_allowed_is_not_judged():
+def test_what_is_too_small_beside_the_tolerance_is_not_judged():
     loud = replace(known_sides(), shares=dict.fromkeys(known_sides().shares, 0.5))
     results = judge(scaled(0, NAMES[0]), sides=loud)
     assert {result.status for result in results.values()} == {"passed", "not run"}
-    assert results["cfg"].reason == results["switch"].reason == "not judged: what the residuals do drowns in what is allowed"
-    told = results[f"slot[{NAMES[0]}]"].reason
-    assert told.startswith(f"not judged: the effect of {NAMES[0]} in PyTorch (") and told.endswith("drowns in what is allowed")
+    small = "not judged: the effect of the residuals in PyTorch is too small beside the tolerance"
+    assert results["cfg"].reason == results["switch"].reason == small
+    reason = results[f"slot[{NAMES[0]}]"].reason
+    assert reason.startswith(f"not judged: the effect of {NAMES[0]} in PyTorch (")
+    assert reason.endswith("of the image) is too small beside the tolerance")
 
 
 def test_without_two_halves_there_is_no_guidance_to_judge():
@@ -366,5 +368,5 @@ def test_a_file_of_another_contract_other_weights_or_a_lower_precision():
 def test_what_a_file_does_not_tell_is_not_run():
     told = "no tensor of the file has a name that tells which of the model's it is"
     assert read("weights", None) == ("not run", told)
-    told = "an engine does not tell in what it computes; its numbers do"
+    told = "an engine does not show in what precision it computes; its numbers do"
     assert read("precision", find_narrower=lambda: None) == ("not run", told)

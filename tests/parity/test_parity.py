@@ -31,15 +31,17 @@ from shapecheck.parity import reference, run
 from shapecheck.parity.artefacts import read_files
 from shapecheck.parity.cases import ForwardCase, InputGenerator, refuse_zeros
 from shapecheck.parity.plan import choose_geometries
+from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import KINDS
-from shapecheck.parity.run import ParityOptions, ParityRun
-from shapecheck.parity.search import Search
+from shapecheck.parity.run import ParityRun
+from shapecheck.parity.search import search_file
 from shapecheck.runtime.onnx_session import OnnxSession
 from shapecheck.tensorrt.build import build_engine
-from shapecheck.tensorrt.profiles import Range
+from shapecheck.tensorrt.profiles import Range, profile_of
+from shapecheck.tensorrt.record import BuildOptions, Request
 
 SIZE = Geometry(2, 9, 14, 7)
-ONE_SIZE = ParityOptions(ranges=(Range(SIZE, SIZE, SIZE),))
+ONE_SIZE = (Range(SIZE, SIZE, SIZE),)
 SHAPES = [(8, 1), (8, 1), (8, 2), (8, 2), (8, 4), (8, 4), (8, 8), (16, 8), (16, 8)]
 """Channels and stride: the first six are three pairs of equal shape."""
 
@@ -78,11 +80,11 @@ def xl(folder):
 _KNOWN: dict = {}
 
 
-def side(model, path, options=ONE_SIZE, **given):
+def side(model, path, ranges=ONE_SIZE, *, seed=0, **given):
     """Run one file; PyTorch's side, which is the same whatever is wrong with a file, is computed once."""
 
     def once(subject, contract, cases, generate, wanted, look, progress):
-        key = (id(model), options, given.get("emit"), contract, tuple(cases))
+        key = (id(model), ranges, seed, given.get("emit"), contract, tuple(cases))
         if key not in _KNOWN:
             _KNOWN[key] = reference.compute_reference(subject, contract, cases, generate, wanted, look, progress)
         look(subject.load(contract.dtype))
@@ -90,12 +92,12 @@ def side(model, path, options=ONE_SIZE, **given):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "compute_reference", once)
-        (found,) = ParityRun(model, ["ort"], onnx=path, options=options, **given).report().sides
+        (found,) = ParityRun(ParityRequest(model, path, seed=seed), ranges=ranges, **given).report().sides
     return found
 
 
 def test_a_healthy_file_passes_in_all(model, healthy):
-    report = ParityRun(model, ["ort", "torch"], onnx=healthy).report()
+    report = ParityRun(ParityRequest(model, healthy, backends=("ort", "torch"))).report()
     assert report.passes, report
     assert report.verdict == "PARITY"
     assert report.reference == f"PyTorch float64 on {'cuda' if torch.cuda.is_available() else 'cpu'}"
@@ -131,6 +133,18 @@ def test_a_slot_dropped_and_mid_ignored(model, healthy, folder, name):
     assert failed(found)[f"slot[{name}]"] == f"{name} changes nothing: what the ControlNet gives there is lost"
     assert kinds(found) == {"slot": 1, "contract": 1, "case": 2}
     assert found.divergence.slot == name
+
+
+def test_an_engine_s_record_and_its_onnx_file_are_read_once(model, healthy, contract, tmp_path):
+    names = tuple((name, name) for name in contract.input_rules)
+    files = ("sha256:onnx", "sha256:weights", "")
+    profiles = (profile_of(contract, ONE_SIZE[0]),)
+    built = Request(contract, profiles, names, ("out_sample",), *files, BuildOptions(), "10.0", "a GPU")
+    request = ParityRequest(model, healthy, engines.recorded(tmp_path / "unet.plan", built))
+    with openings.counted() as counter:
+        assert request.what_runs == ("ort", "trt")
+        assert {check.backend for check in ParityRun(request).checks} == {"ort", "trt"}
+    assert (counter["unet.plan.shapecheck.json"], counter["healthy.onnx"], counter["parsed"]) == (1, 1, 1)
 
 
 def test_a_slot_scaled(model, healthy, folder):
@@ -252,10 +266,11 @@ def test_a_backend_that_fell_back_to_the_cpu(model, healthy):
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: nothing falls back")
-    (found,) = ParityRun(model, ["ort-cuda"], onnx=healthy, options=ONE_SIZE, opener=opener).report().sides
+    request = ParityRequest(model, healthy, backends=("ort-cuda",))
+    (found,) = ParityRun(request, ranges=ONE_SIZE, opener=opener).report().sides
     told = {str(each.check): each.reason for each in found.failed}
     assert told == {"ort-cuda/provider": "CPUExecutionProvider runs, where ort-cuda is CUDAExecutionProvider"}
-    (refused,) = ParityRun(model, ["ort-cuda"], onnx=healthy, options=ONE_SIZE).report().sides
+    (refused,) = ParityRun(request, ranges=ONE_SIZE).report().sides
     (only,) = refused.failed
     assert only.check.kind == "provider"
     assert only.reason.startswith("ort-cuda cannot run here: ")
@@ -424,7 +439,7 @@ def test_residuals_are_known_by_their_names_or_by_their_order(net, folder, names
             value.name = name
 
     file = planted(path, folder / f"{names[0]}.onnx", edit)
-    (known,) = read_files(["ort"], TorchModel(model), file, None).values()
+    (known,) = read_files(ParityRequest(model, file), TorchModel(model)).values()
     assert known.outputs == dict(zip(EMITTED, names, strict=True))
 
 
@@ -474,7 +489,7 @@ def test_a_controlnet_whose_residuals_are_zero_proves_nothing(net):
     with pytest.raises(ShapecheckError, match="down_block_residual_02 is zero everywhere, so nothing can be compared"):
         side(zero, path)
     with pytest.raises(ShapecheckError, match="is a ControlNet and takes no residuals: --controlnet is for UNets"):
-        ParityRun(model, ["ort"], onnx=path, emit=lambda base, frame: {})
+        ParityRun(ParityRequest(model, path), emit=lambda base, frame: {})
 
 
 # Other seeds, precisions, files and sizes
@@ -488,7 +503,7 @@ def ratios(model, path, seeds: range) -> list[float]:
     """Return how many times PyTorch's own error that of ONNX Runtime is, in each case of each seed; all checks pass."""
     errors = []
     for seed in seeds:
-        found = side(model, path, ParityOptions(seed=seed))
+        found = side(model, path, (), seed=seed)
         assert statuses(found) == {"passed"}, (seed, found.results)
         cases = [each.verdict for each in found.results if each.check.kind == "case"]
         errors += [verdict.absolute.difference / verdict.own for verdict in cases]
@@ -521,7 +536,7 @@ def half(tmp_path_factory):
 
 @pytest.mark.full
 def test_half_precision(half):
-    found = side(*half, ParityOptions())
+    found = side(*half, ())
     assert statuses(found) == {"passed"}, found.results
     assert found.ran.precision == "float16"
 
@@ -535,14 +550,14 @@ def test_half_precision_over_twenty_seeds(half):
 def test_faults_in_half_precision(half):
     model, path = half
     folder = path.parent  # where its weights lie
-    exchanged = side(model, planted(path, folder / "exchanged.onnx", exchange(NAMES[2], NAMES[3])), ParityOptions())
+    exchanged = side(model, planted(path, folder / "exchanged.onnx", exchange(NAMES[2], NAMES[3])), ())
     assert f"acts where {NAMES[3]} belongs" in failed(exchanged)[SLOTS[2]]
     assert f"acts where {NAMES[2]} belongs" in failed(exchanged)[SLOTS[3]]
     assert kinds(exchanged)["slot"] == 2
-    scaled = side(model, planted(path, folder / "scaled.onnx", faults.scaled(NAMES[5], 0.9)), ParityOptions())
+    scaled = side(model, planted(path, folder / "scaled.onnx", faults.scaled(NAMES[5], 0.9)), ())
     assert next(iter(failed(scaled))) == SLOTS[5]
     assert 0.88 < float(failed(scaled)[SLOTS[5]].split(" acts as if ")[1].split(" of it ")[0]) < 0.92
-    ignored = side(model, planted(path, folder / "ignored.onnx", unconsume("mid_block_residual")), ParityOptions())
+    ignored = side(model, planted(path, folder / "ignored.onnx", unconsume("mid_block_residual")), ())
     assert failed(ignored)["slot[mid_block_residual]"].startswith("mid_block_residual changes nothing")
     assert kinds(scaled)["slot"] == kinds(ignored)["slot"] == 1
 
@@ -595,7 +610,7 @@ def test_sd15_at_its_real_size(tmp_path):
 @pytest.mark.full
 def test_a_range_of_sizes(model, healthy):
     sizes = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(4, 33, 41))
-    found = side(model, healthy, ParityOptions(ranges=(sizes,)))
+    found = side(model, healthy, (sizes,))
     assert statuses(found) == {"passed"}
     assert len({each.geometry for each in found.results if each.check.kind == "case"}) == 4
 
@@ -609,10 +624,10 @@ def test_where_an_engine_differs_is_looked_for_in_its_onnx_file(tmp_path):
     size = Geometry(2, 9, 14, 7)
     build_engine(faulty, tmp_path / "faulty.plan", profiles=Range(size, size, size), options=engines.RTX)
     model = TorchModel(small.unet(**onnx_files.XL))
-    file = read_files(["rtx"], model, faulty, tmp_path / "faulty.plan")["rtx"]
+    file = read_files(ParityRequest("", faulty, tmp_path / "faulty.plan", ("rtx",)), model)["rtx"]
     generate = InputGenerator(file.contract, 0)
     before = set(tmp_path.iterdir())
-    found, notes = Search(model, file, generate, "float64", 4, None).find(ForwardCase(size, 0), "rtx")
+    found, notes = search_file(model, file, generate, ForwardCase(size, 0), "rtx", "float64", tolerance_factor=4, folder=None)
     assert (found.module, found.slot) == ("down_blocks.0.resnets.0", "down_block_residual_01")
     assert found.note == f"found in {faulty}, which the engine was built from, in ONNX Runtime on the CPU"
     assert len(notes) == 1

@@ -204,7 +204,7 @@ def test_sizes_in_pixels_become_latents_with_an_odd_one_between(made):
     ]
     (between,) = sizes[3:]
     assert 5 < between.height < 9 and between.height % 2 and 6 < between.width < 11 and between.width % 2
-    assert run.options.seed == 7
+    assert run.request.seed == 7
 
 
 @pytest.mark.full
