@@ -79,7 +79,7 @@ def time_frames(
         """Load a backend and play frames that do not count. Return its timing, still without frames."""
         progress("compiling with torch.compile: minutes" if name == "torch-compile" else f"loading {name}")
         gc.collect()
-        before, asked = _measure_memory(device), name not in optional
+        before, asked = measure_memory(device), name not in optional
         # A compiler may raise anything.
         caught = Exception if name == "torch-compile" else (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)
         try:
@@ -90,7 +90,7 @@ def time_frames(
         except caught as error:
             problem = extras.explain_missing(error, name) if isinstance(error, ModuleNotFoundError) else error
             return Timing(name, "", reason=one_line(str(problem) or type(problem).__name__, longest=300), asked=asked)
-        plays[name], after = play, _measure_memory(device)
+        plays[name], after = play, measure_memory(device)
         memory = None if before is None or after is None else max(0, after - before)
         return Timing(name, f"{TORCH_BACKENDS.get(name) or BACKENDS[name]}, {contract.dtype}", (), memory, asked=asked)
 
@@ -142,7 +142,7 @@ def _choose_device(names: Sequence[str]) -> torch.device:
     return torch.device("cuda" if on_gpu or ("ort" not in names and torch.cuda.is_available()) else "cpu")
 
 
-def _measure_memory(device: torch.device) -> int | None:
+def measure_memory(device: torch.device) -> int | None:
     """Return the bytes in use, on a GPU by everybody, else by this process; None if the system does not say."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

@@ -404,7 +404,7 @@ def test_another_family_s_table_is_named(unet, given_of):
     [
         (["--mapping", "320@64", "--controlnet", "sd15"], "give one of them"),
         (["--controlnet", "sd15"], "name the UNet"),
-        (["x", "--model", "nowhere"], "nowhere is no preset"),
+        (["x", "--model", "nowhere"], "nowhere is not a preset"),
         (["x", "--model", "controlnet-sd15"], "is a ControlNet"),
         (["x", "--size", "513x512"], "not a multiple of 8"),
         (["x", "--size", "512x512", "--latent", "64x64"], "give one of them"),
