@@ -92,19 +92,13 @@ def explain(
         models[model].require(requested.complete(models[model]))
     judgements = _judge_table(mapping, controlnets, model, models, requested, offline)
     diagnosis = explain_text(message, models, requested) if message is not None else Diagnosis((), tuple(models))
-    write(_render(diagnosis, judgements, form), output)
+    write(render_explanation(diagnosis, judgements, form), output)
     is_diagnosed = judge_diagnosis(diagnosis, judgements[0] if judgements else None) == "diagnosis"
     return 0 if is_diagnosed else ContractError.exit_status
 
 
-def render_mapping(judgement: Judgement, form: Form) -> str:
-    """Return the report of a table alone, as `explain --mapping` writes it."""
-    from shapecheck.explain.diagnosis import Diagnosis
-
-    return _render(Diagnosis((), judgement.models), [judgement], form)
-
-
-def _render(diagnosis: Diagnosis, judgements: list[Judgement], form: Form) -> str:
+def render_explanation(diagnosis: Diagnosis, judgements: list[Judgement], form: Form) -> str:
+    """Return the report of a text, of a table, or of both."""
     from shapecheck.explain import json_record, report
 
     first, others = (judgements[0], judgements[1:]) if judgements else (None, [])

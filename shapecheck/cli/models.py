@@ -51,12 +51,13 @@ def probe(offline: bool, form: Form, output: Path | None, **options: Any) -> int
 
     request = request_for(**options)
     if request.mapping is not None:
-        from shapecheck.cli.explain import render_mapping
+        from shapecheck.cli.explain import render_explanation
+        from shapecheck.explain.diagnosis import Diagnosis
         from shapecheck.explain.judge_mapping import judge_mapping
 
         with progress() as steps:
             judgement = judge_mapping(request, offline=offline, progress=steps)
-        write(render_mapping(judgement, form), output)
+        write(render_explanation(Diagnosis((), judgement.models), [judgement], form), output)
         return ContractError.exit_status if judgement.mismatches else 0
     with progress() as steps:
         result = run_probe(request, offline=offline, progress=steps)

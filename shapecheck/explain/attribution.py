@@ -11,13 +11,12 @@ from torch import Tensor
 
 from shapecheck.contract import Contract, Geometry, Mismatch
 from shapecheck.explain.matching import find_slot, reproduces
-from shapecheck.explain.parse_text import read_symptoms
+from shapecheck.explain.parse_text import find_symptoms, flatten_text
 from shapecheck.explain.residual_table import ResidualShapes, ResidualTable, right_shapes
-from shapecheck.explain.simulate import FailureKind, simulate_call
+from shapecheck.explain.simulate import FailureKind, lay_out_unet, simulate_call
 from shapecheck.explain.symptom import Symptom
-from shapecheck.explain.torch_messages import say_eager, say_meta
+from shapecheck.explain.torch_messages import format_message
 from shapecheck.explain.traceback_calls import FailedCall
-from shapecheck.explain.unet_layout import lay_out_unet
 from shapecheck.runtime.unet_call import DOWNS, FEATURES, Call
 
 Reason = Literal["shape", "dtype", "device", "container", "value", "mid", "name"]
@@ -42,7 +41,7 @@ def find_reasons(
     error, text = traced.error, str(traced.error)
     if is_of_memory(error) or (call.downs is None and call.features is None) or _is_before(traced, call, contract):
         return set()
-    symptoms = read_symptoms(text)
+    symptoms = find_symptoms(flatten_text(text))
     kinds = {mismatch.kind for mismatch in mismatches}
     at_fault = {mismatch.where for mismatch in mismatches}
     of_dtypes = isinstance(error, (RuntimeError, TypeError)) and bool(_OF_DTYPES.search(text))
@@ -78,26 +77,23 @@ def _is_before(traced: FailedCall, call: Call, contract: Contract) -> bool:
 
 def _is_foretold(text: str, symptoms: Iterable[Symptom], call: Call, contract: Contract, geometry: Geometry) -> bool:
     """Return whether residuals of these shapes fail so; if that cannot be simulated, whether the text is of shapes at all."""
-    if call.downs is None:
+    unet, downs = lay_out_unet(contract, geometry), call.downs
+    if downs is None:
         return False
-    unet, given = lay_out_unet(contract, geometry), _find_shapes(call, contract, geometry)
-    if unet is None or given is None:
+    # an iterator was consumed by the call, so that its residuals are not known any more
+    is_list = isinstance(downs, (list, tuple)) or (isinstance(downs, Tensor) and downs.dim())
+    if unet is None or not is_list:
         return any(symptom.kind in _OF_SHAPES for symptom in symptoms)
-    failure = simulate_call(unet, given)
+
+    # a right shape stands in for what is not a tensor; surplus residuals are never added
+    right, count = right_shapes(contract, geometry), len(downs)
+    expected = (*right.downs, *((),) * count)[:count]
+    pairs = zip((*downs, call.mid), (*expected, right.mid or ()), strict=True)
+    flat = [tuple(value.shape) if isinstance(value, Tensor) else shape for value, shape in pairs]
+    failure = simulate_call(unet, ResidualShapes(tuple(flat[:-1]), None if call.mid is None else flat[-1]))
     if failure is None:
         return False
-    if any(words in text for words in (say_eager(failure), say_meta(failure)) if words):
+    if any(words in text for words in (format_message(failure), format_message(failure, meta=True)) if words):
         return True
     table = ResidualTable.of(contract, geometry)
     return any(reproduces(symptom, failure, table) for symptom in symptoms)
-
-
-def _find_shapes(call: Call, contract: Contract, geometry: Geometry) -> ResidualShapes | None:
-    """Return the shapes that are added, a right one in place of other values; None if these are not known any more."""
-    if not isinstance(call.downs, (list, tuple)) and not (isinstance(call.downs, Tensor) and call.downs.dim()):
-        return None
-    right, count = right_shapes(contract, geometry), len(call.downs)
-    own = (*right.downs, *((),) * count)[:count]  # surplus residuals are never added
-    pairs = zip((*call.downs, call.mid), (*own, right.mid or ()), strict=True)
-    flat = [tuple(value.shape) if isinstance(value, Tensor) else shape for value, shape in pairs]
-    return ResidualShapes(tuple(flat[:-1]), None if call.mid is None else flat[-1])

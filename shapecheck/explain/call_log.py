@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,8 +43,20 @@ class CallLog:
         self._unet = unet
         self._places = locate_arguments(unwrap_compiled(unet))
         self._controlnets: dict[nn.Module, str] = {}
-        for place, module in _list_controlnets(controlnet):
-            self._controlnets.setdefault(module, place)
+        several = isinstance(controlnet, (list, tuple, nn.ModuleList))
+        modules: Any = controlnet if several else () if controlnet is None else (controlnet,)
+        for number, module in enumerate(modules):
+            place = f"controlnet[{number}]" if several else "controlnet"
+            if not isinstance(module, nn.Module):
+                raise ShapecheckError(
+                    f"explained takes a ControlNet, or several in a list or tuple; {place} is a {type(module).__name__}; "
+                    "of a pipeline give pipeline.controlnet"
+                )
+            # those inside a MultiControlNetModel come first: it may return the output of one
+            inside = getattr(unwrap_compiled(module), "nets", None)
+            for index, net in enumerate(inside if isinstance(inside, nn.ModuleList) else ()):
+                self._controlnets.setdefault(net, f"{place}.nets[{index}]")
+            self._controlnets.setdefault(module, place if several and len(modules) > 1 else "")
         self._calls: dict[int, tuple[Mapping[str, Any], Call]] = {}
         self._emissions: dict[tuple[int, int], EmissionRecord] = {}
 
@@ -90,20 +102,3 @@ class CallLog:
         self._emissions.pop(key, None)  # so that the latest is last
         if emission:
             self._emissions[key] = EmissionRecord(place, type(controlnet).__name__, emission)
-
-
-def _list_controlnets(controlnet: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each ControlNet and its place; those inside a MultiControlNetModel first: it may return the output of one."""
-    several = isinstance(controlnet, (list, tuple, nn.ModuleList))
-    modules = controlnet if several else () if controlnet is None else (controlnet,)
-    for number, module in enumerate(modules):
-        place = f"controlnet[{number}]" if several else "controlnet"
-        if not isinstance(module, nn.Module):
-            raise ShapecheckError(
-                f"explained takes a ControlNet, or several in a list or tuple; {place} is a {type(module).__name__}; "
-                "of a pipeline give pipeline.controlnet"
-            )
-        inside = getattr(unwrap_compiled(module), "nets", None)
-        if isinstance(inside, nn.ModuleList):
-            yield from ((f"{place}.nets[{index}]", net) for index, net in enumerate(inside))
-        yield place if several and len(modules) > 1 else "", module

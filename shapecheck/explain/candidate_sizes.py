@@ -34,21 +34,21 @@ def candidate_geometries(
 
 def _find_batch(symptom: Symptom) -> int | None:
     # batches clash on the way up only if residuals made the tensors of one image larger
-    if symptom.kind in ("concat", "attention", "reshape") or len(symptom.given_shape) == 3:
+    if symptom.kind in ("concat", "attention", "reshape") or len(symptom.actual_shape) == 3:
         return 1
-    if symptom.kind == "broadcast" and symptom.axis == 0 and symptom.wanted:
-        return symptom.wanted
-    if symptom.kind in ("norm", "groups") and len(symptom.given_shape) == 5:  # two batches joined where channels are meant
-        return max(1, symptom.given_shape[1] // 2)
-    batches = (shape[0] for shape in (symptom.wanted_shape, symptom.given_shape) if len(shape) == 4)
+    if symptom.kind == "broadcast" and symptom.axis == 0 and symptom.expected:
+        return symptom.expected
+    if symptom.kind in ("norm", "groups") and len(symptom.actual_shape) == 5:  # two batches joined where channels are meant
+        return max(1, symptom.actual_shape[1] // 2)
+    batches = (shape[0] for shape in (symptom.expected_shape, symptom.actual_shape) if len(shape) == 4)
     return next((batch for batch in batches if 0 < batch <= _LARGEST), None)
 
 
 def _candidate_sizes(symptom: Symptom, contract: Contract, usual: Geometry) -> Iterator[tuple[int, int]]:
     """Yield heights and widths of latents, in cells, the likelier first."""
     levels = tuple(dict.fromkeys((slot.stride, slot.skip[2], slot.skip[3]) for slot in contract.slots))
-    if symptom.kind == "broadcast" and symptom.axis == 3 and symptom.wanted and symptom.given:
-        yield symptom.given, symptom.wanted  # height and width exchanged show at the first slot, whose stride is 1
+    if symptom.kind == "broadcast" and symptom.axis == 3 and symptom.expected and symptom.actual:
+        yield symptom.actual, symptom.expected  # height and width exchanged show at the first slot, whose stride is 1
 
     cells = _count_cells(symptom)  # the squarest size of so many cells comes first
     for side in range(math.isqrt(cells), 0, -1):
@@ -78,27 +78,27 @@ def _count_cells(symptom: Symptom) -> int:
     """Return the cells of the tensor that attention met, which folds the images of a larger batch into one; else 0."""
     if symptom.kind != "broadcast":
         return 0
-    wanted, cells = symptom.wanted, symptom.given or 0
-    if len(symptom.given_shape) == 3:
-        cells = symptom.given_shape[1]
-    elif not (symptom.axis == 1 and wanted and cells and wanted > cells and wanted % cells == 0):
+    expected, cells = symptom.expected, symptom.actual or 0
+    if len(symptom.actual_shape) == 3:
+        cells = symptom.actual_shape[1]
+    elif not (symptom.axis == 1 and expected and cells and expected > cells and expected % cells == 0):
         return 0
     return cells if 0 < cells <= _LARGEST else 0
 
 
 def _size_in_text(symptom: Symptom) -> tuple[int | None, int | None]:
     """Return height and width of the UNet's own tensor, as far as a text shows them."""
-    kind, axis, shape = symptom.kind, symptom.axis, symptom.wanted_shape
+    kind, axis, shape = symptom.kind, symptom.axis, symptom.expected_shape
     if kind == "reshape":
         return (shape[1], shape[2]) if len(shape) == 4 else (None, None)  # the channels are last
     if len(shape) not in (4, 5) and kind in ("norm", "groups", "upsample"):
-        shape = symptom.given_shape
+        shape = symptom.actual_shape
     if len(shape) in (4, 5) or (kind == "upsample" and len(shape) > 1):
         return shape[-2], shape[-1]
     if kind == "broadcast" and axis in (2, 3):
-        return (symptom.wanted, None) if axis == 2 else (None, symptom.wanted)
+        return (symptom.expected, None) if axis == 2 else (None, symptom.expected)
     if kind == "concat" and axis != 0:
-        return (None, symptom.wanted) if axis == 3 else (symptom.wanted, None)
+        return (None, symptom.expected) if axis == 3 else (symptom.expected, None)
     return None, None
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shapecheck.contract import Contract, Geometry, Shape
-from shapecheck.explain.residual_table import Fault, ResidualShapes
-from shapecheck.explain.simulate import Stage
+from shapecheck.contract import Contract, Geometry
+from shapecheck.explain.residual_table import Fault
+from shapecheck.explain.simulate import Failure
 from shapecheck.explain.symptom import Symptom
 
 CauseKind = Literal[
@@ -19,25 +19,15 @@ CauseKind = Literal[
 class Candidate:
     """A fault that leads to the text, on this UNet, at these sizes."""
 
-    slot: str
-    """The slot whose skip or residual does not fit."""
-    module: str
-    stage: Stage
-    wanted: Shape
-    given: Shape
+    failure: Failure
+    """At the first of the geometries."""
     faults: tuple[Fault, ...]
     """The fault, and others that lead to the very same residuals."""
     geometries: tuple[Geometry, ...]
-    """The first is the one of the shapes above."""
 
     @property
     def fault(self) -> Fault:
         return self.faults[0]
-
-    @property
-    def table(self) -> ResidualShapes:
-        """The residuals that lead to the text, at the first geometry."""
-        return self.fault.given
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +37,7 @@ class Cause:
     kind: CauseKind
     where: str
     """The slot or input; empty if the text names none."""
-    told: str
+    message: str
     change: str
     command: str = ""
     """The command that makes it certain."""
@@ -83,6 +73,6 @@ class Diagnosis:
     reason: str = ""
 
     @property
-    def found(self) -> tuple[Reading, ...]:
+    def explanations(self) -> tuple[Reading, ...]:
         """The readings that explain something."""
         return tuple(reading for reading in self.readings if reading.answers or reading.causes)

@@ -11,13 +11,11 @@ from shapecheck.explain.candidate_sizes import candidate_geometries
 from shapecheck.explain.causes import list_causes
 from shapecheck.explain.diagnosis import Answer, Candidate, Diagnosis, Reading
 from shapecheck.explain.fault_catalogue import list_faults
-from shapecheck.explain.hints import Hints
 from shapecheck.explain.matching import find_slot, is_of_slot, reproduces
 from shapecheck.explain.parse_text import find_symptoms, flatten_text
-from shapecheck.explain.residual_table import Fault, RequestedSize, ResidualTable
-from shapecheck.explain.simulate import Failure, FailureKind, Stage, simulate_call
+from shapecheck.explain.residual_table import Fault, Hints, RequestedSize, ResidualTable
+from shapecheck.explain.simulate import Failure, FailureKind, Stage, UNetLayout, lay_out_unet, simulate_call
 from shapecheck.explain.symptom import Symptom
-from shapecheck.explain.unet_layout import UNetLayout, lay_out_unet
 from shapecheck.explain.unrelated import find_other_subject
 
 _MOST_SYMPTOMS, _MOST_SIMULATED, _MOST_SIZES = 12, 4, 4
@@ -36,7 +34,7 @@ def explain_text(text: str, models: Mapping[str, Contract], size: RequestedSize)
     symptoms = tuple(symptom for symptom in symptoms if not symptom.elsewhere)
     diagnosis = Diagnosis(tuple(_explain_symptoms(symptoms[:_MOST_SYMPTOMS], models, size)), tuple(models))
     reason = "no slot of these UNets can give this text, with any fault there is a name for: it comes from somewhere else"
-    return diagnosis if diagnosis.found else replace(diagnosis, reason=reason)
+    return diagnosis if diagnosis.explanations else replace(diagnosis, reason=reason)
 
 
 def _explain_symptoms(symptoms: Sequence[Symptom], models: Mapping[str, Contract], size: RequestedSize) -> Iterator[Reading]:
@@ -80,51 +78,50 @@ def _simulate_faults(
     else:
         known = {"size_known": size.latent is not None, "batch_known": size.batch is not None}
         geometries = candidate_geometries(symptom, contract, size.complete(contract), **known)
+    hints = _find_hints(symptom)
     candidates: dict[tuple[str, str], Candidate] = {}
     for geometry in geometries:
-        for candidate in _simulate_faults_at(symptom, contract, geometry):
-            key = (candidate.slot, candidate.fault.told)
-            if earlier := candidates.get(key):
-                candidate = replace(earlier, geometries=(*earlier.geometries, geometry))
-            candidates[key] = candidate
+        unet = lay_out_unet(contract, geometry)
+        if unet is None:
+            raise ShapecheckError("this contract does not say how its UNet is built: give the model itself with --model")
+        table = ResidualTable.of(contract, geometry)
+        for faults in list_faults(table, hints):
+            for failure in _find_failures(symptom, unet, table, faults[0]):
+                # the same fault at another size is one candidate
+                key = failure.slot, faults[0].message
+                earlier = candidates.get(key, Candidate(failure, faults, ()))
+                candidates[key] = replace(earlier, geometries=(*earlier.geometries, geometry))
 
-    # those at the usual size first; then in slot order
     order = {slot.name: number for number, slot in enumerate(contract.slots)}
-    ranked = sorted(candidates.values(), key=lambda one: (geometries[0] not in one.geometries, order.get(one.slot, len(order))))
-    return Answer(names, contract, geometries[0], tuple(ranked))
 
+    def rank(candidate: Candidate) -> tuple[bool, int]:
+        """Put those at the usual size first; then in slot order."""
+        return geometries[0] not in candidate.geometries, order.get(candidate.failure.slot, len(order))
 
-def _simulate_faults_at(symptom: Symptom, contract: Contract, geometry: Geometry) -> Iterator[Candidate]:
-    unet = lay_out_unet(contract, geometry)
-    if unet is None:
-        raise ShapecheckError("this contract does not say how its UNet is built: give the model itself with --model")
-    table = ResidualTable.of(contract, geometry)
-    for faults in list_faults(table, _find_hints(symptom)):
-        for failure in _find_failures(symptom, unet, table, faults[0]):
-            yield Candidate(failure.slot, failure.module, failure.stage, failure.wanted, failure.given, faults, (geometry,))
+    return Answer(names, contract, geometries[0], tuple(sorted(candidates.values(), key=rank)))
 
 
 def _find_hints(symptom: Symptom) -> Hints:
     """Return the widths, sizes and batches that the text says residuals had."""
-    kind, axis, wanted, given, shape = symptom.kind, symptom.axis, symptom.wanted, symptom.given, symptom.given_shape
+    kind, axis, expected, actual, shape = symptom.kind, symptom.axis, symptom.expected, symptom.actual, symptom.actual_shape
     if kind == "unequal":
         return Hints(shape, tuple((None, size) for size in shape), shape)
     if kind in ("concat", "attention"):  # a residual of a larger batch shows only beside a skip of one image
-        met = sorted(size for size in (wanted, given) if size)
+        met = sorted(size for size in (expected, actual) if size)
         return Hints(batches=tuple(met[1:])) if met[:1] == [1] and axis in (None, 0) else Hints()
     if kind == "reshape":
-        return Hints(batches=symptom.wanted_shape[:1])
+        return Hints(batches=symptom.expected_shape[:1])
     if kind not in ("broadcast", "pair", "dimensions"):
         return Hints()
     if len(shape) == 3 and kind == "broadcast":  # attention, which folds images and cells
         return Hints(batches=shape[:1])
     if len(shape) == 4:
         return Hints.of_shapes([shape])
-    if axis is None or axis >= 4 or given is None:
+    if axis is None or axis >= 4 or actual is None:
         return Hints(tuple(width for width in shape[1:2] if width > 0))
-    hints = Hints.of_axis(axis, given)
-    if axis == 1 and wanted and given and wanted % given == 0:  # attention again
-        return replace(hints, batches=(wanted // given,))
+    hints = Hints.of_axis(axis, actual)
+    if axis == 1 and expected and actual and expected % actual == 0:  # attention again
+        return replace(hints, batches=(expected // actual,))
     return hints
 
 
@@ -132,13 +129,13 @@ def _find_failures(symptom: Symptom, unet: UNetLayout, table: ResidualTable, fau
     """Yield where this fault leads to the text: at the first failure, or at the slot that it names if each input is checked."""
     if symptom.kind == "pair":  # ComfyUI leaves out what does not fit, and goes on
         for slot, skip in zip(unet.slots, (*unet.skips, unet.mid), strict=True):
-            if skip == symptom.wanted_shape and fault.given.named.get(slot.name) == symptom.given_shape:
-                yield Failure("down", "broadcast", slot.name, slot.producer, skip, symptom.given_shape)
+            if skip == symptom.expected_shape and fault.residuals.named.get(slot.name) == symptom.actual_shape:
+                yield Failure("down", "broadcast", slot.name, slot.producer, skip, symptom.actual_shape)
     elif symptom.kind == "dimensions":
         name = find_slot(symptom.names[0], table.contract)
-        if name and is_of_slot(symptom, table, fault.given, name):
+        if name and is_of_slot(symptom, table, fault.residuals, name):
             producer = next(slot.producer for slot in unet.slots if slot.name == name)
             stage: Stage = "mid" if name == table.names[-1] else "down"
-            yield Failure(stage, "broadcast", name, producer, table.right.named[name], fault.given.named[name])
-    elif (failure := simulate_call(unet, fault.given)) and reproduces(symptom, failure, table):
+            yield Failure(stage, "broadcast", name, producer, table.right.named[name], fault.residuals.named[name])
+    elif (failure := simulate_call(unet, fault.residuals)) and reproduces(symptom, failure, table):
         yield failure

@@ -111,8 +111,11 @@ def explained_traceback(error: BaseException) -> ExplainedError | None:
     None if no UNet is on the way, or its residuals do not explain the exception. Of a list that diffusers has popped from,
     only the mid residual can be judged.
     """
-    calls = [] if is_of_memory(error) else find_calls(error, _takes_residuals)
-    if not calls:
+
+    def takes_residuals(module: Any) -> bool:
+        return hasattr(module, "config") and {DOWNS, MID} <= inspect.signature(module.forward).parameters.keys()
+
+    if is_of_memory(error) or not (calls := find_calls(error, takes_residuals)):
         return None
     traced = calls[-1]
     call = read_call(locate_arguments(traced.module), traced.args, traced.kwargs)
@@ -122,14 +125,10 @@ def explained_traceback(error: BaseException) -> ExplainedError | None:
     return _explain_call(traced, call, contract_of_live(traced.module), popped=popped)
 
 
-def _takes_residuals(module: Any) -> bool:
-    return hasattr(module, "config") and {DOWNS, MID} <= inspect.signature(module.forward).parameters.keys()
-
-
 def contract_of_live(unet: nn.Module) -> Contract:
     """Return the contract of a live UNet: a drop-in's own, else that of its twin on the meta device."""
-    if isinstance(own := getattr(unet, "contract", None), Contract):
-        return own
+    if isinstance(contract := getattr(unet, "contract", None), Contract):
+        return contract
     from shapecheck.models import diffusers_models
     from shapecheck.models.lookup import ModelSource
     from shapecheck.observe.probe import probe
@@ -143,11 +142,11 @@ def contract_of_live(unet: nn.Module) -> Contract:
 def _explain_by_text(error: BaseException, contract: Contract) -> ExplainedError | None:
     """Return what the text of an exception says by itself if it names an input, as those of ONNX Runtime and TensorRT do."""
     diagnosis = explain_text(str(error)[:100_000], {"this UNet": contract}, RequestedSize())
-    causes = [cause for reading in diagnosis.found if reading.symptom.names for cause in reading.causes]
+    causes = [cause for reading in diagnosis.explanations if reading.symptom.names for cause in reading.causes]
     if not causes:
         return None
     mismatches = tuple(
-        Mismatch("input", name, cause.told, "what the file takes", cause=cause.change)
+        Mismatch("input", name, cause.message, "what the file takes", cause=cause.change)
         for cause in causes
         for name in cause.slots or (cause.where,)
     )

@@ -31,7 +31,7 @@ def describe_failure(contract: Contract, error: BaseException, judgement: Judgem
         nearest = "" if match.differs == 0 else f" (the nearest known mistake; slots that differ: {match.differs})"
         shown, more = match.faults[:_MOST_FAULTS], len(match.faults) - _MOST_FAULTS
         for number, fault in enumerate(shown):
-            lines.append(f"{'     or' if number else '  fault'}: {fault.kind}: {fault.told}{nearest}")
+            lines.append(f"{'     or' if number else '  fault'}: {fault.kind}: {fault.message}{nearest}")
         if more > 0:
             lines.append(f"     and {more} more with the same shapes")
         lines.append(f"  change: {'; or '.join(dict.fromkeys(fault.change for fault in shown))}")

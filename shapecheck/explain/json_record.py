@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from shapecheck.explain.diagnosis import Candidate, Diagnosis, Reading
+from shapecheck.explain.diagnosis import Candidate, Cause, Diagnosis, Reading
 from shapecheck.explain.judge_mapping import Judgement
 from shapecheck.explain.report import explain_symptom, name_certain_command
 from shapecheck.explain.residual_table import Fault, ResidualShapes, right_shapes
-from shapecheck.explain.torch_messages import say_eager
+from shapecheck.explain.symptom import Symptom
+from shapecheck.explain.torch_messages import format_message
 from shapecheck.report.numbers import dump_json
 
 
@@ -35,19 +37,19 @@ def render_json(diagnosis: Diagnosis, judgement: Judgement | None = None, others
 
 def judge_diagnosis(diagnosis: Diagnosis, judgement: Judgement | None) -> str:
     """Return `diagnosis` or `none`, for the text if there is one, else for the table."""
-    return "diagnosis" if diagnosis.found or (judgement is not None and not diagnosis.reason) else "none"
+    return "diagnosis" if diagnosis.explanations or (judgement is not None and not diagnosis.reason) else "none"
 
 
 def _record_reading(reading: Reading) -> dict[str, Any]:
     return {
-        "symptom": asdict(reading.symptom) | {"meaning": explain_symptom(reading.symptom)},
-        "causes": [asdict(cause) for cause in reading.causes],
+        "symptom": _record_fields(reading.symptom) | {"meaning": explain_symptom(reading.symptom)},
+        "causes": [_record_fields(cause) for cause in reading.causes],
         "answers": [
             {
                 "models": list(answer.models),
                 "geometry": asdict(answer.geometry),
                 "certain": name_certain_command(answer),
-                "slots": list(dict.fromkeys(candidate.slot for candidate in answer.candidates)),
+                "slots": list(dict.fromkeys(candidate.failure.slot for candidate in answer.candidates)),
                 "candidates": [_record_candidate(candidate) for candidate in answer.candidates],
                 "right": right_shapes(answer.contract, answer.geometry).named,
             }
@@ -56,26 +58,32 @@ def _record_reading(reading: Reading) -> dict[str, Any]:
     }
 
 
+def _record_fields(value: Symptom | Cause) -> dict[str, Any]:
+    # the keys are older than the names of the fields
+    keys = {"expected": "wanted", "actual": "given", "message": "told"}
+    return {re.sub("|".join(keys), lambda word: keys[word[0]], name): entry for name, entry in asdict(value).items()}
+
+
 def _record_candidate(candidate: Candidate) -> dict[str, Any]:
     return {
-        "slot": candidate.slot,
-        "module": candidate.module,
-        "stage": candidate.stage,
+        "slot": candidate.failure.slot,
+        "module": candidate.failure.module,
+        "stage": candidate.failure.stage,
         **_record_fault(candidate.fault),
-        "wanted": candidate.wanted,
-        "given": candidate.given,
+        "wanted": candidate.failure.expected,
+        "given": candidate.failure.actual,
         "alike": [_record_fault(fault) for fault in candidate.faults[1:]],
-        "mapping": _record_shapes(candidate.table),
+        "mapping": _record_shapes(candidate.fault.residuals),
         "geometries": [asdict(geometry) for geometry in candidate.geometries],
     }
 
 
 def _record_fault(fault: Fault) -> dict[str, Any]:
-    return {"fault": fault.kind, "told": fault.told, "change": fault.change, "touched": list(fault.slots)}
+    return {"fault": fault.kind, "told": fault.message, "change": fault.change, "touched": list(fault.slots)}
 
 
-def _record_shapes(given: ResidualShapes) -> dict[str, Any]:
-    return {"down": given.downs, "mid": given.mid}
+def _record_shapes(residuals: ResidualShapes) -> dict[str, Any]:
+    return {"down": residuals.downs, "mid": residuals.mid}
 
 
 def _record_judgement(judgement: Judgement) -> dict[str, Any]:
@@ -83,11 +91,11 @@ def _record_judgement(judgement: Judgement) -> dict[str, Any]:
         "models": list(judgement.models),
         "geometry": asdict(judgement.geometry),
         "verdict": "right" if judgement.is_right else "silent" if judgement.is_silent else "raises",
-        "text": say_eager(judgement.failure) if judgement.failure else None,
+        "text": format_message(judgement.failure) if judgement.failure else None,
         "slot": judgement.failure.slot if judgement.failure else None,
         "mismatches": [asdict(mismatch) for mismatch in judgement.mismatches],
         "faults": [_record_fault(fault) | {"differs": match.differs} for match in judgement.matches for fault in match.faults],
         "notes": list(judgement.notes),
-        "given": _record_shapes(judgement.given),
+        "given": _record_shapes(judgement.received),
         "right": right_shapes(judgement.contract, judgement.geometry).named,
     }

@@ -6,17 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shapecheck.artefact import resolve_contract
-from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError
+from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.explain.diagnosis import Diagnosis
 from shapecheck.explain.fault_catalogue import list_faults
-from shapecheck.explain.hints import Hints
-from shapecheck.explain.mapping import MID, Claim
+from shapecheck.explain.mapping import MID, Claim, name_slots
 from shapecheck.explain.mapping_parser import parse_value
 from shapecheck.explain.matching import reproduces
-from shapecheck.explain.residual_table import Fault, RequestedSize, ResidualShapes, ResidualTable, name_slots, right_shapes
-from shapecheck.explain.simulate import Failure, simulate_call
-from shapecheck.explain.unet_layout import lay_out_unet
+from shapecheck.explain.residual_table import Fault, Hints, RequestedSize, ResidualShapes, ResidualTable, right_shapes
+from shapecheck.explain.simulate import Failure, lay_out_unet, simulate_call
 from shapecheck.models import lookup
 from shapecheck.observe.request import Request, resolve_geometry
 from shapecheck.progress import Progress, silent
@@ -44,7 +42,7 @@ class Judgement:
     models: tuple[str, ...]
     contract: Contract
     geometry: Geometry
-    given: ResidualShapes
+    received: ResidualShapes
     mismatches: tuple[Mismatch, ...]
     """Every slot that is wrong, missing or surplus."""
     failure: Failure | None
@@ -103,13 +101,22 @@ def judge_controlnets(
     for net in build_controlnets(controlnets, offline):
         progress(f"observing {net.name}")
         emitted = right_shapes(probe_controlnet(net.module), geometry)
-        judgements.append(judge_given(emitted, (model,), contract, geometry))
+        judgements.append(judge_residuals(emitted, (model,), contract, geometry))
     return judgements
 
 
-def judge_given(given: ResidualShapes, models: tuple[str, ...], contract: Contract, geometry: Geometry) -> Judgement:
-    """Judge the residuals that a UNet received at this geometry. Raises ShapecheckError if the UNet refuses the geometry."""
-    return _judge(given, given.named, ResidualTable.of(contract, geometry), models, sized=True)
+def judge_residuals(
+    received: ResidualShapes, models: tuple[str, ...], contract: Contract, geometry: Geometry, *, sized: bool = True
+) -> Judgement:
+    """Judge the residuals that a UNet received at this geometry. Raises ShapecheckError if the UNet refuses the geometry.
+
+    `sized`: the size is known to be the UNet's, so that a whole table of another size is a mistake too.
+    """
+    mismatches = compare_shapes(contract.slots, geometry, received.named)
+    unet = lay_out_unet(contract, geometry)
+    failure = simulate_call(unet, received) if unet else None
+    matches = _match_faults(received, ResidualTable.of(contract, geometry), sized)
+    return Judgement(models, contract, geometry, received, mismatches, failure, matches)
 
 
 def judge_on_all(
@@ -157,43 +164,33 @@ def _judge_meanings(claim: Claim, table: ResidualTable, models: tuple[str, ...],
     claim = claim.from_zero(len(table.downs))
     tables = list(claim.tables(table))
     if not claim.gaps:
-        for number, given in enumerate(tables):
-            tells_mid = claim.tells_mid or given.mid != table.mid or (number == 0 and len(claim.downs) > len(table.downs))
-            judgement = _judge(given, given.named, table, models, sized=sized)
+        for number, received in enumerate(tables):
+            tells_mid = claim.tells_mid or received.mid != table.mid or (number == 0 and len(claim.downs) > len(table.downs))
+            judgement = judge_residuals(received, models, table.contract, table.geometry, sized=sized)
             yield replace(judgement, tells_mid=tells_mid, notes=claim.notes)
         return
 
     # of residuals by name, those left out come first in the report, then what is wrong with the others
-    judgement = _judge(tables[0], claim.named_shapes(table), table, models, sized=sized)
+    judgement = judge_residuals(tables[0], models, table.contract, table.geometry, sized=sized)
+    mismatches = compare_shapes(table.contract.slots, table.geometry, claim.named_shapes(table))
     others = _match_faults(claim.completed(table), table, sized)
     which = name_slots([number for number in claim.gaps if number != MID], has_mid=MID in claim.gaps)
     verb, names = ("is", "its name") if len(claim.gaps) == 1 else ("are", "their names")
     message = f"{which} {verb} left out under {names}{'' if others else ', the others are in place'}"
     slots = tuple(table.names[index] for index in claim.gaps if index < len(table.names))
     fault = Fault("drop", message, "give every slot", tables[0], slots)
-    yield replace(judgement, matches=(Match((fault,), others[0].differs if others else 0), *others), notes=claim.notes)
+    matches = (Match((fault,), others[0].differs if others else 0), *others)
+    yield replace(judgement, mismatches=mismatches, matches=matches, notes=claim.notes)
 
 
-def _judge(
-    given: ResidualShapes, named: Mapping[str, Shape], table: ResidualTable, models: tuple[str, ...], *, sized: bool
-) -> Judgement:
-    mismatches = compare_shapes(table.contract.slots, table.geometry, named)
-    unet = lay_out_unet(table.contract, table.geometry)
-    failure = simulate_call(unet, given) if unet else None
-    return Judgement(models, table.contract, table.geometry, given, mismatches, failure, _match_faults(given, table, sized))
-
-
-def _match_faults(given: ResidualShapes, table: ResidualTable, sized: bool) -> tuple[Match, ...]:
-    """Return the mistakes that lead to this table; if there are none, those that come nearest.
-
-    `sized`: the size is known to be the UNet's, so that a whole table of another size is a mistake too.
-    """
-    if given == table.right:
+def _match_faults(received: ResidualShapes, table: ResidualTable, sized: bool) -> tuple[Match, ...]:
+    """Return the mistakes that lead to this table; if there are none, those that come nearest."""
+    if received == table.right:
         return ()
     matches = []
-    for group in list_faults(table, Hints.of_shapes((*given.downs, given.mid or ()))):
+    for group in list_faults(table, Hints.of_shapes((*received.downs, received.mid or ()))):
         if faults := tuple(fault for fault in group if sized or fault.kind != "size"):
-            matches.append(Match(faults, _count_differences(faults[0].given, given)))  # noqa: PERF401
+            matches.append(Match(faults, _count_differences(faults[0].residuals, received)))  # noqa: PERF401
     matches.sort(key=lambda match: match.differs)
     return tuple(match for match in matches if match.differs == 0) or tuple(matches[:_MOST_MATCHES])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shapecheck.contract import Shape
@@ -10,6 +10,12 @@ from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.explain.residual_table import ResidualShapes, ResidualTable, Size
 
 MID = -1
+
+
+def name_slots(numbers: Sequence[int], *, has_mid: bool) -> str:
+    """Return `slots 2, 5 and mid`."""
+    downs = [f"slot{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"] if numbers else []
+    return " and ".join([*downs, *["mid"] * has_mid])
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +38,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Residuals by number; `mid` at -1."""
+    """Residuals by number in order, `mid` at -1 and last."""
 
-    entries: tuple[tuple[int, Entry], ...]
+    entries: Mapping[int, Entry]
     named: bool
     """Whether each has its slot's name, so that one that is left out moves no other."""
     tells_mid: bool
@@ -44,58 +50,55 @@ class Claim:
     """How it was read, if it could have been read otherwise."""
 
     @property
-    def downs(self) -> tuple[tuple[int, Entry], ...]:
-        return tuple((index, entry) for index, entry in self.entries if index != MID)
+    def downs(self) -> Mapping[int, Entry]:
+        return {index: entry for index, entry in self.entries.items() if index != MID}
 
     @property
     def gaps(self) -> tuple[int, ...]:
         """Numbers left out before the last, of residuals with names; -1 for mid."""
-        numbers = {index for index, _ in self.entries}
         if not self.named or not self.downs:
             return ()
-        return tuple(index for index in (*range(max(numbers)), MID) if index not in numbers)
+        return tuple(index for index in (*range(max(self.downs)), MID) if index not in self.entries)
 
     def from_zero(self, downs: int) -> Claim:
         """Return it with the numbers of the slots, if its names count from one to `downs`; else itself."""
-        numbers = [index for index, _ in self.downs]
-        if not self.named or downs < 1 or numbers != list(range(1, downs + 1)):
+        if not self.named or downs < 1 or list(self.downs) != list(range(1, downs + 1)):
             return self
-        moved = tuple((index if index == MID else index - 1, entry) for index, entry in self.entries)
+        moved = {index if index == MID else index - 1: entry for index, entry in self.entries.items()}
         note = f"the names count from one: number 1 is taken for slot 0, number {downs} for slot {downs - 1}"
         return replace(self, entries=moved, notes=(*self.notes, note))
 
     def tables(self, table: ResidualTable) -> Iterator[ResidualShapes]:
         """Yield everything that it can mean, the likelier first."""
-        downs = [entry.shape_at(table, index) for index, entry in self.downs]
+        downs = tuple(entry.shape_at(table, index) for index, entry in self.downs.items())
         if self.tells_mid:
-            mid = next((entry.shape_at(table, MID) for index, entry in self.entries if index == MID), None)
-            yield ResidualShapes(tuple(downs), mid)
+            yield ResidualShapes(downs, self.entries[MID].shape_at(table, MID) if MID in self.entries else None)
             return
-        whole = ResidualShapes(tuple(downs), None)
-        with_mid = ResidualShapes(tuple(downs), table.mid)  # a list of down residuals alone says nothing of mid
-        split = ResidualShapes(tuple(downs[:-1]), self.downs[-1][1].shape_at(table, MID)) if downs else whole
+        whole = ResidualShapes(downs, None)
+        with_mid = ResidualShapes(downs, table.mid)  # a list of down residuals alone says nothing of mid
+        split = ResidualShapes(downs[:-1], self.downs[max(self.downs)].shape_at(table, MID)) if downs else whole
         yield from (split, with_mid, whole) if len(downs) > len(table.downs) else (with_mid, split, whole)
 
     def named_shapes(self, table: ResidualTable) -> dict[str, Shape]:
         """Return slot name → shape, as they are claimed."""
         return {
             SHAPECHECK.mid if index == MID else SHAPECHECK.down(index): entry.shape_at(table, index)
-            for index, entry in self.entries
+            for index, entry in self.entries.items()
         }
 
     def completed(self, table: ResidualTable) -> ResidualShapes:
         """Return it with the right shape in every gap."""
         right = {index: shape for index, shape in enumerate(table.downs) if index in self.gaps}
-        shapes = {MID: table.mid} | right | {index: entry.shape_at(table, index) for index, entry in self.entries}
+        shapes = {MID: table.mid} | right | {index: entry.shape_at(table, index) for index, entry in self.entries.items()}
         return ResidualShapes(tuple(shapes[index] for index in sorted(shapes) if index != MID), shapes[MID])
 
     def sizes(self) -> tuple[Size, ...]:
         """Return every height and width that is said."""
-        sizes = (entry.shape[-2:] if entry.shape else entry.size for _, entry in self.entries)
+        sizes = (entry.shape[-2:] if entry.shape else entry.size for entry in self.entries.values())
         return tuple(dict.fromkeys((size[0], size[1]) for size in sizes if size))
 
     @property
     def batch(self) -> int | None:
         """The batch that most entries say."""
-        batches = [entry.batch for _, entry in self.entries if entry.batch]
+        batches = [entry.batch for entry in self.entries.values() if entry.batch]
         return max(set(batches), key=batches.count) if batches else None

@@ -128,7 +128,8 @@ def _parse_words(text: str, origin: str) -> Claim:
     for word, entry in reversed([(word, _parse_word(word, origin)) for name, word in words if not name]):
         size = entry.size if "@" in word else size  # a size holds for the channels before it that have none, too
         downs.insert(0, replace(entry, size=size) if word.isdigit() else entry)
-    return _make_claim([*enumerate(downs), *((MID, _parse_word(word, origin)) for word in mids)], False, bool(mids), origin)
+    entries = dict(enumerate(downs)) | ({MID: _parse_word(mids[0], origin)} if mids else {})
+    return _make_claim(entries, False, bool(mids), origin)
 
 
 def _parse_word(word: str, origin: str) -> Entry:
@@ -179,7 +180,7 @@ def _find_tables(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[
 
 def _claim_by_name(values: Iterable[tuple[str, Any]], parse: Callable[[Any, str], Entry], origin: str) -> Claim:
     owners: dict[int, str] = {}
-    entries: list[tuple[int, Entry]] = []
+    entries: dict[int, Entry] = {}
     for name, value in values:
         index = slot_number(name)
         if index is None:
@@ -188,7 +189,7 @@ def _claim_by_name(values: Iterable[tuple[str, Any]], parse: Callable[[Any, str]
             slot = "mid" if index == MID else f"slot {index}"
             raise ShapecheckError(f"{origin}: {owners[index]} and {name} both name the residual of {slot}; keep the one given")
         owners[index] = name
-        entries.append((index, parse(value, f"{origin}: {name}")))
+        entries[index] = parse(value, f"{origin}: {name}")
     return _make_claim(entries, True, True, origin)
 
 
@@ -202,16 +203,17 @@ def _claim_by_side(table: Mapping[str, Any], origin: str) -> Claim:
         raise ShapecheckError(f"{origin}: `{downs[0]}` must be a list of shapes; expected {FORMS}")
     entries = _parse_list(table[downs[0]], origin, downs[0])
     if mids and table[mids[0]] is not None:
-        entries.append((MID, _parse_entry(table[mids[0]], f"{origin}: {mids[0]}")))
-    return _make_claim(entries, False, True, origin) if entries else Claim((), False, True, origin)
+        entries[MID] = _parse_entry(table[mids[0]], f"{origin}: {mids[0]}")
+    return _make_claim(entries, False, True, origin) if entries else Claim({}, False, True, origin)
 
 
-def _make_claim(entries: list[tuple[int, Entry]], named: bool, tells_mid: bool, origin: str) -> Claim:
+def _make_claim(entries: Mapping[int, Entry], named: bool, tells_mid: bool, origin: str) -> Claim:
     if not entries:
         raise ShapecheckError(f"{origin}: no residuals in it; expected {FORMS}")
     if len(entries) > 512:
         raise ShapecheckError(f"{origin}: {len(entries)} residuals, more than any UNet has; expected {FORMS}")
-    return Claim(tuple(sorted(entries, key=lambda pair: (pair[0] == MID, pair[0]))), named, tells_mid, origin)
+    order = sorted(entries, key=lambda index: (index == MID, index))
+    return Claim({index: entries[index] for index in order}, named, tells_mid, origin)
 
 
 def side_of(name: str) -> Literal["down", "mid"] | None:
@@ -234,9 +236,9 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and 3 <= len(value) <= 6 and all(type(axis) is int for axis in value)
 
 
-def _parse_list(values: Sequence[Any], origin: str, name: str) -> list[tuple[int, Entry]]:
+def _parse_list(values: Sequence[Any], origin: str, name: str) -> dict[int, Entry]:
     _refuse_one_shape(values, origin)
-    return [(index, _parse_entry(value, f"{origin}: {name} {index}")) for index, value in enumerate(values)]
+    return {index: _parse_entry(value, f"{origin}: {name} {index}") for index, value in enumerate(values)}
 
 
 def _refuse_one_shape(values: Sequence[Any], origin: str) -> None:

@@ -22,11 +22,6 @@ _MOST_MATCHES, _MOST_SYMPTOMS, _MOST_SITES = 64, 24, 4
 _NOISE = re.compile(r"\x1b\[[0-9;]{0,20}[A-Za-z]|^[EWI][0-9]{4} [0-9:.]{5,20} +[0-9]+ [^\]\n]{1,200}\] ?", re.MULTILINE)
 
 
-def read_symptoms(text: str) -> tuple[Symptom, ...]:
-    """Return what `find_symptoms` finds in a text of any number of lines."""
-    return find_symptoms(flatten_text(text))
-
-
 def find_symptoms(flat: str) -> tuple[Symptom, ...]:
     """Return every known symptom of a flattened text, in the order of the text, each once."""
     matches = [

@@ -8,9 +8,9 @@ from shapecheck.contract import Geometry, show
 from shapecheck.contract.records import format_observed
 from shapecheck.explain.diagnosis import Answer, Candidate, Diagnosis, Reading
 from shapecheck.explain.judge_mapping import Judgement
-from shapecheck.explain.residual_table import name_slots
+from shapecheck.explain.mapping import name_slots
 from shapecheck.explain.symptom import Symptom
-from shapecheck.explain.torch_messages import say_eager
+from shapecheck.explain.torch_messages import format_message
 from shapecheck.report.document import LINE, Cell, Document, Facts, Format, Heading, Paragraph, Part, Points, Table
 from shapecheck.report.numbers import format_count
 
@@ -23,9 +23,9 @@ def render_text(
     `others` judge the same table on the other UNets that were tried.
     """
     parts: list[Part] = []
-    for reading in diagnosis.found:
+    for reading in diagnosis.explanations:
         parts += _list_reading(reading, diagnosis.tried[0] if len(diagnosis.tried) == 1 else None)
-    if not diagnosis.found and diagnosis.reason:
+    if not diagnosis.explanations and diagnosis.reason:
         parts.append(Paragraph(f"NO DIAGNOSIS: {diagnosis.reason}", indent=""))
         parts.append(Paragraph(f"tried: {', '.join(diagnosis.tried)}", indent=" " * len("tried: ")))
     if judgement is not None:
@@ -45,7 +45,7 @@ def _list_reading(reading: Reading, model: str | None) -> Iterator[Part]:
     yield Paragraph(explain_symptom(symptom), indent="")
     for cause in reading.causes:
         command = cause.command.replace("MODEL", model or "MODEL")
-        facts = [("cause", cause.told), ("where", cause.where), ("change", cause.change), ("certain", command)]
+        facts = [("cause", cause.message), ("where", cause.where), ("change", cause.change), ("certain", command)]
         yield Facts(facts, width=LINE - len("certain  "))
     if not reading.answers:
         return
@@ -78,21 +78,22 @@ _MEANINGS = {
 def explain_symptom(symptom: Symptom) -> str:
     """Return what the words of a symptom mean, in terms of residuals; empty if they say it themselves."""
     place = _PLACES.get(symptom.stage or "", "")
-    wanted = symptom.wanted if symptom.wanted is not None else "another size"
-    given = symptom.given if symptom.given is not None else "another"
-    if symptom.kind in ("broadcast", "pair") and symptom.wanted_shape:
-        return f"The UNet's own tensor is {show(symptom.wanted_shape)}, what is added to it {show(symptom.given_shape)}{place}."
+    expected = symptom.expected if symptom.expected is not None else "another size"
+    actual = symptom.actual if symptom.actual is not None else "another"
+    if symptom.kind in ("broadcast", "pair") and symptom.expected_shape:
+        added = f"what is added to it {show(symptom.actual_shape)}{place}"
+        return f"The UNet's own tensor is {show(symptom.expected_shape)}, {added}."
     if symptom.stage == "nets":
         return ""
     if symptom.kind == "broadcast":
         axis = dict(enumerate(("batch", "channels", "height", "width"))).get(symptom.axis or 0, "an axis")
-        a, b = (f"{size} channels" if axis == "channels" else f"{axis} {size}" for size in (wanted, given))
+        a, b = (f"{size} channels" if axis == "channels" else f"{axis} {size}" for size in (expected, actual))
         return (
             f"In skip + residual the UNet's own tensor is a and has {a}; the residual is b and has {b}{place}. PyTorch "
             "compares the last axis first and names the first that differs."
         )
     if symptom.kind == "concat":
-        return f"On the way up, a tensor of size {wanted} meets a skip of {given}."
+        return f"On the way up, a tensor of size {expected} meets a skip of {actual}."
     return _MEANINGS.get(symptom.kind, "")
 
 
@@ -104,18 +105,19 @@ def _list_answer(answer: Answer) -> Iterator[Part]:
     where = f"{format_count(count, 'fault')} {verb} exactly this text, at {_name_places(answer)}{more}"
     yield Heading(f"On {_name_models(answer.models)}, {where}")
     for candidates in _group_by_slot(same_size):
-        first = candidates[0]
-        met = f"the UNet has {show(first.wanted)}, and meets {show(first.given) if first.given else 'nothing'}"
-        yield Heading(f"{first.slot} ({first.module}): {met}", 3, indent="  ")
+        failure = candidates[0].failure
+        met = f"the UNet has {show(failure.expected)}, and meets {show(failure.actual) if failure.actual else 'nothing'}"
+        yield Heading(f"{failure.slot} ({failure.module}): {met}", 3, indent="  ")
         yield Table(("fault", "what was done"), list(_tabulate_faults(candidates)))
     if others:
         yield Heading(f"At other sizes than latents of {_list_sizes([answer.geometry])}")
         rows = []
         for candidates in _group_by_slot(others):
-            first = candidates[0]
+            failure = candidates[0].failure
             sizes = _list_sizes(list(dict.fromkeys(size for candidate in candidates for size in candidate.geometries)))
             kinds = ", ".join(dict.fromkeys(candidate.fault.kind for candidate in candidates))
-            rows.append((first.slot, sizes, show(first.wanted), show(first.given) if first.given else "nothing", kinds))
+            actual = show(failure.actual) if failure.actual else "nothing"
+            rows.append((failure.slot, sizes, show(failure.expected), actual, kinds))
         yield Table(("where", "at latents of", "UNet has", "meets", "faults"), rows)
     changes: dict[str, str] = {}
     for candidate in answer.candidates:
@@ -145,7 +147,7 @@ def _split_candidates(answer: Answer) -> tuple[list[Candidate], list[Candidate]]
 def _group_by_slot(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
-        groups.setdefault(candidate.slot, []).append(candidate)
+        groups.setdefault(candidate.failure.slot, []).append(candidate)
     return list(groups.values())
 
 
@@ -154,8 +156,8 @@ def _tabulate_faults(candidates: Sequence[Candidate]) -> Iterator[tuple[str, str
     for kind in dict.fromkeys(candidate.fault.kind for candidate in candidates):
         alike = [candidate for candidate in candidates if candidate.fault.kind == kind]
         first = alike[0]
-        message = first.fault.told
-        if others := [fault.told for fault in first.faults[1:] if fault.kind != kind]:
+        message = first.fault.message
+        if others := [fault.message for fault in first.faults[1:] if fault.kind != kind]:
             message += f"; or, which is the same, {others[0]}"
         if len(alike) > 1:
             message += f" (and {len(alike) - 1} more of this kind)"
@@ -174,7 +176,7 @@ def name_certain_command(answer: Answer) -> str:
 def _name_places(answer: Answer) -> str:
     """Return `slots 0, 1, 2, 3 and mid`: at the size of the answer, if there are any."""
     names = [slot.name for slot in answer.contract.slots]
-    places = dict.fromkeys(candidate.slot for candidate in _split_candidates(answer)[0] or answer.candidates)
+    places = dict.fromkeys(candidate.failure.slot for candidate in _split_candidates(answer)[0] or answer.candidates)
     slots = name_slots([names.index(name) for name in places if name in names[:-1]], has_mid=names[-1] in places)
     return " and ".join([*([slots] if slots else []), *(name for name in places if name not in names)])
 
@@ -189,33 +191,32 @@ def list_judgement(judgement: Judgement) -> Iterator[Part]:
     yield Heading(f"The table given, on {_name_models(judgement.models)}, {judgement.geometry}", 1)
     yield Paragraph(_describe_verdict(judgement))
     if judgement.failure is not None:
-        yield Facts([("PyTorch says", say_eager(judgement.failure) or "an error that is not known here")])
+        yield Facts([("PyTorch says", format_message(judgement.failure) or "an error that is not known here")])
     if judgement.matches:
         exact = judgement.matches[0].differs == 0
-        rows = [(fault.kind, fault.told, str(match.differs or "")) for match in judgement.matches for fault in match.faults]
+        rows = [(fault.kind, fault.message, str(match.differs or "")) for match in judgement.matches for fault in match.faults]
         yield Heading("This is what was done" if exact else "No known mistake gives this table; the nearest")
         yield Table(("fault", "what was done", "slots that differ"), rows)
         changes = dict.fromkeys((match.fault.kind, match.fault.change) for match in judgement.matches)
         yield Heading("What to change")
         yield Table(("fault", "change"), list(changes))
-    yield Heading("Slot by slot")
-    yield Table(("#", "slot", "given", "UNet takes", "verdict", "skip from", "likely cause"), list(_tabulate_slots(judgement)))
-    about_mid = [] if judgement.tells_mid else ["this table says nothing of the mid residual: it is taken to be right"]
-    yield Points([*judgement.notes, *about_mid], "note: ")
 
-
-def _tabulate_slots(judgement: Judgement) -> Iterator[tuple[Cell, ...]]:
-    """Yield every slot, right or wrong, then residuals that no slot takes."""
+    # every slot, right or wrong, then residuals that no slot takes
+    slots: list[tuple[Cell, ...]] = []
     wrong = {mismatch.where: mismatch for mismatch in judgement.mismatches}
     for number, slot in enumerate(judgement.contract.slots):
         expected = show(slot.shape_at(judgement.geometry))
         if mismatch := wrong.pop(slot.name, None):
             actual = format_observed(mismatch.observed)
-            yield number, slot.name, actual, expected, mismatch.kind, slot.producer, mismatch.cause
+            slots.append((number, slot.name, actual, expected, mismatch.kind, slot.producer, mismatch.cause))
         else:
-            yield number, slot.name, expected, expected, "right", slot.producer, ""
-    for mismatch in wrong.values():
-        yield "", mismatch.where, format_observed(mismatch.observed), "no such slot", mismatch.kind, "", mismatch.cause
+            slots.append((number, slot.name, expected, expected, "right", slot.producer, ""))
+    for name, mismatch in wrong.items():
+        slots += [("", name, format_observed(mismatch.observed), "no such slot", mismatch.kind, "", mismatch.cause)]
+    yield Heading("Slot by slot")
+    yield Table(("#", "slot", "given", "UNet takes", "verdict", "skip from", "likely cause"), slots)
+    about_mid = [] if judgement.tells_mid else ["this table says nothing of the mid residual: it is taken to be right"]
+    yield Points([*judgement.notes, *about_mid], "note: ")
 
 
 def _describe_verdict(judgement: Judgement) -> str:

@@ -1,8 +1,8 @@
-"""The residuals of a call as shapes, what a UNet needs at one geometry, and a fault that turns the one into the other."""
+"""Residuals as shapes: those of a call, what a UNet needs, hints at what they were, and the fault that makes them wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,8 @@ from shapecheck.contract.naming import SHAPECHECK
 
 Size = tuple[int, int]
 """Height and width in latent cells."""
+_LARGEST_AXIS = 2**20
+"""No axis of a real tensor is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +47,37 @@ class ResidualShapes:
         return named if self.mid is None else named | {SHAPECHECK.mid: self.mid}
 
 
-def name_slots(numbers: Sequence[int], *, has_mid: bool) -> str:
-    """Return `slots 2, 5 and mid`."""
-    downs = [f"slot{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"] if numbers else []
-    return " and ".join([*downs, *["mid"] * has_mid])
-
-
 def right_shapes(contract: Contract, geometry: Geometry) -> ResidualShapes:
     """Return what the UNet of this contract needs at that geometry. Raises ShapecheckError if it refuses it."""
     return ResidualShapes.split(tuple(contract.shapes(geometry).values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """Channels, heights and widths in cells (None for an unknown side), and batches that residuals are said to have."""
+
+    widths: tuple[int, ...] = ()
+    sizes: tuple[tuple[int | None, int | None], ...] = ()
+    batches: tuple[int, ...] = ()
+
+    @classmethod
+    def of_shapes(cls, shapes: Iterable[Shape]) -> Hints:
+        """Return the hints of residuals whose whole shape is known; other shapes give none."""
+        whole = [
+            shape for shape in dict.fromkeys(shapes) if len(shape) == 4 and all(0 < size <= _LARGEST_AXIS for size in shape)
+        ]
+        return cls(
+            tuple(dict.fromkeys(shape[1] for shape in whole)),
+            tuple(dict.fromkeys((shape[2], shape[3]) for shape in whole)),
+            tuple(dict.fromkeys(shape[0] for shape in whole)),
+        )
+
+    @classmethod
+    def of_axis(cls, axis: int, size: int) -> Hints:
+        """Return the hint of one axis of (batch, channels, height, width)."""
+        if not 0 < size <= _LARGEST_AXIS:
+            return cls()
+        return [cls(batches=(size,)), cls(widths=(size,)), cls(sizes=((size, None),)), cls(sizes=((None, size),))][axis]
 
 
 FaultKind = Literal[
@@ -68,10 +92,10 @@ class Fault:
     """One mistake, and the residuals that it leads to at one geometry."""
 
     kind: FaultKind
-    told: str
+    message: str
     """The mistake in words; `change` says what to do instead."""
     change: str
-    given: ResidualShapes
+    residuals: ResidualShapes
     slots: tuple[str, ...] = ()
     """The slots whose residuals were touched; empty if it is the whole table."""
 
@@ -138,3 +162,15 @@ class ResidualTable:
     def replace_shape(self, index: int, shape: Shape) -> ResidualShapes:
         """Return the right residuals with another shape at one slot."""
         return ResidualShapes.split((*self.flat[:index], shape, *self.flat[index + 1 :]))
+
+    def complete_size(self, rows: int | None, columns: int | None, usual: Size) -> Iterator[Size]:
+        """Yield sizes for one of which a side may be unknown: that side is then in proportion to the latents, or as usual."""
+        height, width = self.latent
+        if rows is not None and columns is not None:
+            yield rows, columns
+        elif rows is not None:
+            yield rows, max(1, round(rows * width / height))
+            yield rows, usual[1]
+        elif columns is not None:
+            yield max(1, round(columns * height / width)), columns
+            yield usual[0], columns

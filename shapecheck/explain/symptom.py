@@ -15,10 +15,10 @@ SymptomKind = Literal[
     "dimensions", "missing", "unknown", "range", "unequal",
 ]  # fmt: skip
 # Groups of an expression are named after the field of the symptom that they fill; low and high are its bounds.
-WANTED, GIVEN, AXIS = r"(?P<wanted>\d+)", r"(?P<given>\d+)", r"(?P<axis>\d)"
-WANTED_SHAPE, GIVEN_SHAPE = (rf"[\[(](?P<{shape}>[-\d, ]{{1,200}})[\])]" for shape in ("wanted_shape", "given_shape"))
+EXPECTED, ACTUAL, AXIS = r"(?P<expected>\d+)", r"(?P<actual>\d+)", r"(?P<axis>\d)"
+EXPECTED_SHAPE, ACTUAL_SHAPE = (rf"[\[(](?P<{shape}>[-\d, ]{{1,200}})[\])]" for shape in ("expected_shape", "actual_shape"))
 NAME = r"(?P<name>[\w./:-]{1,200}\w)"
-GIVEN_DTYPE, WANTED_DTYPE = (rf"(?P<{bound}>[\w.:]{{1,40}}\w)" for bound in ("low", "high"))
+ACTUAL_DTYPE, EXPECTED_DTYPE = (rf"(?P<{bound}>[\w.:]{{1,40}}\w)" for bound in ("low", "high"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,11 @@ class Symptom:
     line: str
     """The words themselves."""
     axis: int | None = None
-    wanted: int | None = None
-    """Size or number of axes of the model's own tensor; `given` is that of the tensor it received."""
-    given: int | None = None
-    wanted_shape: Shape = ()
-    given_shape: Shape = ()
+    expected: int | None = None
+    """Size or number of axes of the model's own tensor; `actual` is that of the tensor it received."""
+    actual: int | None = None
+    expected_shape: Shape = ()
+    actual_shape: Shape = ()
     stride: int | None = None
     """If sizes are printed as formulas: latent cells along one cell of the model's own tensor."""
     names: tuple[str, ...] = ()
@@ -65,10 +65,10 @@ class MessagePattern(NamedTuple):
             self.source,
             match[0],
             axis=int(groups["axis"]) if "axis" in groups else None,
-            wanted=parse_size(groups.get("wanted", "")),
-            given=parse_size(groups.get("given", "")),
-            wanted_shape=parse_shape(groups.get("wanted_shape", "")),
-            given_shape=parse_shape(groups.get("given_shape", "")),
+            expected=parse_size(groups.get("expected", "")),
+            actual=parse_size(groups.get("actual", "")),
+            expected_shape=parse_shape(groups.get("expected_shape", "")),
+            actual_shape=parse_shape(groups.get("actual_shape", "")),
             names=(groups["name"],) if "name" in groups else _find_names(groups.get("names", "")),
             bounds=(groups.get("low", ""), groups.get("high", "")),
         )

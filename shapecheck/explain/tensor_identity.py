@@ -10,7 +10,7 @@ from torch import Tensor
 from shapecheck.contract import Contract, Geometry, ShapecheckError, show
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.explain.call_log import EmissionRecord
-from shapecheck.explain.judge_mapping import Judgement, Match, judge_given
+from shapecheck.explain.judge_mapping import Judgement, Match, judge_residuals
 from shapecheck.explain.residual_table import Fault, FaultKind, ResidualShapes, right_shapes
 from shapecheck.runtime.unet_call import Call
 
@@ -26,8 +26,8 @@ def judge_call(call: Call, contract: Contract, geometry: Geometry, emitted: Sequ
     downs = call.downs if isinstance(call.downs, (list, tuple)) else (None,)
     if not all(isinstance(residual, Tensor) for residual in (*downs, *(() if call.mid is None else (call.mid,)))):
         return None
-    given = ResidualShapes(tuple(tuple(down.shape) for down in downs), None if call.mid is None else tuple(call.mid.shape))
-    judgement = judge_given(given, (contract.header.source or "this UNet",), contract, geometry)
+    received = ResidualShapes(tuple(tuple(down.shape) for down in downs), None if call.mid is None else tuple(call.mid.shape))
+    judgement = judge_residuals(received, (contract.header.source or "this UNet",), contract, geometry)
     flat = [*map(id, downs), id(call.mid)]
     whole = next((net for net in emitted if [*map(id, net.residuals.values())] == flat), None)
     if whole and judgement.mismatches:
@@ -59,30 +59,30 @@ def _find_touched(downs: Sequence[Tensor], emitted: Sequence[EmissionRecord]) ->
 
 def _explain_origin(emission: EmissionRecord, judgement: Judgement) -> Fault:
     """Say what is wrong with a ControlNet whose residuals all arrive, in order, and do not fit."""
-    given, geometry = judgement.given, judgement.geometry
+    received, geometry = judgement.received, judgement.geometry
     who = f"this ControlNet ({emission.name})"
-    kind = _classify_difference(given, judgement.contract, geometry)
+    kind = _classify_difference(received, judgement.contract, geometry)
     if kind == "family":
         known = next((fault for match in judgement.matches for fault in match.faults if fault.kind == "family"), None)
-        table = f": {known.told}" if known and known.given == given else ""
-        return Fault("family", f"{who} is made for another UNet{table}", _CHANGES["family"], given)
-    batch, _, *size = given.downs[0]
+        table = f": {known.message}" if known and known.residuals == received else ""
+        return Fault("family", f"{who} is made for another UNet{table}", _CHANGES["family"], received)
+    batch, _, *size = received.downs[0]
     latents = f"latents of {show(tuple(size))}" if kind == "size" else ""
     at = " and ".join(filter(None, (latents, f"batch {batch}" if batch != geometry.batch else "")))
-    return Fault(kind, f"{who} ran at another {kind}: at {at}, the UNet at {geometry}", _CHANGES[kind], given)
+    return Fault(kind, f"{who} ran at another {kind}: at {at}, the UNet at {geometry}", _CHANGES[kind], received)
 
 
-def _classify_difference(given: ResidualShapes, contract: Contract, geometry: Geometry) -> FaultKind:
+def _classify_difference(received: ResidualShapes, contract: Contract, geometry: Geometry) -> FaultKind:
     """Return `family` for other channels, another number, or sizes that this UNet has at no latents; else `size` or `batch`."""
     right = right_shapes(contract, geometry)
-    actual, expected = ((*table.downs, table.mid or ()) for table in (given, right))
+    actual, expected = ((*table.downs, table.mid or ()) for table in (received, right))
     if [shape[1:2] for shape in actual] != [shape[1:2] for shape in expected] or any(len(shape) != 4 for shape in actual):
         return "family"
-    if all(shape[2:] in ((1, 1), own[2:]) for shape, own in zip(actual, expected, strict=True)):
+    if all(shape[2:] in ((1, 1), right_shape[2:]) for shape, right_shape in zip(actual, expected, strict=True)):
         return "batch"
     batch, _, height, width = actual[0]
     try:  # what fits the UNet at the latents that the first residual shows
         elsewhere = right_shapes(replace(contract, divisor=1), Geometry(batch, height, width))
     except (ShapecheckError, ValueError):  # a rounding that was never observed
         return "family"
-    return "size" if elsewhere == given else "family"
+    return "size" if elsewhere == received else "family"

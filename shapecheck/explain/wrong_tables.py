@@ -9,8 +9,7 @@ from itertools import product
 
 from shapecheck import presets
 from shapecheck.contract import Contract, Dim, Geometry, Shape, ShapecheckError
-from shapecheck.explain.hints import Hints, complete_size
-from shapecheck.explain.residual_table import Fault, FaultKind, ResidualShapes, ResidualTable, right_shapes
+from shapecheck.explain.residual_table import Fault, FaultKind, Hints, ResidualShapes, ResidualTable, right_shapes
 
 _TABLE = "take channels and size of each residual from the contract's table, one row a slot"
 _AXES = "give (batch, channels, height, width)"
@@ -23,10 +22,21 @@ def list_wrong_tables(table: ResidualTable, hints: Hints) -> Iterator[Fault]:
     """Yield the tables of every wrong rule that has a name; sizes and batches are those of the UNet and of the hints."""
     yield from _take_block_channels(table)
     yield from _count_layers(table)
-    yield from _take_other_family(table)
-    yield from _run_at_other_size(table, hints)
-    yield from _run_at_other_batch(table, hints)
-    yield from _lose_axes(table)
+    yield from _run_at_other_geometry(table, hints)
+
+    families: dict[ResidualShapes, list[str]] = {}
+    for names, contract in list_families():
+        families.setdefault(emitted_shapes(contract, table.geometry), []).extend(names)
+    for residuals, alike in families.items():
+        message = f"this is the table of {', '.join(alike[:4])}{', …' * (len(alike) > 4)}"
+        yield Fault("family", message, "take a ControlNet made for this UNet, or the UNet it was made for", residuals)
+
+    message = "residuals have no batch axis: PyTorch adds them to every image in silence"
+    yield Fault("rank", message, _AXES, ResidualShapes.split([shape[1:] for shape in table.flat]))
+    yield Fault("rank", "residuals have an axis too many", _AXES, ResidualShapes.split([(1, *shape) for shape in table.flat]))
+    message = "residuals are 1×1: PyTorch adds them to every cell in silence"
+    change = "right for ControlNets with global_pool_conditions; else give residuals of full size"
+    yield Fault("pooled", message, change, ResidualShapes.split([(*shape[:2], 1, 1) for shape in table.flat]))
     for rule in (_make_constant, _round_sizes, _reorder_axes, _change_channels, _scale_sizes):
         for kind, message, change, flat in rule(table):
             wrong = ResidualShapes.split(flat)
@@ -85,43 +95,22 @@ def emitted_shapes(contract: Contract, geometry: Geometry) -> ResidualShapes:
         return right_shapes(replace(contract, divisor=1), geometry)
 
 
-def _take_other_family(table: ResidualTable) -> Iterator[Fault]:
-    tables: dict[ResidualShapes, list[str]] = {}
-    for names, contract in list_families():
-        tables.setdefault(emitted_shapes(contract, table.geometry), []).extend(names)
-    for given, alike in tables.items():
-        message = f"this is the table of {', '.join(alike[:4])}{', …' * (len(alike) > 4)}"
-        yield Fault("family", message, "take a ControlNet made for this UNet, or the UNet it was made for", given)
-
-
-def _run_at_other_size(table: ResidualTable, hints: Hints) -> Iterator[Fault]:
+def _run_at_other_geometry(table: ResidualTable, hints: Hints) -> Iterator[Fault]:
+    """Take what the right ControlNet emits at latents of another size or batch."""
     divisor = table.contract.divisor
     change = "give the ControlNet an image of the size that is drawn"
     for rows, columns in hints.sizes:
-        for height, width in complete_size(rows, columns, table.latent, table.latent):
+        for height, width in table.complete_size(rows, columns, table.latent):
             if (height, width) != table.latent and not (height % divisor or width % divisor):
                 message = f"the ControlNet ran at latents of {height}×{width}, the UNet at another size"
                 ran_at = replace(table.geometry, height=height, width=width)
                 yield Fault("size", message, change, right_shapes(table.contract, ran_at))
-
-
-def _run_at_other_batch(table: ResidualTable, hints: Hints) -> Iterator[Fault]:
     change = "give both the same batch: with classifier-free guidance the latents are doubled for both"
     for batch in dict.fromkeys((1, *hints.batches)):
         if batch != table.geometry.batch:
             silent = ": PyTorch adds its residuals to every image" if batch == 1 else ""
             message = f"the ControlNet ran at batch {batch}, the UNet at another{silent}"
             yield Fault("batch", message, change, right_shapes(table.contract, replace(table.geometry, batch=batch)))
-
-
-def _lose_axes(table: ResidualTable) -> Iterator[Fault]:
-    flat = table.flat
-    message = "residuals have no batch axis: PyTorch adds them to every image in silence"
-    yield Fault("rank", message, _AXES, ResidualShapes.split([shape[1:] for shape in flat]))
-    yield Fault("rank", "residuals have an axis too many", _AXES, ResidualShapes.split([(1, *shape) for shape in flat]))
-    pooled = ResidualShapes.split([(*shape[:2], 1, 1) for shape in flat])
-    change = "right for ControlNets with global_pool_conditions; else give residuals of full size"
-    yield Fault("pooled", "residuals are 1×1: PyTorch adds them to every cell in silence", change, pooled)
 
 
 def _make_constant(table: ResidualTable) -> Iterator[_Rule]:
@@ -137,14 +126,14 @@ def _make_constant(table: ResidualTable) -> Iterator[_Rule]:
 
 def _round_sizes(table: ResidualTable) -> Iterator[_Rule]:
     """Round halved sizes another way than the UNet."""
-    for own, other in (("ceil", "floor"), ("floor", "ceil")):
+    for right_way, other in (("ceil", "floor"), ("floor", "ceil")):
         flat: list[Shape] = []
         for slot in table.contract.slots:
             axes = [Dim(dim.symbol, dim.scale, tuple(other for _ in dim.halvings)) for dim in slot.skip[2:]]  # type: ignore[misc]
             flat.append((table.geometry.batch, slot.channels, *(dim.at(table.geometry.sizes) for dim in axes)))
         down = other == "floor"
         rounding = "down, as in height // stride" if down else "up, as in (height + 1) // 2"
-        change = f"halve step by step, rounding {'up' if down else 'down'} ({own}), as the UNet does"
+        change = f"halve step by step, rounding {'up' if down else 'down'} ({right_way}), as the UNet does"
         if all(min(shape) for shape in flat):
             yield "floor", f"sizes are halved rounding {rounding}", change, flat
     slots = zip(table.contract.slots, table.flat, strict=True)

@@ -176,7 +176,7 @@ def _explain_failure(error: BaseException) -> str:
         from shapecheck.explain.residual_table import RequestedSize
 
         diagnosis = explain_text(str(error), presets.contracts(), RequestedSize())
-        causes = [cause for reading in diagnosis.found for cause in reading.causes if cause.slots]
-        return "\n".join(f"{', '.join(cause.slots[:4])}: {cause.told}\n  change: {cause.change}" for cause in causes)
+        causes = [cause for reading in diagnosis.explanations for cause in reading.causes if cause.slots]
+        return "\n".join(f"{', '.join(cause.slots[:4])}: {cause.message}\n  change: {cause.change}" for cause in causes)
     except Exception as failure:  # the report of somebody's test must not be lost over ours
         return f"no explanation: {type(failure).__name__}: {failure}"

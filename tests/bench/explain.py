@@ -32,17 +32,17 @@ def seconds(*arguments: str) -> float:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        asked = {"`shapecheck --version`": ["--version"]}
+        commands = {"`shapecheck --version`": ["--version"]}
         for name, text in TEXTS.items():
-            asked[f"{name}, on sd15"] = ["explain", text, "--model", "sd15"]
-            asked[f"{name}, on every preset"] = ["explain", text]
+            commands[f"{name}, on sd15"] = ["explain", text, "--model", "sd15"]
+            commands[f"{name}, on every preset"] = ["explain", text]
         for name, text in HOSTILE.items():
             path = Path(folder) / name
             path.write_text(text, encoding="utf-8", errors="surrogatepass")
-            asked[f"hostile: {name}, on every preset"] = ["explain", str(path)]
-        took: dict[str, list[float]] = {name: [] for name in asked}
+            commands[f"hostile: {name}, on every preset"] = ["explain", str(path)]
+        took: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(ROUNDS):
-            for name, arguments in asked.items():
+            for name, arguments in commands.items():
                 took[name].append(seconds(*arguments))
     rows = {name: statistics.median(each) for name, each in took.items()}
     start = rows["`shapecheck --version`"]

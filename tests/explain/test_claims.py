@@ -43,8 +43,8 @@ def refusal(text):
 
 def refused_otherwise(cases):
     """Those of (text, message) pairs whose refusal does not say the message, with what it says instead."""
-    told = [(message, refusal(text)) for text, message in cases]
-    return [pair for pair in told if pair[0] not in pair[1]]
+    messages = [(message, refusal(text)) for text, message in cases]
+    return [pair for pair in messages if pair[0] not in pair[1]]
 
 
 @pytest.fixture
@@ -81,11 +81,11 @@ WRITTEN = {
 
 def test_tables_are_read_as_people_write_them():
     for form, (text, kind) in WRITTEN.items():
-        found = judgement(text, Geometry(2, 64, 64))
-        assert found.is_right is (kind is None), form
+        result = judgement(text, Geometry(2, 64, 64))
+        assert result.is_right is (kind is None), form
         if kind:
-            assert found.matches[0].differs == 0, form
-            assert kind in {fault.kind for match in found.matches for fault in match.faults}, form
+            assert result.matches[0].differs == 0, form
+            assert kind in {fault.kind for match in result.matches for fault in match.faults}, form
 
 
 def test_the_command_finds_the_size_of_a_table():
@@ -113,12 +113,12 @@ FILES = {
 
 def test_tables_are_read_from_files(file):
     for name, (text, kind) in FILES.items():
-        found = judgement(file(name, text), Geometry(2, 64, 64))
-        assert found.is_right is (kind is None), name
+        result = judgement(file(name, text), Geometry(2, 64, 64))
+        assert result.is_right is (kind is None), name
         if kind:
-            assert found.matches[0].fault.kind == kind, name
+            assert result.matches[0].fault.kind == kind, name
         if name == "gap.json":
-            assert [mismatch.where for mismatch in found.mismatches] == ["down_block_residual_03"]
+            assert [mismatch.where for mismatch in result.mismatches] == ["down_block_residual_03"]
 
 
 def test_a_table_without_a_model_finds_its_model():
@@ -176,7 +176,7 @@ def test_one_shape_is_refused(file):
 def test_widths_are_widths():
     for text in ("[320, 640, 1280, 1280]", "320,640,1280,1280", "(320, 640, 1280)", "[1280, 640, 320]"):
         entries = parse_mapping(text, AT).entries
-        assert [entry.channels for _, entry in entries] == [int(width) for width in re.findall(r"\d+", text)], text
+        assert [entry.channels for entry in entries.values()] == [int(width) for width in re.findall(r"\d+", text)], text
 
 
 # compact
@@ -196,8 +196,8 @@ SIZED = (
 
 def test_sizes_belong_to_what_they_are_written_after():
     for text, downs, mid in SIZED:
-        found = next(iter(parse_mapping(text, AT).tables(ResidualTable.of(SD15, AT))))
-        assert (list(found.downs), found.mid) == (downs, mid or RIGHT_MID), text
+        result = next(iter(parse_mapping(text, AT).tables(ResidualTable.of(SD15, AT))))
+        assert (list(result.downs), result.mid) == (downs, mid or RIGHT_MID), text
 
 
 def test_what_was_written_is_shown():
@@ -208,8 +208,8 @@ def test_what_was_written_is_shown():
         "[-7, 320, 640, 640, 640]": "got -7",
         "2x0x3x4": "got [2, 0, 3, 4]",
     }
-    told = {text: refusal(text) for text in ends}
-    assert not {text: said for text, said in told.items() if not said.endswith(ends[text])}
+    messages = {text: refusal(text) for text in ends}
+    assert not {text: said for text, said in messages.items() if not said.endswith(ends[text])}
 
 
 def test_the_forms_say_which_side_is_the_height():
@@ -222,40 +222,40 @@ def test_the_forms_say_which_side_is_the_height():
 
 def test_names_may_count_from_one():
     names = [*(f"down_{number}" for number in range(1, 13)), "mid"]
-    found = judgement(json.dumps(dict(zip(names, FLAT, strict=True))))
-    assert found.is_right
-    assert found.notes == ("the names count from one: number 1 is taken for slot 0, number 12 for slot 11",)
-    assert "note: the names count from one" in Document("", [*list_judgement(found)]).render("human")
-    assert "- the names count from one" in Document("", [*list_judgement(found)]).render("markdown")
+    result = judgement(json.dumps(dict(zip(names, FLAT, strict=True))))
+    assert result.is_right
+    assert result.notes == ("the names count from one: number 1 is taken for slot 0, number 12 for slot 11",)
+    assert "note: the names count from one" in Document("", [*list_judgement(result)]).render("human")
+    assert "- the names count from one" in Document("", [*list_judgement(result)]).render("markdown")
 
 
 def test_names_that_leave_out_the_first_slot_do_not_count_from_one():
     names = [*(f"down_{number}" for number in range(1, 12)), "mid"]
-    found = judgement(json.dumps(dict(zip(names, FLAT[1:], strict=True))))
-    assert found.matches[0].fault.told == "slot 0 is left out under its name, the others are in place"
-    assert [(each.kind, each.where) for each in found.mismatches] == [("missing", "down_block_residual_00")]
-    assert (found.notes, found.matches[0].differs, len(found.matches)) == ((), 0, 1)
+    result = judgement(json.dumps(dict(zip(names, FLAT[1:], strict=True))))
+    assert result.matches[0].fault.message == "slot 0 is left out under its name, the others are in place"
+    assert [(each.kind, each.where) for each in result.mismatches] == [("missing", "down_block_residual_00")]
+    assert (result.notes, result.matches[0].differs, len(result.matches)) == ((), 0, 1)
 
 
 def test_a_mid_left_out_among_names_is_told_as_that():
-    found = judgement(json.dumps(dict(zip(NAMES[:-1], DOWNS, strict=True))))
-    assert (found.matches[0].fault.kind, found.matches[0].fault.slots) == ("drop", ("mid_block_residual",))
-    assert found.matches[0].fault.told == "mid is left out under its name, the others are in place"
-    assert [each.where for each in found.mismatches] == ["mid_block_residual"]
+    result = judgement(json.dumps(dict(zip(NAMES[:-1], DOWNS, strict=True))))
+    assert (result.matches[0].fault.kind, result.matches[0].fault.slots) == ("drop", ("mid_block_residual",))
+    assert result.matches[0].fault.message == "mid is left out under its name, the others are in place"
+    assert [each.where for each in result.mismatches] == ["mid_block_residual"]
     null = judgement(json.dumps(dict(zip(NAMES, [*DOWNS, None], strict=True))))
-    assert null.matches == found.matches
+    assert null.matches == result.matches
     rest = {name: shape for name, shape in zip(NAMES, FLAT, strict=True) if name not in (NAMES[2], NAMES[5], NAMES[-1])}
-    assert judgement(json.dumps(rest)).matches[0].fault.told.startswith("slots 2, 5 and mid are left out under their names")
+    assert judgement(json.dumps(rest)).matches[0].fault.message.startswith("slots 2, 5 and mid are left out under their names")
 
 
 def test_beside_what_is_left_out_under_its_name_other_faults_are_told():
     rest = dict(zip(NAMES, FLAT, strict=True)) | {NAMES[7]: (2, 640, 16, 24)}
     del rest[NAMES[3]]
-    found = judgement(json.dumps(rest))
-    told = [match.fault.told for match in found.matches]
-    assert told[0].startswith("slot 3 is left out")
-    assert "the residual of slot 7 has 640 channels, not 1280" in told
-    assert [each.where for each in found.mismatches] == ["down_block_residual_03", "down_block_residual_07"]
+    result = judgement(json.dumps(rest))
+    messages = [match.fault.message for match in result.matches]
+    assert messages[0].startswith("slot 3 is left out")
+    assert "the residual of slot 7 has 640 channels, not 1280" in messages
+    assert [each.where for each in result.mismatches] == ["down_block_residual_03", "down_block_residual_07"]
 
 
 TWO_NAMES = (
@@ -313,8 +313,8 @@ MORE = {
 
 def test_more_forms(file):
     for form, text in MORE.items():
-        found = judgement(text, batch=2)
-        assert found.is_right, (form, found.mismatches)
+        result = judgement(text, batch=2)
+        assert result.is_right, (form, result.mismatches)
 
 
 def test_every_form_is_read_from_a_file_of_text_too(file):
@@ -328,7 +328,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(file):
         "x.json": json.dumps(FLAT),
         "x.txt": "2x320x64x96",
     }.items():
-        assert judgement(file(name, text, encoding="utf-8-sig")).given.downs[0] == FLAT[0]
+        assert judgement(file(name, text, encoding="utf-8-sig")).received.downs[0] == FLAT[0]
 
 
 def test_what_looks_like_a_file_is_looked_for():
@@ -392,9 +392,9 @@ def check_it_reads_back(folder, form, at, slot, axis, size):
     assert judgement(written(folder, form, flat), at, batch=at.batch).is_right, form
     assert size != flat[slot][axis]
     flat[slot] = (*flat[slot][:axis], size, *flat[slot][axis + 1 :])
-    found = judgement(written(folder, form, flat), at, batch=at.batch)
-    assert [*found.given.downs, found.given.mid] == flat, form
-    assert [mismatch.where for mismatch in found.mismatches] == [SD15.slots[slot].name], form
+    result = judgement(written(folder, form, flat), at, batch=at.batch)
+    assert [*result.received.downs, result.received.mid] == flat, form
+    assert [mismatch.where for mismatch in result.mismatches] == [SD15.slots[slot].name], form
 
 
 def test_a_table_reads_back_as_it_was_written(tmp_path):

@@ -25,13 +25,11 @@ from shapecheck.cli import main
 from shapecheck.explain import report
 from shapecheck.explain.explain_text import explain_text
 from shapecheck.explain.fault_catalogue import list_faults
-from shapecheck.explain.hints import Hints
-from shapecheck.explain.judge_mapping import judge_given
-from shapecheck.explain.parse_text import read_symptoms
-from shapecheck.explain.residual_table import RequestedSize, ResidualShapes, ResidualTable, right_shapes
-from shapecheck.explain.simulate import simulate_call
-from shapecheck.explain.torch_messages import say_eager, say_meta
-from shapecheck.explain.unet_layout import lay_out_unet
+from shapecheck.explain.judge_mapping import judge_residuals
+from shapecheck.explain.parse_text import find_symptoms, flatten_text
+from shapecheck.explain.residual_table import Hints, RequestedSize, ResidualShapes, ResidualTable, right_shapes
+from shapecheck.explain.simulate import lay_out_unet, simulate_call
+from shapecheck.explain.torch_messages import format_message
 
 ROOT = Path(__file__).parents[2]
 XL = {
@@ -70,9 +68,9 @@ class Lab:
         self.config = dict(self.real.config)
         self.at = Geometry(2, 24, 16, 7) if name == "kandinsky" else AT
 
-    def says(self, given: ResidualShapes, at: Geometry | None = None, *, on: str = "real") -> str | None:
+    def says(self, residuals: ResidualShapes, at: Geometry | None = None, *, on: str = "real") -> str | None:
         at = at or self.at
-        return text_of(getattr(self, on), at.batch, at.height, at.width, given.downs, given.mid)
+        return text_of(getattr(self, on), at.batch, at.height, at.width, residuals.downs, residuals.mid)
 
     def explained(self, text: str, at: Geometry | None = None):
         at = at or self.at
@@ -118,14 +116,14 @@ def failures(lab):
     """By kind and stage of a failure: the size, the table that fails so, the kinds of its faults, and the failure."""
     it = lab("thin")
     made = [
-        (it.at, faults[0].given, {fault.kind for fault in faults})
+        (it.at, faults[0].residuals, {fault.kind for fault in faults})
         for faults in list_faults(ResidualTable.of(it.contract, it.at))
     ]
-    found = {}
+    first = {}
     for at, table, kinds in (*made, *RAISED.values()):
         if (failure := simulate_call(lay_out_unet(it.contract, at), table)) is not None:
-            found.setdefault((failure.kind, failure.stage), (at, table, kinds, failure))
-    return found
+            first.setdefault((failure.kind, failure.stage), (at, table, kinds, failure))
+    return first
 
 
 def test_every_kind_of_failure_is_foretold_word_by_word(lab, failures):
@@ -136,9 +134,9 @@ def test_every_kind_of_failure_is_foretold_word_by_word(lab, failures):
         ("output", "feature"),
     }
     for kind, (at, table, _, failure) in failures.items():
-        assert say_eager(failure) == it.says(table, at), kind
+        assert format_message(failure) == it.says(table, at), kind
         if kind != ("output", "feature"):  # on the meta device PyTorch writes these shapes otherwise, which is not foretold
-            assert say_meta(failure) == it.says(table, at, on="meta"), kind
+            assert format_message(failure, meta=True) == it.says(table, at, on="meta"), kind
 
 
 def check_what_is_foretold(it, search, on):
@@ -150,8 +148,8 @@ def check_what_is_foretold(it, search, on):
         at = Geometry(data.draw(st.integers(1, 2)), data.draw(st.integers(4, 21)), data.draw(st.integers(4, 21)), 7)
         fault = data.draw(spoilt(it.config, at.batch, at.height, at.width, tuple(set(KINDS) - {"swap", "stride"})))
         failure = simulate_call(lay_out_unet(it.contract, at), ResidualShapes(fault.downs, fault.mid))
-        told = None if failure is None else (say_eager if on == "real" else say_meta)(failure)
-        assert told == it.says(ResidualShapes(fault.downs, fault.mid), at, on=on)
+        foretold = None if failure is None else format_message(failure, meta=on == "meta")
+        assert foretold == it.says(ResidualShapes(fault.downs, fault.mid), at, on=on)
 
     check()
 
@@ -169,18 +167,18 @@ def test_outcome_and_words_are_those_of_a_unet_without_values(lab, search):
 @pytest.mark.parametrize("batch", [2, 3])
 def test_a_batch_larger_than_the_text_s_is_foretold_too(lab, batch):
     it, at = lab("thin"), Geometry(1, 24, 20, 7)
-    given = right_shapes(it.contract, Geometry(batch, 24, 20, 7))
-    failure = simulate_call(lay_out_unet(it.contract, at), given)
-    text = it.says(given, at)
-    assert (failure.stage, say_eager(failure)) == ("up", text)
-    assert any(each.table == given for each in candidates(it.explained(text, at)))
+    received = right_shapes(it.contract, Geometry(batch, 24, 20, 7))
+    failure = simulate_call(lay_out_unet(it.contract, at), received)
+    text = it.says(received, at)
+    assert (failure.stage, format_message(failure)) == ("up", text)
+    assert any(each.fault.residuals == received for each in candidates(it.explained(text, at)))
 
 
 # text alone
 
 
 def candidates(diagnosis):
-    return [each for reading in diagnosis.found for answer in reading.answers for each in answer.candidates]
+    return [each for reading in diagnosis.explanations for answer in reading.answers for each in answer.candidates]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=LAYERS.get(name, pytest.mark.full)) for name in TOPOLOGIES])
@@ -189,13 +187,13 @@ def test_the_candidates_are_exactly_the_faults_that_give_the_text(lab, name):
     table = ResidualTable.of(it.contract, it.at)
     given_by = defaultdict(set)
     for faults in list_faults(table, Hints((640,), (), (3,))):
-        given_by[it.says(faults[0].given)].add(faults[0].given)
+        given_by[it.says(faults[0].residuals)].add(faults[0].residuals)
     assert len(given_by.pop(None)) >= 3
     assert len(given_by) > 20
     for text, tables in given_by.items():
-        found = {each.table for each in candidates(it.explained(text))}
-        assert tables <= found, text
-        assert all(it.says(table) == text for table in found - tables), text
+        tables_of_candidates = {each.fault.residuals for each in candidates(it.explained(text))}
+        assert tables <= tables_of_candidates, text
+        assert all(it.says(table) == text for table in tables_of_candidates - tables), text
 
 
 @layers(20, 100, 1000)
@@ -209,25 +207,25 @@ def test_the_true_fault_is_among_the_candidates_at_its_slot(lab, search):
         text = it.says(ResidualShapes(fault.downs, fault.mid))
         assume(text is not None)
         true = [each for each in candidates(it.explained(text)) if fault.kind in {one.kind for one in each.faults}]
-        assert any(each.table == ResidualShapes(fault.downs, fault.mid) or fault.kind in ("stride", "width") for each in true)
+        assert any(
+            one.fault.residuals == ResidualShapes(fault.downs, fault.mid) or fault.kind in ("stride", "width") for one in true
+        )
 
     check()
 
 
 def kinds_of(text, it):
     """The kinds of the faults that are found for a text where no size is known."""
-    return {
-        fault.kind for found in candidates(explain_text(text, {"it": it.contract}, RequestedSize())) for fault in found.faults
-    }
+    return {fault.kind for one in candidates(explain_text(text, {"it": it.contract}, RequestedSize())) for fault in one.faults}
 
 
 def test_without_a_size_every_size_is_looked_at(lab, failures):
     it = lab("thin")
     for kind, (_, _, kinds, failure) in failures.items():
-        assert kinds <= kinds_of(say_eager(failure), it), kind
+        assert kinds <= kinds_of(format_message(failure), it), kind
     for kind in (("broadcast", "down"), ("broadcast", "up"), ("concat", "up")):
         _, _, kinds, failure = failures[kind]
-        assert kinds <= kinds_of(say_meta(failure), it), kind
+        assert kinds <= kinds_of(format_message(failure, meta=True), it), kind
 
 
 def test_without_a_size_a_text_from_an_odd_size_is_explained_too(lab):
@@ -265,19 +263,19 @@ def test_a_traceback_narrows_to_its_place(lab):
     for stage, line in lines.items():
         traceback = f'Traceback (most recent call last):\n  File "unet_2d_condition.py", line 1, in forward\n    {line}\n{text}'
         seen[stage] = candidates(it.explained(traceback))
-        assert {each.stage for each in seen[stage]} == {stage}
-        assert {each.table for each in seen[stage]} <= {each.table for each in alone}
+        assert {each.failure.stage for each in seen[stage]} == {stage}
+        assert {each.fault.residuals for each in seen[stage]} <= {each.fault.residuals for each in alone}
     assert len(seen["down"]) + len(seen["mid"]) == len(alone)
 
 
 def test_the_famous_text_is_slots_0_to_3_of_sd15():
     diagnosis = explain_text(FAMOUS, {"sd15": presets.contract("sd15")}, RequestedSize())
-    (reading,) = diagnosis.found
+    (reading,) = diagnosis.explanations
     (answer,) = reading.answers
-    shown = {(each.slot, each.fault.kind) for each in answer.candidates}
+    shown = {(each.failure.slot, each.fault.kind) for each in answer.candidates}
     assert {slot for slot, _ in shown} == {f"down_block_residual_{number:02d}" for number in range(4)}
     assert shown >= {(f"down_block_residual_{number:02d}", kind) for number in range(4) for kind in ("blocks", "width")}
-    tables = {each.table.downs: each.slot for each in answer.candidates}
+    tables = {each.fault.residuals.downs: each.failure.slot for each in answer.candidates}
     at = lambda *widths: tuple((1, width, 64, 64) for width in widths)  # noqa: E731
     assert tables[at(320, 640, 1280, 1280)] == "down_block_residual_01"
     assert tables[at(640, 1280, 1280, 1280)] == "down_block_residual_00"
@@ -289,11 +287,11 @@ def test_the_famous_text_is_foretold_at_real_size():
     contract = presets.contract("sd15")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(presets.load("sd15").config)).eval()
-    (answer,) = explain_text(FAMOUS, {"sd15": contract}, RequestedSize()).found[0].answers
+    (answer,) = explain_text(FAMOUS, {"sd15": contract}, RequestedSize()).explanations[0].answers
     for each in answer.candidates:
-        table = each.table
+        table = each.fault.residuals
         said = text_of(unet, 1, 64, 64, table.downs, table.mid, text_width=768)
-        assert said == say_meta(simulate_call(lay_out_unet(contract, Geometry(1, 64, 64)), table))
+        assert said == format_message(simulate_call(lay_out_unet(contract, Geometry(1, 64, 64)), table), meta=True)
         assert "of length 640 at -3" in said
 
 
@@ -329,7 +327,7 @@ def test_other_texts_are_answered_so(text, about):
 def test_hostile_text_has_an_answer(name):
     """How soon is measured by bench/explain.py."""
     diagnosis = explain_text(HOSTILE[name], {"sd15": presets.contract("sd15")}, RequestedSize())
-    assert diagnosis.found or diagnosis.reason
+    assert diagnosis.explanations or diagnosis.reason
 
 
 PARTS = ("size of tensor a (", "320", ")", "[1, ", "must match the size of tensor b", "Axis 2")
@@ -341,7 +339,7 @@ def test_any_text_has_an_answer(search):
     @given(st.text() | st.lists(st.sampled_from(PARTS)).map("".join))
     def check(text):
         diagnosis = explain_text(text, {"sd15": presets.contract("sd15")}, RequestedSize((8, 8), 1))
-        assert diagnosis.found or diagnosis.reason
+        assert diagnosis.explanations or diagnosis.reason
 
     check()
 
@@ -364,11 +362,11 @@ def test_the_true_fault_of_a_table_is_first(lab, search):
     def check(data):
         fault = data.draw(spoilt(it.config, AT.batch, AT.height, AT.width, KINDS))
         table = ResidualShapes(fault.downs, fault.mid)
-        judgement = judge_given(table, ("it",), it.contract, AT)
+        judgement = judge_residuals(table, ("it",), it.contract, AT)
         said = it.says(table)
         assert judgement.is_silent == (said is None and table != right_shapes(it.contract, AT))
         if judgement.failure is not None:
-            assert say_eager(judgement.failure) == said
+            assert format_message(judgement.failure) == said
         if not judgement.is_right:
             assert judgement.matches[0].differs == 0
             assert fault.kind in {each.kind for each in judgement.matches[0].faults}
@@ -385,7 +383,7 @@ def test_the_true_fault_of_a_preset_s_table_is_first(search):
         contract = presets.contract(name)
         at = Geometry(data.draw(st.integers(1, 3)), data.draw(st.integers(9, 130)), data.draw(st.integers(9, 130)))
         fault = data.draw(spoilt(dict(contract.config), at.batch, at.height, at.width, KINDS))
-        judgement = judge_given(ResidualShapes(fault.downs, fault.mid), (name,), contract, at)
+        judgement = judge_residuals(ResidualShapes(fault.downs, fault.mid), (name,), contract, at)
         assert judgement.is_right or fault.kind in {each.kind for each in judgement.matches[0].faults}
 
     check()
@@ -394,9 +392,9 @@ def test_the_true_fault_of_a_preset_s_table_is_first(search):
 @pytest.mark.parametrize(("unet", "given_of"), [("sd15", "sdxl"), ("sdxl", "sd15"), ("koala-700m", "sdxl-refiner")])
 def test_another_family_s_table_is_named(unet, given_of):
     at = Geometry(1, 72, 56)
-    judgement = judge_given(right_shapes(presets.contract(given_of), at), (unet,), presets.contract(unet), at)
+    judgement = judge_residuals(right_shapes(presets.contract(given_of), at), (unet,), presets.contract(unet), at)
     assert judgement.matches[0].fault.kind == "family"
-    assert given_of in judgement.matches[0].fault.told
+    assert given_of in judgement.matches[0].fault.message
 
 
 @pytest.mark.parametrize(
@@ -427,13 +425,13 @@ def shapecheck(*arguments: str, **options):
 
 def test_standard_input_files_and_words_are_the_same(tmp_path):
     (tmp_path / "log.txt").write_text(f"noise\n{FAMOUS}\nnoise", encoding="utf-8")
-    told = {
+    reports = {
         shapecheck(FAMOUS, "--model", "sd15").stdout,
         shapecheck("-", "--model", "sd15", input=FAMOUS).stdout,
         shapecheck(str(tmp_path / "log.txt"), "--model", "sd15").stdout,
     }
-    assert len(told) == 1
-    assert "On sd15, 34 faults give exactly this text, at slots 0, 1, 2, 3" in told.pop()
+    assert len(reports) == 1
+    assert "On sd15, 34 faults give exactly this text, at slots 0, 1, 2, 3" in reports.pop()
 
 
 def test_json_has_every_candidate_and_its_table():
@@ -448,8 +446,8 @@ def test_json_has_every_candidate_and_its_table():
 
 
 def test_markdown_is_markdown(tmp_path):
-    result = shapecheck(FAMOUS, "--model", "sd15", "--format", "markdown", "-o", str(tmp_path / "told.md"))
-    text = (tmp_path / "told.md").read_text(encoding="utf-8")
+    result = shapecheck(FAMOUS, "--model", "sd15", "--format", "markdown", "-o", str(tmp_path / "report.md"))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert (result.exit_code, result.stdout) == (0, "")
     assert text.startswith("# PyTorch: ")
     assert "| fault   | what was done" in text
@@ -536,10 +534,10 @@ NAMED = (
 @pytest.mark.parametrize(("text", "kind", "where"), NAMED)
 def test_what_a_text_names_is_told_by_name(text, kind, where):
     diagnosis = explain_text(text, {"sd15": presets.contract("sd15")}, RequestedSize())
-    causes = [cause for reading in diagnosis.found for cause in reading.causes]
+    causes = [cause for reading in diagnosis.explanations for cause in reading.causes]
     cause = next(cause for cause in causes if cause.kind == kind)
     assert where in (cause.where, *cause.slots)
-    assert re.search(rf"^cause +{re.escape(cause.told[:40])}", report.render_text(diagnosis), re.MULTILINE)
+    assert re.search(rf"^cause +{re.escape(cause.message[:40])}", report.render_text(diagnosis), re.MULTILINE)
 
 
 def test_what_a_text_names_is_told_of_every_preset_by_the_command():
@@ -551,18 +549,18 @@ def test_what_a_text_names_is_told_of_every_preset_by_the_command():
 
 
 def test_symptoms_carry_what_is_said():
-    (one,) = read_symptoms(f"{FAMOUS}\n{FAMOUS}")
-    assert (one.kind, one.axis, one.wanted, one.given) == ("broadcast", 1, 320, 640)
-    (formula,) = read_symptoms(
+    (one,) = find_symptoms(flatten_text(f"{FAMOUS}\n{FAMOUS}"))
+    assert (one.kind, one.axis, one.expected, one.actual) == ("broadcast", 1, 320, 640)
+    (formula,) = find_symptoms(
         "The size of tensor a ((((s18 - 1)//2)) + 1) must match the size of tensor b (s45) at non-singleton dimension 3)"
     )
-    assert (formula.stride, formula.wanted, formula.given) == (2, None, None)
-    (pair,) = read_symptoms("warning control could not be applied torch.Size([8, 1280, 12, 8]) torch.Size([8, 1280, 24, 16])")
-    assert (pair.wanted_shape, pair.given_shape) == ((8, 1280, 12, 8), (8, 1280, 24, 16))
+    assert (formula.stride, formula.expected, formula.actual) == (2, None, None)
+    (pair,) = find_symptoms("warning control could not be applied torch.Size([8, 1280, 12, 8]) torch.Size([8, 1280, 24, 16])")
+    assert (pair.expected_shape, pair.actual_shape) == ((8, 1280, 12, 8), (8, 1280, 24, 16))
 
 
 def test_comfyui_s_warning_is_every_slot_where_the_two_shapes_meet():
     text = "warning control could not be applied torch.Size([2, 640, 32, 32]) torch.Size([2, 640, 64, 64])"
-    found = candidates(explain_text(text, {"sd15": presets.contract("sd15")}, RequestedSize((64, 64))))
-    assert {each.slot for each in found} == {"down_block_residual_04", "down_block_residual_05"}
-    assert {"constant", "stride"} <= {each.fault.kind for each in found}
+    shown = candidates(explain_text(text, {"sd15": presets.contract("sd15")}, RequestedSize((64, 64))))
+    assert {each.failure.slot for each in shown} == {"down_block_residual_04", "down_block_residual_05"}
+    assert {"constant", "stride"} <= {each.fault.kind for each in shown}

@@ -82,7 +82,7 @@ ELSEWHERE = {
 def test_the_same_words_from_other_code_are_no_matter_of_residuals(name):
     text, file = ELSEWHERE[name]
     diagnosis = explain_text(text, MODELS, RequestedSize())
-    assert diagnosis.found == ()
+    assert diagnosis.explanations == ()
     assert diagnosis.reason == f"it was raised in {file}, where no residual is added"
 
 
@@ -111,8 +111,8 @@ OURS = {
 @pytest.mark.parametrize("name", OURS)
 def test_what_a_unet_says_is_explained_in_every_form(name):
     text, stage = OURS[name]
-    (reading,) = explain_text(text, MODELS, RequestedSize()).found
-    slots = {each.slot for answer in reading.answers if "sd15" in answer.models for each in answer.candidates}
+    (reading,) = explain_text(text, MODELS, RequestedSize()).explanations
+    slots = {each.failure.slot for answer in reading.answers if "sd15" in answer.models for each in answer.candidates}
     assert reading.symptom.stage == stage
     assert slots == {f"down_block_residual_{number:02d}" for number in range(4)}
 
@@ -122,26 +122,26 @@ def test_one_exception_elsewhere_does_not_hide_another():
     diagnosis = explain_text(
         HEAD + frame("train.py", "y = a + b") + SUM + ONE_MORE + HEAD + UNET + other, MODELS, RequestedSize()
     )
-    assert [(reading.symptom.wanted, reading.symptom.given) for reading in diagnosis.found] == [(1280, 320)]
+    assert [(reading.symptom.expected, reading.symptom.actual) for reading in diagnosis.explanations] == [(1280, 320)]
 
 
 def test_a_dtype_of_the_unet_or_its_controlnet_is_told():
     for file in ("unets/unet_2d_condition.py", "controlnets/controlnet.py"):
         text = HEAD + frame(f"diffusers/models/{file}") + frame("diffusers/models/attention_processor.py") + MODULE + HALF
-        (reading,) = explain_text(text, MODELS, RequestedSize()).found
+        (reading,) = explain_text(text, MODELS, RequestedSize()).explanations
         assert [cause.kind for cause in reading.causes] == ["dtype"]
 
 
 def test_a_runtime_s_own_call_is_no_other_code():
     run = frame("run.py", "session.run(None, feed)") + frame("onnxruntime/capi/onnxruntime_inference_collection.py", "return x")
     text = "Got invalid dimensions for input: input_control_03 for the following indices index: 1 Got: 640 Expected: 320"
-    (reading,) = explain_text(HEAD + run + text, MODELS, RequestedSize()).found
+    (reading,) = explain_text(HEAD + run + text, MODELS, RequestedSize()).explanations
     assert {slot for cause in reading.causes for slot in cause.slots} == {"down_block_residual_03"}
 
 
 def nets(axis: int, one: int, other: int):
     text = f"The size of tensor a ({one}) must match the size of tensor b ({other}) at non-singleton dimension {axis}"
-    (reading,) = explain_text(HEAD + NETS + text, MODELS, RequestedSize()).found
+    (reading,) = explain_text(HEAD + NETS + text, MODELS, RequestedSize()).explanations
     (cause,) = reading.causes
     assert reading.answers == ()
     assert cause.kind == "nets"
@@ -151,10 +151,10 @@ def nets(axis: int, one: int, other: int):
 def test_two_controlnets_that_cannot_be_added_are_told():
     cause = nets(1, 384, 320)
     assert cause.where == "down_block_residual_00"
-    assert "kandinsky-2.2 and bk-sdm-small" in cause.told
+    assert "kandinsky-2.2 and bk-sdm-small" in cause.message
     assert nets(1, 321, 320).slots == ()
-    assert "ran at different sizes" in nets(3, 64, 48).told
-    assert "ran at different batches" in nets(0, 2, 4).told
+    assert "ran at different sizes" in nets(3, 64, 48).message
+    assert "ran at different batches" in nets(0, 2, 4).message
 
 
 # words that are like those of residuals
@@ -177,7 +177,7 @@ def test_two_controlnets_that_cannot_be_added_are_told():
     ],
 )
 def test_words_alike_are_no_diagnosis(text):
-    assert explain_text(text, presets.contracts(), RequestedSize()).found == ()
+    assert explain_text(text, presets.contracts(), RequestedSize()).explanations == ()
 
 
 @pytest.mark.parametrize(
@@ -201,10 +201,10 @@ def test_words_alike_are_no_diagnosis(text):
     ],
 )
 def test_a_call_that_cannot_be_is_told(text, kind, said):
-    (reading,) = explain_text(text, MODELS, RequestedSize()).found
+    (reading,) = explain_text(text, MODELS, RequestedSize()).explanations
     (cause,) = reading.causes
     assert cause.kind == kind
-    assert cause.told.startswith(said)
+    assert cause.message.startswith(said)
 
 
 def explain(*arguments: str):
@@ -220,8 +220,8 @@ def test_a_file_that_is_not_there_is_no_text(name):
 
 
 def test_beside_a_text_the_status_is_the_text_s():
-    told = explain("CUDA out of memory", "--mapping", "320,640@64", "--model", "sd15")
-    assert told.exit_code == 1
-    assert told.stdout.startswith("NO DIAGNOSIS: memory ran out")
-    assert "WRONG" in told.stdout
+    result = explain("CUDA out of memory", "--mapping", "320,640@64", "--model", "sd15")
+    assert result.exit_code == 1
+    assert result.stdout.startswith("NO DIAGNOSIS: memory ran out")
+    assert "WRONG" in result.stdout
     assert explain(SUM, "--mapping", "640,640@64", "--model", "sd15").exit_code == 0

@@ -11,11 +11,10 @@ from tabulate import tabulate
 from shapecheck import Geometry, presets
 from shapecheck.explain.explain_text import explain_text, group_models
 from shapecheck.explain.fault_catalogue import list_faults
-from shapecheck.explain.judge_mapping import judge_given
+from shapecheck.explain.judge_mapping import judge_residuals
 from shapecheck.explain.residual_table import RequestedSize, ResidualTable
-from shapecheck.explain.simulate import simulate_call
-from shapecheck.explain.torch_messages import say_eager
-from shapecheck.explain.unet_layout import lay_out_unet
+from shapecheck.explain.simulate import lay_out_unet, simulate_call
+from shapecheck.explain.torch_messages import format_message
 
 REPORT = Path(__file__).parents[2] / "reports" / "explain.md"
 AT = Geometry(2, 72, 56)
@@ -42,13 +41,13 @@ def ranked(name: str):
     silent, texts, by_table = 0, defaultdict(list), 0
     faults = list_faults(table)
     for each in faults:
-        failure = simulate_call(unet, each[0].given)
-        judged = judge_given(each[0].given, (name,), contract, AT)
+        failure = simulate_call(unet, each[0].residuals)
+        judged = judge_residuals(each[0].residuals, (name,), contract, AT)
         by_table += judged.matches[0].differs == 0 and set(each) <= set(judged.matches[0].faults)
         if failure is None:
             silent += 1
         else:
-            texts[say_eager(failure), failure.stage].append(each[0].given)
+            texts[format_message(failure), failure.stage].append(each[0].residuals)
     alone = defaultdict(list)
     for (text, _), tables in texts.items():
         alone[text] += tables
@@ -59,11 +58,11 @@ def ranked(name: str):
     return len(faults), silent, rows, by_table
 
 
-def _row(way: str, asked, name: str, contract):
+def _row(way: str, texts, name: str, contract):
     first = three = count = bound = bound_three = 0
-    for text, tables in asked.values():
-        (answer,) = explain_text(text, {name: contract}, RequestedSize((AT.height, AT.width), AT.batch)).found[0].answers
-        order = [each.table for each in answer.candidates]
+    for text, tables in texts.values():
+        (answer,) = explain_text(text, {name: contract}, RequestedSize((AT.height, AT.width), AT.batch)).explanations[0].answers
+        order = [each.fault.residuals for each in answer.candidates]
         assert set(tables) <= set(order), text
         count += len(tables)
         first += order[0] in tables

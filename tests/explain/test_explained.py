@@ -26,7 +26,7 @@ from shapecheck.contract.config import Config
 from shapecheck.contract.naming import name_residuals
 from shapecheck.explain.call_log import CallLog, EmissionRecord
 from shapecheck.explain.explained_error import ExplainedError, describe_failure
-from shapecheck.explain.judge_mapping import Match, judge_given
+from shapecheck.explain.judge_mapping import Match, judge_residuals
 from shapecheck.explain.residual_table import Fault, ResidualShapes
 from shapecheck.explain.tensor_identity import judge_call
 from shapecheck.runtime.unet_call import Call
@@ -364,8 +364,8 @@ def test_a_mid_of_another_batch_is_not_told_as_forgotten(unet, net, contract, ba
 
 def test_a_mid_of_batch_one_is_told_as_such(contract):
     right = [*contract.shapes(AT).values()]
-    given = ResidualShapes(tuple(right[:-1]), (1, *right[-1][1:]))
-    judgement = judge_given(given, ("small",), contract, AT)
+    received = ResidualShapes(tuple(right[:-1]), (1, *right[-1][1:]))
+    judgement = judge_residuals(received, ("small",), contract, AT)
     assert [each.where for each in judgement.mismatches] == ["mid_block_residual"]
     assert "batch" in {fault.kind for fault in judgement.matches[0].faults}
 
@@ -374,10 +374,10 @@ def test_mistakes_that_no_shape_tells_apart_are_all_listed(unet, net, contract):
     downs, mid = emitted(net)
     with pytest.raises(ExplainedError) as caught, explained(unet, contract=contract):
         call(unet, downs[1:], mid)
-    told = [line for line in str(caught.value).splitlines() if line.startswith(("  fault: ", "     or: "))]
-    assert len(told) == len(caught.value.judgement.matches[0].faults) > 1
-    assert any("drop: the residual of slot 0 is left out" in line for line in told)
-    assert any("drop: the residual of slot 1 is left out" in line for line in told)
+    lines = [line for line in str(caught.value).splitlines() if line.startswith(("  fault: ", "     or: "))]
+    assert len(lines) == len(caught.value.judgement.matches[0].faults) > 1
+    assert any("drop: the residual of slot 0 is left out" in line for line in lines)
+    assert any("drop: the residual of slot 1 is left out" in line for line in lines)
     with pytest.raises(ExplainedError) as caught, explained(unet, net, contract=contract):
         downs, mid = emitted(net)
         call(unet, downs[1:], mid)
@@ -386,9 +386,9 @@ def test_mistakes_that_no_shape_tells_apart_are_all_listed(unet, net, contract):
 
 
 def test_at_most_four_of_them_are_listed(contract):
-    given = ResidualShapes((), None)
-    judgement = judge_given(given, ("small",), contract, AT)
-    several = tuple(Fault("drop", f"way {number}", "give all" if number else "take more", given) for number in range(6))
+    received = ResidualShapes((), None)
+    judgement = judge_residuals(received, ("small",), contract, AT)
+    several = tuple(Fault("drop", f"way {number}", "give all" if number else "take more", received) for number in range(6))
     text = describe_failure(contract, RuntimeError("no"), replace(judgement, matches=(Match(several, 0),)))
     assert [line.strip() for line in text.splitlines()[-7:]] == [
         "fault: drop: way 0",
@@ -430,7 +430,7 @@ def test_a_controlnet_of_another_unet_is_told_so(unet, net, wide, deep, contract
 
 
 def test_a_controlnet_that_ran_elsewhere_is_told_so(unet, net, contract):
-    told = {
+    messages = {
         Geometry(2, 16, 20, 7): "size: this ControlNet (ControlNetModel) ran at another size: at latents of 16×20, the UNet at",
         Geometry(
             3, 13, 18, 7
@@ -439,7 +439,7 @@ def test_a_controlnet_that_ran_elsewhere_is_told_so(unet, net, contract):
             3, 16, 20, 7
         ): "size: this ControlNet (ControlNetModel) ran at another size: at latents of 16×20 and batch 3, ",
     }
-    for at, message in told.items():
+    for at, message in messages.items():
         with pytest.raises(ExplainedError) as caught, explained(unet, net, contract=contract):
             call(unet, *emitted(net, at))
         assert message in first_fault(caught)
@@ -451,9 +451,9 @@ def test_the_family_of_its_table_is_named():
     judgement = judge_call(
         Call(sample, downs, mid, None), contract, Geometry(2, 64, 64), [EmissionRecord("", "Net", name_residuals((downs, mid)))]
     )
-    told = judgement.matches[0].fault.told
-    assert told.startswith("this ControlNet (Net) is made for another UNet: this is the table of ")
-    assert "sdxl" in told
+    message = judgement.matches[0].fault.message
+    assert message.startswith("this ControlNet (Net) is made for another UNet: this is the table of ")
+    assert "sdxl" in message
 
 
 def test_what_is_given_is_looked_at_before_anything_is_hooked(unet, net):

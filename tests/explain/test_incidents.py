@@ -10,7 +10,7 @@ import pytest
 
 from shapecheck import presets
 from shapecheck.explain.explain_text import explain_text
-from shapecheck.explain.judge_mapping import judge_given
+from shapecheck.explain.judge_mapping import judge_residuals
 from shapecheck.explain.residual_table import RequestedSize, ResidualShapes
 
 FILES = sorted(incidents.FOLDER.glob("*.toml"))
@@ -94,27 +94,30 @@ def check(incident, acted):
         for diagnosis in [by_traceback] + [by_text] * (expect.get("exit", 0) == 0):  # it takes the place to rule a text out
             holds(diagnosis, {key: value for key, value in expect.items() if key != "slots"})
         if "slot" in expect:
-            told, narrowed = ({(each.slot, each.table) for each in candidates(one)} for one in (by_text, by_traceback))
-            assert narrowed <= told
+            shown, narrowed = (
+                {(one.failure.slot, one.fault.residuals) for one in candidates(diagnosis)}
+                for diagnosis in (by_text, by_traceback)
+            )
+            assert narrowed <= shown
             assert expect["slot"] in {slot for slot, _ in narrowed}
     if acted.given is not None and "fault" in expect:
-        judgement = judge_given(ResidualShapes(*acted.given), ("it",), acted.contract, acted.at)
+        judgement = judge_residuals(ResidualShapes(*acted.given), ("it",), acted.contract, acted.at)
         assert expect["fault"] in {fault.kind for fault in judgement.matches[0].faults}
         assert judgement.is_silent is expect.get("silent", False)
 
 
 def candidates(diagnosis):
-    return [each for reading in diagnosis.found for answer in reading.answers for each in answer.candidates]
+    return [each for reading in diagnosis.explanations for answer in reading.answers for each in answer.candidates]
 
 
 def holds(diagnosis, expect):
     """Whether a diagnosis says what an incident expects."""
-    assert bool(diagnosis.found) is (expect.get("exit", 0) == 0), diagnosis.reason
+    assert bool(diagnosis.explanations) is (expect.get("exit", 0) == 0), diagnosis.reason
     assert expect.get("reason", "") in diagnosis.reason
     shown = candidates(diagnosis)
-    assert {each.slot for each in shown} >= set(expect.get("slots", []))
+    assert {each.failure.slot for each in shown} >= set(expect.get("slots", []))
     assert {fault.kind for each in shown for fault in each.faults} >= set(expect.get("faults", []))
-    causes = [cause for reading in diagnosis.found for cause in reading.causes]
+    causes = [cause for reading in diagnosis.explanations for cause in reading.causes]
     assert {cause.kind for cause in causes} >= set(expect.get("causes", []))
     if "where" in expect:
         assert any(expect["where"] in (cause.where, *cause.slots) for cause in causes), causes
