@@ -6,11 +6,11 @@ import click
 
 from shapecheck.cli.bench import bench
 from shapecheck.cli.demo import demo
+from shapecheck.cli.doctor import doctor
 from shapecheck.cli.engines import build, profile
 from shapecheck.cli.explain import explain
 from shapecheck.cli.files import check, export
 from shapecheck.cli.group import Commands
-from shapecheck.cli.machine import doctor
 from shapecheck.cli.models import diff, presets, probe
 from shapecheck.cli.parity import parity
 from shapecheck.version import __version__

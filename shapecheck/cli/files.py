@@ -150,7 +150,7 @@ def check(
       shapecheck check unet.plan --controlnet controlnet-sd15 --size 904x512 --weights unet.onnx
     """
     from shapecheck.artefact import resolve_contract
-    from shapecheck.observe.fit import find_misfits
+    from shapecheck.observe.controlnet_fit import find_misfits
     from shapecheck.observe.request import resolve_geometry
     from shapecheck.onnx import check_report as report
     from shapecheck.onnx.check import check as verify

@@ -93,3 +93,17 @@ def detect_scheme(names: Iterable[str]) -> Naming | None:
     counts = {naming: sum(naming.index(name) is not None for name in names) for naming in SCHEMES}
     best = max(counts, key=lambda naming: counts[naming])
     return best if counts[best] else None
+
+
+def residual_index(name: str) -> int | None:
+    """Return the number of the slot that an input is named after, -1 for mid; None for any other name."""
+    if is_feature(name):
+        return None
+    for scheme in SCHEMES:
+        if (index := scheme.index(name)) is not None:
+            return index
+    # names of no known scheme: down_block_3, mid
+    if re.search(r"mid_?block|middle|\bmid\b", name):
+        return -1
+    match = re.search(r"down\D{0,40}?(\d{1,3})$|(?:control|residual)\D{0,20}?(\d{1,3})$", name)
+    return int(match[1] or match[2]) if match else None

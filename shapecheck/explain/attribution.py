@@ -12,10 +12,10 @@ from torch import Tensor
 from shapecheck.contract import Contract, Geometry, Mismatch
 from shapecheck.explain.matching import find_slot, reproduces
 from shapecheck.explain.parse_text import find_symptoms, flatten_text
+from shapecheck.explain.predicted_messages import format_message
 from shapecheck.explain.residual_table import ResidualShapes, ResidualTable, right_shapes
 from shapecheck.explain.simulate import FailureKind, lay_out_unet, simulate_call
 from shapecheck.explain.symptom import Symptom
-from shapecheck.explain.torch_messages import format_message
 from shapecheck.explain.traceback_calls import FailedCall
 from shapecheck.runtime.unet_call import DOWNS, FEATURES, Call
 

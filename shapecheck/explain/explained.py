@@ -130,7 +130,7 @@ def contract_of_live(unet: nn.Module) -> Contract:
     if isinstance(contract := getattr(unet, "contract", None), Contract):
         return contract
     from shapecheck.models import diffusers_models
-    from shapecheck.models.lookup import ModelSource
+    from shapecheck.models.config_file import ModelSource
     from shapecheck.observe.probe import probe
 
     config = dict(getattr(unet, "config", {}))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from shapecheck.contract import Contract, show
+from shapecheck.contract.naming import residual_index
 from shapecheck.explain.diagnosis import Cause
-from shapecheck.explain.matching import find_slot, residual_index
+from shapecheck.explain.matching import find_slot
 from shapecheck.explain.symptom import Symptom
 
 Models = Mapping[str, Contract]

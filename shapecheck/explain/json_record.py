@@ -9,10 +9,10 @@ from typing import Any
 
 from shapecheck.explain.diagnosis import Candidate, Cause, Diagnosis, Reading
 from shapecheck.explain.judge_mapping import Judgement
+from shapecheck.explain.predicted_messages import format_message
 from shapecheck.explain.report import explain_symptom, name_certain_command
 from shapecheck.explain.residual_table import Fault, ResidualShapes, right_shapes
 from shapecheck.explain.symptom import Symptom
-from shapecheck.explain.torch_messages import format_message
 from shapecheck.report.numbers import dump_json
 
 

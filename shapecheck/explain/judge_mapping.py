@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from shapecheck.artefact import resolve_contract
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.mismatch import compare_shapes
+from shapecheck.explain.claimed_table import MID, Claim, name_slots
 from shapecheck.explain.diagnosis import Diagnosis
 from shapecheck.explain.fault_catalogue import list_faults
-from shapecheck.explain.mapping import MID, Claim, name_slots
 from shapecheck.explain.mapping_parser import parse_value
 from shapecheck.explain.matching import reproduces
 from shapecheck.explain.residual_table import Fault, Hints, RequestedSize, ResidualShapes, ResidualTable, right_shapes

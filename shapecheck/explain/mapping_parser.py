@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shapecheck.contract import Contract, Geometry, ShapecheckError
-from shapecheck.contract.naming import SCHEMES
-from shapecheck.explain.mapping import MID, Claim, Entry
-from shapecheck.explain.matching import residual_index
+from shapecheck.contract.naming import SCHEMES, residual_index
+from shapecheck.explain.claimed_table import MID, Claim, Entry
 from shapecheck.files import read_bytes
 
 FORMS = (

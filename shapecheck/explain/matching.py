@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 
 from shapecheck.contract import Contract, Shape
-from shapecheck.contract.naming import SCHEMES, SHAPECHECK, is_feature
+from shapecheck.contract.naming import SHAPECHECK, residual_index
+from shapecheck.explain.predicted_messages import merge_axes
 from shapecheck.explain.residual_table import ResidualShapes, ResidualTable
 from shapecheck.explain.simulate import Failure
 from shapecheck.explain.symptom import Symptom
-from shapecheck.explain.torch_messages import merge_axes
 
 _UP = re.compile(r"up_blocks[._](\d+)")
-_NUMBERED = re.compile(r"down\D{0,40}?(\d{1,3})$|(?:control|residual)\D{0,20}?(\d{1,3})$")
 
 
 def reproduces(symptom: Symptom, failure: Failure, table: ResidualTable) -> bool:
@@ -75,20 +74,6 @@ def find_slot(name: str, contract: Contract) -> str | None:
         return None
     ours = SHAPECHECK.mid if index < 0 else SHAPECHECK.down(index)
     return ours if any(slot.name == ours for slot in contract.slots) else None
-
-
-def residual_index(name: str) -> int | None:
-    """Return the number of the slot that an input is named after, -1 for mid; None for any other name."""
-    if is_feature(name):
-        return None
-    for scheme in SCHEMES:
-        if (index := scheme.index(name)) is not None:
-            return index
-    # names of no known scheme: down_block_3, mid
-    if re.search(r"mid_?block|middle|\bmid\b", name):
-        return -1
-    match = _NUMBERED.search(name)
-    return int(match[1] or match[2]) if match else None
 
 
 def is_of_slot(symptom: Symptom, table: ResidualTable, residuals: ResidualShapes, slot: str) -> bool:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from shapecheck.contract import Geometry, show
 from shapecheck.contract.records import format_observed
+from shapecheck.explain.claimed_table import name_slots
 from shapecheck.explain.diagnosis import Answer, Candidate, Diagnosis, Reading
 from shapecheck.explain.judge_mapping import Judgement
-from shapecheck.explain.mapping import name_slots
+from shapecheck.explain.predicted_messages import format_message
 from shapecheck.explain.symptom import Symptom
-from shapecheck.explain.torch_messages import format_message
 from shapecheck.report.document import LINE, Cell, Document, Facts, Format, Heading, Paragraph, Part, Points, Table
 from shapecheck.report.numbers import format_count
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from shapecheck.contract import ShapecheckError, show
 from shapecheck.contract.errors import first_line, one_line
+from shapecheck.logs import silence_logger
 from shapecheck.models.config_file import ModelSource
-from shapecheck.progress import silence_logger
 
 _MOST_SHOWN = 6
 _MODELS: Mapping[str, Any] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shapecheck.contract import ShapecheckError
 from shapecheck.contract.errors import first_line
-from shapecheck.progress import silence_logger
+from shapecheck.logs import silence_logger
 
 LARGEST_FILE = 2**20
 """Bytes; a diffusers config.json has a few thousand."""

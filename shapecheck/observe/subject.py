@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from shapecheck.contract import Contract, Role, ShapecheckError
 from shapecheck.files import report_unreadable
+from shapecheck.logs import silence_logger
 from shapecheck.models import diffusers_models, lookup
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.models.safetensors import TensorLocation, checkpoint_files, read_table
 from shapecheck.models.weights import find_differing, match_tensors, require_linkable
 from shapecheck.observe.probe import probe, probe_controlnet
-from shapecheck.progress import silence_logger
 
 _PRECISIONS = frozenset(("float32", "float16", "bfloat16"))
 _UNION = (

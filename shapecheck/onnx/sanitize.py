@@ -12,7 +12,7 @@ import onnx_ir.passes.common as passes
 
 from shapecheck.contract import ShapecheckError
 from shapecheck.contract.errors import one_line
-from shapecheck.progress import silence_logger
+from shapecheck.logs import silence_logger
 
 LONGEST_NAME = 500
 """Characters of a name that are kept."""

@@ -16,9 +16,9 @@ from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.contract.dims import BATCH, HEIGHT, WIDTH, constant
 from shapecheck.contract.errors import one_line
 from shapecheck.contract.naming import is_feature
+from shapecheck.logs import silence_logger
 from shapecheck.models.forward_call import build_residual_arguments, group_arguments
 from shapecheck.onnx.node_locations import BLOCK, SCOPES
-from shapecheck.progress import silence_logger
 
 OUTPUT = "out_sample"
 """Name of the UNet's output, as optimum and diffusers' own export call it."""

@@ -15,12 +15,13 @@ from shapecheck import extras, presets
 from shapecheck.contract import Geometry, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.doctor.environment import BACKENDS
+from shapecheck.logs import hide_progress_bars, silence_logger
 from shapecheck.observe.probe import probe
 from shapecheck.pipelines import pictures
 from shapecheck.pipelines.accelerate import accelerate
 from shapecheck.pipelines.demo_record import Demo, DemoBackend, Picture
 from shapecheck.pipelines.tiny_pipeline import build_tiny_pipeline
-from shapecheck.progress import Progress, hide_progress_bars, silence_logger, silent
+from shapecheck.progress import Progress, silent
 from shapecheck.runtime.dropin import DropIn
 from shapecheck.version import __version__
 

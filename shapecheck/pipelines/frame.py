@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract, Geometry
+from shapecheck.logs import silence_logger
 from shapecheck.models import diffusers_models
+from shapecheck.models.config_file import ModelSource
 from shapecheck.models.forward_call import build_arguments
-from shapecheck.models.lookup import ModelSource
-from shapecheck.progress import silence_logger
 from shapecheck.runtime.combine import combined
 from shapecheck.runtime.dropin import DropIn
 

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DCondi
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from shapecheck.progress import silence_logger
+from shapecheck.logs import silence_logger
 
 
 def build_tiny_pipeline(*, seed: int = 0) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shapecheck.contract import Contract, ContractError, Geometry
 from shapecheck.contract.mismatch import Port
 from shapecheck.runtime.binding import Binding
-from shapecheck.runtime.gate import Gate
+from shapecheck.runtime.call_gate import Gate
 from shapecheck.runtime.onnx_session import OnnxSession
 from shapecheck.runtime.torch_session import OUTPUT, TorchSession
 

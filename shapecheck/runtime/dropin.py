@@ -12,8 +12,8 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract, ContractError, Mismatch, Role, ShapecheckError, show
-from shapecheck.runtime.arguments import Arguments
-from shapecheck.runtime.gate import name_dtype
+from shapecheck.runtime.call_gate import name_dtype
+from shapecheck.runtime.dropin_arguments import Arguments
 
 _BEFORE = "apply it to the PyTorch UNet, then export that"
 UNSUPPORTED: Mapping[str, str] = {

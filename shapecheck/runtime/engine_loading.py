@@ -16,7 +16,7 @@ from shapecheck import extras
 from shapecheck.contract import ContractError, Shape, ShapecheckError, show
 from shapecheck.contract.naming import torch_name
 from shapecheck.runtime.binding import BoundCall, PlacedCall
-from shapecheck.tensorrt.engine_io import DeclaredEngine, compare_engine, describe_engine
+from shapecheck.tensorrt.engine_tensors import DeclaredEngine, compare_engine, describe_engine
 from shapecheck.tensorrt.record import MODULES, Engine
 
 _BINDABLE = frozenset(("float32", "float16", "bfloat16", "int64", "int32", "bool"))

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from shapecheck.contract import Geometry, ShapecheckError, show
 from shapecheck.runtime.binding import Binding, BoundCall, PlacedCall
+from shapecheck.runtime.call_gate import Gate
 from shapecheck.runtime.engine_loading import Executor, Loaded, build_refusal, import_tensorrt, load_engine, map_engine
-from shapecheck.runtime.gate import Gate
 from shapecheck.runtime.gpu import Gpu
-from shapecheck.tensorrt.engine_io import DYNAMIC
+from shapecheck.tensorrt.engine_tensors import DYNAMIC
 from shapecheck.tensorrt.record import Engine, read_engine
 
 _ALIGNMENT = 256

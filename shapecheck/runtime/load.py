@@ -13,12 +13,12 @@ from torch import nn
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.file import OnnxFile
+from shapecheck.runtime.call_gate import name_dtype
 from shapecheck.runtime.contract_session import ContractSession
 from shapecheck.runtime.dropin import DropIn, Session
 from shapecheck.runtime.dropin_controlnet import DropInControlNet
 from shapecheck.runtime.dropin_unet import DropInUNet
 from shapecheck.runtime.engine_session import EngineSession
-from shapecheck.runtime.gate import name_dtype
 from shapecheck.runtime.onnx_session import PROVIDERS
 from shapecheck.tensorrt import profile_formats
 from shapecheck.tensorrt.profiles import profile_of

@@ -12,7 +12,7 @@ from torch import Tensor
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError, Slot, show
 from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.naming import SHAPECHECK
-from shapecheck.runtime.gate import name_dtype
+from shapecheck.runtime.call_gate import name_dtype
 from shapecheck.runtime.unet_call import DOWNS, EMPTIED, FEATURES, LONE_DOWNS, LONE_MID, MID, Call
 
 _LONE_DOWNS_BESIDE_FEATURES = f"without {MID} diffusers ignores the down residuals: give both, or features alone"

@@ -19,7 +19,7 @@ from shapecheck.files import atomic_write, ensure_writable, lock_folder, make_fo
 from shapecheck.models import weights as checkpoints
 from shapecheck.onnx.file import WEIGHTS_KEY, OnnxFile, file_digest
 from shapecheck.progress import Progress, silent
-from shapecheck.tensorrt.engine_io import DeclaredEngine, compare_engine
+from shapecheck.tensorrt.engine_tensors import DeclaredEngine, compare_engine
 from shapecheck.tensorrt.graph_check import compare_graph, compare_profile, try_sizes
 from shapecheck.tensorrt.process import EngineError, EngineProcess, has_driver
 from shapecheck.tensorrt.profile_formats import MOST_PROFILES

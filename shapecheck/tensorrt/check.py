@@ -11,11 +11,11 @@ from shapecheck.contract.errors import one_line
 from shapecheck.contract.mismatch import Port, compare_inputs, compare_shapes
 from shapecheck.models import weights as checkpoints
 from shapecheck.observe import subject
-from shapecheck.observe.fit import find_misfits
+from shapecheck.observe.controlnet_fit import find_misfits
 from shapecheck.onnx.file import WEIGHTS_KEY, OnnxFile, file_digest
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.build import read_back
-from shapecheck.tensorrt.engine_io import compare_engine
+from shapecheck.tensorrt.engine_tensors import compare_engine
 from shapecheck.tensorrt.process import EngineError
 from shapecheck.tensorrt.profiles import choose_profile, find_profile_mismatches, range_of
 from shapecheck.tensorrt.record import Engine, EngineCheck, Read, SizeFit, WeightsCheck, size_of_engine

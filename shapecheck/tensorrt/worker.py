@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from shapecheck.contract.json_codec import encode
-from shapecheck.tensorrt.engine_io import describe_engine
+from shapecheck.tensorrt.engine_tensors import describe_engine
 from shapecheck.tensorrt.record import MODULES
 
 

@@ -12,8 +12,8 @@ from tabulate import tabulate
 
 from shapecheck import Geometry, presets
 from shapecheck.runtime.binding import Binding
+from shapecheck.runtime.call_gate import Gate
 from shapecheck.runtime.dropin_unet import DropInUNet
-from shapecheck.runtime.gate import Gate
 
 CONTRACT = presets.contract("sd15")
 ROUNDS, CALLS = 9, 400

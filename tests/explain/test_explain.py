@@ -27,9 +27,9 @@ from shapecheck.explain.explain_text import explain_text
 from shapecheck.explain.fault_catalogue import list_faults
 from shapecheck.explain.judge_mapping import judge_residuals
 from shapecheck.explain.parse_text import find_symptoms, flatten_text
+from shapecheck.explain.predicted_messages import format_message
 from shapecheck.explain.residual_table import Hints, RequestedSize, ResidualShapes, ResidualTable, right_shapes
 from shapecheck.explain.simulate import lay_out_unet, simulate_call
-from shapecheck.explain.torch_messages import format_message
 
 ROOT = Path(__file__).parents[2]
 XL = {

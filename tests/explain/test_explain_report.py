@@ -12,9 +12,9 @@ from shapecheck import Geometry, presets
 from shapecheck.explain.explain_text import explain_text, group_models
 from shapecheck.explain.fault_catalogue import list_faults
 from shapecheck.explain.judge_mapping import judge_residuals
+from shapecheck.explain.predicted_messages import format_message
 from shapecheck.explain.residual_table import RequestedSize, ResidualTable
 from shapecheck.explain.simulate import lay_out_unet, simulate_call
-from shapecheck.explain.torch_messages import format_message
 
 REPORT = Path(__file__).parents[2] / "reports" / "explain.md"
 AT = Geometry(2, 72, 56)

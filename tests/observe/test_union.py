@@ -13,7 +13,7 @@ from diffusers import ControlNetUnionModel, UNet2DConditionModel
 from shapecheck import Contract, ContractError, ShapecheckError, export, guard, presets, probe
 from shapecheck.cli import main
 from shapecheck.models import lookup
-from shapecheck.observe.fit import find_misfits
+from shapecheck.observe.controlnet_fit import find_misfits
 from shapecheck.parity.cases import load_controlnet
 
 KINDS = 3

@@ -24,7 +24,7 @@ from shapecheck.artefact import resolve_contract
 from shapecheck.cli import main
 from shapecheck.contract import show
 from shapecheck.contract.naming import SCHEMES, find_scheme
-from shapecheck.observe.fit import find_misfits
+from shapecheck.observe.controlnet_fit import find_misfits
 from shapecheck.observe.probe import probe_controlnet
 from shapecheck.onnx import check_report as report
 from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile

@@ -20,8 +20,8 @@ from living import find_living_tensors
 import shapecheck
 from shapecheck import ContractError, ShapecheckError
 from shapecheck.runtime import combine
-from shapecheck.runtime.arguments import Arguments
 from shapecheck.runtime.binding import CallError
+from shapecheck.runtime.dropin_arguments import Arguments
 
 H, W, TOKENS = 9, 13, 7
 

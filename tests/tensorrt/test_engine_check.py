@@ -21,10 +21,10 @@ from shapecheck.cli import main
 from shapecheck.contract.json_codec import decode
 from shapecheck.models.safetensors import checkpoint_files, read_table
 from shapecheck.models.weights import digest
-from shapecheck.observe.fit import find_misfits
+from shapecheck.observe.controlnet_fit import find_misfits
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.tensorrt import check as tensorrt_check
-from shapecheck.tensorrt.engine_io import DeclaredEngine, DeclaredTensor, compare_engine
+from shapecheck.tensorrt.engine_tensors import DeclaredEngine, DeclaredTensor, compare_engine
 from shapecheck.tensorrt.profiles import Range, profile_of
 from shapecheck.tensorrt.record import EngineCheck, read_engine
 from shapecheck.tensorrt.size_ranges import format_range

@@ -14,7 +14,7 @@ from shapecheck import BuildOptions, EngineSession, Geometry
 from shapecheck.runtime.binding import CallError
 from shapecheck.tensorrt.build import build_engine, read_back
 from shapecheck.tensorrt.check import check_engine
-from shapecheck.tensorrt.engine_io import compare_engine
+from shapecheck.tensorrt.engine_tensors import compare_engine
 from shapecheck.tensorrt.profiles import Range
 
 pytestmark = pytest.mark.gpu

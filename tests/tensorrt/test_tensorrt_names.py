@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = (
     "shapecheck/tensorrt/worker.py",
-    "shapecheck/tensorrt/engine_io.py",
+    "shapecheck/tensorrt/engine_tensors.py",
     "shapecheck/runtime/engine_loading.py",
     "shapecheck/runtime/engine_session.py",
     "shapecheck/doctor/probes.py",

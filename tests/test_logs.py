@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from shapecheck.progress import silence_logger
+from shapecheck.logs import silence_logger
 
 
 def test_a_library_is_silent_inside_and_speaks_afterwards(caplog):

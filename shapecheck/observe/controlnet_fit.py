@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError
 from shapecheck.models import lookup
-from shapecheck.models.config_file import refuse_absurd
-from shapecheck.models.lookup import ModelSource
+from shapecheck.models.config_file import ModelSource, refuse_absurd
 from shapecheck.progress import Progress
 
 
