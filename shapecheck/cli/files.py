@@ -168,15 +168,15 @@ def check(
     with progress() as tell:
         contract = resolve_contract(model, offline=offline, progress=tell) if model else None
         known = contract or (contract_inside(onnx_file) if size else None)
-        asked = resolve_geometry(request, known.header.vae_factor if known else 8)
-        checked = verify(onnx_file, contract, asked, progress=tell)
-        found = find_misfits(checked.contract, controlnets, asked, offline=offline, progress=tell) if controlnets else ()
+        requested = resolve_geometry(request, known.header.vae_factor if known else 8)
+        checked = verify(onnx_file, contract, requested, progress=tell)
+        misfits = find_misfits(checked.contract, controlnets, requested, offline=offline, progress=tell) if controlnets else ()
     if form == "json":
-        text = report.render_json(checked, controlnets=controlnets, misfits=found)
+        text = report.render_json(checked, controlnets=controlnets, misfits=misfits)
     else:
-        text = report.render_text(checked, form=form, controlnets=controlnets, misfits=found)
+        text = report.render_text(checked, form=form, controlnets=controlnets, misfits=misfits)
     write(text, output)
-    if checked.mismatches or found:
+    if checked.mismatches or misfits:
         return ContractError.exit_status
     return ShapecheckError.exit_status if checked.unchecked else 0
 
@@ -200,15 +200,15 @@ def _check_engine(
     if (batch or tokens) and request.size_px is None and request.latent is None:
         raise ShapecheckError("--batch and --tokens go with --size or --latent")
     engine = read_engine(file)
-    asked = resolve_geometry(request, engine.request.contract.header.vae_factor)
-    asked = replace(asked, tokens=tokens) if asked and tokens else asked
+    requested = resolve_geometry(request, engine.request.contract.header.vae_factor)
+    requested = replace(requested, tokens=tokens) if requested and tokens else requested
     with progress() as tell:
         checked = check_engine(
             file,
             engine,
             find_contract(model, offline, tell),
             controlnets=controlnets,
-            asked=asked,
+            requested=requested,
             any_batch=batch is None,
             any_tokens=tokens is None,
             weights=weights,

@@ -27,7 +27,7 @@ class Dim:
 
     @property
     def stride(self) -> int:
-        """Cells of the symbol's own grid along one cell of this axis."""
+        """Return the cells of the symbol's own grid along one cell of this axis."""
         return 1 << len(self.halvings)
 
     def at(self, sizes: Mapping[str, int]) -> int:

@@ -87,7 +87,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What really ran, whatever was requested."""
+    """The runner that really ran, whatever was requested."""
 
     backend: str
     """As requested: a key of `doctor.environment.BACKENDS`."""

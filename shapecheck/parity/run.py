@@ -63,7 +63,7 @@ class ParityRun:
 
     @cached_property
     def plans(self) -> Mapping[str, tuple[PlannedCheck, ...]]:
-        """Every check of every backend, known before anything runs."""
+        """Return every check of every backend, known before anything runs."""
         return {name: self._plan(file.contract, name, self._geometries(name)) for name, file in self._files.items()}
 
     @property
@@ -72,7 +72,7 @@ class ParityRun:
 
     @property
     def contract(self) -> Contract:
-        """The contract of the model, in the precision of the first backend's file."""
+        """Return the contract of the model, in the precision of the first backend's file."""
         return next(iter(self._files.values())).contract
 
     def result(self, check: Check) -> Result:
@@ -221,7 +221,7 @@ class ParityRun:
     ) -> tuple[Divergence | None, tuple[str, ...]]:
         """Find where the first wrong image leaves PyTorch's, and notes on the search.
 
-        A backend of one's own is not searched, for it is no file, and no ControlNet, whose residuals are its values inside.
+        Only files are searched, and UNets: the residuals of a ControlNet are its values inside.
         """
         file, is_unet = self._files[backend], self._model.role == "unet"
         wrong = {result.check for result in results if result.status == "failed" and result.verdict}

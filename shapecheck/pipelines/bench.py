@@ -79,7 +79,7 @@ def time_frames(
         """Load a backend and play frames that do not count. Return its timing, still without frames."""
         progress("compiling with torch.compile: minutes" if name == "torch-compile" else f"loading {name}")
         gc.collect()
-        before, asked = measure_memory(device), name not in optional
+        before, requested = measure_memory(device), name not in optional
         # A compiler may raise anything.
         caught = Exception if name == "torch-compile" else (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)
         try:
@@ -89,10 +89,10 @@ def time_frames(
                 play(clock)
         except caught as error:
             problem = extras.explain_missing(error, name) if isinstance(error, ModuleNotFoundError) else error
-            return Timing(name, "", reason=one_line(str(problem) or type(problem).__name__, longest=300), asked=asked)
+            return Timing(name, "", reason=one_line(str(problem) or type(problem).__name__, longest=300), asked=requested)
         plays[name], after = play, measure_memory(device)
         memory = None if before is None or after is None else max(0, after - before)
-        return Timing(name, f"{TORCH_BACKENDS.get(name) or BACKENDS[name]}, {contract.dtype}", (), memory, asked=asked)
+        return Timing(name, f"{TORCH_BACKENDS.get(name) or BACKENDS[name]}, {contract.dtype}", (), memory, asked=requested)
 
     progress("making models with random weights")
     with torch.no_grad():

@@ -80,7 +80,7 @@ class FrameMaker:
     """Makes the frames of a UNet at one size on one device."""
 
     def __init__(self, contract: Contract, geometry: Geometry, device: torch.device, controlnets: int) -> None:
-        """Raises ShapecheckError if diffusers cannot build the UNet, or the ControlNet it implies."""
+        """Build the models. Raises ShapecheckError if diffusers cannot build the UNet, or the ControlNet it implies."""
         self._contract, self._device = contract, device
         generator, dtypes = torch.Generator().manual_seed(0), contract.input_dtypes
         self._dtype: torch.dtype = getattr(torch, dtypes["sample"])
@@ -96,7 +96,7 @@ class FrameMaker:
 
     @cached_property
     def torch_unet(self) -> nn.Module:
-        """The UNet in PyTorch, made when a backend first needs it."""
+        """Return the UNet in PyTorch, made when a backend first needs it."""
         return self._fill(self._build_unet())
 
     def make_frame(self, unet: Any) -> PlayFrame:

@@ -19,13 +19,13 @@ _RECOGNISED = 0.9999
 _DIFFERENCE = 1e-5
 """Two residuals whose cosine is nearer to 1 than this are taken for one."""
 _MARGIN = 10.0
-"""How many times nearer than its own residual another one has to be."""
+"""Another residual has to be this many times nearer than the slot's own."""
 _SILENT = "the shapes are equal, so PyTorch adds it in silence"
 _ZEROS = "its control is lost; to switch control off give the ControlNet conditioning_scale=0.0, or the UNet None for both"
 
 
 def watch_controlnet(controlnet: nn.Module, receive: Callable[[Emission], None]) -> Callable[[], None]:
-    """Hand `receive` what a ControlNet returns at each call, nothing if these are no residuals; return what ends it."""
+    """Hand `receive` the residuals that a ControlNet returns at each call, if any; return a function that ends it."""
 
     def hand_over(module: nn.Module, args: object, output: Any) -> None:
         receive({name: value for name, value in name_residuals(output).items() if isinstance(value, Tensor)})
@@ -54,7 +54,7 @@ class EmissionWatch:
         """Return what is positively recognised as another residual than the slot's own, or its own exchanged, stale or zero.
 
         `residuals` are by slot name and of the right shape. The very tensor that was emitted costs nothing; any other is
-        read, which waits for a GPU. What is not recognised (a mask, a blend, another producer) is no fault.
+        read, which waits for a GPU. A residual that is not recognised (a mask, a blend, another producer) passes.
         """
         unknown = dict(residuals)
         for source in self._sources:

@@ -44,7 +44,7 @@ class EngineSession:
         request = record.request
         self.contract, self.device, self.reuses_outputs = request.contract, torch.device(gpu.name), True
         self.record = record
-        """What is kept beside the engine: contract, profiles, and all it was built from."""
+        """Return the record kept beside the engine: contract, profiles, and all it was built from."""
         self._path, self._gpu, self._graphs = path, gpu, graphs
         self._logger, self._runtime, self._engine = loaded.logger, loaded.runtime, loaded.engine
         binding = Binding(request.contract, request.names, request.outputs, gpu.name, request.profiles)

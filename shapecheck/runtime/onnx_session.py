@@ -19,7 +19,6 @@ PROVIDERS = {
     "ort-cuda": "CUDAExecutionProvider",
     "ort-trt": "TensorrtExecutionProvider",
 }
-"""The provider of each backend."""
 _SOURCE = re.compile(r"\S*onnxruntime_src/\S+ .*?\) |Error in execution: |\[ONNXRuntimeError\] : \d+ : \w+ : ")
 """Places in ONNX Runtime's source, which it puts before its reasons."""
 _ELEMENTS = {getattr(torch, name): number for name, number in ONNX_NUMBERS.items()}
@@ -93,7 +92,7 @@ class OnnxSession:
 
     @property
     def provider(self) -> str:
-        """The provider that really runs; those after it only run what it cannot."""
+        """Return the provider that really runs; those after it only run what it cannot."""
         return str(self._session.get_providers()[0])
 
     def dtypes(self) -> dict[str, str]:

@@ -27,7 +27,7 @@ def check_engine(
     model: Contract | None = None,
     *,
     controlnets: Sequence[str] = (),
-    asked: Geometry | None = None,
+    requested: Geometry | None = None,
     any_batch: bool = False,
     any_tokens: bool = False,
     weights: str | None = None,
@@ -36,7 +36,7 @@ def check_engine(
 ) -> EngineCheck:
     """Return everything that can be said of an engine here: from itself if TensorRT can load it, else from its record.
 
-    `model` is the contract it should keep. `asked` is a size it should serve; with `any_batch` and `any_tokens` at whatever
+    `model` is the contract it should keep. `requested` is a size it should serve; with `any_batch` and `any_tokens` at whatever
     batch and tokens it is tuned for. `weights` is an ONNX file or a model that it should have been built from.
     Raises ShapecheckError if the engine, a ControlNet or the weights cannot be read.
     """
@@ -45,11 +45,11 @@ def check_engine(
     mismatches += [mismatch for profile in engine.request.profiles for mismatch in find_profile_mismatches(contract, profile)]
     if model is not None:
         mismatches += _compare_with_model(contract, model)
-    fit = _fit_size(engine, asked, any_batch, any_tokens) if asked is not None else None
+    fit = _fit_size(engine, requested, any_batch, any_tokens) if requested is not None else None
     # A contract read off a graph does not know its model's configuration, which a ControlNet is judged by.
     if model is not None and "down_block_types" not in contract.config:
         contract = replace(model, slots=contract.slots, features=contract.features)
-    unfit = find_misfits(contract, controlnets, asked, offline=offline, progress=progress) if controlnets else ()
+    unfit = find_misfits(contract, controlnets, requested, offline=offline, progress=progress) if controlnets else ()
     compared = _compare_weights(engine, weights, offline, progress) if weights is not None else None
     return EngineCheck(str(path), engine, read, unread, tuple(mismatches), fit, tuple(controlnets), unfit, compared)
 

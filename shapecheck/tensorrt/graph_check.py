@@ -1,4 +1,4 @@
-"""The graph of an ONNX file, or what TensorRT's parser made of it, against the contract, a profile and a range of sizes."""
+"""The graph of an ONNX file, or TensorRT's parse of it, against the contract, a profile and a range of sizes."""
 
 from __future__ import annotations
 

@@ -310,7 +310,5 @@ def test_the_help_s_examples_can_be_run(examples, tmp_path, monkeypatch):
 
 def test_the_help_says_how_it_ends():
     text = " ".join(parity("--help").stdout.split())
-    assert (
-        "Exit status 0 for PARITY, 1 for BROKEN, a backend that cannot run included, 2 if nothing could be compared" in text
-    )
+    assert "Exit status 0 for PARITY, 1 for BROKEN, a backend that cannot run included, 2 if nothing could be compared" in text
     assert "[default: ort for --onnx, trt or rtx for --engine]" in text
