@@ -75,7 +75,7 @@ def _compare_members(
                 if isinstance(member, Slot):
                     texts.append(show(member.skip) + ("" if member.spatial == "full" else f" {member.spatial}"))
                 else:
-                    texts.append(member and f"{show(member.shape)} {member.dtype}")
+                    texts.append(None if member is None else f"{show(member.shape)} {member.dtype}")
             yield Difference(part, name, "", *texts)
 
 

@@ -24,7 +24,7 @@ from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
     from shapecheck.observe.request import Request
-    from shapecheck.onnx.records import Agreement, Exported
+    from shapecheck.onnx.records import Agreement
 
 
 @click.command()
@@ -91,7 +91,13 @@ def export(model: str, output: Path, verify: bool, form: str, **options: Any) ->
     with progress() as tell:
         done = exporter.export(model, output, **options, progress=tell)
     try:
-        agreements = _verify(done, model, options["variant"], options["offline"]) if verify else ()
+        agreements: tuple[Agreement, ...] = ()
+        if verify:
+            needed = export_check.estimate_memory(done) / 1e9
+            click.echo(f"verifying: up to {needed:.1f} GB of memory, PyTorch and ONNX Runtime one after the other", err=True)
+            choices = {key: options[key] for key in ("variant", "offline")}
+            with progress() as tell:
+                agreements = export_check.verify_export(done, model, **choices, progress=tell)
     except ShapecheckError:  # the file is written all the same
         write(report.render_json(done) if form == "json" else report.render_text(done), None)
         raise
@@ -217,12 +223,3 @@ def _check_engine(
         )
     write(report.render_json(checked) if form == "json" else report.render_text(checked, form), output)
     return 0 if checked.is_fine else ContractError.exit_status
-
-
-def _verify(exported: Exported, model: str, variant: str | None, offline: bool) -> tuple[Agreement, ...]:
-    from shapecheck.parity import export_check
-
-    needed = export_check.estimate_memory(exported) / 1e9
-    click.echo(f"verifying: up to {needed:.1f} GB of memory, PyTorch and ONNX Runtime one after the other", err=True)
-    with progress() as tell:
-        return export_check.verify_export(exported, model, variant=variant, offline=offline, progress=tell)

@@ -143,7 +143,7 @@ class Header:
 
     @property
     def usual(self) -> tuple[int, int]:
-        """Latent height and width to use if no size is requested: the model's own, else 64×64."""
+        """Return the latent height and width to use if no size is requested: the model's own, else 64×64."""
         return self.native or (64, 64)
 
     @property

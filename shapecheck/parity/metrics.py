@@ -10,9 +10,6 @@ from torch import Tensor
 from shapecheck.contract import show
 from shapecheck.parity.results import Effect, Verdict, Worst
 
-_CELLS = 8
-"""Rows and columns of a fingerprint, at most."""
-
 
 def compare(actual: Tensor, expected: Tensor, *, allowed: float, own: float) -> Verdict:
     """Compare a tensor with the reference's.
@@ -65,9 +62,9 @@ def compare_effects(actual: Tensor, expected: Tensor, scale: float) -> Effect:
     strength = float(actual.flatten() @ expected.flatten()) / power if power > 0 else math.nan
     pictures = []
     for change in (expected, actual):
-        # the magnitude over height and width, averaged to a few cells
+        # the magnitude over height and width, averaged to 8×8 cells at most
         plane = change.square().mean(dim=(0, 1)).sqrt()[None, None]
-        height, width = (min(_CELLS, side) for side in plane.shape[-2:])
+        height, width = (min(8, side) for side in plane.shape[-2:])
         pictures.append(torch.nn.functional.adaptive_avg_pool2d(plane, (height, width))[0, 0])
     largest = max(float(torch.nan_to_num(picture, 0, 0, 0).max()) for picture in pictures) or 1.0
     ours, theirs = (

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shapecheck.contract import Contract, Geometry
 from shapecheck.models import diffusers_models
@@ -104,7 +104,11 @@ class FrameMaker:
         session = unet.engine if isinstance(unet, DropIn) else None
 
         def play(clock: Clock) -> None:
-            residuals = self._run_controlnets(clock)
+            clock.mark()
+            emitted = [net(**self._base, controlnet_cond=self._image, return_dict=False) for net in self._nets]
+            clock.mark()
+            downs, mid = combined(emitted) if emitted else (None, None)
+            residuals = {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid} if emitted else {}
             called = unet
             # What a session's call does around its engine, such as checks, belongs to the hand-over.
             if session is None:
@@ -115,15 +119,6 @@ class FrameMaker:
             clock.mark()
 
         return play
-
-    def _run_controlnets(self, clock: Clock) -> dict[str, list[Tensor] | Tensor]:
-        clock.mark()
-        emitted = [net(**self._base, controlnet_cond=self._image, return_dict=False) for net in self._nets]
-        clock.mark()
-        if not emitted:
-            return {}
-        downs, mid = combined(emitted)
-        return {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid}
 
     def _build_unet(self) -> nn.Module:
         name = self._contract.class_name

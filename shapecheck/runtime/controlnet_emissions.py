@@ -18,8 +18,6 @@ _RECOGNISED = 0.9999
 """Cosine above which one residual is another one scaled: rounding in bfloat16 leaves 1 - 1e-6, a blend falls below."""
 _DIFFERENCE = 1e-5
 """Two residuals whose cosine is nearer to 1 than this are taken for one."""
-_MARGIN = 10.0
-"""Another residual has to be this many times nearer than the slot's own."""
 _SILENT = "the shapes are equal, so PyTorch adds it in silence"
 _ZEROS = "its control is lost; to switch control off give the ControlNet conditioning_scale=0.0, or the UNet None for both"
 
@@ -161,7 +159,8 @@ def _find_fault(candidates: _Candidates, name: str, value: Tensor) -> Mismatch |
         return None
     cosines = _compute_cosines(actual, [form for _, form in suspects])
     best = max(range(len(cosines)), key=cosines.__getitem__)
-    clear = cosines[best] > _RECOGNISED and 1 - likeness > _MARGIN * (1 - cosines[best]) + _DIFFERENCE
+    # It has to be ten times nearer than the slot's own.
+    clear = cosines[best] > _RECOGNISED and 1 - likeness > 10 * (1 - cosines[best]) + _DIFFERENCE
     return suspects[best][0] if clear else None
 
 

@@ -86,7 +86,6 @@ class Engine:
     """`sha256:…` and bytes of the engine file."""
 
     def to_json(self) -> str:
-        """Return JSON text, which `from_json` reads."""
         file = {"digest": self.digest, "bytes": self.size}
         record = {_FORMAT.key: _FORMAT.schema, "key": self.request.key, "engine": file, **encode(self.request)}
         return json.dumps(record | {"checksum": _digest(record)}, indent=1, ensure_ascii=False) + "\n"
