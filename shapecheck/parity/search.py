@@ -52,10 +52,8 @@ def search_file(
         return lambda values: compute_inner(model.load(dtype).to(reference_device()), contract, inputs, values)
 
     # Each way to search, best first: the provider, what runs, and what to say of a find and of none.
-    fused = (
-        "every value inside agrees when it is an output too: what is computed differently then is at fault, such as a fusion"
-    )
-    ways: list[tuple[str, RunMarked | None, str, str]] = [(backend, None, "", fused)]
+    fused = "every value inside agrees when it is an output too: what is computed differently then is at fault"
+    ways: list[tuple[str, RunMarked | None, str, str]] = [(backend, None, "", f"{fused}, such as a fusion")]
     if backend not in PROVIDERS:
         source = f"{graph}, which the engine was built from"
         same, local = f"every value inside agrees in {source}", "in ONNX Runtime on the CPU"
