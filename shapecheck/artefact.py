@@ -14,8 +14,6 @@ from shapecheck.progress import Progress
 from shapecheck.tensorrt.record import is_engine, record_of
 
 _LARGEST_JSON = 16 * 2**20
-_LONGEST_BLANK = 64
-"""Bytes before the first brace of a JSON file."""
 
 
 def read_contract(path: str | Path) -> Contract:
@@ -34,7 +32,7 @@ def read_contract(path: str | Path) -> Contract:
             )
         require_readable(file)
         with file.open("rb") as opened:
-            start = opened.read(_LONGEST_BLANK)
+            start = opened.read(64)  # a JSON file may begin with blanks
     if not start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
         contract = contract_inside(OnnxFile(file))
         if contract is None:

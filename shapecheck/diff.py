@@ -15,8 +15,6 @@ from shapecheck.report.document import Document, Facts, Format, Heading, Part, P
 from shapecheck.report.numbers import dump_json, format_count
 
 ContractPart = Literal["model", "input", "slot", "feature", "setting"]
-_SHAPE_ASPECTS = ("", "batch", "channels", "size", "spatial")
-"""The aspects of a slot that decide whether a residual has its shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,13 @@ def _compare_members(
         if name in left and name in right:
             yield from _compare_tables(part, name, _list_aspects(left[name]), _list_aspects(right[name]))
         else:
-            yield Difference(part, name, "", *(_summarize(side[name]) if name in side else None for side in (left, right)))
+            texts: list[str | None] = []
+            for member in (left.get(name), right.get(name)):
+                if isinstance(member, Slot):
+                    texts.append(show(member.skip) + ("" if member.spatial == "full" else f" {member.spatial}"))
+                else:
+                    texts.append(None if member is None else f"{show(member.shape)} {member.dtype}")
+            yield Difference(part, name, "", *texts)
 
 
 def _compare_tables(part: ContractPart, name: str, a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[Difference]:
@@ -106,12 +110,6 @@ def _list_aspects(member: Input | Slot) -> Mapping[str, str]:
     }
 
 
-def _summarize(member: Input | Slot) -> str:
-    if isinstance(member, Input):
-        return f"{show(member.shape)} {member.dtype}"
-    return show(member.skip) + ("" if member.spatial == "full" else f" {member.spatial}")
-
-
 def render_text(a: Side, b: Side, *, form: Format = "human") -> str:
     """Return the whole report."""
     facts = []
@@ -123,16 +121,16 @@ def render_text(a: Side, b: Side, *, form: Format = "human") -> str:
             (f"digest {letter}", contract.digest),
         ]
     parts: list[Part] = [Points(explain_differences(a, b)), Facts(facts)]
-    contract, found = a.contract, list_differences(a.contract, b.contract)
+    contract, differences = a.contract, list_differences(a.contract, b.contract)
     verdict = f"SAME: {len(contract.slots)} slots, {len(contract.inputs)} base inputs, {len(contract.config)} settings"
-    if found:
-        names = [difference.name for difference in found if difference.part == "model"]
+    if differences:
+        names = [difference.name for difference in differences if difference.part == "model"]
         for part, noun in (("input", "base input"), ("slot", "slot"), ("feature", "feature"), ("setting", "setting")):
-            if count := len({difference.name for difference in found if difference.part == part}):
+            if count := len({difference.name for difference in differences if difference.part == part}):
                 names.append(format_count(count, noun))
         verdict = f"DIFFERENT: {', '.join(names)}"
         rows = []
-        for difference in found:
+        for difference in differences:
             texts = ("not there" if value is None else value for value in (difference.a, difference.b))
             cut = (text if len(text) <= 400 else f"{text[:399]}…" for text in texts)
             rows.append((difference.part, difference.name, difference.aspect, *cut))
@@ -223,7 +221,8 @@ def _compare_unets(a: Side, b: Side) -> list[str]:
         sentences.append(f"A ControlNet made for {to.name} fits {of.name} by its shapes.")
     else:
         sentences = [f"A ControlNet made for one fits the other by its shapes: {', '.join(same)}, as is the text width."]
-    moved = [found.name for found in list_differences(left, right) if found.part == "slot" and found.aspect == "skip from"]
+    of_slots = [difference for difference in list_differences(left, right) if difference.part == "slot"]
+    moved = [difference.name for difference in of_slots if difference.aspect == "skip from"]
     if moved and not shared:
         sentences.append(f"The same shapes are made elsewhere in the two: the skips of {_join_names(moved)}.")
     samples = [next((base.shape for base in side.inputs if base.name == "sample"), ()) for side in (left, right)]
@@ -237,7 +236,9 @@ def _compare_unets(a: Side, b: Side) -> list[str]:
 
 
 def _count_wrong_slots(a: Contract, b: Contract) -> list[str]:
-    wrong = {found.name for found in list_differences(a, b) if found.part == "slot" and found.aspect in _SHAPE_ASPECTS}
+    of_slots = [difference for difference in list_differences(a, b) if difference.part == "slot"]
+    # Only these aspects decide whether a residual has a slot's shape; it is empty if one side lacks the slot.
+    wrong = {difference.name for difference in of_slots if difference.aspect in ("", "batch", "channels", "size", "spatial")}
     count = len({slot.name for slot in (*a.slots, *b.slots)})
     return [f"{len(wrong)} of {count} slots differ in shape"] if wrong else []
 

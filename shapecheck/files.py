@@ -13,10 +13,6 @@ from pathlib import Path
 
 from shapecheck.contract import ShapecheckError
 
-_LONG_AGO = 3 * 24 * 3600
-"""Seconds; no build takes days between two writes."""
-_LOCK = ".shapecheck.lock"
-"""It stays: removing it would give two processes the same lock."""
 _numbers = count()
 
 
@@ -61,7 +57,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     with ExitStack() as stack:
         with suppress(OSError, NotImplementedError):
-            stack.enter_context(FileLock(folder / _LOCK, mode=0o666))  # other users lock the same file
+            # Other users lock the same file. It stays: removing it would give two processes the same lock.
+            stack.enter_context(FileLock(folder / ".shapecheck.lock", mode=0o666))
         yield
 
 
@@ -76,10 +73,10 @@ def atomic_write(output: Path) -> Iterator[Path]:
         partial = target
     else:
         partial = target.with_name(f".shapecheck.{os.getpid()}.{next(_numbers)}.partial")
-        # A process that is killed leaves its file behind; only an old one is surely nobody's.
+        # A process that is killed leaves its file behind. One of three days is nobody's: no build takes that long to write on.
         for leftover in target.parent.glob(".shapecheck.*.partial"):
             with suppress(OSError):
-                if time.time() - leftover.stat().st_mtime > _LONG_AGO:
+                if time.time() - leftover.stat().st_mtime > 3 * 24 * 3600:
                     leftover.unlink(missing_ok=True)
     try:
         yield partial

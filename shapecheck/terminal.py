@@ -26,7 +26,6 @@ class ProgressLine:
         self._bar: tqdm[Never] | None = None
 
     def __call__(self, step: str, done: int = 0, total: int = 0, /) -> None:
-        """Begin a step, or continue it."""
         if not sys.stderr.isatty():
             return
         if step != self._step:

@@ -24,7 +24,7 @@ from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
     from shapecheck.observe.request import Request
-    from shapecheck.onnx.records import Agreement, Exported
+    from shapecheck.onnx.records import Agreement
 
 
 @click.command()
@@ -91,7 +91,13 @@ def export(model: str, output: Path, verify: bool, form: str, **options: Any) ->
     with progress() as tell:
         done = exporter.export(model, output, **options, progress=tell)
     try:
-        agreements = _verify(done, model, options["variant"], options["offline"]) if verify else ()
+        agreements: tuple[Agreement, ...] = ()
+        if verify:
+            needed = export_check.estimate_memory(done) / 1e9
+            click.echo(f"verifying: up to {needed:.1f} GB of memory, PyTorch and ONNX Runtime one after the other", err=True)
+            choices = {key: options[key] for key in ("variant", "offline")}
+            with progress() as tell:
+                agreements = export_check.verify_export(done, model, **choices, progress=tell)
     except ShapecheckError:  # the file is written all the same
         write(report.render_json(done) if form == "json" else report.render_text(done), None)
         raise
@@ -168,15 +174,15 @@ def check(
     with progress() as tell:
         contract = resolve_contract(model, offline=offline, progress=tell) if model else None
         known = contract or (contract_inside(onnx_file) if size else None)
-        asked = resolve_geometry(request, known.header.vae_factor if known else 8)
-        checked = verify(onnx_file, contract, asked, progress=tell)
-        found = find_misfits(checked.contract, controlnets, asked, offline=offline, progress=tell) if controlnets else ()
+        requested = resolve_geometry(request, known.header.vae_factor if known else 8)
+        checked = verify(onnx_file, contract, requested, progress=tell)
+        misfits = find_misfits(checked.contract, controlnets, requested, offline=offline, progress=tell) if controlnets else ()
     if form == "json":
-        text = report.render_json(checked, controlnets=controlnets, misfits=found)
+        text = report.render_json(checked, controlnets=controlnets, misfits=misfits)
     else:
-        text = report.render_text(checked, form=form, controlnets=controlnets, misfits=found)
+        text = report.render_text(checked, form=form, controlnets=controlnets, misfits=misfits)
     write(text, output)
-    if checked.mismatches or found:
+    if checked.mismatches or misfits:
         return ContractError.exit_status
     return ShapecheckError.exit_status if checked.unchecked else 0
 
@@ -200,15 +206,15 @@ def _check_engine(
     if (batch or tokens) and request.size_px is None and request.latent is None:
         raise ShapecheckError("--batch and --tokens go with --size or --latent")
     engine = read_engine(file)
-    asked = resolve_geometry(request, engine.request.contract.header.vae_factor)
-    asked = replace(asked, tokens=tokens) if asked and tokens else asked
+    requested = resolve_geometry(request, engine.request.contract.header.vae_factor)
+    requested = replace(requested, tokens=tokens) if requested and tokens else requested
     with progress() as tell:
         checked = check_engine(
             file,
             engine,
             find_contract(model, offline, tell),
             controlnets=controlnets,
-            asked=asked,
+            requested=requested,
             any_batch=batch is None,
             any_tokens=tokens is None,
             weights=weights,
@@ -217,12 +223,3 @@ def _check_engine(
         )
     write(report.render_json(checked) if form == "json" else report.render_text(checked, form), output)
     return 0 if checked.is_fine else ContractError.exit_status
-
-
-def _verify(exported: Exported, model: str, variant: str | None, offline: bool) -> tuple[Agreement, ...]:
-    from shapecheck.parity import export_check
-
-    needed = export_check.estimate_memory(exported) / 1e9
-    click.echo(f"verifying: up to {needed:.1f} GB of memory, PyTorch and ONNX Runtime one after the other", err=True)
-    with progress() as tell:
-        return export_check.verify_export(exported, model, variant=variant, offline=offline, progress=tell)

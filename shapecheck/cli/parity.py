@@ -86,12 +86,12 @@ def parity(report: Path | None, form: Form | Literal["html"], output: Path | Non
     if report is not None:
         make_folder(report)
     with progress() as tell:
-        found = create_run(ParityRequest(**options, folder=report), tell).report()
+        result = create_run(ParityRequest(**options, folder=report), tell).report()
     if report is not None:
-        write_all(found, report)
+        write_all(result, report)
     if form == "html":
-        text = render_page(found)
+        text = render_page(result)
     else:
-        text = parity_report.render_json(found) if form == "json" else parity_report.render_text(found, form)
+        text = parity_report.render_json(result) if form == "json" else parity_report.render_text(result, form)
     write(text, output)
-    return 0 if found.passes else ContractError.exit_status
+    return 0 if result.passes else ContractError.exit_status

@@ -7,9 +7,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-"""In the text of many objects, and different in every run."""
-
 
 class Config(Mapping[str, Any]):
     """An immutable, hashable mapping of JSON values; lists become tuples, and values unknown to JSON their text.
@@ -64,4 +61,7 @@ def _freeze(value: Any) -> Any:
         return tuple(sorted(map(_freeze, value), key=str))
     if isinstance(value, (list, tuple)):
         return tuple(map(_freeze, value))
-    return value if isinstance(value, (str, int, float, type(None))) else _ADDRESS.sub("", str(value))
+    if isinstance(value, (str, int, float, type(None))):
+        return value
+    # The text of many objects has an address, which differs in every run.
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))

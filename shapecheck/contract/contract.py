@@ -62,24 +62,24 @@ class Contract:
 
     @property
     def residuals(self) -> tuple[Slot, ...]:
-        """Everything the UNet adds: the slots of a ControlNet's residuals, then those of an adapter's features."""
+        """Return everything the UNet adds: the slots of a ControlNet's residuals, then those of an adapter's features."""
         return self.slots + self.features
 
     @property
     def input_rules(self) -> dict[str, tuple[Dim, ...]]:
-        """The shape of every input of the exported model, by name: base inputs, then a UNet's slots, then features."""
+        """Return the shape of every input of the exported model, by name: base inputs, then a UNet's slots, then features."""
         rules = {entry.name: entry.shape for entry in self.inputs}
         return rules | {slot.name: slot.shape for slot in self.residuals} if self.role == "unet" else rules
 
     @property
     def dtype(self) -> str:
-        """The dtype of the sample, and so of the residuals."""
+        """Return the dtype of the sample, and so of the residuals."""
         dtypes = {entry.name: entry.dtype for entry in self.inputs}
         return dtypes.get("sample") or next(iter(dtypes.values()), "float32")
 
     @property
     def input_dtypes(self) -> dict[str, str]:
-        """The dtype of every input of the exported model, by name and in the order of `input_rules`."""
+        """Return the dtype of every input of the exported model, by name and in the order of `input_rules`."""
         dtypes = {entry.name: entry.dtype for entry in self.inputs}
         return {name: dtypes.get(name, self.dtype) for name in self.input_rules}
 

@@ -12,7 +12,6 @@ Rounding = Literal["ceil", "floor", "exact"]
 """The treatment of an odd size by one halving. `exact`: no odd size ever reached it, so its rounding is not known."""
 
 Shape = tuple[int, ...]
-_LONGEST_TEXT = 200
 _HALVED = re.compile(r"(?P<rounding>ceil|floor)\((?P<inner>.+)/(?P<divisor>\d+)\)|(?P<exact>.+)/(?P<exact_divisor>\d+)")
 _PLAIN = re.compile(r"(?:(?P<scale>\d+)\*)?(?P<symbol>[a-z_]+)|(?P<constant>\d+)")
 
@@ -27,7 +26,7 @@ class Dim:
 
     @property
     def stride(self) -> int:
-        """Cells of the symbol's own grid along one cell of this axis."""
+        """Return the cells of the symbol's own grid along one cell of this axis."""
         return 1 << len(self.halvings)
 
     def at(self, sizes: Mapping[str, int]) -> int:
@@ -54,7 +53,7 @@ class Dim:
     def parse(cls, text: str) -> Dim:
         """Read `str`'s text. Raises ValueError naming the text that is not a dimension."""
         message = f"not a dimension: {text!r:.60} (expected forms: 320, h, 8*h, ceil(h/4), ceil(floor(h/2)/2))"
-        if not isinstance(text, str) or len(text) > _LONGEST_TEXT:
+        if not isinstance(text, str) or len(text) > 200:
             raise ValueError(message)
         if plain := _PLAIN.fullmatch(text):
             if plain["constant"]:

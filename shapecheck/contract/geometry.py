@@ -43,7 +43,7 @@ class Geometry:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """The value of every symbol a dimension may use."""
+        """Return the value of every symbol a dimension may use."""
         return {symbol: getattr(self, name) for symbol, name in AXES.items()}
 
     def with_sizes(self, sizes: Mapping[str, int]) -> Geometry:

@@ -21,7 +21,6 @@ class Naming:
     origin: str
 
     def down(self, index: int) -> str:
-        """Return the name of a down slot."""
         return f"{self.prefix}{index:0{self.digits}d}"
 
     def names(self, downs: int) -> tuple[str, ...]:

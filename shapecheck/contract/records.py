@@ -68,17 +68,17 @@ class Slot:
 
     @property
     def stride(self) -> int:
-        """Latent cells a slot cell covers along each side."""
+        """Return the latent cells that a slot cell covers along each side."""
         return self.skip[-2].stride
 
     @property
     def roundings(self) -> tuple[Rounding, ...]:
-        """The rounding of an odd height by each halving down to this slot, outermost first."""
+        """Return the rounding of an odd height by each halving down to this slot, outermost first."""
         return self.skip[-2].halvings
 
     @property
     def shape(self) -> tuple[Dim, ...]:
-        """The shape of the residual, which is not the skip's if it is pooled."""
+        """Return the shape of the residual, which is not the skip's if it is pooled."""
         return self.skip if self.spatial == "full" else (*self.skip[:2], constant(1), constant(1))
 
     def shape_at(self, geometry: Geometry) -> Shape:
@@ -143,12 +143,12 @@ class Header:
 
     @property
     def usual(self) -> tuple[int, int]:
-        """Latent height and width to use if no size is requested: the model's own, else 64×64."""
+        """Return the latent height and width to use if no size is requested: the model's own, else 64×64."""
         return self.native or (64, 64)
 
     @property
     def usual_px(self) -> tuple[int, int]:
-        """The width and height of `usual` in pixels."""
+        """Return the width and height of `usual` in pixels."""
         rows, columns = self.usual
         return columns * self.vae_factor, rows * self.vae_factor
 

@@ -106,7 +106,7 @@ def _judge(name: str, answers: Answers) -> Backend:
         return Backend(name, True, detail)
     if answer.facts.get("loaded"):
         return Backend(name, True, f"{detail} and runs them")
-    # It builds engines on any machine: what keeps it from running them is no reason against it.
+    # It builds engines on any machine, so it stays available though it cannot run them here.
     gap = next(_find_gpu_gaps(answers), None) or next(_find_capability_gaps(answers), usual)
     return Backend(name, True, f"{detail}, but cannot run them here: {gap.problem}", (gap,))
 

@@ -103,7 +103,6 @@ class Environment:
         return next(backend for backend in self.backends if backend.name == name)
 
     def failing(self, required: Iterable[str]) -> tuple[Backend, ...]:
-        """Return those of the required backends that cannot run."""
         return tuple(backend for name in dict.fromkeys(required) if not (backend := self.backend(name)).runs)
 
 

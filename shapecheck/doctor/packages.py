@@ -12,7 +12,6 @@ from shapecheck.doctor.environment import Gap, Package
 from shapecheck.doctor.probes import Answer
 
 CPU = "onnxruntime CPUExecutionProvider"
-"""The probe of ONNX Runtime itself."""
 
 
 @dataclass(frozen=True, slots=True)

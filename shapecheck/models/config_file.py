@@ -22,7 +22,6 @@ CLASSES: Mapping[str, Kind] = {
     "ControlNetUnionModel": "controlnet",
     "T2IAdapter": "adapter",
 }
-_DEEPEST = 8
 _MOST_LEVELS = 12
 _MOST_TRANSFORMERS = 1024
 """Levels × layers × transformer layers; SDXL's UNet has fewer than 100."""
@@ -70,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(text, parse_constant=_parse_finite, parse_float=_parse_finite)
         json.dumps(record, ensure_ascii=False).encode("utf-8")  # half a surrogate pair could never be printed again
-        if _exceeds_depth(record, _DEEPEST):
+        if _exceeds_depth(record, 8):
             raise RecursionError
     except UnicodeError:
         raise ShapecheckError(not_text) from None

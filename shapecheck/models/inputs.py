@@ -11,8 +11,6 @@ from shapecheck.contract import Dim, Geometry, Input, ShapecheckError
 from shapecheck.contract.dims import BATCH, HEIGHT, TOKENS, WIDTH, constant
 from shapecheck.models.forward_call import group_arguments
 
-_POOLED_TEXT_WIDTH = 1280
-"""Width of the pooled text embedding of SDXL and its relatives."""
 _ADDITIONS = ("text", "text_time", "text_image", "image", "image_hint")
 
 
@@ -108,10 +106,10 @@ def _added_inputs(config: Mapping[str, Any], dtype: str) -> list[Input]:
     if addition not in (None, *_ADDITIONS):
         raise ShapecheckError(f"addition_embed_type {addition!r} is not known; known: {', '.join(_ADDITIONS)}")
     if addition == "text_time":
-        # SDXL's projection takes the pooled text and `ids` numbers of `width` each, and its input size is their sum; SDXL has
-        # 6 ids, its refiner 5 (an aesthetic score in place of a size), and diffusers' pipelines tell them apart alike
+        # SDXL's projection takes the pooled text, 1280 wide, and `ids` numbers of `width` each: its input size is their sum.
+        # SDXL has 6 ids, its refiner 5 (an aesthetic score in place of a size); diffusers' pipelines tell them apart alike.
         total, width = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
-        ids = 5 if total - 5 * width == _POOLED_TEXT_WIDTH else 6
+        ids = 5 if total - 5 * width == 1280 else 6
         if total <= ids * width:
             raise ShapecheckError(
                 f"projection_class_embeddings_input_dim {total} leaves no room for text_embeds beside {ids} time ids of {width}"

@@ -31,7 +31,6 @@ _PLACES: Mapping[Kind, tuple[str, ...]] = {
 }
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 _HUB_ID = re.compile(r"(?=.{3,96}$)\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_MOST_CONTROLNETS = 32
 
 
 class OtherModelError(ShapecheckError):
@@ -174,7 +173,7 @@ def _read_controlnets(
 ) -> tuple[tuple[ModelSource, ...], tuple[str, ...]]:
     """Return the ControlNets in `folder` called `name`, `name`_1, …, and notes of what was left out."""
     nets: list[ModelSource] = []
-    for number in range(start, _MOST_CONTROLNETS):
+    for number in range(start, 32):
         subfolder = f"{name}_{number}" if number else name
         path = locate(f"{subfolder}/config.json")
         if path is None:

@@ -36,7 +36,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights; inputs go there too."""
+        """Return the device of the weights; inputs go there too."""
         return next(self.module.parameters()).device
 
     @property

@@ -26,11 +26,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 }  # fmt: skip
 """From a dtype's name in safetensors to its name in PyTorch and its bytes."""
 _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
-_LONGEST_INDEX = 2**24
-_MOST_VALUES = 1_000_000
-"""JSON values in one file; SDXL's UNet has 20,000. 100 MB of `[],` would unfold until the memory is full."""
 _MOST_DIMENSIONS = 64
-_LARGEST_SIZE = 2**63 - 1
 _SHARD = r"-\d{5}-of-\d{5}"
 _DAMAGED = "is the download cut short or the file damaged? Fetch it again"
 
@@ -71,7 +67,7 @@ def checkpoint_files(folder: Path, stem: str = "diffusion_pytorch_model", varian
     try:
         too_large = f"{index} is too large to be an index of shards; {_DAMAGED}"
         with report_unreadable(index):
-            record = _parse_json(read_bytes(index, _LONGEST_INDEX, too_large=too_large))
+            record = _parse_json(read_bytes(index, 2**24, too_large=too_large))
         listed = record.get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
             raise ValueError("weight_map does not name a file for each tensor")
@@ -177,7 +173,8 @@ def _read_header(file: Path) -> tuple[bytes, int, int]:
 
 def _parse_json(data: bytes) -> dict[str, Any]:
     """Return the JSON object. Raises ValueError on anything else, on a key given twice and on fractions."""
-    if sum(map(data.count, (b"[", b"{", b","))) > _MOST_VALUES:
+    # SDXL's UNet has 20,000 values; 100 MB of `[],` would unfold until the memory is full.
+    if sum(map(data.count, (b"[", b"{", b","))) > 1_000_000:
         raise ValueError("its JSON is too large to be a table of tensors")
     if not data.startswith(b"{"):
         raise ValueError("its JSON does not start with an object")
@@ -261,6 +258,6 @@ def _read_sizes(entry: Mapping[str, object], key: str) -> Shape:
     if not isinstance(sizes, list) or len(sizes) > _MOST_DIMENSIONS:
         raise ValueError(f"{key} is not a list of at most {_MOST_DIMENSIONS} sizes")
     for size in sizes:
-        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _LARGEST_SIZE:
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
             raise ValueError(f"{key} holds a value that is not a size from 0 to 2^63-1")
     return tuple(sizes)

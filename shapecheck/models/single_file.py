@@ -27,11 +27,6 @@ _MARKS: Mapping[Role, tuple[str, ...]] = {
 _HEAD_WIDTH = 64
 """Channels of one attention head in the families with linear projections: SD2, SDXL. SD1 has eight heads everywhere."""
 _HEADS = 8
-_TIME_WIDTH = 256
-"""Width to which SDXL expands each of its time ids."""
-_POOLED_TEXT = {1280, 2048}
-"""Text widths of the models that take pooled text and time ids beside the text: the SDXL refiner, SDXL."""
-_LONGEST_NAME = 200
 _MOST_SHOWN = 6
 _ADVICE = "give the diffusers folder or its config.json"
 _UNTOLD = {"attention_head_dim", "only_cross_attention"}
@@ -65,7 +60,8 @@ def read_checkpoint(path: Path, role: Role, name: str) -> ModelSource | None:
     names = {name: name for name in own}  # in diffusers, and in the file less the prefix
     if is_ldm(own):
         widths = {shape[-1] for name, (_, shape) in own.items() if name.endswith("attn2.to_k.weight") and shape}
-        names = rename_tensors(own, labels="add_embedding" if widths & _POOLED_TEXT else "class_embedding")
+        # The SDXL refiner and SDXL, with text of these widths, take pooled text and time ids beside it.
+        names = rename_tensors(own, labels="add_embedding" if widths & {1280, 2048} else "class_embedding")
     tensors = CheckpointTensors(str(path), {new: CheckpointTensor(*own[old]) for new, old in names.items()})
     config = _read_shared(tensors)
     config |= _read_unet(tensors, config) if role == "unet" else _read_controlnet(tensors)
@@ -105,7 +101,7 @@ class CheckpointTensors:
 
     def __post_init__(self) -> None:
         for name in self.table:
-            if len(name) <= _LONGEST_NAME:  # each of the numbers in a name adds a path as long as the name
+            if len(name) <= 200:  # each of the numbers in a name adds a path as long as the name
                 words = name.split(".")
                 for at, word in enumerate(words):
                     if word.isdecimal():
@@ -128,11 +124,9 @@ class CheckpointTensors:
         return len(self.parts.get(path, ()))
 
     def has(self, start: str) -> bool:
-        """Return whether any name starts so."""
         return any(name.startswith(start) for name in self.table)
 
     def block(self, path: str) -> _Block:
-        """Return the block at a path."""
         attentions = range(self.count(f"{path}.attentions"))
         depths = tuple(self.count(f"{path}.attentions.{number}.transformer_blocks") for number in attentions)
         return _Block(path, self.count(f"{path}.resnets"), depths)
@@ -183,7 +177,7 @@ def _read_shared(tensors: CheckpointTensors) -> dict[str, Any]:
         )
     embeddings: dict[str, Any] = {}  # of what the model takes besides latents, time and text
     if tensors.has("add_embedding.linear_1."):
-        embeddings = {"addition_embed_type": "text_time", "addition_time_embed_dim": _TIME_WIDTH}
+        embeddings = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
         embeddings["projection_class_embeddings_input_dim"] = tensors.shape("add_embedding.linear_1.weight", 2)[1]
     elif tensors.has("class_embedding.linear_1."):
         embeddings = {"class_embed_type": "projection"}

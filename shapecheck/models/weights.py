@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ALIGNMENT = 64
-_CHUNK = 2**23
-"""Bytes held at a time."""
+_CHUNK = 2**23  # bytes held at a time
 _MOST_SHOWN = 10
 _ORIGINAL = "this is an original checkpoint: convert it with diffusers' from_single_file and save_pretrained"
 _ADVICE: Mapping[str, str] = {

@@ -33,8 +33,8 @@ def add_adapter_causes(mismatches: Sequence[Mismatch], contract: Contract, confi
     """Put the family that a T2I-Adapter was made for, if known, before the cause of every mismatch of its features."""
     keys = ("adapter_type", "channels", "downscale_factor")
     adapters = [preset for preset in map(presets.load, presets.names()) if preset.kind == "adapter"]
-    made_for = {preset.family for preset in adapters if all(Config(preset.config)[key] == config.get(key) for key in keys)}
-    others = made_for - _list_families(find_families(contract))
+    families = {preset.family for preset in adapters if all(Config(preset.config)[key] == config.get(key) for key in keys)}
+    others = families - _list_families(find_families(contract))
     return _put_first(f"this adapter was made for {' or '.join(sorted(others))}" if others else "", mismatches)
 
 

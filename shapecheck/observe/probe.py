@@ -110,7 +110,7 @@ def _require_agreement(
     explained: list[Mismatch] = []
     for number, net in enumerate(nets):
         name = f"ControlNet {number + 1}" if len(nets) > 1 else ""
-        inputs = (replace(found, controlnet=name) for found in causes.compare_pipeline_inputs(unet.inputs, net.inputs))
+        inputs = (replace(mismatch, controlnet=name) for mismatch in causes.compare_pipeline_inputs(unet.inputs, net.inputs))
         own = [*(mismatch for mismatch in residuals if mismatch.controlnet == name), *inputs]
         explained += causes.add_causes(own, contract, derive_emitted(traces, number), net.inputs, net.config)
     if len(nets) != 1:

@@ -41,10 +41,11 @@ def _reconcile_group(
     spatials = {number: _find_spatial(traces, number) for number in _list_emitters(traces)}
     if set(spatials.values()) == {"pooled"}:
         slots = tuple(replace(slot, spatial="pooled") for slot in slots)
-    # What two models do at a size that the UNet refuses is no disagreement.
+    # At a size that the UNet refuses the two models need not agree.
     accepted = [trace for trace in traces if _is_multiple(trace.geometry, divisor)]
     at = at if at is not None and _is_multiple(at, divisor) else None
-    unclear = {mismatch.where for mismatch in (*mismatches, *(found for trace in traces for found in _list_misused(trace)))}
+    misused = [mismatch for trace in traces for mismatch in _list_misused(trace)]
+    unclear = {mismatch.where for mismatch in (*mismatches, *misused)}
     for number, spatial in spatials.items():
         own_slots = tuple(replace(slot, spatial=spatial) for slot in slots)
         name = f"ControlNet {number + 1}" if len(spatials) > 1 else ""

@@ -61,7 +61,6 @@ class Recorder:
         self._add_emitted(number, "feature", _number_residuals(output))
 
     def unet_called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Note what the UNet is called with."""
         sample, text, downs, mid, features = (
             kwargs.get(name, args[position] if position < len(args) else None) for name, position in _ARGUMENTS.items()
         )

@@ -79,9 +79,6 @@ def render_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Ge
     return dump_json({"report": report} | contract.to_value())
 
 
-_ROUNDED = {"ceil": "; halvings round up (ceil)", "floor": "; halvings round down (floor)", "exact": "; no odd size is halved"}
-
-
 def _describe_sizes(contract: Contract) -> str:
     roundings = {rounding for slot in contract.slots for dim in slot.skip[2:] for rounding in dim.halvings}
     if contract.divisor > 1:
@@ -89,7 +86,8 @@ def _describe_sizes(contract: Contract) -> str:
     else:
         accepted = "every latent size, odd ones included"
     if len(roundings) <= 1:
-        return accepted + "".join(_ROUNDED[rounding] for rounding in roundings)
+        words = {"ceil": "halvings round up (ceil)", "floor": "halvings round down (floor)", "exact": "no odd size is halved"}
+        return "; ".join([accepted, *(words[rounding] for rounding in roundings)])
     chains = ", ".join(dict.fromkeys(str(slot.skip[2]) for slot in contract.slots))
     return f"{accepted}; halvings are mixed: {chains}"
 

@@ -67,7 +67,6 @@ class ResidualTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self.misunderstood: dict[str, str] = {}
 
     def enter(self) -> None:
-        """Begin a call of the UNet."""
         self.inside, self.adds, self.misunderstood = True, [], {}
 
     def __torch_dispatch__(

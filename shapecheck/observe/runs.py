@@ -21,7 +21,6 @@ from shapecheck.observe.trace import Trace
 from shapecheck.progress import Progress
 
 _ONE_CELL: Shape = (1, 1, 1, 1)
-_MORE_THAN_ANY_UNET_HAS_SLOTS = 256
 _DIVISORS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -114,8 +113,8 @@ def observe_controlnet(net: Model) -> list[Trace]:
 def _observe_at(unet: Model, nets: Sequence[Model], geometry: Geometry, recorder: Recorder) -> Trace:
     """Run everything once. If the ControlNets' residuals do not fit, see what the UNet adds when it is run alone."""
     recorder.take_emitted()  # left by a run that failed
-    # More residuals than it has slots, each of one cell, which fits any skip.
-    alone = partial(_call_with_probes, unet, geometry, recorder, residuals=[_ONE_CELL] * _MORE_THAN_ANY_UNET_HAS_SLOTS)
+    # More residuals than any UNet has slots, each of one cell, which fits any skip.
+    alone = partial(_call_with_probes, unet, geometry, recorder, residuals=[_ONE_CELL] * 256)
     try:
         emitted = [_run_controlnet(net, geometry) for net in nets]
     except ShapecheckError as error:
@@ -161,7 +160,6 @@ def _call_with_probes(
 
 
 def _run_controlnet(net: Model, geometry: Geometry) -> list[Tensor]:
-    """Return the residuals, mid last."""
     try:
         downs, mid = net.module(**build_zero_arguments(net.inputs, geometry, net.device), return_dict=False)
     except Exception as error:  # a user's module may raise anything; the message says where it came from

@@ -21,7 +21,6 @@ from shapecheck.models.safetensors import TensorLocation, checkpoint_files, read
 from shapecheck.models.weights import find_differing, match_tensors, require_linkable
 from shapecheck.observe.probe import probe, probe_controlnet
 
-_PRECISIONS = frozenset(("float32", "float16", "bfloat16"))
 _UNION = (
     "a ControlNetUnionModel is not exported: how many images it takes, and of which kinds, changes from call to call; run it "
     "in PyTorch beside the exported UNet, whose slots take its residuals"
@@ -76,7 +75,7 @@ class Subject:
             raise ShapecheckError(f"{self.name} is quantized ({', '.join(quantized)}); export the unquantized checkpoint")
         if requested is not None:
             return requested
-        if len(dtypes) > 1 or not _PRECISIONS.issuperset(dtypes):
+        if len(dtypes) > 1 or dtypes[0] not in ("float32", "float16", "bfloat16"):
             raise ShapecheckError(f"the weights of {self.name} are {' and '.join(dtypes)}: choose a precision with --dtype")
         return dtypes[0]
 
@@ -129,7 +128,12 @@ def resolve_subject(model: str | Path | nn.Module, *, variant: str | None = None
     notes = source.notes
     if role == "controlnet" and source.controlnets:
         notes += (f"the first of {1 + len(source.controlnets)} ControlNets that were saved together; export each",)
-    return Subject(module, source.name, _shorten_origin(source), role, stored, absent, None, source, notes)
+    origin = source.origin
+    # Files are passed on: of a path no more is written into them than the model's own folder.
+    if source.folder is not None and Path(origin).is_file():
+        parts = source.folder.absolute().parts
+        origin = "/".join(parts[-2:] if parts[-1] in ("unet", "controlnet") else parts[-1:])
+    return Subject(module, source.name, origin, role, stored, absent, None, source, notes)
 
 
 def find_source(model: str, *, offline: bool) -> lookup.ModelSource:
@@ -141,14 +145,6 @@ def find_source(model: str, *, offline: bool) -> lookup.ModelSource:
             return lookup.find(model, "controlnet", offline=offline)
         except ShapecheckError as other:
             raise (other if isinstance(error, lookup.OtherModelError) else error) from None
-
-
-def _shorten_origin(source: lookup.ModelSource) -> str:
-    # Files are passed on: of a path no more is written into them than the model's own folder.
-    if source.folder is None or not Path(source.origin).is_file():
-        return source.origin
-    parts = source.folder.absolute().parts
-    return "/".join(parts[-2:] if parts[-1] in ("unet", "controlnet") else parts[-1:])
 
 
 def _wrap_live(module: nn.Module, variant: str | None) -> Subject:

@@ -44,7 +44,7 @@ class OnnxFile:
 
     @cached_property
     def proto(self) -> onnx.ModelProto:
-        """The model as it is in the file. All callers share it: never change it."""
+        """Return the model as it is in the file. All callers share it: never change it."""
         import onnx  # not needed to read a contract's JSON
 
         path = self.path
@@ -78,12 +78,12 @@ class OnnxFile:
 
     @cached_property
     def computed_names(self) -> frozenset[str]:
-        """Names of the values that nodes outside functions compute."""
+        """Return the names of the values that nodes outside functions compute."""
         return frozenset(name for node in self.proto.graph.node for name in node.output)
 
     @cached_property
     def external_tensors(self) -> Mapping[str, TensorLocation]:
-        """Every initializer with its data in another file, by name.
+        """Return every initializer with its data in another file, by name.
 
         Raises ShapecheckError if a file lies outside of the ONNX file's folder, or is missing or too short.
         """
@@ -95,7 +95,7 @@ class OnnxFile:
 
     @property
     def tensors(self) -> Mapping[str, TensorLocation | Embedded]:
-        """The weights: those in other files, or every tensor in the file itself if there are none. Raises like the former."""
+        """Return the weights: those in other files, or else every tensor of the file. Raises like `external_tensors`."""
         import onnx.numpy_helper
 
         if self.external_tensors:  # what is in the file then, such as constants, is part of the graph
@@ -113,7 +113,7 @@ class OnnxFile:
 
     @property
     def size(self) -> int:
-        """Bytes of the file with all its weights."""
+        """Return the bytes of the file with all its weights."""
         return require_readable(self.path) + sum(tensor.nbytes for tensor in self.external_tensors.values())
 
     @cached_property

@@ -27,7 +27,7 @@ class Case:
     contract: Contract
     requested: Geometry | None = None
     itself: bool = False
-    """Whether the contract is the file's own table: what that leaves out is not a fault."""
+    """The contract is the file's own table: what that leaves out is not a fault."""
 
     @property
     def matching(self) -> Matching:

@@ -41,7 +41,7 @@ class Roles:
 
     @property
     def sample(self) -> GraphTensor | None:
-        """The latents: by name, else the only image that is not a residual."""
+        """Return the latents: by name, else the only image that is not a residual."""
         images = [tensor for tensor in self.base if tensor.is_image and tensor.dims]
         named = (tensor for tensor in self.base if "sample" in diffusers_names(tensor))
         return next(named, images[0] if len(images) == 1 else None)
@@ -70,7 +70,7 @@ class Matching:
 
     @property
     def pairs(self) -> list[tuple[Input | Slot, GraphTensor]]:
-        """The inputs and slots of the contract that the file has."""
+        """Return the inputs and slots of the contract that the file has."""
         pairs: list[tuple[Input | Slot, GraphTensor | None]] = [*self.inputs, *self.slots]
         return [(expected, tensor) for expected, tensor in pairs if tensor is not None]
 

@@ -15,8 +15,6 @@ from shapecheck.onnx.file import LARGEST, OnnxFile
 from shapecheck.onnx.node_locations import BLOCK, SCOPES, find_module
 from shapecheck.onnx.reading import SAME_VALUE, SIZE_ONLY, find_sums
 
-LAST = "conv_out"
-"""Path of the module that computes the UNet's output."""
 _OURS = re.compile(r"(?P<module>.+)\.out(?:\+(?P<slot>\w+))?")
 """Names of blocks' outputs and sums in files of our own exporter."""
 
@@ -97,7 +95,7 @@ def find_values(file: OnnxFile, contract: Contract, names: Mapping[str, str]) ->
             rank = min(later) - 0.5 if later else ranks[skip] + 0.5
             ranked.append((rank, Inner(skip.name or "", slot.producer, slot.name)))
     values = [value for _, value in sorted(ranked, key=lambda pair: pair[0])]
-    values += [Inner(value.name or "", LAST) for value in graph.outputs[:1]]
+    values += [Inner(value.name or "", "conv_out") for value in graph.outputs[:1]]
     return tuple(value for value in values if value.value in file.computed_names)
 
 

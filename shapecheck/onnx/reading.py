@@ -31,7 +31,7 @@ class ResidualAdd:
     module: str
     """Path of the module that produces the skip; empty if no name tells it."""
     rank: int
-    """How late the skip is computed: every skip is made from the one before it, so this is the order of the slots."""
+    """The place of the skip in the order of computation, which is the order of the slots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,10 @@ class GraphTensor(Port):
 
     dims: tuple[int | str | None, ...] | None = None
     live: bool = True
-    """Whether its values, not only its size, can reach an output."""
+    """Its values, not only its size, can reach an output."""
     adds: tuple[ResidualAdd, ...] = ()
     measured: bool = False
-    """Whether the graph reads sizes off it."""
+    """The graph reads sizes off it."""
 
     @property
     def is_float(self) -> bool:
@@ -51,7 +51,7 @@ class GraphTensor(Port):
 
     @property
     def is_image(self) -> bool:
-        """Whether it may be (batch, channels, height, width)."""
+        """Return whether it may be (batch, channels, height, width)."""
         return self.is_float and (self.dims is None or len(self.dims) == 4)
 
 
@@ -70,7 +70,7 @@ class Reading:
 
     @property
     def image(self) -> GraphTensor | None:
-        """The first output that may be (batch, channels, height, width)."""
+        """Return the first output that may be (batch, channels, height, width)."""
         return next((tensor for tensor in self.outputs if tensor.is_image), None)
 
     def at(self, sizes: Mapping[str, Sequence[int | None]]) -> Shapes:

@@ -10,9 +10,9 @@ from typing import Literal
 from shapecheck.contract import Contract, Geometry, Mismatch
 
 Basis = Literal["given", "inside", "preset", "none"]
-"""Where the contract came from: the caller, the file, the preset that fits best, or the file's own table alone."""
+"""The origin of the contract: the caller, the file, the preset that fits best, or the file's own table alone."""
 Weights = Literal["link", "copy", "none"]
-"""Whether the weights stay in the checkpoint, are copied to a file of their own, or are left out."""
+"""The weights stay in the checkpoint, are copied to a file of their own, or are left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Check:
     names: tuple[tuple[str, str], ...]
     """Inputs of the contract that the file has: the contract's name, and the file's."""
     unchecked: str
-    """Why the sizes were not checked; empty if they were."""
+    """The reason why the sizes were not checked; empty if they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Exported:
     contract: Contract
     weights: Weights
     reason: str
-    """Why the weights were copied although nobody requested it; else empty."""
+    """The reason why the weights were copied although nobody requested it; else empty."""
     files: tuple[Path, ...]
     """Every file that the model needs: the ONNX file, then those of its weights."""
     dtype: str
@@ -91,5 +91,5 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is allowed; if PyTorch's own error is infinite or not a number, none is."""
+        """Return whether the difference is allowed; if PyTorch's own error is infinite or not a number, none is."""
         return math.isfinite(self.allowed) and self.difference <= self.allowed

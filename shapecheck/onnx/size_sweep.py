@@ -13,7 +13,6 @@ from shapecheck.onnx.reading import Reading
 from shapecheck.onnx.shapes import Shapes
 from shapecheck.progress import Progress
 
-_LARGEST_DIVISOR = 64
 _HALVINGS = 3
 
 
@@ -87,7 +86,7 @@ def sweep_sizes(
 
     refused = find_refusal(sizes.list_survey_sizes(_HALVINGS))
     divisor, failed = 1, refused
-    while failed and divisor < _LARGEST_DIVISOR and not {"h", "w"} <= fixed.keys():
+    while failed and divisor < 64 and not {"h", "w"} <= fixed.keys():
         divisor *= 2
         failed = find_refusal(sizes.list_multiples(divisor, _HALVINGS))
     if divisor < allowed and not failed:

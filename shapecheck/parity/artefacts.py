@@ -79,13 +79,12 @@ def read_files(request: ParityRequest, model: TorchModel) -> dict[str, ParityFil
                 raise ShapecheckError(f"{backend} runs ONNX files: give one with --onnx (`shapecheck export` makes one)")
             files[backend] = read["onnx"] = read.get("onnx") or _read_onnx(graph, model)
         else:
-            files[backend] = read["torch"] = read.get("torch") or _take_model(model)
+            if "torch" not in read:
+                contract = model.contract(model.dtype(), control=True)
+                names = _keep_names(contract.input_rules), _keep_names(output_names(contract))
+                read["torch"] = ParityFile(contract, *names)
+            files[backend] = read["torch"]
     return files
-
-
-def _take_model(model: TorchModel) -> ParityFile:
-    contract = model.contract(model.dtype(), control=True)
-    return ParityFile(contract, _keep_names(contract.input_rules), _keep_names(output_names(contract)))
 
 
 def _read_onnx(file: OnnxFile, model: TorchModel) -> ParityFile:

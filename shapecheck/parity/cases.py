@@ -22,13 +22,8 @@ EmitResiduals = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
 _FIRST_TIMESTEP, _LAST_TIMESTEP = 11.3, 967.7
 """Timesteps are between these, a fraction each: one that is cut to a whole number is seen."""
 
-_TIMESTEP_CHANGE = 173.0
-
 _SCALE, _OTHER_SCALE = 0.8, 0.5
 """A ControlNet's conditioning_scale, and its perturbation: neither is 1, so that one that is baked is seen."""
-
-_LOUD = 16.0
-"""Perturbations in a half precision are this many times as large, or their effect would drown in its rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +79,7 @@ class InputGenerator:
     def perturb(self, name: str, value: Tensor) -> Tensor:
         """Add the perturbation of an input or slot to its value."""
         if name == "timestep":
-            return ((value + _TIMESTEP_CHANGE) % 1000).to(value.dtype)
+            return ((value + 173.0) % 1000).to(value.dtype)
         if name == "conditioning_scale":
             return torch.full_like(value, _OTHER_SCALE)
         if not value.is_floating_point():
@@ -92,7 +87,8 @@ class InputGenerator:
         noise = self._draw_noise(f"perturb {name}", (1, *value.shape[1:])).expand(value.shape)
         if name == "time_ids":
             return (value.double() + 300 * noise.abs()).to(value.dtype)
-        return (value.double() + noise * (_LOUD if value.dtype.itemsize < 4 else 1)).to(value.dtype)
+        # In a half precision a smaller one would drown in rounding.
+        return (value.double() + noise * (16.0 if value.dtype.itemsize < 4 else 1)).to(value.dtype)
 
     def _draw_input(self, spec: Input, geometry: Geometry) -> Tensor:
         shape, dtype = spec.shape_at(geometry), self._dtypes[spec.name]

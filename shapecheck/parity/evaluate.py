@@ -25,11 +25,6 @@ _TELLING = 2.5
 _FULL = 0.02
 """An effect's strength may be this far from 1, or as far as PyTorch's own rounding makes it."""
 
-_NONE = 0.02
-"""Less than this share of PyTorch's effect is none."""
-
-_SAME_DIRECTION = 0.9
-
 _CANNOT_RUN = "not judged: calls of this size cannot be run"
 
 _TOO_SMALL = "not judged: the effect of the residuals in PyTorch is too small beside the tolerance"
@@ -77,7 +72,6 @@ class Evaluator:
         return compare(actual, expected, allowed=times * self._allow(case), own=self.reference.torch_error(case))
 
     def _evaluate_case(self, plan: PlannedCheck) -> Result:
-        """Evaluate the output at one size."""
         (case,) = plan.cases
         actual = self.actual[case]
         if isinstance(actual, str):
@@ -172,7 +166,8 @@ class Evaluator:
         base, case = plan.cases
         name, allowed = case.perturbed, self._allow(case)
         is_telling = effect.size * self.reference.scale(base) >= _TELLING * allowed
-        if abs(effect.strength) <= _NONE and is_telling:
+        # Less than a fiftieth of PyTorch's effect is none.
+        if abs(effect.strength) <= 0.02 and is_telling:
             return "failed", self._explain_no_effect(name, base, before)
         is_sound = self._compare(base, before).passes
         if is_sound and not is_telling:
@@ -185,7 +180,7 @@ class Evaluator:
         strength = f"strength {effect.strength:.3f}, cosine {effect.cosine:.4f}"
         if not is_sound:
             return "not run", f"not judged: the {self._noun} is wrong even without it; its effect has {strength}"
-        if effect.cosine >= _SAME_DIRECTION and self.compute is not None:
+        if effect.cosine >= 0.9 and self.compute is not None:
             share = hypotheses.find_share(self.generate, case, self.compute, actual.double(), effect.strength, allowed)
             if share is not None:
                 return "failed", f"{name} acts as if {share:.3f} of it were given"

@@ -10,9 +10,6 @@ from torch import Tensor
 from shapecheck.contract import show
 from shapecheck.parity.results import Effect, Verdict, Worst
 
-_CELLS = 8
-"""Rows and columns of a fingerprint, at most."""
-
 
 def compare(actual: Tensor, expected: Tensor, *, allowed: float, own: float) -> Verdict:
     """Compare a tensor with the reference's.
@@ -20,34 +17,35 @@ def compare(actual: Tensor, expected: Tensor, *, allowed: float, own: float) -> 
     `allowed` is the largest absolute difference that passes, `own` PyTorch's own. Values that are not finite are counted apart
     and never pass; if the shapes differ, or the reference itself is not finite, `fault` says so.
     """
-    found, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     shape = tuple(expected.shape)
-    if found.shape != expected.shape:
-        return Verdict(shape, allowed, own, math.nan, fault=f"its shape is {show(tuple(found.shape))}, PyTorch's {show(shape)}")
+    if actual.shape != expected.shape:
+        fault = f"its shape is {show(tuple(actual.shape))}, PyTorch's {show(shape)}"
+        return Verdict(shape, allowed, own, math.nan, fault=fault)
     if not torch.isfinite(expected).all():
         return Verdict(shape, allowed, own, math.nan, fault="PyTorch's own values are not all finite numbers")
     scale = float(expected.abs().max()) if expected.numel() else 0.0
-    known = torch.isfinite(found)
-    difference = torch.where(known, found - expected, torch.zeros_like(found)).abs()
+    known = torch.isfinite(actual)
+    difference = torch.where(known, actual - expected, torch.zeros_like(actual)).abs()
     relative = difference / expected.abs().clamp_min(torch.finfo(torch.float64).tiny)
     rms = float(difference.square().mean().sqrt())
     return Verdict(
         shape, allowed, own, scale,
-        absolute=_find_worst(difference, found, expected) if known.any() else None,
-        relative=_find_worst(relative, found, expected) if known.any() else None,
+        absolute=_find_worst(difference, actual, expected) if known.any() else None,
+        relative=_find_worst(relative, actual, expected) if known.any() else None,
         rms=rms,
         outside=int((~(known & (difference <= allowed))).sum()),
-        nan=int(torch.isnan(found).sum()),
-        inf=int(torch.isinf(found).sum()),
-        cosine=compute_cosine(found, expected),
+        nan=int(torch.isnan(actual).sum()),
+        inf=int(torch.isinf(actual).sum()),
+        cosine=compute_cosine(actual, expected),
         psnr=math.inf if rms == 0 else 20 * math.log10(scale / rms) if scale else -math.inf,
     )  # fmt: skip
 
 
-def _find_worst(difference: Tensor, found: Tensor, expected: Tensor) -> Worst:
+def _find_worst(difference: Tensor, actual: Tensor, expected: Tensor) -> Worst:
     at = int(difference.argmax())
     index = tuple(map(int, torch.unravel_index(torch.tensor(at), difference.shape)))
-    return Worst(index, float(found.flatten()[at]), float(expected.flatten()[at]), float(difference.flatten()[at]))
+    return Worst(index, float(actual.flatten()[at]), float(expected.flatten()[at]), float(difference.flatten()[at]))
 
 
 def compute_cosine(one: Tensor, other: Tensor) -> float:
@@ -64,9 +62,9 @@ def compare_effects(actual: Tensor, expected: Tensor, scale: float) -> Effect:
     strength = float(actual.flatten() @ expected.flatten()) / power if power > 0 else math.nan
     pictures = []
     for change in (expected, actual):
-        # the magnitude over height and width, averaged to a few cells
+        # the magnitude over height and width, averaged to 8×8 cells at most
         plane = change.square().mean(dim=(0, 1)).sqrt()[None, None]
-        height, width = (min(_CELLS, side) for side in plane.shape[-2:])
+        height, width = (min(8, side) for side in plane.shape[-2:])
         pictures.append(torch.nn.functional.adaptive_avg_pool2d(plane, (height, width))[0, 0])
     largest = max(float(torch.nan_to_num(picture, 0, 0, 0).max()) for picture in pictures) or 1.0
     ours, theirs = (

@@ -12,8 +12,6 @@ from shapecheck.parity.json_record import OUTPUTS, record_parity
 from shapecheck.parity.results import KINDS, CheckKind, Parity, Result, Status
 from shapecheck.report.pages import Place, open_template
 
-_PLURALS = {"case": "cases", "input": "inputs", "slot": "slots"}
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -38,7 +36,6 @@ def render_page(parity: Parity) -> str:
 
 
 def _describe_side(parity: Parity, index: int, place: Place) -> dict[str, Any]:
-    """Return what the template needs to know of one backend."""
     side = parity.sides[index]
     rows = []
     for number, result in enumerate(side.results):
@@ -71,4 +68,5 @@ def _tally(results: Sequence[Result]) -> Iterator[tuple[str, Status, int, int]]:
         statuses = [result.status for result in results if result.check.kind == kind]
         if statuses:
             worst: Status = "failed" if "failed" in statuses else "not run" if "not run" in statuses else "passed"
-            yield _PLURALS.get(kind, kind), worst, statuses.count("passed"), len(statuses)
+            name = f"{kind}s" if kind in ("case", "input", "slot") else kind
+            yield name, worst, statuses.count("passed"), len(statuses)

@@ -75,7 +75,6 @@ def plan_outputs(contract: Contract, backend: str, geometries: Sequence[Geometry
 
 
 def _plan_case(contract: Contract, backend: str, case: ForwardCase) -> list[PlannedCheck]:
-    """Return one check of each output."""
     where = str(case.geometry)
     if residual_slots(contract):
         where += f", control {'off' if case.frame is None else 'on'}" + (", pooled residuals" if case.pooled else "")

@@ -12,10 +12,6 @@ from shapecheck.parity.summary import count_statuses, describe_reason, describe_
 from shapecheck.report.document import Document, Facts, Format, Heading, Lines, Part, Points, Table
 from shapecheck.report.numbers import dump_json, format_number
 
-_CASE_HEADERS = ("output", "worst error", "allowed", "own error", "worst/own", "outside", "cosine", "PSNR", "status")
-
-_PROBE_HEADERS = ("input or slot", "strength", "cosine", "effect", "worst error", "allowed", "at", "status")
-
 
 def render_text(parity: Parity, form: Format = "human") -> str:
     """Return the whole report: for each backend what ran, what failed and why, where it began, then the numbers."""
@@ -88,9 +84,11 @@ def _list_parts(side: Side) -> list[Part]:
         parts += [Heading(f"Where {side.backend} first leaves PyTorch"), Points(lines)]
         parts += [Lines([divergence.command], "    ")] if divergence.command else []
     if cases := [_tabulate_case(result) for result in side.results if result.check.kind in OUTPUTS]:
-        parts += [Heading(f"Outputs of {side.backend}"), Table(_CASE_HEADERS, cases)]
+        headers = ["output", "worst error", "allowed", "own error", "worst/own", "outside", "cosine", "PSNR", "status"]
+        parts += [Heading(f"Outputs of {side.backend}"), Table(headers, cases)]
     if probes := [_tabulate_probe(result) for result in side.results if result.check.kind in ("input", "slot")]:
-        parts += [Heading(f"Effect of each input and slot on {side.backend}"), Table(_PROBE_HEADERS, probes)]
+        headers = ["input or slot", "strength", "cosine", "effect", "worst error", "allowed", "at", "status"]
+        parts += [Heading(f"Effect of each input and slot on {side.backend}"), Table(headers, probes)]
     return parts
 
 

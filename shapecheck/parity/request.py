@@ -46,12 +46,12 @@ class ParityRequest:
 
     @cached_property
     def record(self) -> Engine | None:
-        """The record beside the engine, read once."""
+        """Return the record beside the engine, read once."""
         return read_engine(self.engine) if self.engine is not None else None
 
     @cached_property
     def what_runs(self) -> tuple[str, ...]:
-        """The requested backends, or else those that the files need. Raises ShapecheckError if there is none."""
+        """Return the requested backends, or else those that the files need. Raises ShapecheckError if there is none."""
         if self.backends:
             return self.backends
         backends: tuple[str, ...] = ("ort",) if self.onnx is not None else ()

@@ -87,7 +87,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What really ran, whatever was requested."""
+    """The runner that really ran, whatever was requested."""
 
     backend: str
     """As requested: a key of `doctor.environment.BACKENDS`."""
@@ -126,9 +126,8 @@ class Effect:
     size: float
     """The largest change in PyTorch, as a share of the largest output."""
     expected: Grid
-    """PyTorch's fingerprint: the change's magnitude over height and width, the largest cell of both fingerprints being 1."""
     found: Grid
-    """The backend's fingerprint."""
+    """PyTorch's fingerprint, and the backend's: the change's magnitude over height and width, the largest cell 1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ class ParityRun:
 
     @cached_property
     def plans(self) -> Mapping[str, tuple[PlannedCheck, ...]]:
-        """Every check of every backend, known before anything runs."""
+        """Return every check of every backend, known before anything runs."""
         return {name: self._plan(file.contract, name, self._geometries(name)) for name, file in self._files.items()}
 
     @property
@@ -72,7 +72,7 @@ class ParityRun:
 
     @property
     def contract(self) -> Contract:
-        """The contract of the model, in the precision of the first backend's file."""
+        """Return the contract of the model, in the precision of the first backend's file."""
         return next(iter(self._files.values())).contract
 
     def result(self, check: Check) -> Result:
@@ -80,28 +80,23 @@ class ParityRun:
         return next(result for result in self.side(check.backend).results if result.check == check)
 
     def side(self, backend: str) -> Side:
-        """Return everything of one backend."""
         if backend not in self._sides:
             self._sides[backend] = self._run(backend)
         return self._sides[backend]
 
     @property
     def is_complete(self) -> bool:
-        """Return whether every backend has been run."""
         return self._sides.keys() == self._files.keys()
 
     @property
     def reference(self) -> str:
         """Describe what backends are compared with, once one has been."""
         precisions = {known.precision for _, references in self._references.values() for known in references.values()}
-        return (
-            f"PyTorch {' and '.join(sorted(precisions))} on {reference_device()}"
-            if precisions
-            else "none: no backend could run"
-        )
+        if not precisions:
+            return "none: no backend could run"
+        return f"PyTorch {' and '.join(sorted(precisions))} on {reference_device()}"
 
     def report(self) -> Parity:
-        """Return the whole run."""
         sides = tuple(self.side(name) for name in self._files)
         sizes = tuple(dict.fromkeys(size for name in self._files for size in self._geometries(name)))
         return Parity(
@@ -115,8 +110,10 @@ class ParityRun:
     def _run(self, backend: str) -> Side:
         file, plans = self._files[backend], self.plans[backend]
         artefact = self._model.name if file.path == Path() else str(file.path)
-        if self._opener is None and (reason := _find_hindrance(backend)):
-            return Side(backend, artefact, None, _fail_all(plans, reason))
+        # Of these two it shows when they are opened.
+        if self._opener is None and backend not in ("torch", "ort") and not (known := doctor.backend(backend)).runs:
+            fix = f"; {known.fix}" if known.fix else ""
+            return Side(backend, artefact, None, _fail_all(plans, f"{known.name} cannot run here: {known.reason}{fix}"))
         generate, references = self._compute_reference(file.contract, self._geometries(backend))
         self._progress(f"opening {artefact} with {backend}")
         try:
@@ -221,7 +218,7 @@ class ParityRun:
     ) -> tuple[Divergence | None, tuple[str, ...]]:
         """Find where the first wrong image leaves PyTorch's, and notes on the search.
 
-        A backend of one's own is not searched, for it is no file, and no ControlNet, whose residuals are its values inside.
+        Only files are searched, and UNets: the residuals of a ControlNet are its values inside.
         """
         file, is_unet = self._files[backend], self._model.role == "unet"
         wrong = {result.check for result in results if result.status == "failed" and result.verdict}
@@ -239,21 +236,12 @@ def _prefer_squares(
     plans: Sequence[PlannedCheck], actual: Mapping[ForwardCase, Mapping[str, Tensor] | str]
 ) -> tuple[PlannedCheck, ...]:
     """Probe inputs and slots at a square size if calls of another cannot be run."""
-
-    def choose(plan: PlannedCheck) -> PlannedCheck:
+    preferred = []
+    for plan in plans:
         cases = tuple(square_of(case) or case for case in plan.cases)
         is_stuck = plan.check.kind in ("input", "slot") and isinstance(actual[plan.cases[0]], str)
-        return replace(plan, cases=cases) if is_stuck and actual.keys() >= set(cases) else plan
-
-    return tuple(map(choose, plans))
-
-
-def _find_hindrance(backend: str) -> str:
-    """Return why a backend cannot run here; empty if it can, or if that shows when it is opened."""
-    if backend in ("torch", "ort"):
-        return ""
-    known = doctor.backend(backend)
-    return "" if known.runs else f"{known.name} cannot run here: {known.reason}" + (f"; {known.fix}" if known.fix else "")
+        preferred.append(replace(plan, cases=cases) if is_stuck and actual.keys() >= set(cases) else plan)
+    return tuple(preferred)
 
 
 def _fail_all(plans: Sequence[PlannedCheck], reason: str) -> tuple[Result, ...]:

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +23,6 @@ from shapecheck.runtime.engine_session import EngineSession
 from shapecheck.runtime.onnx_session import PROVIDERS
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Range
-
-_FUSED = "every value inside agrees when it is an output too: what is computed differently then is at fault, such as a fusion"
 
 
 def search_file(
@@ -52,17 +51,15 @@ def search_file(
     def load_source(dtype: str) -> Source:
         return lambda values: compute_inner(model.load(dtype).to(reference_device()), contract, inputs, values)
 
-    def rebuild(marked: bytes, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return _run_rebuilt(file, case, marked, values)
-
     # Each way to search, best first: the provider, what runs, and what to say of a find and of none.
-    ways: list[tuple[str, RunMarked | None, str, str]] = [(backend, None, "", _FUSED)]
+    fused = "every value inside agrees when it is an output too: what is computed differently then is at fault"
+    ways: list[tuple[str, RunMarked | None, str, str]] = [(backend, None, "", f"{fused}, such as a fusion")]
     if backend not in PROVIDERS:
         source = f"{graph}, which the engine was built from"
         same, local = f"every value inside agrees in {source}", "in ONNX Runtime on the CPU"
         fused = f"{same}, when it is built with its values as outputs: a fusion may be at fault"
         ways = [
-            ("ort", rebuild, f"found in {source}, built again with marked outputs", fused),
+            ("ort", partial(_run_rebuilt, file, case), f"found in {source}, built again with marked outputs", fused),
             ("ort", None, f"found in {source}, {local}", f"{same}, {local}: the engine itself differs"),
         ]
     failures: list[str] = []

@@ -79,7 +79,7 @@ def time_frames(
         """Load a backend and play frames that do not count. Return its timing, still without frames."""
         progress("compiling with torch.compile: minutes" if name == "torch-compile" else f"loading {name}")
         gc.collect()
-        before, asked = measure_memory(device), name not in optional
+        before, requested = measure_memory(device), name not in optional
         # A compiler may raise anything.
         caught = Exception if name == "torch-compile" else (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)
         try:
@@ -89,10 +89,10 @@ def time_frames(
                 play(clock)
         except caught as error:
             problem = extras.explain_missing(error, name) if isinstance(error, ModuleNotFoundError) else error
-            return Timing(name, "", reason=one_line(str(problem) or type(problem).__name__, longest=300), asked=asked)
+            return Timing(name, "", reason=one_line(str(problem) or type(problem).__name__, longest=300), asked=requested)
         plays[name], after = play, measure_memory(device)
         memory = None if before is None or after is None else max(0, after - before)
-        return Timing(name, f"{TORCH_BACKENDS.get(name) or BACKENDS[name]}, {contract.dtype}", (), memory, asked=asked)
+        return Timing(name, f"{TORCH_BACKENDS.get(name) or BACKENDS[name]}, {contract.dtype}", (), memory, asked=requested)
 
     progress("making models with random weights")
     with torch.no_grad():
@@ -102,7 +102,12 @@ def time_frames(
         for number in range(frames):
             progress(f"timing frame {number + 1} of {frames}")
             for name, play in plays.items():
-                measured[name].append(_time_frame(play, clock))
+                # The second is timed: ONNX Runtime's threads go on spinning after a call, and slow down another backend.
+                for _ in range(2):
+                    clock.begin()
+                    play(clock)
+                controlnet, before, unet, after = clock.measure_parts()
+                measured[name].append(Frame(controlnet, before + after, unet))
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     timed = tuple(replace(timing, frames=tuple(measured[timing.backend])) for timing in timings)
     return Bench(artefact, contract.digest, geometry, nets, place, timed, extras.list_versions(_PACKAGES))
@@ -152,14 +157,3 @@ def measure_memory(device: torch.device) -> int | None:
         return pages * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return None
-
-
-def _time_frame(play: PlayFrame, clock: Clock) -> Frame:
-    # Each timed frame follows one of its own backend: ONNX Runtime's threads go on spinning after a call, and slow down what
-    # comes next.
-    clock.begin()
-    play(clock)
-    clock.begin()
-    play(clock)
-    controlnet, before, unet, after = clock.measure_parts()
-    return Frame(controlnet, before + after, unet)

@@ -40,7 +40,6 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Return the median in milliseconds."""
         return statistics.median(frame.total for frame in self.frames)
 
     @property

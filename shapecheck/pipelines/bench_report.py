@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from shapecheck.pipelines.bench_record import Bench, Timing
+from shapecheck.pipelines.bench_record import Bench
 from shapecheck.report.document import Document, Facts, Format, Heading, Points, Table
 from shapecheck.report.numbers import dump_json
-
-_NOTES = (
-    "a frame is the ControlNets, the hand-over of their residuals, and one call of the UNet; PyTorch's weights are random",
-    "memory is what loading a backend and its first frames added; torch.compile shares the weights of PyTorch's UNet",
-)
 
 
 def render_text(bench: Bench, form: Format = "human") -> str:
     """Return the whole report. `ratio` is the median beside that of the first backend that ran."""
     ran = [timing for timing in bench.timings if timing.frames]
-
-    def make_row(timing: Timing) -> tuple[str, ...]:
+    rows = []
+    for timing in ran:
         memory = "not known" if timing.memory is None else f"{timing.memory / 2**20:.0f}"
         shares = (f"{100 * share:.1f}%" for share in timing.shares.values())
-        ratio = f"{timing.median / ran[0].median:.2f}×"
-        return (timing.backend, f"{timing.median:.2f}", f"{timing.p95:.2f}", f"{timing.rate:.2f}", ratio, memory, *shares)
-
+        times = f"{timing.median:.2f}", f"{timing.p95:.2f}", f"{timing.rate:.2f}", f"{timing.median / ran[0].median:.2f}×"
+        rows.append((timing.backend, *times, memory, *shares))
     facts = [
         ("device", bench.device),
         ("size", f"{bench.geometry}, {bench.geometry.tokens} text tokens"),
@@ -34,10 +28,15 @@ def render_text(bench: Bench, form: Format = "human") -> str:
         ("versions", ", ".join(f"{name} {release}" for name, release in bench.versions)),
     ]
     headers = ("backend", "median ms", "p95 ms", "frames/s", "ratio", "memory MiB", "ControlNet", "hand-over", "UNet")
-    table = Table(headers, [make_row(timing) for timing in ran])
-    refused = [f"{timing.backend} did not run: {timing.reason}" for timing in bench.timings if timing.reason]
-    notes = Points([*_NOTES, *refused], "note: ")
-    return Document(f"Frames of {bench.artefact}", [Facts(facts), Heading("Time and memory"), table, notes]).render(form)
+    table = Table(headers, rows)
+    notes = [
+        "a frame is the ControlNets, the hand-over of their residuals, and one call of the UNet; PyTorch's weights are random",
+        "memory is what loading a backend and its first frames added; torch.compile shares the weights of PyTorch's UNet",
+        *(f"{timing.backend} did not run: {timing.reason}" for timing in bench.timings if timing.reason),
+    ]
+    return Document(
+        f"Frames of {bench.artefact}", [Facts(facts), Heading("Time and memory"), table, Points(notes, "note: ")]
+    ).render(form)
 
 
 def render_json(bench: Bench) -> str:

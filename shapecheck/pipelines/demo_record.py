@@ -12,7 +12,7 @@ DemoBackend = Literal["ort", "ort-cuda", "ort-trt", "trt", "rtx"]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How far one picture is from another, in 255ths of the way from black to white."""
+    """The distance between two pictures, in 255ths of the way from black to white."""
 
     largest: float
     mean: float

@@ -15,12 +15,6 @@ from shapecheck.report.document import Document, Facts, Format, Heading, Part, P
 from shapecheck.report.numbers import dump_json, format_number
 from shapecheck.report.pages import open_template
 
-_RANDOM = (
-    "The weights are random: these are textures, no chairs. What counts is that both pictures are the same, and that the "
-    "ControlNet changes them."
-)
-_NOT_JUDGED = "In half precision rounding alone moves a picture, so the difference is reported and not judged."
-
 
 def render_text(demo: Demo, form: Format = "human") -> str:
     """Return the verdict, the numbers and what ran; in Markdown the pictures too, as files beside it."""
@@ -66,7 +60,6 @@ def write_all(demo: Demo, folder: Path) -> None:
 
 
 def _describe_result(demo: Demo) -> str:
-    """Return what follows the verdict."""
     largest, average = _format_level(demo.difference.largest), _format_level(demo.difference.mean)
     control, control_average = _format_level(demo.control.largest), _format_level(demo.control.mean)
     if demo.passes:
@@ -128,4 +121,6 @@ def _list_facts(demo: Demo) -> list[tuple[str, str]]:
 
 
 def _list_notes(demo: Demo) -> list[str]:
-    return [_RANDOM] * demo.random + [_NOT_JUDGED] * (demo.allowed is None)
+    textures = "The weights are random: these are textures, no chairs. What counts is that both pictures are the same, and that"
+    not_judged = "In half precision rounding alone moves a picture, so the difference is reported and not judged."
+    return [f"{textures} the ControlNet changes them."] * demo.random + [not_judged] * (demo.allowed is None)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shapecheck.contract import Contract, Geometry
 from shapecheck.logs import silence_logger
@@ -80,7 +80,7 @@ class FrameMaker:
     """Makes the frames of a UNet at one size on one device."""
 
     def __init__(self, contract: Contract, geometry: Geometry, device: torch.device, controlnets: int) -> None:
-        """Raises ShapecheckError if diffusers cannot build the UNet, or the ControlNet it implies."""
+        """Build the models. Raises ShapecheckError if diffusers cannot build the UNet, or the ControlNet it implies."""
         self._contract, self._device = contract, device
         generator, dtypes = torch.Generator().manual_seed(0), contract.input_dtypes
         self._dtype: torch.dtype = getattr(torch, dtypes["sample"])
@@ -96,7 +96,7 @@ class FrameMaker:
 
     @cached_property
     def torch_unet(self) -> nn.Module:
-        """The UNet in PyTorch, made when a backend first needs it."""
+        """Return the UNet in PyTorch, made when a backend first needs it."""
         return self._fill(self._build_unet())
 
     def make_frame(self, unet: Any) -> PlayFrame:
@@ -104,7 +104,11 @@ class FrameMaker:
         session = unet.engine if isinstance(unet, DropIn) else None
 
         def play(clock: Clock) -> None:
-            residuals = self._run_controlnets(clock)
+            clock.mark()
+            emitted = [net(**self._base, controlnet_cond=self._image, return_dict=False) for net in self._nets]
+            clock.mark()
+            downs, mid = combined(emitted) if emitted else (None, None)
+            residuals = {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid} if emitted else {}
             called = unet
             # What a session's call does around its engine, such as checks, belongs to the hand-over.
             if session is None:
@@ -115,15 +119,6 @@ class FrameMaker:
             clock.mark()
 
         return play
-
-    def _run_controlnets(self, clock: Clock) -> dict[str, list[Tensor] | Tensor]:
-        clock.mark()
-        emitted = [net(**self._base, controlnet_cond=self._image, return_dict=False) for net in self._nets]
-        clock.mark()
-        if not emitted:
-            return {}
-        downs, mid = combined(emitted)
-        return {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid}
 
     def _build_unet(self) -> nn.Module:
         name = self._contract.class_name

@@ -33,7 +33,10 @@ def build_tiny_pipeline(*, seed: int = 0) -> Any:
         )
         # Noise of deviation 0.9, as a trained UNet predicts: what changes the noise has to change the image.
         unet.conv_out.weight *= 3
-        tokenizer = _build_tokenizer()
+        # CLIP's vocabulary before the merges: every byte is a word.
+        letters = sorted(ByteLevel.alphabet())
+        words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+        tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77)
         text_config = CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=32,
@@ -84,10 +87,3 @@ def build_controlnet(unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
             if isinstance(layer, torch.nn.Conv2d):
                 torch.nn.init.normal_(layer.weight, std=1.7 * layer.weight[0].numel() ** -0.5)
         return net.eval().requires_grad_(False)
-
-
-def _build_tokenizer() -> CLIPTokenizer:
-    """Return CLIP's tokenizer with its vocabulary before the merges: every byte is a word."""
-    letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77)

@@ -22,7 +22,7 @@ class UNetOwners:
     """Everything that holds one UNet: a pipeline; a StreamDiffusion and the pipeline in it; a wrapper around those."""
 
     def __init__(self, pipe_or_stream: Any) -> None:
-        """Raises ShapecheckError if nothing holds a UNet in PyTorch, or it cannot be exported as it is."""
+        """Find the owner. Raises ShapecheckError if nothing holds a UNet in PyTorch, or it cannot be exported as it is."""
         owners = _walk_owners(pipe_or_stream)
         self._owners = tuple(owner for owner in owners if isinstance(getattr(owner, "unet", None), nn.Module))
         if not self._owners:

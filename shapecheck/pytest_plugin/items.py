@@ -21,10 +21,9 @@ class CheckError(Exception):
 
 
 class ParityChecks(pytest.Collector):
-    """Every parity check of the model and files that the options name."""
+    """The parity checks of the model and files that the options name."""
 
     def collect(self) -> list[pytest.Item]:
-        """One item a check."""
         return [CheckItem.from_parent(self, name=str(check), check=check) for check in get_run(self.config).checks]
 
 

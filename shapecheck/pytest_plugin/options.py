@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from shapecheck.parity.request import ParityRequest
     from shapecheck.parity.run import ParityRun
 
-
 STUDY = pytest.StashKey["ParityRun"]()
-
-
 _BACKENDS = pytest.StashKey["Sequence[Backend]"]()
 OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("model", {"metavar": "MODEL", "help": "the UNet or ControlNet: a diffusers folder or hub id with weights"}),

@@ -25,7 +25,6 @@ class Place:
         return Place(None if self.value is None else self.value[step], f"{self.path}.{step}".removeprefix("."))
 
     def format(self, style: Style) -> str:
-        """Return the number for a person."""
         return format_number(_NONFINITE.get(self.value, self.value), style)
 
 

@@ -16,7 +16,7 @@ from shapecheck.tensorrt.size_ranges import format_range
 TensorForm = tuple[Shape, str, str]
 """A tensor before it is bound: shape, dtype, device."""
 _Axes = tuple[tuple[str, int, int], ...]
-"""Where one size can be read: input, axis, and how many axes that input has."""
+"""The places to read one size from: input, axis, and the number of axes of that input."""
 _ADVICE = {
     "missing": "without a ControlNet pass zeros for every slot: a slot that is left out is never assumed to be zero",
     "dtype": "nothing is converted on the way in: pass every tensor in the dtype of the graph, with tensor.to(dtype)",
@@ -26,7 +26,7 @@ _ADVICE = {
 
 @dataclass(frozen=True, slots=True)
 class BoundCall:
-    """How calls of one geometry are served."""
+    """The plan for calls of one geometry."""
 
     geometry: Geometry
     profile: int
@@ -39,7 +39,7 @@ class BoundCall:
 
 
 PlacedCall = tuple[BoundCall, tuple[int, ...]]
-"""How a call is served, and the addresses of its inputs, in the contract's order."""
+"""The plan for a call, and the addresses of its inputs, in the contract's order."""
 
 
 class CallError(ContractError):

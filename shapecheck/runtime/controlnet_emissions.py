@@ -18,14 +18,12 @@ _RECOGNISED = 0.9999
 """Cosine above which one residual is another one scaled: rounding in bfloat16 leaves 1 - 1e-6, a blend falls below."""
 _DIFFERENCE = 1e-5
 """Two residuals whose cosine is nearer to 1 than this are taken for one."""
-_MARGIN = 10.0
-"""How many times nearer than its own residual another one has to be."""
 _SILENT = "the shapes are equal, so PyTorch adds it in silence"
 _ZEROS = "its control is lost; to switch control off give the ControlNet conditioning_scale=0.0, or the UNet None for both"
 
 
 def watch_controlnet(controlnet: nn.Module, receive: Callable[[Emission], None]) -> Callable[[], None]:
-    """Hand `receive` what a ControlNet returns at each call, nothing if these are no residuals; return what ends it."""
+    """Hand `receive` the residuals that a ControlNet returns at each call, if any; return a function that ends it."""
 
     def hand_over(module: nn.Module, args: object, output: Any) -> None:
         receive({name: value for name, value in name_residuals(output).items() if isinstance(value, Tensor)})
@@ -54,7 +52,7 @@ class EmissionWatch:
         """Return what is positively recognised as another residual than the slot's own, or its own exchanged, stale or zero.
 
         `residuals` are by slot name and of the right shape. The very tensor that was emitted costs nothing; any other is
-        read, which waits for a GPU. What is not recognised (a mask, a blend, another producer) is no fault.
+        read, which waits for a GPU. A residual that is not recognised (a mask, a blend, another producer) passes.
         """
         unknown = dict(residuals)
         for source in self._sources:
@@ -161,7 +159,8 @@ def _find_fault(candidates: _Candidates, name: str, value: Tensor) -> Mismatch |
         return None
     cosines = _compute_cosines(actual, [form for _, form in suspects])
     best = max(range(len(cosines)), key=cosines.__getitem__)
-    clear = cosines[best] > _RECOGNISED and 1 - likeness > _MARGIN * (1 - cosines[best]) + _DIFFERENCE
+    # It has to be ten times nearer than the slot's own.
+    clear = cosines[best] > _RECOGNISED and 1 - likeness > 10 * (1 - cosines[best]) + _DIFFERENCE
     return suspects[best][0] if clear else None
 
 

@@ -56,7 +56,7 @@ class Session(Protocol):
 
     @property
     def reuses_outputs(self) -> bool:
-        """Whether the next call writes over what this one returns."""
+        """Return whether the next call writes over the outputs of this one."""
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 

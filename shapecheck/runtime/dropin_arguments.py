@@ -15,7 +15,6 @@ from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.residual_checks import describe_value
 from shapecheck.runtime.unet_call import DOWNS, EMPTIED, FEATURES, LONE_DOWNS, LONE_MID
 
-_KEPT_SIZES = 64
 _ADVICE = {
     "added_cond_kwargs.image_embeds": "image_embeds are an IP-Adapter's, for which this model was not exported: "
     "use the PyTorch UNet",
@@ -105,7 +104,7 @@ class Arguments:
             return {}
         size = getattr(sample, "shape", None)
         if size not in self._zeros:
-            if len(self._zeros) == _KEPT_SIZES:
+            if len(self._zeros) == 64:
                 self._zeros.clear()
             shapes = self._find_shapes(sample)
             counts = {name: math.prod(shape) for name, shape in shapes.items()}

@@ -157,7 +157,6 @@ class Executor:
                 self._addresses[name] = address
 
     def execute(self, stream: int) -> None:
-        """Queue the work."""
         self._check(self._context.execute_async_v3(stream), "run")
 
     def _check(self, done: bool, action: str) -> None:

@@ -18,9 +18,6 @@ from shapecheck.runtime.gpu import Gpu
 from shapecheck.tensorrt.engine_tensors import DYNAMIC
 from shapecheck.tensorrt.record import Engine, read_engine
 
-_ALIGNMENT = 256
-"""Every address is a multiple of it: IExecutionContext::setTensorAddress requires that."""
-
 
 class EngineSession:
     """An engine on one GPU. `EngineSession.open(path)` makes one; `close()` or the end of a `with` frees its memory.
@@ -44,7 +41,7 @@ class EngineSession:
         request = record.request
         self.contract, self.device, self.reuses_outputs = request.contract, torch.device(gpu.name), True
         self.record = record
-        """What is kept beside the engine: contract, profiles, and all it was built from."""
+        """The record kept beside the engine: contract, profiles, and all it was built from."""
         self._path, self._gpu, self._graphs = path, gpu, graphs
         self._logger, self._runtime, self._engine = loaded.logger, loaded.runtime, loaded.engine
         binding = Binding(request.contract, request.names, request.outputs, gpu.name, request.profiles)
@@ -117,7 +114,8 @@ class EngineSession:
         written = [range(output.data_ptr(), output.data_ptr() + output.nbytes) for output in outputs]
         inside = {address for memory in written for address in addresses if address in memory}
         for number, (value, address) in enumerate(zip(tensors, addresses, strict=True)):
-            if address % _ALIGNMENT or address in inside or not value.is_contiguous():
+            # IExecutionContext::setTensorAddress requires multiples of 256.
+            if address % 256 or address in inside or not value.is_contiguous():
                 tensors[number] = value.clone(memory_format=torch.contiguous_format)
                 addresses[number] = tensors[number].data_ptr()
         return tensors, tuple(addresses)

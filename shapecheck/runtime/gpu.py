@@ -69,5 +69,4 @@ class Gpu:
         return torch.empty(shape, dtype=dtype, device=self.name)
 
     def synchronize(self) -> None:
-        """Wait until everything that was queued is done."""
         torch.cuda.synchronize(self.name)

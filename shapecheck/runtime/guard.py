@@ -31,7 +31,6 @@ _DECIDING = (
     "mid_block_type",
 )  # fmt: skip
 """Config keys that tell one UNet's slots and inputs from another's."""
-_Form = tuple[Shape, torch.dtype, torch.device]
 _read_form = attrgetter("shape", "dtype", "device")
 
 
@@ -121,7 +120,7 @@ class Guard:
         self._unet, self._contract, self._mode = unwrap_compiled(unet), contract, mode
         self._places = locate_arguments(self._unet)
         self._names = tuple(slot.name for slot in contract.slots)
-        self._known: tuple[Any, list[_Form]] = (None, [])
+        self._known: tuple[Any, list[tuple[Shape, torch.dtype, torch.device]]] = (None, [])
         self._features: tuple[Any, int] = (None, 0)
         self._had_downs = False
         # kept out of graphs that torch.compile makes, which would freeze what the hook saw when it was traced
@@ -189,7 +188,6 @@ class Guard:
         return fits
 
     def _find_faults(self, call: Call) -> list[Mismatch]:
-        """Return everything that the call itself shows to be wrong."""
         mismatches = list(find_feature_faults(call.features, self._features))
         if isinstance(call.features, list):
             self._features = (call.features, len(call.features))

@@ -19,9 +19,6 @@ PROVIDERS = {
     "ort-cuda": "CUDAExecutionProvider",
     "ort-trt": "TensorrtExecutionProvider",
 }
-"""The provider of each backend."""
-_SOURCE = re.compile(r"\S*onnxruntime_src/\S+ .*?\) |Error in execution: |\[ONNXRuntimeError\] : \d+ : \w+ : ")
-"""Places in ONNX Runtime's source, which it puts before its reasons."""
 _ELEMENTS = {getattr(torch, name): number for name, number in ONNX_NUMBERS.items()}
 _Place = tuple[str, int, int, tuple[int, ...], int]
 """Device, its number, element type, shape and address, in the order of a binding's arguments."""
@@ -93,7 +90,7 @@ class OnnxSession:
 
     @property
     def provider(self) -> str:
-        """The provider that really runs; those after it only run what it cannot."""
+        """Return the provider that really runs; those after it only run what it cannot."""
         return str(self._session.get_providers()[0])
 
     def dtypes(self) -> dict[str, str]:
@@ -142,7 +139,6 @@ class OnnxSession:
         self._binding, self._bound = self._session.io_binding(), {}
 
     def close(self) -> None:
-        """Free the memory."""
         self._session = self._binding = None
         self._bound.clear()
 
@@ -158,4 +154,6 @@ def _place(tensor: Tensor) -> _Place:
 
 
 def _shorten(error: Exception) -> str:
-    return _SOURCE.sub("", " ".join(str(error).split()))[:600]
+    # ONNX Runtime puts places in its own source before its reasons.
+    places = r"\S*onnxruntime_src/\S+ .*?\) |Error in execution: |\[ONNXRuntimeError\] : \d+ : \w+ : "
+    return re.sub(places, "", " ".join(str(error).split()))[:600]

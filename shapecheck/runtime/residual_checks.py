@@ -15,8 +15,6 @@ from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.runtime.call_gate import name_dtype
 from shapecheck.runtime.unet_call import DOWNS, EMPTIED, FEATURES, LONE_DOWNS, LONE_MID, MID, Call
 
-_LONE_DOWNS_BESIDE_FEATURES = f"without {MID} diffusers ignores the down residuals: give both, or features alone"
-
 
 def read_geometry(contract: Contract, sample: Any) -> Geometry | Mismatch:
     """Return the geometry of a sample, or what is wrong with the sample."""
@@ -81,7 +79,8 @@ def find_residual_faults(contract: Contract, call: Call, geometry: Geometry, mov
     for mismatch in compare_shapes(left, geometry, {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
         cause = _explain_broadcast(mismatch)
         if mismatch.where == mid.name and mismatch.kind == "missing":
-            cause = LONE_DOWNS if call.features is None else _LONE_DOWNS_BESIDE_FEATURES
+            beside_features = f"without {MID} diffusers ignores the down residuals: give both, or features alone"
+            cause = LONE_DOWNS if call.features is None else beside_features
         yield replace(mismatch, cause=cause)
     for slot in left:
         if slot.name in tensors:

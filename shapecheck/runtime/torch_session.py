@@ -51,7 +51,6 @@ class TorchSession:
         return value.to(self.device, self.dtype if cast else value.dtype)
 
     def close(self) -> None:
-        """Free the memory."""
         del self.module
 
     def __enter__(self) -> Self:

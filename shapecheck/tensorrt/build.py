@@ -27,11 +27,6 @@ from shapecheck.tensorrt.profiles import Profile, Range, find_profile_mismatches
 from shapecheck.tensorrt.record import ENGINES, BuildOptions, Built, Engine, Request, read_engine, record_of, size_of_engine
 from shapecheck.tensorrt.source import Source, read_source
 
-_NEVER_TIMINGS = (".onnx", ".data", ".safetensors", ".bin", ".json", *ENGINES)
-"""Endings of file names that no timing cache has."""
-_ANY_GPU = "every one that TensorRT for RTX supports, but 7.5"
-"""The GPUs it builds for if no compute capability is named, by its own message (1.7.1)."""
-
 
 def build_engine(
     file: str | Path | Source,
@@ -72,7 +67,9 @@ def build_engine(
         ready = _wait_until_ready(process, options)
         names, outputs = tuple(source.names.items()), tuple(tensor.name for tensor in source.file.reading.outputs)
         digests = source.file.digest, weights, one_line(source.file.metadata.get(WEIGHTS_KEY, ""))
-        gpu = one_line(ready["gpu"]) or ", ".join(options.compute_capabilities) or _ANY_GPU
+        # By its own message (1.7.1) it builds for all of these if none is named.
+        any_gpu = "every one that TensorRT for RTX supports, but 7.5"
+        gpu = one_line(ready["gpu"]) or ", ".join(options.compute_capabilities) or any_gpu
         request = Request(source.contract, requested, names, outputs, *digests, options, one_line(ready["tensorrt"]), gpu)
         Engine.from_json(Engine(request, "", 0).to_json())  # a record that could not be read again is refused before the build
         path = target or locate_in_cache(Path(cache or ""), source.file.path, request)
@@ -146,7 +143,6 @@ def find_built(path: Path, request: Request, progress: Progress = silent) -> Eng
 
 
 def _refuse_options(options: BuildOptions) -> None:
-    """Raise ShapecheckError for options that no build can keep."""
     if options.target == "rtx" and options.version_compatible:
         raise ShapecheckError("--version-compatible is for --target trt: TensorRT for RTX comes without the library it needs")
     for capability in options.compute_capabilities:
@@ -185,7 +181,8 @@ def _refuse_timing_cache(timings: Path, source: Source, target: Path | None) -> 
     _refuse_pipe(timings)
     others = {source.file.path, *(tensor.file for tensor in source.file.external_tensors.values())}
     others |= {target, record_of(target)} if target else set()
-    if timings.suffix.lower() in _NEVER_TIMINGS or timings.resolve() in {other.resolve() for other in others}:
+    models = (".onnx", ".data", ".safetensors", ".bin", ".json", *ENGINES)
+    if timings.suffix.lower() in models or timings.resolve() in {other.resolve() for other in others}:
         raise ShapecheckError(f"--timing-cache {timings}: that file is not a timing cache, and it would be overwritten")
 
 

@@ -27,7 +27,7 @@ def check_engine(
     model: Contract | None = None,
     *,
     controlnets: Sequence[str] = (),
-    asked: Geometry | None = None,
+    requested: Geometry | None = None,
     any_batch: bool = False,
     any_tokens: bool = False,
     weights: str | None = None,
@@ -36,7 +36,7 @@ def check_engine(
 ) -> EngineCheck:
     """Return everything that can be said of an engine here: from itself if TensorRT can load it, else from its record.
 
-    `model` is the contract it should keep. `asked` is a size it should serve; with `any_batch` and `any_tokens` at whatever
+    `model` is the contract it should keep. `requested` is a size it should serve; with `any_batch` and `any_tokens` at whatever
     batch and tokens it is tuned for. `weights` is an ONNX file or a model that it should have been built from.
     Raises ShapecheckError if the engine, a ControlNet or the weights cannot be read.
     """
@@ -44,12 +44,18 @@ def check_engine(
     mismatches, read, unread = _compare_with_record(path, engine, progress)
     mismatches += [mismatch for profile in engine.request.profiles for mismatch in find_profile_mismatches(contract, profile)]
     if model is not None:
-        mismatches += _compare_with_model(contract, model)
-    fit = _fit_size(engine, asked, any_batch, any_tokens) if asked is not None else None
+        # Precision does not count: a model may be built in any.
+        rules = {base.name: base.shape for base in model.inputs}
+        mismatches += compare_inputs(rules, {}, [Port(base.name, dims=base.shape) for base in contract.inputs])
+        if contract.role == model.role == "unet":
+            geometry = Geometry(2, 17 * model.divisor, 25 * model.divisor)
+            shapes = {slot.name: slot.shape_at(geometry) for slot in contract.slots}
+            mismatches += compare_shapes(model.slots, geometry, shapes)
+    fit = _fit_size(engine, requested, any_batch, any_tokens) if requested is not None else None
     # A contract read off a graph does not know its model's configuration, which a ControlNet is judged by.
     if model is not None and "down_block_types" not in contract.config:
         contract = replace(model, slots=contract.slots, features=contract.features)
-    unfit = find_misfits(contract, controlnets, asked, offline=offline, progress=progress) if controlnets else ()
+    unfit = find_misfits(contract, controlnets, requested, offline=offline, progress=progress) if controlnets else ()
     compared = _compare_weights(engine, weights, offline, progress) if weights is not None else None
     return EngineCheck(str(path), engine, read, unread, tuple(mismatches), fit, tuple(controlnets), unfit, compared)
 
@@ -71,16 +77,6 @@ def _compare_with_record(path: Path, engine: Engine, progress: Progress) -> tupl
             return [], "record", reason
         expected = f"one that TensorRT loads here; it was built by {request.tensorrt} for {request.gpu}"
         return [Mismatch("engine", "the engine", f"TensorRT refuses it: {reason}", expected)], "record", ""
-
-
-def _compare_with_model(own: Contract, model: Contract) -> tuple[Mismatch, ...]:
-    """Return in what an engine's contract is not its model's, precision apart: a model may be built in any."""
-    rules = {base.name: base.shape for base in model.inputs}
-    mismatches = compare_inputs(rules, {}, [Port(base.name, dims=base.shape) for base in own.inputs])
-    if own.role == model.role == "unet":
-        geometry = Geometry(2, 17 * model.divisor, 25 * model.divisor)
-        mismatches += compare_shapes(model.slots, geometry, {slot.name: slot.shape_at(geometry) for slot in own.slots})
-    return mismatches
 
 
 def _fit_size(engine: Engine, size: Geometry, any_batch: bool, any_tokens: bool) -> SizeFit:

@@ -37,7 +37,6 @@ class DeclaredEngine:
     profiles: int
 
     def profile(self, number: int) -> Profile:
-        """Return one of its profiles, in its own names."""
         varying = [port for port in self.tensors if port.is_input and DYNAMIC in port.shape]
         return Profile(tuple(Bounds(port.name, port.dtype, *port.bounds[number]) for port in varying))
 

@@ -1,4 +1,4 @@
-"""The graph of an ONNX file, or what TensorRT's parser made of it, against the contract, a profile and a range of sizes."""
+"""The graph of an ONNX file, or TensorRT's parse of it, against the contract, a profile and a range of sizes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from shapecheck.tensorrt.profiles import Profile, Range
 _MOST_ELEMENTS = 2**40
 """In one tensor; by the message of TensorRT for RTX 1.7.1, which builds for more all the same."""
 _ADVICE = "`shapecheck export` writes graphs that work at every size; this one may do for one size alone"
-_RESIDUES = ((1, 3), (3, 7), (7, 1), (4, 6))
-"""Of height and width modulo 8: odd at the first, second or third halving, or before none of them."""
 
 
 def compare_graph(contract: Contract, ports: Sequence[Port], names: Mapping[str, str]) -> tuple[Mismatch, ...]:
@@ -78,7 +76,8 @@ def _list_trials(contract: Contract, sizes: Range) -> Iterator[Geometry]:
     yield from sizes.geometries
     yield replace(sizes.max, height=sizes.min.height)
     yield replace(sizes.max, width=sizes.min.width)
-    for residues in _RESIDUES:
+    # Of height and width modulo 8: odd at the first, second or third halving, or before none of them.
+    for residues in ((1, 3), (3, 7), (7, 1), (4, 6)):
         height = _find_side(sizes.min.height, sizes.max.height, residues[0], contract.divisor)
         width = _find_side(sizes.min.width, sizes.max.width, residues[1], contract.divisor)
         yield replace(sizes.opt, height=height or sizes.opt.height, width=width or sizes.opt.width)

@@ -20,10 +20,9 @@ from shapecheck.tensorrt.profiles import Profile, Range
 Target = Literal["trt", "rtx"]
 """TensorRT, which needs the GPU it builds for; or TensorRT for RTX, which builds on any machine."""
 MODULES = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
-"""The Python module of each target."""
 ENGINES = (".plan", ".engine", ".trt")
 Read = Literal["engine", "record"]
-"""Who showed an engine's inputs and profiles: TensorRT those of the engine itself, or only the record beside it."""
+"""The source of an engine's inputs and profiles: TensorRT for the engine itself, or only the record beside it."""
 _FORMAT = TextFormat(
     "shapecheck_engine", "an engine's record", writer="`shapecheck build`", remedy="build the engine again", largest=16 * 2**20
 )
@@ -87,7 +86,6 @@ class Engine:
     """`sha256:…` and bytes of the engine file."""
 
     def to_json(self) -> str:
-        """Return JSON text, which `from_json` reads."""
         file = {"digest": self.digest, "bytes": self.size}
         record = {_FORMAT.key: _FORMAT.schema, "key": self.request.key, "engine": file, **encode(self.request)}
         return json.dumps(record | {"checksum": _digest(record)}, indent=1, ensure_ascii=False) + "\n"

@@ -9,8 +9,6 @@ from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import USUAL_TOKENS, Geometry, parse_pair
 from shapecheck.tensorrt.profiles import Range
 
-_EXAMPLES = {"--sizes": "512x512:768x768:1024x1024", "--batch": "1:2:4", "--tokens": "77:77:154"}
-
 
 def parse_ranges(
     sizes: Sequence[str], batch: Sequence[str] = ("1",), tokens: str = str(USUAL_TOKENS), *, vae_factor: int = 8
@@ -52,8 +50,10 @@ def _parse_bounds(option: str, text: str) -> list[tuple[int, ...]]:
     """Return min, opt and max of one option; one value alone stands for all of them."""
     parts = text.split(":")
     if len(parts) not in (1, 3):
-        example = _EXAMPLES[option]
-        raise ShapecheckError(f"{option} {text!r}: expected MIN:OPT:MAX, such as {example}, or one size that never changes")
+        examples = {"--sizes": "512x512:768x768:1024x1024", "--batch": "1:2:4", "--tokens": "77:77:154"}
+        raise ShapecheckError(
+            f"{option} {text!r}: expected MIN:OPT:MAX, such as {examples[option]}, or one size that never changes"
+        )
     bounds: list[tuple[int, ...]] = []
     for part in parts:
         if option != "--sizes" and (not re.fullmatch(r"[0-9]{1,6}", part.strip()) or not int(part)):

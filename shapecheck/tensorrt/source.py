@@ -21,9 +21,6 @@ from shapecheck.tensorrt.size_ranges import parse_ranges
 if TYPE_CHECKING:
     from shapecheck.onnx.file import OnnxFile
 
-_HARMLESS = ("symbol", "name", "sizes")
-"""Faults an engine can be built with: TensorRT ties fewer sizes, the record keeps the names, and the range is tried."""
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -82,7 +79,8 @@ def examine(
     expected = replace(contract, slots=()) if contract is not None and not control else contract
     file = OnnxFile(path)
     result = check(file, expected, progress=progress)
-    if any(mismatch.kind not in _HARMLESS for mismatch in result.mismatches):
+    # An engine can be built with these faults: TensorRT ties fewer sizes, the record keeps the names, and the range is tried.
+    if any(mismatch.kind not in ("symbol", "name", "sizes") for mismatch in result.mismatches):
         return None, result
     source = read_source(file, result.contract, dict(result.names), progress)
     if result.contract.role == "unet" and len(file.reading.outputs) > 1:

@@ -191,11 +191,11 @@ def test_the_profile_told_is_the_one_a_session_takes_and_tokens_count(made, tmp_
     square = Range(Geometry(1, 8, 8), Geometry(2, 16, 16), Geometry(3, 40, 48))
     both = replace(request, profiles=(profile_of(contract, wide), profile_of(contract, square)))
     asked = Geometry(2, 16, 16)
-    assert check_engine(engines.recorded(tmp_path / "two.plan", both), asked=asked).fit.profile == 1
+    assert check_engine(engines.recorded(tmp_path / "two.plan", both), requested=asked).fit.profile == 1
     long = Range(*(replace(each, tokens=154) for each in square.geometries))
     one = engines.recorded(tmp_path / "one.plan", replace(request, profiles=(profile_of(contract, long),)))
-    assert check_engine(one, asked=asked, any_tokens=True).fit.profile == 0
-    refused = check_engine(one, asked=asked).fit
+    assert check_engine(one, requested=asked, any_tokens=True).fit.profile == 0
+    refused = check_engine(one, requested=asked).fit
     assert (refused.profile, refused.reasons) == (None, ("profile 0: tokens 77, expected 154",))
     assert "--tokens 77:154:154" in format_range(refused.rebuilt)
 
@@ -388,6 +388,6 @@ def test_weights_without_a_length_reach_to_the_end(tmp_path):
 def test_a_contract_that_refuses_a_size_says_so(made, tmp_path):
     request = read_engine(made / "unet.plan").request
     eight = replace(request, contract=replace(request.contract, divisor=8))
-    checked = check_engine(engines.recorded(tmp_path / "eight.plan", eight), asked=Geometry(2, 17, 24))
+    checked = check_engine(engines.recorded(tmp_path / "eight.plan", eight), requested=Geometry(2, 17, 24))
     assert (checked.fit.profile, checked.is_fine) == (None, False)
     assert "refuses latents of 17×24" in checked.fit.reasons[0]

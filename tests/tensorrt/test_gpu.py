@@ -67,7 +67,7 @@ def difference(found, expected):
 
 def test_what_was_built_is_what_its_record_says(built):
     assert compare_engine(built.engine.request, read_back(built.path, built.engine)) == ()
-    checked = check_engine(built.path, built.engine, asked=Geometry(2, 33, 41))
+    checked = check_engine(built.path, built.engine, requested=Geometry(2, 33, 41))
     assert (checked.read, checked.is_fine, checked.fit.profile) == ("engine", True, 0)
 
 
