@@ -57,8 +57,6 @@ __all__ = [
     "read_contract",
     "record",
 ]
-
-
 _LAZY = {
     "EngineSession": "shapecheck.runtime.engine_session",
     "ExplainedError": "shapecheck.explain.explained_error",

@@ -33,7 +33,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class NamedContract:
     """One of the two: what the user called it, and its contract."""
 
     name: str
@@ -110,7 +110,7 @@ def _list_aspects(member: Input | Slot) -> Mapping[str, str]:
     }
 
 
-def render_text(a: Side, b: Side, *, form: Format = "human") -> str:
+def render_text(a: NamedContract, b: NamedContract, *, form: Format = "human") -> str:
     """Return the whole report."""
     facts = []
     for letter, side in zip("AB", (a, b), strict=True):
@@ -139,7 +139,7 @@ def render_text(a: Side, b: Side, *, form: Format = "human") -> str:
     return Document(f"{a.name} against {b.name}", parts, [verdict]).render(form)
 
 
-def render_json(a: Side, b: Side) -> str:
+def render_json(a: NamedContract, b: NamedContract) -> str:
     """Return the report for machines."""
     left, right = a.contract, b.contract
     sides = {
@@ -167,7 +167,7 @@ def render_json(a: Side, b: Side) -> str:
     return dump_json(record)
 
 
-def explain_differences(a: Side, b: Side) -> tuple[str, ...]:
+def explain_differences(a: NamedContract, b: NamedContract) -> tuple[str, ...]:
     """Return what the differences mean for a ControlNet, an export or an engine of one of the two, in sentences."""
     left, right = a.contract, b.contract
     if left == right:
@@ -202,7 +202,7 @@ def explain_differences(a: Side, b: Side) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _compare_unets(a: Side, b: Side) -> list[str]:
+def _compare_unets(a: NamedContract, b: NamedContract) -> list[str]:
     """Return whether a ControlNet made for one UNet fits the other, in both directions, and what to know if it does."""
     left, right = a.contract, b.contract
     if without := [side.name for side in (a, b) if not side.contract.slots]:

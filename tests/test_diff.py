@@ -19,7 +19,8 @@ from shapecheck import ContractError, presets, probe
 from shapecheck.cli import main
 from shapecheck.contract import AddSite, Config, Contract, Dim
 from shapecheck.contract.dims import constant
-from shapecheck.diff import Difference, Side, explain_differences, list_differences, render_json, render_text
+from shapecheck.diff import Difference, explain_differences, list_differences, render_json, render_text
+from shapecheck.diff import NamedContract as Named
 
 SD15 = presets.contract("sd15")
 UNLIKE = ("sd15", "sd21", "sd15-inpaint", "sd-x4-upscaler", "kandinsky-2.2", "sdxl", "sdxl-refiner", "ssd-1b", "koala-700m")
@@ -32,8 +33,8 @@ def shapecheck(*arguments: str):
     return CliRunner().invoke(main, ["diff", *arguments])
 
 
-def side(name: str) -> Side:
-    return Side(name, presets.contract(name))
+def side(name: str) -> Named:
+    return Named(name, presets.contract(name))
 
 
 # what differs
@@ -137,9 +138,9 @@ def test_one_thing_that_is_changed_is_told_and_nothing_else(changed, exchanged):
     assert {(each.part, each.name) for each in found} == ({where} if other.digest != SD15.digest else set())
     assert all(each.a != each.b for each in found)
     assert bool(found) == (a != b)
-    report = json.loads(render_json(Side("a", a), Side("b", b)))
+    report = json.loads(render_json(Named("a", a), Named("b", b)))
     assert report["verdict"] == ("different" if found else "same")
-    assert ("DIFFERENT" if found else "SAME") in render_text(Side("a", a), Side("b", b))
+    assert ("DIFFERENT" if found else "SAME") in render_text(Named("a", a), Named("b", b))
     if found and where[0] == "slot" and found[0].aspect in ("", "channels", "size", "batch", "spatial"):
         assert not (report["controlnet_of_a_fits_b"] or report["controlnet_of_b_fits_a"] or report["same_architecture"])
 
@@ -160,7 +161,7 @@ def test_the_header_makes_no_difference():
     header = replace(SD15.header, source="elsewhere", vae_factor=4, versions=(("diffusers", "0.35.0"), ("torch", "2.13.0")))
     other = replace(SD15, header=header)
     assert list_differences(SD15, other) == ()
-    text = render_text(Side("a", SD15), Side("b", other))
+    text = render_text(Named("a", SD15), Named("b", other))
     assert "SAME: 13 slots, 3 base inputs, 48 settings" in text
     assert "note: a latent cell covers 8 pixels along each side in A, 4 in B" in text
     assert "observed with other releases: diffusers" in text
@@ -195,41 +196,41 @@ def test_what_it_means_is_said(a, b, said):
 def test_a_controlnet_that_needs_more_than_it_is_given_fits_in_one_direction_only():
     more = presets.contract("sdxl").inputs[-2:]
     wider = replace(SD15, inputs=(*SD15.inputs, *more))
-    said = explain_differences(Side("wide", wider), Side("plain", SD15))
+    said = explain_differences(Named("wide", wider), Named("plain", SD15))
     assert said[0] == (
         "A ControlNet made for wide does not fit plain: the 13 slots are the same, but it takes text_embeds and time_ids, "
         "which a pipeline of plain does not give."
     )
     assert said[1] == "A ControlNet made for plain fits wide by its shapes."
-    record = json.loads(render_json(Side("wide", wider), Side("plain", SD15)))
+    record = json.loads(render_json(Named("wide", wider), Named("plain", SD15)))
     assert (record["controlnet_of_a_fits_b"], record["controlnet_of_b_fits_a"]) == (False, True)
 
 
 def test_precision_and_places_are_told_apart_from_shapes():
     half = replace(SD15, inputs=tuple(replace(each, dtype="float16") for each in SD15.inputs))
-    said = explain_differences(Side("a", half), Side("b", SD15))
+    said = explain_differences(Named("a", half), Named("b", SD15))
     assert said[0].startswith("The same architecture")
     assert said[-1].startswith("The precision differs, float16 against float32")
     moved = replace(SD15, slots=(replace(SD15.slots[0], producer="elsewhere"), *SD15.slots[1:]))
-    assert explain_differences(Side("a", SD15), Side("b", moved))[1:] == (
+    assert explain_differences(Named("a", SD15), Named("b", moved))[1:] == (
         "The same shapes are made elsewhere in the two: the skips of down_block_residual_00.",
     )
 
 
 def test_controlnets_and_what_has_no_slots_are_told_as_such():
     net = replace(SD15, role="controlnet", class_name="ControlNetModel")
-    assert explain_differences(Side("net", net), Side("unet", SD15)) == (
+    assert explain_differences(Named("net", net), Named("unet", SD15)) == (
         "net is a ControlNet, unet a UNet: `shapecheck probe UNET --controlnet NAME` says what fits.",
     )
     wider = replace(net, config=Config({**net.config, "conditioning_channels": 5}))
-    assert explain_differences(Side("a", net), Side("b", wider))[-1] == "Both ControlNets give the same 13 residuals."
+    assert explain_differences(Named("a", net), Named("b", wider))[-1] == "Both ControlNets give the same 13 residuals."
     fewer = replace(net, slots=net.slots[1:])
-    assert explain_differences(Side("a", net), Side("b", fewer)) == (
+    assert explain_differences(Named("a", net), Named("b", fewer)) == (
         "One ControlNet cannot stand in for the other: 1 of 13 slots differ in shape.",
     )
     bare = replace(SD15, slots=())
-    assert explain_differences(Side("a", SD15), Side("b", bare)) == ("No ControlNet fits b: there are no slots.",)
-    assert json.loads(render_json(Side("a", SD15), Side("b", bare)))["controlnet_of_a_fits_b"] is None
+    assert explain_differences(Named("a", SD15), Named("b", bare)) == ("No ControlNet fits b: there are no slots.",)
+    assert json.loads(render_json(Named("a", SD15), Named("b", bare)))["controlnet_of_a_fits_b"] is None
 
 
 BASE = small.SMALL | small.TINY | {"up_block_types": ("UpBlock2D",), "mid_block_type": "UNetMidBlock2D"}
@@ -256,7 +257,7 @@ def test_whether_a_controlnet_fits_is_what_a_run_of_both_says(one, other):
     with torch.device("meta"):
         first, second = (small.unet(**MODELS[name]) for name in (one, other))
         (b, forth), (a, back) = run(first, second), run(second, first)
-    record = json.loads(render_json(Side("", a), Side("", b)))
+    record = json.loads(render_json(Named("", a), Named("", b)))
     assert (record["controlnet_of_a_fits_b"], record["controlnet_of_b_fits_a"]) == (forth, back)
 
 
@@ -354,10 +355,10 @@ def test_an_adapter_s_features_are_told_apart_from_slots():
     taking = replace(SD15, features=(feature,))
     (found,) = list_differences(taking, SD15)
     assert (found.part, found.name, found.b) == ("feature", feature.name, None)
-    said = " ".join(explain_differences(Side("A", taking), Side("B", SD15)))
+    said = " ".join(explain_differences(Named("A", taking), Named("B", SD15)))
     assert "A takes a T2I-Adapter's features too" in said
     assert "the 13 slots are the same" in said
     assert "same architecture" not in said
     other = replace(SD15, features=(replace(feature, skip=SD15.slots[4].skip),))
-    assert "made for one does not fit the other" in explain_differences(Side("A", taking), Side("B", other))[0]
-    assert "DIFFERENT: 1 feature" in render_text(Side("A", taking), Side("B", SD15))
+    assert "made for one does not fit the other" in explain_differences(Named("A", taking), Named("B", other))[0]
+    assert "DIFFERENT: 1 feature" in render_text(Named("A", taking), Named("B", SD15))

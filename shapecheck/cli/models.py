@@ -92,7 +92,7 @@ def diff(a: str, b: str, offline: bool, form: Form, output: Path | None) -> int:
     from shapecheck.artefact import resolve_contract
 
     with progress() as steps:
-        sides = [report.Side(model, resolve_contract(model, offline=offline, progress=steps)) for model in (a, b)]
+        sides = [report.NamedContract(model, resolve_contract(model, offline=offline, progress=steps)) for model in (a, b)]
     write(report.render_json(*sides) if form == "json" else report.render_text(*sides, form=form), output)
     return 0 if sides[0].contract == sides[1].contract else ContractError.exit_status
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 Form = Literal["human", "json", "markdown"]
 Command = Callable[..., int]
-
-
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 

@@ -10,7 +10,6 @@ from typing import Literal, cast
 
 Rounding = Literal["ceil", "floor", "exact"]
 """The treatment of an odd size by one halving. `exact`: no odd size ever reached it, so its rounding is not known."""
-
 Shape = tuple[int, ...]
 _HALVED = re.compile(r"(?P<rounding>ceil|floor)\((?P<inner>.+)/(?P<divisor>\d+)\)|(?P<exact>.+)/(?P<exact_divisor>\d+)")
 _PLAIN = re.compile(r"(?:(?P<scale>\d+)\*)?(?P<symbol>[a-z_]+)|(?P<constant>\d+)")

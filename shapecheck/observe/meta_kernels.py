@@ -47,7 +47,6 @@ def _arithmetic(operation: Callable[..., Any], operand: Tensor, other: Tensor | 
 
 
 _ARITHMETIC = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor)
-
 META_KERNELS: Mapping[Any, Callable[..., Any]] = {
     _aten.addmm.default: _addmm,
     _aten.native_group_norm.default: _group_norm,

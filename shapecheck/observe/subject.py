@@ -25,7 +25,6 @@ _UNION = (
     "a ControlNetUnionModel is not exported: how many images it takes, and of which kinds, changes from call to call; run it "
     "in PyTorch beside the exported UNet, whose slots take its residuals"
 )
-
 Precision = Literal["auto", "float64", "float32"]
 Stored = Mapping[str, TensorLocation]
 

@@ -26,7 +26,6 @@ from shapecheck.tensorrt.profiles import Range, range_of
 from shapecheck.tensorrt.record import Engine
 
 ENGINE_BACKENDS = ("trt", "rtx")
-
 _SHOWN_NAMES = 3
 
 

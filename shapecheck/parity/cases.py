@@ -18,10 +18,8 @@ from shapecheck.models.safetensors import checkpoint_files
 
 EmitResiduals = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
 """Returns a real ControlNet's residuals for the base inputs of a call, and a frame's number."""
-
 _FIRST_TIMESTEP, _LAST_TIMESTEP = 11.3, 967.7
 """Timesteps are between these, a fraction each: one that is cut to a whole number is seen."""
-
 _SCALE, _OTHER_SCALE = 0.8, 0.5
 """A ControlNet's conditioning_scale, and its perturbation: neither is 1, so that one that is baked is seen."""
 

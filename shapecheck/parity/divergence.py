@@ -21,7 +21,6 @@ from shapecheck.runtime.torch_session import TorchSession
 
 Source = Callable[[Sequence[Inner]], Mapping[str, Tensor]]
 """Returns values by `Inner.name`, float64 on the CPU, as `compute_inner` does; loads the model first if it has to."""
-
 RunMarked = Callable[[bytes, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Runs the bytes of a marked model on inputs by the contract's names; returns outputs by the model's."""
 

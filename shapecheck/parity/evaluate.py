@@ -21,12 +21,9 @@ from shapecheck.parity.results import Effect, Result, Status, Verdict
 
 _TELLING = 2.5
 """A perturbation tells something if its effect is this many times what is allowed."""
-
 _FULL = 0.02
 """An effect's strength may be this far from 1, or as far as PyTorch's own rounding makes it."""
-
 _CANNOT_RUN = "not judged: calls of this size cannot be run"
-
 _TOO_SMALL = "not judged: the effect of the residuals in PyTorch is too small beside the tolerance"
 
 

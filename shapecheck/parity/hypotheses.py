@@ -16,9 +16,7 @@ from shapecheck.parity.metrics import compute_cosine
 
 Compute = Callable[[Mapping[str, Tensor]], Tensor]
 """Returns PyTorch's output, in the precision of the file, as float64 on the CPU."""
-
 _TRIALS, _PRECISE = 8, 1e-3
-
 _ALIKE = 0.9
 """The least cosine between two changes of the output that are taken for one."""
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 
 INPUTS, OUTPUTS = "inputs.json", "torch.json"
-
 _PROVIDERS = {"ort-cuda": "cuda", "ort-trt": "tensorrt"}
 
 

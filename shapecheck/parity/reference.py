@@ -17,7 +17,6 @@ from shapecheck.runtime.torch_session import OUTPUT, TorchSession, output_names
 
 Outputs = dict[str, Tensor]
 """By the contract's names."""
-
 ASSUMED_ERROR = 1e-6
 """PyTorch's own error, as a share of the largest value, if the reference has the precision of the file."""
 

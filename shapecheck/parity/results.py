@@ -14,11 +14,8 @@ CheckKind = Literal["provider", "contract", "weights", "precision", "input", "sl
 """The subject of a check: what really runs; whether the file is of that contract; whose weights it has; the precision in which
 it computes; one base input; one slot; the halves of a batch kept apart; control switched within one session; the output at one
 size, with control on or off. In this order: an earlier one explains later ones."""
-
 KINDS: tuple[CheckKind, ...] = get_args(CheckKind)
-
 Status = Literal["passed", "failed", "not run"]
-
 Grid = tuple[tuple[float, ...], ...]
 """Rows of numbers from 0 to 1: a picture of at most 8×8 cells."""
 

@@ -12,7 +12,6 @@ from shapecheck.report.numbers import format_count
 
 _NAMED = 4
 """The verdict line names at most so many failed checks."""
-
 _FIRST: tuple[CheckKind, ...] = ("slot", "input")
 """Named before the others: they say where to look."""
 
@@ -20,7 +19,7 @@ _FIRST: tuple[CheckKind, ...] = ("slot", "input")
 def summarize(parity: Parity) -> str:
     """Return the sentence that follows `PARITY:` or `BROKEN:`."""
     if not parity.passes:
-        wrong = [_describe_fault(side) for side in parity.sides if judge_side(side) != "passed"]
+        wrong = [_describe_fault(side) for side in parity.sides if judge_backend(side) != "passed"]
         return "; ".join(wrong) or "no backend was tried"
     unrun = sum(len(list_unrun(side)) for side in parity.sides)
     checks = f"{_count_checks(parity.sides)} on {', '.join(side.backend for side in parity.sides)}"
@@ -33,7 +32,7 @@ def describe_tolerance(parity: Parity) -> str:
     return f"a backend may be at most {times} as PyTorch itself is in that precision"
 
 
-def judge_side(side: Side) -> Status:
+def judge_backend(side: Side) -> Status:
     """Return "failed" if any check did, and "passed" if at least one was made."""
     if side.failed:
         return "failed"

@@ -18,7 +18,6 @@ from shapecheck.pytest_plugin.items import ParityChecks, ProbeFile
 from shapecheck.pytest_plugin.options import OPTIONS, STUDY, list_backends, option, try_backends
 
 __all__ = ["shapecheck_contract", "shapecheck_parity", "shapecheck_require"]
-
 _REFUSED = pytest.StashKey[str]()
 _WORKER = "shapecheck_refused"
 """The key under which a worker of pytest-xdist sends why the checks cannot be collected."""

@@ -203,8 +203,8 @@ def make_differences() -> list[str]:
     return [
         run_json("diff", "sd15", "sdxl"),
         run_json("diff", "sd15", "sd15"),
-        diff.render_json(diff.Side("a", SD15), diff.Side("b", emitting)),
-        diff.render_json(diff.Side("a", SD15), diff.Side("b", replace(FULL, header=other))),
+        diff.render_json(diff.NamedContract("a", SD15), diff.NamedContract("b", emitting)),
+        diff.render_json(diff.NamedContract("a", SD15), diff.NamedContract("b", replace(FULL, header=other))),
     ]
 
 

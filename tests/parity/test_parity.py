@@ -1,6 +1,6 @@
 """Planted faults that shapes cannot show: each is caught and named by its own check, and a healthy file passes in all.
 
-What is judged of a run's numbers is in test_judge.py; here are files, PyTorch and ONNX Runtime.
+What is judged of a run's numbers is in test_evaluate.py; here are files, PyTorch and ONNX Runtime.
 """
 
 from __future__ import annotations
