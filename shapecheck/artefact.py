@@ -80,6 +80,6 @@ def resolve_contract(model: str, *, offline: bool = False, progress: Progress) -
         return presets.contract(model)
     if may_hold_contract(Path(model)):
         return read_contract(model)
-    from shapecheck.observe.request import Request, run_probe
+    from shapecheck.observe.request import ProbeRequest, run_probe
 
-    return run_probe(Request(model), offline=offline, progress=progress).contract
+    return run_probe(ProbeRequest(model), offline=offline, progress=progress).contract

@@ -23,7 +23,7 @@ from shapecheck.tensorrt.record import is_engine, read_engine
 from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
-    from shapecheck.observe.request import Request
+    from shapecheck.observe.request import ProbeRequest
     from shapecheck.onnx.records import Agreement
 
 
@@ -191,7 +191,7 @@ def _check_engine(
     file: Path,
     model: str | None,
     controlnets: tuple[str, ...],
-    request: Request,
+    request: ProbeRequest,
     batch: int | None,
     tokens: int | None,
     weights: str | None,

@@ -17,7 +17,7 @@ from shapecheck.terminal import ProgressLine
 
 if TYPE_CHECKING:
     from shapecheck.contract import Contract
-    from shapecheck.observe.request import Request
+    from shapecheck.observe.request import ProbeRequest
 
 Form = Literal["human", "json", "markdown"]
 Command = Callable[..., int]
@@ -92,7 +92,7 @@ def request_for(
     latent: str | None,
     batch: int | None,
     adapter: str | None = None,
-) -> Request:
+) -> ProbeRequest:
     """Return the request on the command line or in a .toml file. Raises ShapecheckError if there is none in it."""
     from shapecheck.observe import request as requests
 
@@ -106,7 +106,7 @@ def request_for(
     size_px = parse_pair(size, "WxH in pixels") if size is not None else None
     cells = parse_pair(latent, "HxW in latent cells") if latent is not None else None
     number = requests.check_batch(1 if batch is None else batch, "--batch")
-    return requests.Request(model, controlnets, adapter, size_px, cells, number)
+    return requests.ProbeRequest(model, controlnets, adapter, size_px, cells, number)
 
 
 def find_contract(model: str | None, offline: bool, steps: ProgressLine) -> Contract | None:

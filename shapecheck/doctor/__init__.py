@@ -16,7 +16,7 @@ from typing import NamedTuple
 from shapecheck.doctor import packages
 from shapecheck.doctor.environment import RTX_CAPABILITIES, RTX_NAMES, Backend, Device, Driver, Environment, Gap, check_known
 from shapecheck.doctor.packages import CPU, INSTALLED, REQUIREMENTS, Answers
-from shapecheck.doctor.probes import Answer, ask
+from shapecheck.doctor.probes import ProbeAnswer, ask
 
 _NOT_CUDA = re.compile(r"libcuda\.|nvcuda\.|(lib)?nv(infer|onnxparser)")
 """Libraries of the driver and of TensorRT, which the packages of CUDA and cuDNN do not bring."""
@@ -111,7 +111,7 @@ def _judge(name: str, answers: Answers) -> Backend:
     return Backend(name, True, f"{detail}, but cannot run them here: {gap.problem}", (gap,))
 
 
-def _find_gaps(name: str, answers: Answers, answer: Answer) -> Iterator[Gap]:
+def _find_gaps(name: str, answers: Answers, answer: ProbeAnswer) -> Iterator[Gap]:
     """Say what keeps a backend from running, its packages apart."""
     version, built_for = answer.facts.get("version"), answer.facts.get("built_for")
     if name in ("torch-cuda", "ort-cuda", "ort-trt", "trt"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from packaging.version import InvalidVersion, parse
 
 from shapecheck.doctor.environment import Gap, Package
-from shapecheck.doctor.probes import Answer
+from shapecheck.doctor.probes import ProbeAnswer
 
 CPU = "onnxruntime CPUExecutionProvider"
 
@@ -39,7 +39,7 @@ REQUIREMENTS = {
 INSTALLED = " ".join(("distributions", *REQUIREMENTS))
 
 
-class Answers(dict[str, Answer]):
+class Answers(dict[str, ProbeAnswer]):
     """The answers by probe, and the distributions that they show."""
 
     @property

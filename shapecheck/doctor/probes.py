@@ -36,7 +36,7 @@ _LOGGED = (r"\(cudaError \d+: ([^)]+)\)", r"(CUDA failure \d+: [^;\n]+)", r"with
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ProbeAnswer:
     """The facts that a probe found, and the reason why it found no more."""
 
     facts: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Answer:
         return f"cannot {self.facts.get('stage', 'begin')}: {self.reason or 'no reason was given'}"
 
 
-def ask(probe: str) -> Answer:
+def ask(probe: str) -> ProbeAnswer:
     """Run a probe, given as its name and arguments in one text. Raises nothing if its process ends badly."""
     command, ended = [sys.executable, "-P", __file__, *probe.split()], ""
     try:
@@ -60,7 +60,7 @@ def ask(probe: str) -> Answer:
     except subprocess.TimeoutExpired as late:
         output, errors, ended = late.stdout or b"", late.stderr or b"", f"no answer within {_TIMEOUT} s"
     except OSError as error:  # no memory, no processes left
-        return Answer({}, f"{command[0]}: {error.strerror}")
+        return ProbeAnswer({}, f"{command[0]}: {error.strerror}")
     log = re.sub(r"\x1b\[[\d;]*m", "", errors.decode("utf-8", "replace"))
     facts: dict[str, Any] = {}
     for line in output.decode("utf-8", "replace").splitlines(keepends=True):
@@ -76,7 +76,7 @@ def ask(probe: str) -> Answer:
         logged = next((match[1] for pattern in _LOGGED if (match := re.search(pattern, log))), "")
         reason = logged or (raised if " " in raised or not raised else f"{facts['kind']}: {raised}")
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in reason).split())
-    return Answer(facts, line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …", gone)
+    return ProbeAnswer(facts, line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …", gone)
 
 
 def importing(module: str) -> Iterator[Facts]:

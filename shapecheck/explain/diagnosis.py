@@ -46,7 +46,7 @@ class Cause:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ModelAnswer:
     """The candidates on one architecture, which all of `models` have; `geometry` is requested, else the usual one."""
 
     models: tuple[str, ...]
@@ -56,11 +56,11 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class TextReading:
     """One symptom and its explanations."""
 
     symptom: Symptom
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[ModelAnswer, ...] = ()
     causes: tuple[Cause, ...] = ()
 
 
@@ -68,11 +68,11 @@ class Reading:
 class Diagnosis:
     """The readings of a text on the models that were tried; `reason` says why there is none about residuals."""
 
-    readings: tuple[Reading, ...]
+    readings: tuple[TextReading, ...]
     tried: tuple[str, ...]
     reason: str = ""
 
     @property
-    def explanations(self) -> tuple[Reading, ...]:
+    def explanations(self) -> tuple[TextReading, ...]:
         """The readings that explain something."""
         return tuple(reading for reading in self.readings if reading.answers or reading.causes)

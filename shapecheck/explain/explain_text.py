@@ -9,7 +9,7 @@ from typing import get_args
 from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.explain.candidate_sizes import candidate_geometries
 from shapecheck.explain.causes import list_causes
-from shapecheck.explain.diagnosis import Answer, Candidate, Diagnosis, Reading
+from shapecheck.explain.diagnosis import Candidate, Diagnosis, ModelAnswer, TextReading
 from shapecheck.explain.fault_catalogue import list_faults
 from shapecheck.explain.matching import find_slot, is_of_slot, reproduces
 from shapecheck.explain.parse_text import find_symptoms, flatten_text
@@ -37,21 +37,23 @@ def explain_text(text: str, models: Mapping[str, Contract], size: RequestedSize)
     return diagnosis if diagnosis.explanations else replace(diagnosis, reason=reason)
 
 
-def _explain_symptoms(symptoms: Sequence[Symptom], models: Mapping[str, Contract], size: RequestedSize) -> Iterator[Reading]:
+def _explain_symptoms(
+    symptoms: Sequence[Symptom], models: Mapping[str, Contract], size: RequestedSize
+) -> Iterator[TextReading]:
     """Try every size for the first symptom that is simulated; for those after it, the sizes at which that one arises."""
     sizes: Sizes | None = None
     left = _MOST_SIMULATED
     for symptom in symptoms:
-        answers: tuple[Answer, ...] = ()
+        answers: tuple[ModelAnswer, ...] = ()
         if symptom.kind in _SIMULATED and left:
             left -= 1
             answers = tuple(_simulate_faults(symptom, names, models[names[0]], size, sizes) for names in group_models(models))
             sizes = sizes or {answer.models: _list_sizes(answer) for answer in answers}
         causes = tuple(list_causes(symptom, models))
-        yield Reading(symptom, tuple(answer for answer in answers if answer.candidates), causes)
+        yield TextReading(symptom, tuple(answer for answer in answers if answer.candidates), causes)
 
 
-def _list_sizes(answer: Answer) -> tuple[Geometry, ...]:
+def _list_sizes(answer: ModelAnswer) -> tuple[Geometry, ...]:
     """Return the usual size, and those at which a candidate leads to the text, whole multiples of the deepest stride first."""
     deepest = max(slot.stride for slot in answer.contract.slots)
     sizes = dict.fromkeys(at for candidate in answer.candidates for at in candidate.geometries)
@@ -72,7 +74,7 @@ def group_models(models: Mapping[str, Contract]) -> list[tuple[str, ...]]:
 
 def _simulate_faults(
     symptom: Symptom, names: tuple[str, ...], contract: Contract, size: RequestedSize, sizes: Sizes | None
-) -> Answer:
+) -> ModelAnswer:
     if sizes:
         geometries = sizes[names]
     else:
@@ -98,7 +100,7 @@ def _simulate_faults(
         """Put those at the usual size first; then in slot order."""
         return geometries[0] not in candidate.geometries, order.get(candidate.failure.slot, len(order))
 
-    return Answer(names, contract, geometries[0], tuple(sorted(candidates.values(), key=rank)))
+    return ModelAnswer(names, contract, geometries[0], tuple(sorted(candidates.values(), key=rank)))
 
 
 def _find_hints(symptom: Symptom) -> Hints:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from shapecheck.explain.diagnosis import Candidate, Cause, Diagnosis, Reading
+from shapecheck.explain.diagnosis import Candidate, Cause, Diagnosis, TextReading
 from shapecheck.explain.judge_mapping import Judgement
 from shapecheck.explain.predicted_messages import format_message
 from shapecheck.explain.report import explain_symptom, name_certain_command
@@ -40,7 +40,7 @@ def judge_diagnosis(diagnosis: Diagnosis, judgement: Judgement | None) -> str:
     return "diagnosis" if diagnosis.explanations or (judgement is not None and not diagnosis.reason) else "none"
 
 
-def _record_reading(reading: Reading) -> dict[str, Any]:
+def _record_reading(reading: TextReading) -> dict[str, Any]:
     return {
         "symptom": _record_fields(reading.symptom) | {"meaning": explain_symptom(reading.symptom)},
         "causes": [_record_fields(cause) for cause in reading.causes],

@@ -16,7 +16,7 @@ from shapecheck.explain.matching import reproduces
 from shapecheck.explain.residual_table import Fault, Hints, RequestedSize, ResidualShapes, ResidualTable, right_shapes
 from shapecheck.explain.simulate import Failure, lay_out_unet, simulate_call
 from shapecheck.models import lookup
-from shapecheck.observe.request import Request, resolve_geometry
+from shapecheck.observe.request import ProbeRequest, resolve_geometry
 from shapecheck.progress import Progress, silent
 
 _MOST_MATCHES, _MOST_SIZES = 3, 12
@@ -76,7 +76,7 @@ class Judgement:
         return not self.is_right, nearest, len(self.mismatches)
 
 
-def judge_mapping(request: Request, *, offline: bool = False, progress: Progress = silent) -> Judgement:
+def judge_mapping(request: ProbeRequest, *, offline: bool = False, progress: Progress = silent) -> Judgement:
     """Compare the mapping of a request with its model. Raises ShapecheckError if there is no such model or size."""
     contract = resolve_contract(request.model, offline=offline, progress=progress)
     at = resolve_geometry(request, contract.header.vae_factor) or Geometry(request.batch, *contract.header.usual)

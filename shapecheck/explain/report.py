@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from shapecheck.contract import Geometry, show
 from shapecheck.contract.records import format_observed
 from shapecheck.explain.claimed_table import name_slots
-from shapecheck.explain.diagnosis import Answer, Candidate, Diagnosis, Reading
+from shapecheck.explain.diagnosis import Candidate, Diagnosis, ModelAnswer, TextReading
 from shapecheck.explain.judge_mapping import Judgement
 from shapecheck.explain.predicted_messages import format_message
 from shapecheck.explain.symptom import Symptom
@@ -38,7 +38,7 @@ def render_text(
     return Document("", parts).render(form)
 
 
-def _list_reading(reading: Reading, model: str | None) -> Iterator[Part]:
+def _list_reading(reading: TextReading, model: str | None) -> Iterator[Part]:
     """Yield the explanation of one symptom; `model` is the one that was named, if one was."""
     symptom = reading.symptom
     yield Heading(f"{symptom.source}: {symptom.line[:400]}", 1, indent="  ")
@@ -97,7 +97,7 @@ def explain_symptom(symptom: Symptom) -> str:
     return _MEANINGS.get(symptom.kind, "")
 
 
-def _list_answer(answer: Answer) -> Iterator[Part]:
+def _list_answer(answer: ModelAnswer) -> Iterator[Part]:
     same_size, others = _split_candidates(answer)
     count = len(same_size or others)
     more = f"; {len(others)} more at other sizes" if same_size and others else ""
@@ -138,7 +138,7 @@ def _list_answer(answer: Answer) -> Iterator[Part]:
         yield Points([note], "note: ")
 
 
-def _split_candidates(answer: Answer) -> tuple[list[Candidate], list[Candidate]]:
+def _split_candidates(answer: ModelAnswer) -> tuple[list[Candidate], list[Candidate]]:
     """Return the candidates at the size of the answer, and those that need another."""
     same_size = [candidate for candidate in answer.candidates if answer.geometry in candidate.geometries]
     return same_size, [candidate for candidate in answer.candidates if answer.geometry not in candidate.geometries]
@@ -168,12 +168,12 @@ def _list_sizes(geometries: Sequence[Geometry]) -> str:
     return ", ".join([f"{at.height}×{at.width}" for at in geometries[:4]] + ["…"] * (len(geometries) > 4))
 
 
-def name_certain_command(answer: Answer) -> str:
+def name_certain_command(answer: ModelAnswer) -> str:
     """Return the command that makes it certain."""
     return f"shapecheck explain --model {answer.models[0]} --mapping SHAPES.json"
 
 
-def _name_places(answer: Answer) -> str:
+def _name_places(answer: ModelAnswer) -> str:
     """Return `slots 0, 1, 2, 3 and mid`: at the size of the answer, if there are any."""
     names = [slot.name for slot in answer.contract.slots]
     places = dict.fromkeys(candidate.failure.slot for candidate in _split_candidates(answer)[0] or answer.candidates)

@@ -21,7 +21,7 @@ _KEYS = {"story", "model", "controlnet", "adapter", "size", "latent", "batch", "
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ProbeRequest:
     """A model, the ControlNets, T2I-Adapter or claimed shapes to compare it with, and the size to show.
 
     `size_px` is (width, height), `latent` is (height, width). `mapping` has the residual shapes that somebody says the UNet
@@ -48,7 +48,7 @@ class ProbeResult:
     geometry: Geometry
 
 
-def run_probe(request: Request, *, offline: bool = False, progress: Progress) -> ProbeResult:
+def run_probe(request: ProbeRequest, *, offline: bool = False, progress: Progress) -> ProbeResult:
     """Observe the model and the ControlNets of a request. Mismatches are part of the result; its `mapping` is not looked at.
 
     Everything that can be refused by reading configurations is refused before torch is imported. Raises ShapecheckError if it
@@ -81,7 +81,7 @@ def run_probe(request: Request, *, offline: bool = False, progress: Progress) ->
     return ProbeResult(contract, mismatches, requested or Geometry(request.batch, *contract.header.usual))
 
 
-def read_request(path: Path) -> Request:
+def read_request(path: Path) -> ProbeRequest:
     """Read the request in a TOML file. Raises ShapecheckError naming the key that is wrong."""
     try:
         record = tomllib.loads(read_bytes(path, hub.LARGEST_FILE, too_large=f"{path} is too large for a probe").decode("utf-8"))
@@ -95,7 +95,7 @@ def read_request(path: Path) -> Request:
         raise ShapecheckError(f"{path}: {error}") from None
 
 
-def _parse_request(record: Mapping[str, Any]) -> Request:
+def _parse_request(record: Mapping[str, Any]) -> ProbeRequest:
     nets = record.get("controlnet", [])
     nets = [nets] if isinstance(nets, str) else nets
     if not (isinstance(nets, list) and all(isinstance(net, str) for net in nets)):
@@ -110,7 +110,7 @@ def _parse_request(record: Mapping[str, Any]) -> Request:
     for key, value in texts.items():
         if not isinstance(value, str):
             raise ShapecheckError(f"`{key}` must be text, got {one_line(value)}")
-    return Request(
+    return ProbeRequest(
         texts["model"],
         tuple(nets),
         texts.get("adapter"),
@@ -138,7 +138,7 @@ def check_batch(value: object, name: str) -> int:
     return value
 
 
-def resolve_geometry(request: Request, vae_factor: int) -> Geometry | None:
+def resolve_geometry(request: ProbeRequest, vae_factor: int) -> Geometry | None:
     """Return the requested size, if any. Raises ShapecheckError if there are two, or pixels fill no whole cells."""
     if request.size_px is not None and request.latent is not None:
         raise ShapecheckError("got a size in pixels and one in latent cells; give one of them")
@@ -147,7 +147,7 @@ def resolve_geometry(request: Request, vae_factor: int) -> Geometry | None:
     return Geometry(request.batch, *request.latent) if request.latent is not None else None
 
 
-def list_surprises(request: Request, mismatches: Sequence[Mismatch], verdict: str) -> tuple[str, ...]:
+def list_surprises(request: ProbeRequest, mismatches: Sequence[Mismatch], verdict: str) -> tuple[str, ...]:
     """Return every difference between the result of a probe and what its `[expect]` says; `verdict` is the report's."""
     actual = {
         "verdict": verdict,

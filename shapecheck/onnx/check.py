@@ -14,7 +14,7 @@ from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.findings import Case, find_faults, find_size_faults
 from shapecheck.onnx.input_roles import Matching, Roles, assign_roles, diffusers_names
 from shapecheck.onnx.reading import Reading
-from shapecheck.onnx.records import Basis, Check, DeclaredInput, DeclaredSlot
+from shapecheck.onnx.records import Basis, DeclaredInput, DeclaredSlot, FileCheck
 from shapecheck.onnx.size_sweep import SizeSweep, sweep_sizes
 from shapecheck.presets.families import extract_architecture
 from shapecheck.progress import Progress, silent
@@ -22,7 +22,7 @@ from shapecheck.progress import Progress, silent
 
 def check(
     file: OnnxFile, contract: Contract | None = None, geometry: Geometry | None = None, *, progress: Progress = silent
-) -> Check:
+) -> FileCheck:
     """Return everything that is wrong with an exported UNet, without reading its weights.
 
     The file is compared with `contract`; without one with the contract inside the file, else with that of the preset it fits
@@ -54,7 +54,7 @@ def check(
     case = Case(roles, sweep, expected, geometry, basis == "none")
     matching = case.matching
     mismatches = _check_outputs(reading, case) if roles.is_controlnet else find_faults(case)
-    return Check(
+    return FileCheck(
         str(file),
         reading.producer,
         expected,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from shapecheck.contract import Mismatch
-from shapecheck.onnx.records import Check
+from shapecheck.onnx.records import FileCheck
 from shapecheck.presets.families import describe_families, find_families
 from shapecheck.report.document import Document, Facts, Format, Heading, Part, Points, Table
 from shapecheck.report.mismatches import count_mismatches, describe_fit, list_mismatches
@@ -14,7 +14,7 @@ from shapecheck.report.numbers import dump_json
 
 
 def render_text(
-    checked: Check, *, form: Format = "human", controlnets: Sequence[str] = (), misfits: Sequence[Mismatch] = ()
+    checked: FileCheck, *, form: Format = "human", controlnets: Sequence[str] = (), misfits: Sequence[Mismatch] = ()
 ) -> str:
     """Return the whole report; `misfits` are the mismatches between UNet and ControlNets, apart from the file's own faults."""
     source = checked.contract.header.source or checked.contract.digest
@@ -52,7 +52,7 @@ def render_text(
     return Document(checked.path, parts, [_describe_verdict(checked), *fit]).render(form)
 
 
-def render_json(checked: Check, *, controlnets: Sequence[str] = (), misfits: Sequence[Mismatch] = ()) -> str:
+def render_json(checked: FileCheck, *, controlnets: Sequence[str] = (), misfits: Sequence[Mismatch] = ()) -> str:
     """Return the same report as JSON."""
     verdict = "not checked" if checked.unchecked else "fine"
     record = {
@@ -76,7 +76,7 @@ def render_json(checked: Check, *, controlnets: Sequence[str] = (), misfits: Seq
     return dump_json(record)
 
 
-def _describe_sizes(checked: Check) -> str:
+def _describe_sizes(checked: FileCheck) -> str:
     fixed = dict(checked.fixed)
     works = "every latent size" if checked.divisor == 1 else f"multiples of {checked.divisor} only"
     if checked.divisor == 0:
@@ -86,7 +86,7 @@ def _describe_sizes(checked: Check) -> str:
     return f"{works}; fixed: {', '.join(f'{symbol}={size}' for symbol, size in fixed.items())}" if fixed else works
 
 
-def _describe_verdict(checked: Check) -> str:
+def _describe_verdict(checked: FileCheck) -> str:
     if checked.mismatches:
         return f"BROKEN: {count_mismatches(checked.mismatches, 'fault')}"
     if checked.unchecked:

@@ -39,7 +39,7 @@ class DeclaredSlot:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class FileCheck:
     """An exported file, the contract it was compared with, and everything that is wrong with it."""
 
     path: str

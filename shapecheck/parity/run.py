@@ -21,7 +21,7 @@ from shapecheck.parity.plan import FILE_KINDS, PlannedCheck, list_cases, plan_ch
 from shapecheck.parity.reference import LazyReference, Outputs, ReferenceOutputs, compute_reference, reference_device
 from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import Check, Divergence, Parity, Ran, Result, Side
-from shapecheck.parity.runners import Session, describe_session, open_session
+from shapecheck.parity.runners import BackendSession, describe_session, open_session
 from shapecheck.parity.search import search_file
 from shapecheck.progress import Progress, silent
 from shapecheck.runtime.engine_session import EngineSession
@@ -46,7 +46,7 @@ class ParityRun:
         ranges: tuple[Range, ...] = (),
         emit: EmitResiduals | None = None,
         progress: Progress = silent,
-        opener: Callable[[str, ParityFile], Session] | None = None,
+        opener: Callable[[str, ParityFile], BackendSession] | None = None,
         plan: Callable[[Contract, str, Sequence[Geometry]], tuple[PlannedCheck, ...]] = plan_checks,
         explain: bool = True,
     ) -> None:
@@ -117,7 +117,7 @@ class ParityRun:
         generate, references = self._compute_reference(file.contract, self._geometries(backend))
         self._progress(f"opening {artefact} with {backend}")
         try:
-            session: Session | EngineSession
+            session: BackendSession | EngineSession
             if self._opener is not None:
                 session = self._opener(backend, file)
             else:
@@ -172,7 +172,7 @@ class ParityRun:
         return self._references[key]
 
     def _compute(
-        self, backend: str, session: Session | EngineSession, plans: Sequence[PlannedCheck], generate: InputGenerator
+        self, backend: str, session: BackendSession | EngineSession, plans: Sequence[PlannedCheck], generate: InputGenerator
     ) -> tuple[dict[ForwardCase, Outputs | str], list[Outputs | str], dict[ForwardCase, float]]:
         """Return a backend's outputs: every call once, those of control switched first and apart; and the calls' seconds."""
         file, seconds = self._files[backend], dict[ForwardCase, float]()

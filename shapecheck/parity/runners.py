@@ -19,7 +19,7 @@ from shapecheck.tensorrt.profiles import Range, profile_of
 from shapecheck.tensorrt.record import MODULES
 
 
-class Session(Protocol):
+class BackendSession(Protocol):
     """A backend with a model loaded, called with tensors on its device by the file's names of its inputs."""
 
     @property
@@ -39,7 +39,7 @@ class Session(Protocol):
 
 def open_session(
     backend: str, file: ParityFile, geometries: Sequence[Geometry], load: Callable[[str], nn.Module]
-) -> Session | EngineSession:
+) -> BackendSession | EngineSession:
     """Return the backend with its file loaded; for PyTorch `load` returns the model in a precision.
 
     Raises ShapecheckError if it cannot run here, an ONNX Runtime that fell back to another provider included.
@@ -65,7 +65,7 @@ def open_session(
     return TorchSession(load(file.contract.dtype).to("cuda" if backend == "torch-cuda" else "cpu"), file.contract)
 
 
-def describe_session(backend: str, session: Session | EngineSession, file: ParityFile) -> Ran:
+def describe_session(backend: str, session: BackendSession | EngineSession, file: ParityFile) -> Ran:
     """Return what really runs."""
     device, precision = str(session.device), file.contract.dtype
     if session.device.type != "cpu" and torch.cuda.is_available():

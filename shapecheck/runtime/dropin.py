@@ -45,7 +45,7 @@ class UnsupportedError(ShapecheckError, AttributeError):
     """A session in a model's place cannot do that. It is an AttributeError too, so that `hasattr` says no."""
 
 
-class Session(Protocol):
+class DropInSession(Protocol):
     """A `ContractSession` or an `EngineSession`: it runs a model under its contract."""
 
     @property
@@ -66,7 +66,7 @@ class Session(Protocol):
 class DropIn(nn.Module):
     """A session as a module of diffusers: dtype, device and config of the model it stands for, and no weights."""
 
-    def _set_up(self, session: Session, role: Role, *, finite: bool, own_outputs: bool) -> FrozenDict:
+    def _set_up(self, session: DropInSession, role: Role, *, finite: bool, own_outputs: bool) -> FrozenDict:
         """Hold the session, and return the config that pipelines read."""
         contract = session.contract
         if contract.role != role:

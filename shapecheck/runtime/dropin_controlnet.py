@@ -11,7 +11,7 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from torch import Tensor
 
 from shapecheck.runtime.combine import combined
-from shapecheck.runtime.dropin import DropIn, Session
+from shapecheck.runtime.dropin import DropIn, DropInSession
 
 
 class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
@@ -22,7 +22,7 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
     StreamDiffusion calls it as it does a ControlNet in PyTorch: it has no `stream`, which marks an engine there.
     """
 
-    def __init__(self, session: Session, *, finite: bool = True, own_outputs: bool = True) -> None:
+    def __init__(self, session: DropInSession, *, finite: bool = True, own_outputs: bool = True) -> None:
         torch.nn.Module.__init__(self)  # and not ControlNetModel's, which builds one
         self._internal_dict = self._set_up(session, "controlnet", finite=finite, own_outputs=own_outputs)
         self._residuals = [slot.name for slot in session.contract.slots]

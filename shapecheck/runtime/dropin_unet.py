@@ -9,7 +9,7 @@ from typing import Any
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
-from shapecheck.runtime.dropin import UNSUPPORTED, DropIn, Session, UnsupportedError
+from shapecheck.runtime.dropin import UNSUPPORTED, DropIn, DropInSession, UnsupportedError
 
 
 class DropInUNet(DropIn):
@@ -22,7 +22,7 @@ class DropInUNet(DropIn):
     finite numbers is an error that names the slot the NaN came in by; on a GPU that waits for the image.
     """
 
-    def __init__(self, session: Session, *, finite: bool = True, own_outputs: bool = True) -> None:
+    def __init__(self, session: DropInSession, *, finite: bool = True, own_outputs: bool = True) -> None:
         super().__init__()
         self.config = self._set_up(session, "unet", finite=finite, own_outputs=own_outputs)
         self.stream = None  # StreamDiffusion knows an engine by its `engine` and `stream`, and calls it in another way

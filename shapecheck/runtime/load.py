@@ -15,7 +15,7 @@ from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.runtime.call_gate import name_dtype
 from shapecheck.runtime.contract_session import ContractSession
-from shapecheck.runtime.dropin import DropIn, Session
+from shapecheck.runtime.dropin import DropIn, DropInSession
 from shapecheck.runtime.dropin_controlnet import DropInControlNet
 from shapecheck.runtime.dropin_unet import DropInUNet
 from shapecheck.runtime.engine_session import EngineSession
@@ -86,7 +86,7 @@ def load(
         known = named.contract(precision, control=True)
         return DropInUNet(ContractSession.of_unet(module, known, named.name), finite=finite)
     if kind == "engine":
-        session: Session = EngineSession.open(path, device=device, graphs=graphs)
+        session: DropInSession = EngineSession.open(path, device=device, graphs=graphs)
     else:
         session = _open_onnx(path, backend, contract, device, sizes, batch, options, reuse=not own_outputs)
     drop_in = DropInUNet if session.contract.role == "unet" else DropInControlNet

@@ -24,7 +24,16 @@ from shapecheck.tensorrt.graph_check import compare_graph, compare_profile, try_
 from shapecheck.tensorrt.process import EngineError, EngineProcess, has_driver
 from shapecheck.tensorrt.profile_formats import MOST_PROFILES
 from shapecheck.tensorrt.profiles import Profile, Range, find_profile_mismatches, profile_of, range_of
-from shapecheck.tensorrt.record import ENGINES, BuildOptions, Built, Engine, Request, read_engine, record_of, size_of_engine
+from shapecheck.tensorrt.record import (
+    ENGINES,
+    BuildOptions,
+    BuildRequest,
+    Built,
+    Engine,
+    read_engine,
+    record_of,
+    size_of_engine,
+)
 from shapecheck.tensorrt.source import Source, read_source
 
 
@@ -70,7 +79,7 @@ def build_engine(
         # By its own message (1.7.1) it builds for all of these if none is named.
         any_gpu = "every one that TensorRT for RTX supports, but 7.5"
         gpu = one_line(ready["gpu"]) or ", ".join(options.compute_capabilities) or any_gpu
-        request = Request(source.contract, requested, names, outputs, *digests, options, one_line(ready["tensorrt"]), gpu)
+        request = BuildRequest(source.contract, requested, names, outputs, *digests, options, one_line(ready["tensorrt"]), gpu)
         Engine.from_json(Engine(request, "", 0).to_json())  # a record that could not be read again is refused before the build
         path = target or locate_in_cache(Path(cache or ""), source.file.path, request)
         progress(f"looking for {path}")
@@ -124,13 +133,13 @@ def read_back(path: Path, engine: Engine, progress: Progress = silent) -> Declar
         return declared
 
 
-def locate_in_cache(folder: Path, onnx: Path, request: Request) -> Path:
+def locate_in_cache(folder: Path, onnx: Path, request: BuildRequest) -> Path:
     """Return the file in a cache folder that holds the engine of this request."""
     stem = onnx.stem[:100]  # a file system takes names of 255 bytes
     return folder / f"{stem}-{request.key.removeprefix('sha256:')[:16]}.plan"
 
 
-def find_built(path: Path, request: Request, progress: Progress = silent) -> Engine | None:
+def find_built(path: Path, request: BuildRequest, progress: Progress = silent) -> Engine | None:
     """Return the engine in this file if it is the requested one, unchanged since it was built; else None."""
     try:
         engine = read_engine(path)
@@ -208,7 +217,7 @@ def _wait_until_ready(process: EngineProcess, options: BuildOptions) -> Mapping[
         raise ShapecheckError("\n".join(lines)) from error
 
 
-def _build(process: EngineProcess, source: Source, request: Request, path: Path, timings: Path | None) -> Built:
+def _build(process: EngineProcess, source: Source, request: BuildRequest, path: Path, timings: Path | None) -> Built:
     with ExitStack() as lock, atomic_write(record_of(path)) as beside, atomic_write(path) as partial:
         job = {
             "onnx": str(source.file.path.absolute()),
@@ -243,7 +252,7 @@ def _build(process: EngineProcess, source: Source, request: Request, path: Path,
     return Built(path, engine, False, seconds, tuple(process.messages))
 
 
-def _check_network(source: Source, request: Request, parsed: Mapping[str, Any]) -> None:
+def _check_network(source: Source, request: BuildRequest, parsed: Mapping[str, Any]) -> None:
     """Raise ContractError if TensorRT's parser made other inputs or outputs of the file than it declares."""
     ports = [Port(tensor["name"], torch_name(tensor["dtype"]), tuple(tensor["dims"])) for tensor in parsed["inputs"]]
     mismatches = compare_graph(source.contract, ports, source.names)

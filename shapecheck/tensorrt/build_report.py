@@ -11,7 +11,7 @@ from shapecheck.report.mismatches import count_mismatches, list_mismatches
 from shapecheck.report.numbers import dump_json
 from shapecheck.tensorrt.profile_report import describe_range
 from shapecheck.tensorrt.profiles import range_of
-from shapecheck.tensorrt.record import Built, Request, record_of
+from shapecheck.tensorrt.record import BuildRequest, Built, record_of
 
 
 def render_text(built: Built) -> str:
@@ -55,7 +55,7 @@ def render_refusal(error: ContractError, form: str) -> str:
     return Document("", [Heading("Faults"), *table, Paragraph(verdict)]).render("human")
 
 
-def list_request_facts(request: Request) -> list[tuple[str, str]]:
+def list_request_facts(request: BuildRequest) -> list[tuple[str, str]]:
     """Return what an engine is built from and for."""
     contract, options = request.contract, request.options
     ranges = [describe_range(range_of(contract, profile), contract.header.vae_factor) for profile in request.profiles]

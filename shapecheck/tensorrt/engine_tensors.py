@@ -10,7 +10,7 @@ from shapecheck.contract.mismatch import Port
 from shapecheck.contract.naming import torch_name
 from shapecheck.contract.records import Mismatch
 from shapecheck.tensorrt.profiles import Bounds, Profile
-from shapecheck.tensorrt.record import Request
+from shapecheck.tensorrt.record import BuildRequest
 
 DYNAMIC = -1
 """The size that TensorRT shows for an axis that varies."""
@@ -57,7 +57,7 @@ def describe_engine(trt: Any, engine: Any) -> DeclaredEngine:
     return DeclaredEngine(engine.name, tuple(tensors), engine.num_optimization_profiles)
 
 
-def compare_engine(request: Request, declared: DeclaredEngine) -> tuple[Mismatch, ...]:
+def compare_engine(request: BuildRequest, declared: DeclaredEngine) -> tuple[Mismatch, ...]:
     """Return everything in which an engine is not what its record says; empty if they belong together."""
     if declared.name != request.contract.digest:
         cause = "the record beside it is another engine's; copy both together, or build again"

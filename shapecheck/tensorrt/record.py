@@ -49,7 +49,7 @@ class BuildOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class BuildRequest:
     """Everything an engine depends on: two requests that differ in any of it never share an engine."""
 
     contract: Contract
@@ -80,7 +80,7 @@ class Request:
 class Engine:
     """The request for an engine, and the file that was built for it."""
 
-    request: Request
+    request: BuildRequest
     digest: str
     size: int
     """`sha256:…` and bytes of the engine file."""
@@ -97,7 +97,7 @@ class Engine:
         claimed = record.pop("checksum", None)
         try:
             refuse_unprintable(record)
-            request: Request = decode_record(Request, record)
+            request: BuildRequest = decode_record(BuildRequest, record)
             refuse_count(request.profiles)
             names = request.engine_names
             if names.keys() != request.contract.input_rules.keys() or len(set(names.values())) != len(names):

@@ -11,7 +11,7 @@ from shapecheck.contract import Contract, ContractError, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.contract.geometry import USUAL_TOKENS
 from shapecheck.files import read_text, report_unreadable
-from shapecheck.onnx.records import Check
+from shapecheck.onnx.records import FileCheck
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt import profile_formats
 from shapecheck.tensorrt.profiles import Profile, find_profile_mismatches, profile_of
@@ -63,7 +63,7 @@ def read_source(
 
 def examine(
     path: Path, contract: Contract | None = None, progress: Progress = silent, *, control: bool = True
-) -> tuple[Source | None, Check]:
+) -> tuple[Source | None, FileCheck]:
     """Return the file as a source of engines, and its check; None if what is wrong in it would be built in.
 
     The file has to keep `contract`, without `control` less its slots; precision is the file's own.

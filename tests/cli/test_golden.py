@@ -42,7 +42,7 @@ from shapecheck.observe import report as observe_report
 from shapecheck.observe.record import Recorder
 from shapecheck.onnx import check_report as onnx_check_report
 from shapecheck.onnx import export_report
-from shapecheck.onnx.records import Agreement, Check, DeclaredInput, DeclaredSlot, Exported
+from shapecheck.onnx.records import Agreement, DeclaredInput, DeclaredSlot, Exported, FileCheck
 from shapecheck.parity import report as parity_report
 from shapecheck.parity.results import Parity
 from shapecheck.pipelines import bench_report, demo_report
@@ -54,7 +54,7 @@ from shapecheck.runtime.dropin import DropIn
 from shapecheck.runtime.guard import Guard, GuardError
 from shapecheck.tensorrt import build_report
 from shapecheck.tensorrt import check_report as tensorrt_check_report
-from shapecheck.tensorrt.record import Built, Engine, EngineCheck, Request, SizeFit, WeightsCheck
+from shapecheck.tensorrt.record import BuildRequest, Built, Engine, EngineCheck, SizeFit, WeightsCheck
 
 GOLDEN = Path(__file__).parent / "golden"
 GROUP = "shapecheck"
@@ -222,7 +222,7 @@ def make_checks() -> list[str]:
         DeclaredInput("sample", "batch×4×h×w", "float32"),
         DeclaredSlot("down_block_residual_00", "", "not seen", "conv_in", ""),
     )
-    fine = Check("u.onnx", "shapecheck", SD15, "given", "", seen[:1], seen[1:], 1, (), None, (), (), (), "")
+    fine = FileCheck("u.onnx", "shapecheck", SD15, "given", "", seen[:1], seen[1:], 1, (), None, (), (), (), "")
     sized = replace(fine, naming="shapecheck", fixed=(("batch", 2),), geometry=AT, notes=("a note",), unchecked="too many")
     broken = onnx_check_report.render_json(replace(fine, mismatches=MISMATCHES), controlnets=["sd15"], misfits=MISMATCHES)
     return [onnx_check_report.render_json(fine), onnx_check_report.render_json(sized), broken]
@@ -235,7 +235,9 @@ def make_profiles() -> tuple[Profile, ...]:
 def make_engine(of: Contract = SD15, options: BuildOptions | None = None) -> Engine:
     names = tuple((name, name) for name in of.input_shapes(AT))
     digests = ("sha256:a", "sha256:b", "")
-    request = Request(of, make_profiles(), names, ("out_sample",), *digests, options or BuildOptions(), "10.13.3", "NVIDIA L4")
+    request = BuildRequest(
+        of, make_profiles(), names, ("out_sample",), *digests, options or BuildOptions(), "10.13.3", "NVIDIA L4"
+    )
     return Engine(request, "sha256:c", 4096)
 
 

@@ -310,7 +310,7 @@ def test_a_recorded_config_is_of_the_family_it_is_named_after(name):
 def test_what_is_observed_of_a_recorded_config_is_of_its_family_too(name, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(FACTS[name]["config"] | {"_class_name": "UNet2DConditionModel"}), encoding="utf-8")
-    finding = requests.run_probe(requests.Request(str(config)), progress=lambda _: None)
+    finding = requests.run_probe(requests.ProbeRequest(str(config)), progress=lambda _: None)
     assert PRESET_OF[name] in find_families(finding.contract)
 
 

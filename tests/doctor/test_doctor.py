@@ -17,7 +17,7 @@ import torch
 from shapecheck import ShapecheckError, doctor
 from shapecheck.doctor import packages, probes, report
 from shapecheck.doctor.environment import BACKENDS, Backend, Device, Driver, Environment, Gap, Package
-from shapecheck.doctor.probes import Answer, ask
+from shapecheck.doctor.probes import ProbeAnswer, ask
 
 no_gpu = pytest.mark.skipif(bool(ctypes.util.find_library("cuda")), reason="what is missing where there is no GPU")
 DRIVERLESS = {"cards": 0, "container": False, "stage": "load libcuda.so.1", "kind": "OSError"}
@@ -90,14 +90,14 @@ def plant(tmp_path, monkeypatch):
 def machine(monkeypatch):
     """A machine known by what its probes answer: facts by the last word of the probe. Those in `tried` are really asked."""
 
-    def put(reasons: dict[str, Answer] | None = None, *, tried: Collection[str] = (), **facts: dict[str, object]) -> None:
-        def answer(probe: str) -> Answer:
+    def put(reasons: dict[str, ProbeAnswer] | None = None, *, tried: Collection[str] = (), **facts: dict[str, object]) -> None:
+        def answer(probe: str) -> ProbeAnswer:
             word = "distributions" if probe.startswith("distributions") else probe.split()[-1].removesuffix("ExecutionProvider")
             if word in tried:
                 return ask(probe)
             module = "onnxruntime" if probe.startswith("onnxruntime") else word
             absent = {"missing": module, "stage": f"import {module}"}
-            return (reasons or {}).get(word) or Answer(facts.get(word, absent), "")
+            return (reasons or {}).get(word) or ProbeAnswer(facts.get(word, absent), "")
 
         monkeypatch.setattr(doctor, "ask", answer)
 
@@ -130,7 +130,7 @@ def test_a_provider_that_falls_back_to_the_cpu_does_not_run(here):
 def test_cuda_libraries_that_no_package_brought_are_named(machine, gone):
     """Whether they are missing here depends on torch: its build for CUDA brings them, the one for the CPU does not."""
     said = f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} missing" if gone else "a session fell back to the CPU"
-    machine({"CUDA": Answer(ORT, said, gone)}, driver={"kind": "OSError"}, CPU=ORT)
+    machine({"CUDA": ProbeAnswer(ORT, said, gone)}, driver={"kind": "OSError"}, CPU=ORT)
     backend = doctor.backend("ort-cuda")
     assert not backend.runs
     libraries = Gap(said, "pip install 'onnxruntime-gpu[cuda,cudnn]'")
@@ -400,7 +400,7 @@ def test_no_driver_and_no_gpu_are_told_apart(machine, monkeypatch, driver, probl
 
 
 def test_a_driver_that_crashes_is_not_taken_for_none(machine):
-    machine({"driver": Answer({"cards": 0, "stage": "load libcuda.so.1"}, "the interpreter ended with SIGSEGV")})
+    machine({"driver": ProbeAnswer({"cards": 0, "stage": "load libcuda.so.1"}, "the interpreter ended with SIGSEGV")})
     assert doctor.backend("trt").reason.endswith("cannot load libcuda.so.1: the interpreter ended with SIGSEGV")
 
 
@@ -408,16 +408,16 @@ def test_hidden_gpus_are_told(machine, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     stage = {"loaded": True, "stage": "start the NVIDIA driver"}
     torch = {"version": "2.13.0", "built_for": "13.0"}
-    machine({"driver": Answer(stage, "no CUDA-capable device is detected (CUDA error 100)")}, torch=torch)
+    machine({"driver": ProbeAnswer(stage, "no CUDA-capable device is detected (CUDA error 100)")}, torch=torch)
     gap = Gap("CUDA_VISIBLE_DEVICES is '-1', which hides every GPU", "unset CUDA_VISIBLE_DEVICES")
     assert doctor.backend("torch-cuda").gaps == (gap,)
-    machine({"driver": Answer(stage, "system has unsupported driver combination (CUDA error 803)")}, torch=torch)
+    machine({"driver": ProbeAnswer(stage, "system has unsupported driver combination (CUDA error 803)")}, torch=torch)
     assert doctor.backend("torch-cuda").reason.startswith("cannot start the NVIDIA driver: system has unsupported driver")
 
 
 def test_torch_that_cannot_compute_on_the_gpu_still_runs_on_the_cpu(machine):
     facts = {"version": "2.13.0", "built_for": "13.0", "cpu": True, "stage": "compute on the GPU"}
-    machine({"torch": Answer(facts, "CUDA error: no kernel image is available for execution on the device")}, driver=H100)
+    machine({"torch": ProbeAnswer(facts, "CUDA error: no kernel image is available for execution on the device")}, driver=H100)
     assert doctor.backend("torch").runs
     gap = Gap(
         "cannot compute on the GPU: CUDA error: no kernel image is available for execution on the device",
@@ -430,12 +430,12 @@ def test_torch_that_cannot_compute_on_the_gpu_still_runs_on_the_cpu(machine):
 
 def test_tensorrt_11_and_the_provider_of_onnx_runtime_exclude_each_other(machine):
     facts = ORT | {"tensorrt": "11.4.0.106", "stage": "start a session with TensorrtExecutionProvider"}
-    machine({"Tensorrt": Answer(facts, "libnvinfer.so.10 is missing", ("libnvinfer.so.10",))}, driver=H100, CPU=ORT)
+    machine({"Tensorrt": ProbeAnswer(facts, "libnvinfer.so.10 is missing", ("libnvinfer.so.10",))}, driver=H100, CPU=ORT)
     (gap,) = doctor.backend("ort-trt").gaps
     assert gap.problem == "its TensorRT provider is linked with TensorRT 10, and cannot share an environment with 11.4.0.106"
     assert gap.fix == "pip install 'tensorrt-cu13>=10.13,<11'"
     matching = facts | {"tensorrt": "10.16.1"}
-    machine({"Tensorrt": Answer(matching, "SM 61 is not supported")}, driver=H100, CPU=ORT)
+    machine({"Tensorrt": ProbeAnswer(matching, "SM 61 is not supported")}, driver=H100, CPU=ORT)
     assert doctor.backend("ort-trt").reason == "cannot start a session with TensorrtExecutionProvider: SM 61 is not supported"
     machine(driver=H100, CPU=ORT, Tensorrt=matching | {"result": True})
     assert doctor.backend("ort-trt") == Backend("ort-trt", True, "onnxruntime 1.31.1, TensorRT 10.16.1")
@@ -468,7 +468,7 @@ def test_tensorrt_for_rtx_says_which_gpus_it_runs_on(machine):
     assert "but cannot run them here: it makes engines for compute capability 7.5, 8.0, 8.6, 8.9, 12.x, and" in backend.detail
     assert "NVIDIA H100 has 9.0" in backend.detail
     ada = H100 | {"devices": [{"name": "RTX 4090", "capability": "8.9", "memory": 1}]}
-    machine({"tensorrt_rtx": Answer(built, "out of memory")}, driver=ada, polygraphy=POLYGRAPHY)
+    machine({"tensorrt_rtx": ProbeAnswer(built, "out of memory")}, driver=ada, polygraphy=POLYGRAPHY)
     assert doctor.backend("rtx").detail.endswith("cannot run them here: cannot load an engine: out of memory")
     assert doctor.backend("rtx").gaps[0].fix.startswith("nvidia-smi")
     machine(driver=ada, tensorrt_rtx=built | {"loaded": True}, polygraphy=POLYGRAPHY)

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from shapecheck import ContractError, Geometry, Mismatch, ShapecheckError, presets
-from shapecheck.observe.request import Request, run_probe
+from shapecheck.observe.request import ProbeRequest, run_probe
 from shapecheck.progress import silent
 
 CONTRACT = presets.contract("sd15")
 AT = Geometry(1, 24, 40)
-REQUEST = Request("sd15", latent=(24, 40))
+REQUEST = ProbeRequest("sd15", latent=(24, 40))
 
 
 def stand_in(monkeypatch, probe) -> None:

@@ -28,7 +28,7 @@ from shapecheck.observe.controlnet_fit import find_misfits
 from shapecheck.observe.probe import probe_controlnet
 from shapecheck.onnx import check_report as report
 from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile
-from shapecheck.onnx.records import Check
+from shapecheck.onnx.records import FileCheck
 from shapecheck.onnx.shapes import infer_shapes_at, parameters_to_inputs
 
 File = tuple[Path, Contract]
@@ -71,11 +71,11 @@ def plant(drawn, tmp_path):
     return lambda *edits: check(files.planted(drawn[0], tmp_path / "planted.onnx", *edits), drawn[1])
 
 
-def told(checked: Check) -> list[tuple[str, str]]:
+def told(checked: FileCheck) -> list[tuple[str, str]]:
     return [(each.where, each.kind) for each in checked.mismatches]
 
 
-def only(checked: Check) -> Mismatch:
+def only(checked: FileCheck) -> Mismatch:
     (found,) = checked.mismatches
     return found
 
@@ -749,7 +749,7 @@ def test_damage_anywhere_is_one_message_or_a_report(drawn, tmp_path):
     for at in range(11, len(data), len(data) // 8):
         path.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
         try:
-            assert isinstance(check(path), Check)
+            assert isinstance(check(path), FileCheck)
         except ShapecheckError as error:
             assert "damaged.onnx" in str(error)
 

@@ -38,7 +38,7 @@ from shapecheck.parity.search import search_file
 from shapecheck.runtime.onnx_session import OnnxSession
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Range, profile_of
-from shapecheck.tensorrt.record import BuildOptions, Request
+from shapecheck.tensorrt.record import BuildOptions, BuildRequest
 
 SIZE = Geometry(2, 9, 14, 7)
 ONE_SIZE = (Range(SIZE, SIZE, SIZE),)
@@ -139,7 +139,7 @@ def test_an_engine_s_record_and_its_onnx_file_are_read_once(model, healthy, cont
     names = tuple((name, name) for name in contract.input_rules)
     files = ("sha256:onnx", "sha256:weights", "")
     profiles = (profile_of(contract, ONE_SIZE[0]),)
-    built = Request(contract, profiles, names, ("out_sample",), *files, BuildOptions(), "10.0", "a GPU")
+    built = BuildRequest(contract, profiles, names, ("out_sample",), *files, BuildOptions(), "10.0", "a GPU")
     request = ParityRequest(model, healthy, engines.recorded(tmp_path / "unet.plan", built))
     with openings.counted() as counter:
         assert request.what_runs == ("ort", "trt")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shapecheck import ContractError, Geometry, ShapecheckError, presets
 from shapecheck.runtime.binding import Binding, CallError
 from shapecheck.tensorrt.profiles import Bounds, Profile, Range, profile_of
-from shapecheck.tensorrt.record import BuildOptions, Request
+from shapecheck.tensorrt.record import BuildOptions, BuildRequest
 from shapecheck.tensorrt.size_ranges import parse_ranges
 
 DEVICE = "cuda:1"
@@ -25,7 +25,7 @@ LONG = Range(Geometry(1, 8, 16, 77), Geometry(2, 16, 24, 77), Geometry(2, 24, 40
 def request_for(name, *ranges, names=None, outputs=("out_sample",)):
     contract = presets.contract(name) if isinstance(name, str) else name
     called = names or {each: each for each in contract.input_rules}
-    return Request(
+    return BuildRequest(
         contract, tuple(profile_of(contract, each) for each in ranges), tuple(called.items()), outputs,
         "sha256:0", "sha256:1", "", BuildOptions(), "10.16.1.11", "a GPU",
     )  # fmt: skip

@@ -27,7 +27,7 @@ from shapecheck.runtime import engine_session
 from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.engine_session import EngineSession
 from shapecheck.tensorrt.profiles import Range, profile_of
-from shapecheck.tensorrt.record import BuildOptions, Engine, Request
+from shapecheck.tensorrt.record import BuildOptions, BuildRequest, Engine
 
 SMALL = Range(Geometry(1, 4, 5), Geometry(2, 9, 12), Geometry(3, 9, 13))
 LARGE = Range(Geometry(1, 10, 5), Geometry(2, 11, 12), Geometry(3, 12, 13))
@@ -37,7 +37,7 @@ NAMES = {name: f"their_{name}" for name in CONTRACT.input_rules}
 
 
 def request_for(contract=CONTRACT, **changes):
-    made = Request(
+    made = BuildRequest(
         contract, (profile_of(contract, SMALL), profile_of(contract, LARGE)), tuple(NAMES.items()), ("out_sample",),
         "sha256:0", "sha256:1", "", BuildOptions(), "10.16.1.11", "NVIDIA H100 (9.0)",
     )  # fmt: skip

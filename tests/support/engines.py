@@ -23,7 +23,7 @@ from shapecheck.progress import Progress
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.process import EngineError
 from shapecheck.tensorrt.profiles import Range
-from shapecheck.tensorrt.record import BuildOptions, Engine, Request, record_of
+from shapecheck.tensorrt.record import BuildOptions, BuildRequest, Engine, record_of
 
 RTX = BuildOptions("rtx", compute_capabilities=("8.9",))
 SIZES = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(3, 33, 41))
@@ -91,7 +91,7 @@ def drawn(path: Path, config: Mapping[str, Any]) -> tuple[Path, Contract]:
     return path, contract
 
 
-def recorded(path: Path, request: Request, content: bytes = b"an engine") -> Path:
+def recorded(path: Path, request: BuildRequest, content: bytes = b"an engine") -> Path:
     """Write a file that no TensorRT made and a sound record of it, as of an engine that this request came to."""
     path.write_bytes(content)
     engine = Engine(request, f"sha256:{hashlib.sha256(content).hexdigest()}", len(content))

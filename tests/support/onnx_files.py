@@ -21,7 +21,7 @@ from shapecheck.observe.probe import probe_controlnet
 from shapecheck.observe.subject import copy_to_meta
 from shapecheck.onnx import check as checking
 from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile
-from shapecheck.onnx.records import Check
+from shapecheck.onnx.records import FileCheck
 
 XL = {
     "block_out_channels": (8, 16),
@@ -43,7 +43,7 @@ DEEP = {
 """Three halvings, as SD1.5 has."""
 
 
-def check(path: str | Path, *args: object, **options: object) -> Check:
+def check(path: str | Path, *args: object, **options: object) -> FileCheck:
     """Check the file at a path."""
     return checking.check(OnnxFile(path), *args, **options)
 

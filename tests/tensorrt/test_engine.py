@@ -27,7 +27,7 @@ from shapecheck.tensorrt import build as tensorrt_build
 from shapecheck.tensorrt import process, profile_formats
 from shapecheck.tensorrt.build import build_engine, locate_in_cache
 from shapecheck.tensorrt.profiles import Profile, Range, profile_of
-from shapecheck.tensorrt.record import BuildOptions, Engine, Request, read_engine
+from shapecheck.tensorrt.record import BuildOptions, BuildRequest, Engine, read_engine
 
 TINY = Range(Geometry(2, 17, 25), Geometry(2, 17, 25), Geometry(2, 17, 25))
 
@@ -474,5 +474,5 @@ def test_a_request_is_told_apart_from_an_edited_one(deep, tmp_path):
     for bad in ("", "{}", "[]", text[:-40], text.replace('"names"', '"nomes"'), text.replace('"rtx"', '"cpu"')):
         with pytest.raises(ShapecheckError, match="engine's record"):
             Engine.from_json(bad)
-    assert isinstance(Engine.from_json(text).request, Request)
+    assert isinstance(Engine.from_json(text).request, BuildRequest)
     assert Engine.from_json(text).request.options == BuildOptions("rtx", compute_capabilities=("8.9",))
