@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from shapecheck.contract import Config, ControlNetInfo, Header, Input, ShapecheckError
+from shapecheck.contract import Config, Header, Input, ShapecheckError
 from shapecheck.contract.dims import constant
 from shapecheck.contract.errors import one_line
 from shapecheck.models import diffusers_models, lookup
@@ -140,13 +140,6 @@ def take_controlnet_alone(module: nn.Module) -> tuple[Model, Header]:
     scale = Input("conditioning_scale", (constant(1),), _dtype_name(module), "conditioning_scale")
     header = Header(source=f"live {net.name}", parameters=_count_parameters(module), versions=_list_versions())
     return replace(net, inputs=(*net.inputs, scale)), header
-
-
-def describe_controlnet(net: Model) -> ControlNetInfo:
-    """Return the entry of a ControlNet in a contract's header."""
-    config = net.config
-    pooled = bool(config.get("global_pool_conditions"))
-    return ControlNetInfo(net.name, type(net.module).__name__, config["in_channels"], config.get("cross_attention_dim"), pooled)
 
 
 def _take_controlnet(choice: str | nn.Module, offline: bool) -> tuple[list[Model], tuple[str, ...]]:

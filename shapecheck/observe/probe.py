@@ -8,7 +8,15 @@ from typing import Literal
 
 from torch import nn
 
-from shapecheck.contract import Contract, ContractError, Geometry, Mismatch, ShapecheckError, Slot
+from shapecheck.contract import (
+    Contract,
+    ContractError,
+    ControlNetInfo,
+    Geometry,
+    Mismatch,
+    ShapecheckError,
+    Slot,
+)
 from shapecheck.contract.naming import SHAPECHECK, is_feature
 from shapecheck.models import model as models
 from shapecheck.models.model import AdapterChoice, ControlNetChoice, Model
@@ -17,6 +25,13 @@ from shapecheck.observe.reconcile import derive_emitted, derive_slots, reconcile
 from shapecheck.observe.runs import observe, observe_adapter, observe_call, observe_controlnet
 from shapecheck.observe.trace import Trace
 from shapecheck.progress import Progress, silent
+
+
+def describe_controlnet(net: Model) -> ControlNetInfo:
+    """Return the entry of a ControlNet in a contract's header."""
+    config = net.config
+    pooled = bool(config.get("global_pool_conditions"))
+    return ControlNetInfo(net.name, type(net.module).__name__, config["in_channels"], config.get("cross_attention_dim"), pooled)
 
 
 def probe(
@@ -49,7 +64,7 @@ def probe(
     nets, notes = models.take_controlnets(controlnet, unet, beside, offline)
     header = replace(
         header,
-        controlnets=tuple(map(models.describe_controlnet, nets)),
+        controlnets=tuple(map(describe_controlnet, nets)),
         notes=(*header.notes, *notes),
         vae_factor=vae_factor or header.vae_factor,
     )

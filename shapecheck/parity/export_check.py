@@ -114,7 +114,7 @@ def compare_outputs(job: Mapping[str, Any]) -> Iterator[tuple[str, Geometry, flo
         yield outputs[result.check], result.geometry, difference, allowed
 
 
-def main(job: str) -> None:
+def verify_job(job: str) -> None:
     """Compare the outputs of a job and print them."""
     try:
         rows = [(name, astuple(size), *numbers) for name, size, *numbers in compare_outputs(json.loads(job))]
@@ -124,4 +124,4 @@ def main(job: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    verify_job(sys.argv[1])

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+from shapecheck.contract import Geometry
+
 Style = Literal["difference", "times", "share", "strength", "cosine", "decibel", "count", "seconds", "milliseconds", "level"]
 """`difference`: an error; `times`: a ratio; `share`: of a whole; `level`: of 255 from black to white; the others say it."""
 
@@ -66,3 +68,8 @@ def dump_json(value: Any, *, ascii_only: bool = False) -> str:
     """Return JSON that any parser reads and UTF-8 can hold: half a surrogate pair is written as JSON's escape."""
     text = json.dumps(encode_nonfinite(value), indent=1, ensure_ascii=ascii_only, allow_nan=False)
     return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+
+
+def format_pixels(geometry: Geometry, vae_factor: int) -> str:
+    """Return width × height."""
+    return f"{geometry.width * vae_factor}×{geometry.height * vae_factor}"

@@ -9,9 +9,8 @@ from shapecheck.contract.geometry import USUAL_TOKENS
 from shapecheck.contract.json_codec import encode
 from shapecheck.report.document import Document, Facts, Format, Heading, Lines, Part
 from shapecheck.report.mismatches import describe_fit, list_mismatches
-from shapecheck.report.numbers import dump_json, format_count
+from shapecheck.report.numbers import dump_json, format_count, format_pixels
 from shapecheck.tensorrt.build_report import list_request_facts
-from shapecheck.tensorrt.profile_report import format_pixels
 from shapecheck.tensorrt.record import EngineCheck
 from shapecheck.tensorrt.size_ranges import format_range
 

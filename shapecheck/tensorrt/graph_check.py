@@ -10,7 +10,7 @@ from shapecheck.contract import Contract, Dim, Geometry, Mismatch, show
 from shapecheck.contract.mismatch import Port
 from shapecheck.onnx.reading import Reading
 from shapecheck.progress import Progress, silent
-from shapecheck.tensorrt.profile_report import format_pixels
+from shapecheck.report.numbers import format_pixels
 from shapecheck.tensorrt.profiles import Profile, Range
 
 _MOST_ELEMENTS = 2**40

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from shapecheck.contract import Contract, Geometry, show
+from shapecheck.contract import Contract, show
 from shapecheck.report.document import Document, Facts, Heading, Part, Table
-from shapecheck.report.numbers import dump_json
+from shapecheck.report.numbers import dump_json, format_pixels
 from shapecheck.tensorrt import profile_formats
 from shapecheck.tensorrt.profiles import Profile, Range, range_of
 
@@ -51,8 +51,3 @@ def describe_range(sizes: Range, vae_factor: int) -> str:
     columns = zip(*rows, strict=True)
     pixels, batch, tokens = (" … ".join(texts if len(set(texts)) > 1 else texts[:1]) for texts in columns)
     return f"{pixels} pixels, batch {batch}" + (f", {tokens} tokens" if tokens != "77" else "")
-
-
-def format_pixels(geometry: Geometry, vae_factor: int) -> str:
-    """Return width × height."""
-    return f"{geometry.width * vae_factor}×{geometry.height * vae_factor}"
