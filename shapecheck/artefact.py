@@ -50,8 +50,10 @@ def read_contract(path: str | Path) -> Contract:
     except (ValueError, RecursionError) as error:
         raise ShapecheckError(f"{file} is not valid JSON: {error}; is it cut short? Otherwise {PROBE_ADVICE}") from None
     # An engine's record holds the contract as a value, older ones as text.
-    value = record if "shapecheck_contract" in record else record.get("contract") or record
-    return parse_untrusted(file, lambda: Contract.from_json(value) if isinstance(value, str) else Contract.from_value(value))
+    inner = record.get("contract") if "shapecheck_contract" not in record else None
+    if inner is not None:
+        text = inner if isinstance(inner, str) else json.dumps(inner)
+    return parse_untrusted(file, lambda: Contract.from_json(text))
 
 
 def may_hold_contract(path: Path) -> bool:

@@ -52,7 +52,7 @@ def read_text(path: Path, limit: int, *, too_large: str, not_text: str) -> str:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep everybody else who asks out of a folder; nobody, if the folder cannot be written or the system has no locks."""
+    """Keep everybody else who asks out of a folder; nobody, if its lock cannot be opened or the system has none."""
     from filelock import FileLock
 
     with ExitStack() as stack:

@@ -81,7 +81,8 @@ class Contract:
     def input_dtypes(self) -> dict[str, str]:
         """Return the dtype of every input of the exported model, by name and in the order of `input_rules`."""
         dtypes = {entry.name: entry.dtype for entry in self.inputs}
-        return {name: dtypes.get(name, self.dtype) for name in self.input_rules}
+        own = self.dtype
+        return {name: dtypes.get(name, own) for name in self.input_rules}
 
     def match_names(self, declared: Iterable[str]) -> dict[str, str]:
         """Return our name → the name in a file that declares these inputs; slots follow the file's own scheme."""
@@ -224,7 +225,9 @@ class ContractError(ShapecheckError):
 
 def _parse_residuals(shapes: Residuals) -> dict[str, Shape]:
     """Return slot name → shape, from any of the forms that `Contract.mismatches` takes."""
-    if getattr(shapes, "down_block_res_samples", None) is not None:  # diffusers' output, which is a mapping too
+    if (downs := getattr(shapes, "down_block_res_samples", None)) is not None:  # diffusers' output, which is a mapping too
+        if not isinstance(downs, (list, tuple)):
+            raise ShapecheckError(f"down_block_res_samples: expected a list of tensors, got {type(downs).__name__}")
         named: Mapping[str, Any] = name_residuals(shapes)
     elif isinstance(shapes, Mapping):
         named = shapes

@@ -44,7 +44,7 @@ class Geometry:
     @property
     def sizes(self) -> Mapping[str, int]:
         """Return the value of every symbol a dimension may use."""
-        return {symbol: getattr(self, name) for symbol, name in AXES.items()}
+        return {"batch": self.batch, "h": self.height, "w": self.width, "tokens": self.tokens}
 
     def with_sizes(self, sizes: Mapping[str, int]) -> Geometry:
         """Return this geometry with other sizes for some symbols."""
@@ -52,7 +52,8 @@ class Geometry:
 
     def shape_of(self, rule: tuple[Dim, ...]) -> Shape:
         """Return the numbers of a shape at this geometry."""
-        return tuple(dim.at(self.sizes) for dim in rule)
+        sizes = self.sizes
+        return tuple(dim.at(sizes) for dim in rule)
 
     def __str__(self) -> str:
         return f"batch {self.batch}, latent {self.height}×{self.width}"

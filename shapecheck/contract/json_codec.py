@@ -101,15 +101,11 @@ def decode(kind: Any, value: Any, where: str = "", limits: tuple[int, float] = _
         pairs = enumerate(zip(kinds, members, strict=True))
         return tuple(decode(one, member, f"{where}[{at}]", limits) for at, (one, member) in pairs)
     least, most = limits
-    if origin is Literal:
-        fits, expected = value in arguments, f"one of {', '.join(arguments)}"
-    else:
-        fits = type(value) is kind and (kind is not int or least <= value <= most)
-        whole = f"a whole number {f'of at least {least}' if most == math.inf else f'from {least} to {most}'}"
-        expected = _EXPECTED.get(kind, whole)
-    if not fits:
-        raise _error(where, f"expected {expected}, got {value!r:.60}")
-    return value
+    if value in arguments if origin is Literal else type(value) is kind and (kind is not int or least <= value <= most):
+        return value
+    whole = f"a whole number {f'of at least {least}' if most == math.inf else f'from {least} to {most}'}"
+    expected = f"one of {', '.join(arguments)}" if origin is Literal else _EXPECTED.get(kind, whole)
+    raise _error(where, f"expected {expected}, got {value!r:.60}")
 
 
 def decode_record(kind: Any, value: Any, where: str = "") -> Any:

@@ -16,7 +16,6 @@ class Port:
 
     name: str
     dtype: str = ""
-    """Empty if it does not count."""
     dims: tuple[int | str | Dim | None, ...] | None = None
     """A number, a name or a rule for each axis, None if it is dynamic and nameless; None for all if no shape is known."""
 
@@ -39,9 +38,9 @@ def compare_inputs(
 ) -> tuple[Mismatch, ...]:
     """Return every mismatch between declared inputs and those of a contract, in its order, surplus inputs last.
 
-    Names, ranks, channels and dtypes count. An axis that the contract leaves open may be fixed or have any name; one that is
-    declared as a rule has to be the same rule. `names` are the names of the inputs in the declaration. `absent` and `present`
-    describe a missing input, with its `cause`, and a surplus one; without `present` its shape does.
+    Names, ranks, channels and the given dtypes count. An axis that the contract leaves open may be fixed or have any name;
+    one that is declared as a rule has to be the same rule. `names` are the names of the inputs in the declaration. `absent`
+    and `present` describe a missing input, with its `cause`, and a surplus one; without `present` its shape does.
     """
     names, producers, ports = names or {}, producers or {}, {port.name: port for port in declared}
     mismatches = []
@@ -52,7 +51,7 @@ def compare_inputs(
             continue
         if kind := _classify_declared(rule, port.dims):
             mismatches.append(Mismatch(kind, name, str(port), show(rule), unet_module=module))
-        if kind != "rank" and port.dtype and port.dtype != dtypes[name]:
+        if kind != "rank" and name in dtypes and port.dtype != dtypes[name]:
             mismatches.append(Mismatch("dtype", name, port.dtype, dtypes[name], unet_module=module))
     return (*mismatches, *(Mismatch("surplus", name, present or str(port), "no such input") for name, port in ports.items()))
 

@@ -49,8 +49,8 @@ SCHEMES = (
 def name_residuals(output: Any) -> dict[str, Any]:
     """Return slot name → residual from a ControlNet's output or the pair (downs, mid); empty for anything else."""
     downs, mid = (getattr(output, name, None) for name in ("down_block_res_samples", "mid_block_res_sample"))
-    if downs is None and isinstance(output, (list, tuple)) and len(output) > 1:
-        downs, mid = output[:2]
+    if downs is None and isinstance(output, (list, tuple)) and len(output) == 2:
+        downs, mid = output
     if not isinstance(downs, (list, tuple)):
         return {}
     return {SHAPECHECK.down(index): residual for index, residual in enumerate(downs)} | {SHAPECHECK.mid: mid}

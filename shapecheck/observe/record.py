@@ -118,7 +118,7 @@ def record(unet: nn.Module, controlnets: Sequence[nn.Module] = (), adapters: Seq
     emitters = [(controlnet, recorder.controlnet_returned) for controlnet in controlnets]
     emitters += [(adapter, recorder.adapter_returned) for adapter in adapters]
     with ExitStack() as hooks:
-        for model in (unet, *controlnets, *adapters):
+        for model in (*controlnets, *adapters, unet):  # of a module that they share the UNet's path is the one that counts
             for path, module in model.named_modules():
                 if path:
                     maker = lambda _, args, output, path=path: recorder.remember_maker(path, output)  # noqa: E731

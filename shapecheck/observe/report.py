@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from shapecheck.contract.naming import SHAPECHECK, is_feature
 from shapecheck.presets.families import describe_families, find_families
 from shapecheck.report.document import Document, Facts, Format, Heading, Part, Points, Table
 from shapecheck.report.mismatches import count_mismatches, list_mismatches
-from shapecheck.report.numbers import dump_json
+from shapecheck.report.numbers import encode_nonfinite
 
 Verdict = Literal["agree", "mismatch", "unet alone"]
 
@@ -76,7 +77,8 @@ def render_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Ge
         "shapes": {slot.name: slot.shape_at(geometry) for slot in contract.residuals},
         "mismatches": [asdict(mismatch) for mismatch in mismatches],
     }
-    return dump_json({"report": report} | contract.to_value())
+    # the contract as `to_json` writes it, with numbers that are not finite
+    return json.dumps({"report": encode_nonfinite(report)} | contract.to_value(), indent=1, ensure_ascii=False) + "\n"
 
 
 def _describe_sizes(contract: Contract) -> str:

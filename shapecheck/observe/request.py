@@ -100,13 +100,13 @@ def _parse_request(record: Mapping[str, Any]) -> ProbeRequest:
     nets = [nets] if isinstance(nets, str) else nets
     if not (isinstance(nets, list) and all(isinstance(net, str) for net in nets)):
         raise ShapecheckError("`controlnet` must be a name or a list of names")
-    if nets and "mapping" in record:
-        raise ShapecheckError("`mapping` stands in place of a ControlNet's shapes; drop it or `controlnet`")
+    if other := next((key for key in ("controlnet", "adapter") if record.get(key) and "mapping" in record), None):
+        raise ShapecheckError(f"`mapping` stands in place of what a {other} gives; drop it or `{other}`")
     expect = record.get("expect", {})
     if not isinstance(expect, dict):
         raise ShapecheckError("`expect` must be a table")
-    texts = {key: record[key] for key in ("adapter", "size", "latent") if key in record}
-    texts |= {"model": record.get("model"), "story": record.get("story", "")}
+    texts = {"model": record.get("model"), "story": record.get("story", "")}
+    texts |= {key: record[key] for key in ("adapter", "size", "latent") if key in record}
     for key, value in texts.items():
         if not isinstance(value, str):
             raise ShapecheckError(f"`{key}` must be text, got {one_line(value)}")

@@ -136,7 +136,7 @@ def _complete(trace: Trace | None, recorder: Recorder, run_alone: Callable[[], T
     alone = run_alone()
     if trace is not None and not alone.adds:  # a UNet that refuses surplus residuals: what it did with the real ones counts
         return trace
-    return replace(alone, emitted=emitted, arrived=(), misunderstood=trace.misunderstood if trace else ())
+    return replace(alone, emitted=emitted, arrived=(), misunderstood=trace.misunderstood if trace else alone.misunderstood)
 
 
 def _call_unet(

@@ -59,9 +59,9 @@ def export(
     progress("reading the model")
     subject = resolve_subject(model, variant=variant, offline=offline)
     if subject.role == "controlnet" and adapter:
-        raise ShapecheckError(f"--adapter is for UNets, and {subject.name} is a ControlNet")
+        raise ShapecheckError(f"--adapter is for UNets, which then take features, and {subject.name} is a ControlNet")
     if subject.role == "controlnet" and not control:
-        raise ShapecheckError(f"--no-control is for UNets, and {subject.name} is a ControlNet")
+        raise ShapecheckError(f"--no-control is for UNets, which then take no residuals, and {subject.name} is a ControlNet")
     dtype = subject.dtype(dtype)
     if dtype not in _OPSETS:
         raise ShapecheckError(f"no dtype {dtype!r}; known: {', '.join(_OPSETS)}")

@@ -31,9 +31,9 @@ _DTYPES = {number: dtype for dtype, number in ONNX_NUMBERS.items()}
 
 
 class OnnxFile:
-    """An ONNX file: each of its properties is read when it is first used, and kept.
+    """An ONNX file, parsed when one of its properties is first used, and kept as long as this object.
 
-    All but `size` and `digest` raise ShapecheckError if the file cannot be read or is not an ONNX model.
+    All but `size` and `digest`, which do not parse the graph alone, raise ShapecheckError if it is not an ONNX model.
     """
 
     def __init__(self, path: str | Path) -> None:

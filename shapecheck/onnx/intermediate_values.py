@@ -122,7 +122,10 @@ def add_outputs(file: OnnxFile, values: Iterable[str]) -> bytes:
         addition.graph.node.append(onnx.helper.make_node("Cast", [value], [name_output(value)], to=element))
         addition.graph.output.append(onnx.helper.make_tensor_value_info(name_output(value), element, None))
     # Protobuf reads two messages in a row as one, with repeated fields joined: the file's own is neither changed nor copied.
-    data = bytes(file.proto.SerializeToString() + addition.SerializeToString())
+    try:
+        data = bytes(file.proto.SerializeToString() + addition.SerializeToString())
+    except Exception as error:  # protobuf's own error class, or ValueError
+        raise ShapecheckError(f"{file} cannot be given further outputs: {one_line(error, 200)}") from None
     if len(data) >= LARGEST:
         raise ShapecheckError(f"{file} cannot be given further outputs: it would exceed 2 GiB, the most protobuf holds")
     return data

@@ -56,12 +56,14 @@ class NodeLocations:
 
 def _find_module_after(node: ir.Node) -> str:
     """Return the module of the first value behind the node that is named after one."""
-    waiting = [node]
+    waiting, seen = [node], {node}
     for following in waiting:  # which grows on the way
         for value in following.outputs:
             if module := find_module(value.name or ""):
                 return module
-            waiting += [user for user in dict.fromkeys(value.consumers()) if user not in waiting]
+            users = [user for user in dict.fromkeys(value.consumers()) if user not in seen]
+            waiting += users
+            seen.update(users)
         if len(waiting) > 400:  # the nearest named value is never that far
             break
     return ""

@@ -137,7 +137,7 @@ def find_sums(residual: ir.Value) -> Iterator[tuple[ir.Value, ir.Node, ir.Value]
             if node.op_type in SAME_VALUE or (node.op_type in ("Mul", "Div") and all(map(_is_scalar, others))):
                 waiting += {*node.outputs[:1]} - seen
                 seen |= {*node.outputs[:1]}
-            elif node.op_type in ("Add", "Sum") and len(others) == 1:
+            elif node.op_type in ("Add", "Sum") and len(others) == 1 and node.outputs:
                 skip = others[0]
                 # Exporters insert casts between a module and its consumer.
                 producer = skip.producer()

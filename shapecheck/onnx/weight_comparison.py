@@ -33,10 +33,10 @@ def compare_weights(file: OnnxFile, state: Mapping[str, Tensor]) -> Compared:
     """
     same, different = 0, []
     for name, tensor in file.tensors.items():
-        parts = name.split(".")
-        suffixes = [".".join(parts[index:]) for index in range(len(parts))]
-        key = next((suffix for suffix in suffixes if suffix in state), None)
-        if key is None or tensor.shape != tuple(state[key].shape):
+        key = name
+        while key and key not in state:  # one suffix at a time: a hostile name has as many as it has dots
+            key = key.partition(".")[2]
+        if not key or tensor.shape != tuple(state[key].shape):
             continue
         if weights.is_equal(tensor, state[key]):
             same += 1

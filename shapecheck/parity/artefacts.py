@@ -94,6 +94,9 @@ def _read_onnx(file: OnnxFile, model: TorchModel) -> ParityFile:
     _require_role(file.path, "controlnet" if roles.is_controlnet else "unet", model)
     contract = model.contract(image.dtype, control=bool(roles.slots) or roles.is_controlnet, adapter=bool(roles.features))
     names = {ours.name: tensor.name for ours, tensor in match_inputs(roles, contract).pairs}
+    outputs = _match_outputs(contract, [output.name for output in file.reading.outputs])
+    if not outputs:
+        raise ShapecheckError(f"{file} has no output that is a residual of {model.name}; is it of another ControlNet?")
     axes = zip(("batch", "", "h", "w"), image.dims or (), strict=False)
 
     def compare_weights(module: nn.Module) -> str | None:
@@ -106,7 +109,7 @@ def _read_onnx(file: OnnxFile, model: TorchModel) -> ParityFile:
     return ParityFile(
         contract,
         names,
-        _match_outputs(contract, [output.name for output in file.reading.outputs]),
+        outputs,
         file.path,
         file,
         names,

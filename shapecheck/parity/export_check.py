@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,9 @@ from shapecheck.parity.request import ParityRequest
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.profiles import Range
 
+_MARK = "\nshapecheck outputs: "
+"""Stands before the result on the standard output, on which libraries may print."""
+
 
 def refuse_unverifiable(dtype: str | None, weights: str | None) -> None:
     """Raise ShapecheckError before an export whose numbers could not be compared afterwards."""
@@ -35,7 +39,7 @@ def refuse_unverifiable(dtype: str | None, weights: str | None) -> None:
 
 def estimate_memory(exported: Exported) -> int:
     """Return the bytes that `verify_export` needs at most: for one side at a time with all weights, PyTorch's in float32."""
-    before_weights = 0.6e9  # of a process with PyTorch
+    before_weights = 0.95e9  # of a process with PyTorch, diffusers and ONNX Runtime
     return int((exported.contract.header.parameters or 0) * 4 * 1.15 + before_weights)
 
 
@@ -68,16 +72,19 @@ def verify_export(
     }
     progress("computing with PyTorch, then with ONNX Runtime")
     command = [sys.executable, "-P", "-m", __name__, json.dumps(job)]  # -P: no modules of the current folder
-    process = subprocess.run(command, capture_output=True, text=True)  # noqa: S603  # this interpreter, our own module
+    # Both sides compute on the CPU: the allowed differences were measured there.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)  # noqa: S603  # ourselves
+    steps = process.stderr.strip().splitlines() or ["no reason given"]
     if process.returncode < 0:
+        needed = f"{estimate_memory(exported) / 1e9:.1f} GB of memory"
         raise ShapecheckError(
-            f"verifying: the process was killed; it needs about {estimate_memory(exported) / 1e9:.1f} GB of memory. The file "
-            "is written; verify it on a larger machine"
+            f"verifying: the process was killed ({steps[-1][:200]}); it needs about {needed}. The file is written; "
+            "verify it on a larger machine"
         )
     if process.returncode:
-        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ShapecheckError(f"verifying: {reason[:600]}")
-    rows = json.loads(process.stdout.splitlines()[-1])
+        raise ShapecheckError(f"verifying: {steps[-1][:600]}")
+    rows = json.loads(process.stdout.rpartition(_MARK)[2].splitlines()[0])
     return tuple(Agreement(name, Geometry(*size), *numbers) for name, size, *numbers in rows)
 
 
@@ -96,7 +103,11 @@ def compare_outputs(job: Mapping[str, Any]) -> Iterator[tuple[str, Geometry, flo
         offline=job["offline"],
     )
     ranges = tuple(Range(size, size, size) for size in sizes)
-    run = ParityRun(request, ranges=ranges, plan=plan_outputs, explain=False)
+
+    def show_step(step: str, _done: int = 0, _total: int = 0, /) -> None:
+        sys.stderr.write(f"{step}\n")  # the last one is quoted if this process is killed
+
+    run = ParityRun(request, ranges=ranges, plan=plan_outputs, explain=False, progress=show_step)
     outputs = {plan.check: plan.output for plan in run.plans["ort"]}
     for result in run.side("ort").results:
         verdict = result.verdict
@@ -120,7 +131,7 @@ def verify_job(job: str) -> None:
         rows = [(name, astuple(size), *numbers) for name, size, *numbers in compare_outputs(json.loads(job))]
     except ShapecheckError as error:
         sys.exit(" ".join(str(error).split()))
-    sys.stdout.write(json.dumps(rows))
+    sys.stdout.write(f"{_MARK}{json.dumps(rows)}\n")
 
 
 if __name__ == "__main__":

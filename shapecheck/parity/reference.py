@@ -75,8 +75,9 @@ def compute_reference(
                 if not torch.isfinite(value).all():
                     raise ShapecheckError(f"PyTorch's own {noun} is not finite at {case}, in {dtype}: nothing to compare")
                 if not value.any():
-                    why = "zero everywhere, so nothing can be compared; an untrained ControlNet?"
-                    raise ShapecheckError(f"PyTorch's own {noun} is {why}")
+                    where = f"{case}, in {dtype}"
+                    why = "so nothing can be compared; an untrained ControlNet?"
+                    raise ShapecheckError(f"PyTorch's own {noun} is zero everywhere at {where}, {why}")
         del module, session
         gc.collect()
         return computed

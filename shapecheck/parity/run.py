@@ -132,7 +132,8 @@ class ParityRun:
 
         # PyTorch in the file's precision is loaded when something has to be explained, after the backend gave back its memory.
         compute = LazyReference(self._model, file.contract)
-        squares = {case: compute(generate(case)) for case in actual.keys() - next(iter(references.values())).reference.keys()}
+        unknown = actual.keys() - next(iter(references.values())).reference.keys() if self._explain else ()
+        squares = {case: compute(generate(case)) for case in unknown}
 
         def create_evaluator(name: str) -> Evaluator:
             known = references[name]

@@ -111,7 +111,7 @@ def _list_facts(demo: Demo) -> list[tuple[str, str]]:
     return [
         ("model", demo.model),
         ("ControlNet", demo.controlnet),
-        ("prompt", demo.prompt),
+        ("prompt", demo.prompt or "(empty)"),
         ("picture", f"{width}x{height} pixels, {demo.steps} steps, seed {demo.seed}"),
         ("ran", f"{BACKENDS[demo.backend]} ({demo.device}), {demo.precision}"),
         ("artefact", demo.artefact),

@@ -48,13 +48,19 @@ class Gate:
             others = [f"{name}: got {type(value).__name__}" for name, value in inputs.items() if not isinstance(value, Tensor)]
             if others:
                 raise ShapecheckError(f"{'; '.join(others)}; expected tensors: without a ControlNet pass zeros for every slot")
-            forms = {name: (value.shape, name_dtype(value.dtype), str(value.device)) for name, value in inputs.items()}
+            forms = {name: (value.shape, name_dtype(value.dtype), name_device(value.device)) for name, value in inputs.items()}
             self._last = signature, self.binding.serve(forms)
         return self._last[1]
 
     def close(self) -> None:
         """Serve no call from now on."""
         self.is_open, self._last = False, None
+
+
+@cache
+def name_device(device: torch.device) -> str:
+    """Return `cuda:0`; the text takes as long to make as the rest of a check."""
+    return str(device)
 
 
 @cache

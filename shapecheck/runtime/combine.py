@@ -29,7 +29,9 @@ def combined(
     return different numbers of residuals.
     """
     factors = [1.0] * len(emitted) if scales is None else list(scales)
-    if not emitted or len(factors) != len(emitted):
+    if not emitted:
+        raise ShapecheckError("got no ControlNets; pass at least one, and one scale for each")
+    if len(factors) != len(emitted):
         raise ShapecheckError(f"got {len(emitted)} ControlNets and {len(factors)} scales; pass one scale for each")
     counts = [len(downs) + 1 for downs, _ in emitted]
     if len(set(counts)) > 1:

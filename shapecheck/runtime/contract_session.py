@@ -87,6 +87,12 @@ class ContractSession:
             names = self._gate.binding.names
             return dict(self._runner({names[name]: tensor for name, tensor in inputs.items()}, outputs))
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Free the model and its memory. Closing again is fine; a call afterwards is an error."""
         if self._gate.is_open:

@@ -23,10 +23,15 @@ _ZEROS = "its control is lost; to switch control off give the ControlNet conditi
 
 
 def watch_controlnet(controlnet: nn.Module, receive: Callable[[Emission], None]) -> Callable[[], None]:
-    """Hand `receive` the residuals that a ControlNet returns at each call, if any; return a function that ends it."""
+    """Hand `receive` what a ControlNet returns at each call; return a function that ends it.
+
+    A call that returned anything but a tensor for every slot hands over an empty mapping: the emission before it is no longer
+    the last one.
+    """
 
     def hand_over(module: nn.Module, args: object, output: Any) -> None:
-        receive({name: value for name, value in name_residuals(output).items() if isinstance(value, Tensor)})
+        residuals = name_residuals(output)
+        receive(residuals if all(isinstance(value, Tensor) for value in residuals.values()) else {})
 
     # kept out of graphs that torch.compile makes, which would freeze what the hook saw when it was traced
     hook: Callable[..., None] = torch.compiler.disable(hand_over)  # type: ignore[no-untyped-call]

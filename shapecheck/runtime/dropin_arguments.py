@@ -93,7 +93,7 @@ class Arguments:
         if not isinstance(features, (list, tuple)):
             raise ShapecheckError(f"{FEATURES}: got {type(features).__name__}, expected a list of tensors")
         if not self._features:
-            raise self._refuse(Mismatch("surplus", FEATURES, "features", "no such input"), unknown=[FEATURES])
+            raise self._refuse(Mismatch("surplus", FEATURES, f"{len(features)} features", "no such input"), unknown=[FEATURES])
         if not features:
             raise self._refuse(Mismatch("missing", FEATURES, "an empty list", "a feature for each down block", cause=EMPTIED))
         return {name_feature(index): value for index, value in enumerate(features)}

@@ -125,6 +125,7 @@ def _open_onnx(
         ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)
         profiles = profile_formats.make_provider_options([profile_of(known, sizes_of).renamed(names) for sizes_of in ranges])
         options = {**{key: str(value) for key, value in profiles.items()}, **(options or {})}
+    del file  # with the weights in it, if it keeps them: ONNX Runtime reads them once more
     try:
         return ContractSession.open_onnx(path, known, backend=chosen, device=place.index or 0, options=options, reuse=reuse)
     except ShapecheckError as error:

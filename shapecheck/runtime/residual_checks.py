@@ -119,4 +119,5 @@ def describe_value(value: Any) -> str:
         return "nothing"
     if isinstance(value, Tensor):
         return f"a tensor of {show(tuple(value.shape))}"
-    return f"a {type(value).__name__}, {value!r:.40}"
+    # A repr is made for what is short alone: that of a container of tensors waits for the GPU.
+    return f"a {type(value).__name__}" + (f", {value!r:.40}" if isinstance(value, (str, int, float)) else "")
