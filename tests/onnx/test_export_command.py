@@ -189,7 +189,8 @@ def test_a_controlnet_of_zeros_cannot_be_verified(tmp_path):
     for convolution in (*net.controlnet_down_blocks, net.controlnet_mid_block):
         torch.nn.init.zeros_(convolution.weight)
     net.save_pretrained(tmp_path / "net")
-    with pytest.raises(ShapecheckError, match=r"zero everywhere at batch 2, .*, in float32, so nothing can be compared; an untrained ControlNet"):
+    zero = r"zero everywhere at batch 2, .*, in float32, so nothing can be compared; an untrained ControlNet"
+    with pytest.raises(ShapecheckError, match=zero):
         verify_export(done, str(tmp_path / "net"))
 
 
