@@ -137,15 +137,10 @@ def _find_models(model: str | None, offline: bool) -> Mapping[str, Contract]:
         return presets.contracts()
     if model in presets.contracts():
         return {model: presets.contract(model)}
-    from shapecheck.artefact import resolve_contract
+    from shapecheck.explain.judge_mapping import resolve_unet
 
     with progress() as steps:
-        contract = resolve_contract(model, offline=offline, progress=steps)
-    if contract.role != "unet":
-        raise ShapecheckError(f"{model} is a ControlNet; give the UNet with --model and this one with --controlnet")
-    if not contract.slots:
-        raise ShapecheckError(f"{model} takes no residuals: it was exported with --no-control")
-    return {model: contract}
+        return {model: resolve_unet(model, offline=offline, progress=steps)}
 
 
 def _parse_size(size: str | None, latent: str | None, batch: int | None, models: Mapping[str, Contract]) -> RequestedSize:

@@ -56,7 +56,8 @@ def _candidate_sizes(symptom: Symptom, contract: Contract, usual: Geometry) -> I
             for height, width in ((side, cells // side), (cells // side, side)):
                 yield from ((height * stride, width * stride) for stride, _, _ in levels)
 
-    rows, columns = _size_in_text(symptom)
+    # a free axis is -1 in a shape, and says as little as a size that no latent has
+    rows, columns = (side if side and 0 < side <= _LARGEST else None for side in _size_in_text(symptom))
     for stride, height_rule, width_rule in levels:
         tall = [] if rows is None else _sides_before(rows, height_rule)
         wide = [] if columns is None else _sides_before(columns, width_rule)
@@ -89,8 +90,8 @@ def _count_cells(symptom: Symptom) -> int:
 def _size_in_text(symptom: Symptom) -> tuple[int | None, int | None]:
     """Return height and width of the UNet's own tensor, as far as a text shows them."""
     kind, axis, shape = symptom.kind, symptom.axis, symptom.expected_shape
-    if kind == "reshape":
-        return (shape[1], shape[2]) if len(shape) == 4 else (None, None)  # the channels are last
+    if kind == "reshape" and len(shape) == 4:
+        return shape[1], shape[2]  # the channels are last
     if len(shape) not in (4, 5) and kind in ("norm", "groups", "upsample"):
         shape = symptom.actual_shape
     if len(shape) in (4, 5) or (kind == "upsample" and len(shape) > 1):

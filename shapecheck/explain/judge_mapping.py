@@ -76,9 +76,19 @@ class Judgement:
         return not self.is_right, nearest, len(self.mismatches)
 
 
+def resolve_unet(model: str, *, offline: bool, progress: Progress) -> Contract:
+    """Return the contract of a UNet that takes residuals. Raises ShapecheckError if the model is none."""
+    contract = resolve_contract(model, offline=offline, progress=progress)
+    if contract.role != "unet":
+        raise ShapecheckError(f"{model} is a ControlNet; give the UNet as the model, and this one with --controlnet")
+    if not contract.slots:
+        raise ShapecheckError(f"{model} takes no residuals: it was exported with --no-control")
+    return contract
+
+
 def judge_mapping(request: ProbeRequest, *, offline: bool = False, progress: Progress = silent) -> Judgement:
     """Compare the mapping of a request with its model. Raises ShapecheckError if there is no such model or size."""
-    contract = resolve_contract(request.model, offline=offline, progress=progress)
+    contract = resolve_unet(request.model, offline=offline, progress=progress)
     at = resolve_geometry(request, contract.header.vae_factor) or Geometry(request.batch, *contract.header.usual)
     claim = parse_value(request.mapping, "`mapping`", at)
     return judge_claim(claim, (request.model,), contract, RequestedSize((at.height, at.width), at.batch))

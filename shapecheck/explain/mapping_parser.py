@@ -22,6 +22,7 @@ FORMS = (
 )
 _LARGEST_FILE = 2**22
 _LARGEST_AXIS = 2**20
+_MOST_RESIDUALS = 512
 _FEWEST_CHANNELS, _LARGEST_SIDE = 32, 256
 """Plain numbers can be widths or one shape: channels are at least so many, sides in cells at most so many."""
 _UNREAD = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML", ".py": "Python"}
@@ -103,12 +104,14 @@ def _parse_words(text: str, origin: str) -> Claim:
         if re.fullmatch(r"[\d,;\s]+", line):
             _refuse_one_shape([int(number) for number in re.findall(r"\d{1,9}", line)], origin)
     # every residual becomes one word: `name: [2, 320, 64, 64]` is name:2x320x64x64
-    text = re.sub(r"([:=])\s+", r"\1", text)
+    text = re.sub(r"([:=])\s+", r"\1", text.replace("+", ",mid:"))
     text = re.sub(r"(?<=[:=])[\[(]([^\[\]()]{1,200})[\])]", lambda match: "x".join(re.findall(r"[^,\s]+", match[1])), text)
     words: list[tuple[str, str]] = []
-    for word in filter(None, re.split(r"[,;\s]+", text)):
+    parts = [part for part in re.split(r"[,;\s]+", text) if part]
+    _refuse_too_many(len(parts), origin)
+    for word in parts:
         match = _NAMED.fullmatch(word)
-        if match is None:
+        if match is None or word.startswith("--"):  # trtexec's options give the least and the largest shapes too
             raise ShapecheckError(f"{origin}: {word[:40]!r} is not channels@size; expected {FORMS}")
         words.append((match[1] or "", match[2]))
 
@@ -126,14 +129,14 @@ def _parse_words(text: str, origin: str) -> Claim:
     size: tuple[int, int] | None = None
     for word, entry in reversed([(word, _parse_word(word, origin)) for name, word in words if not name]):
         size = entry.size if "@" in word else size  # a size holds for the channels before it that have none, too
-        downs.insert(0, replace(entry, size=size) if word.isdigit() else entry)
-    entries = dict(enumerate(downs)) | ({MID: _parse_word(mids[0], origin)} if mids else {})
+        downs.append(replace(entry, size=size) if word.isdigit() else entry)
+    entries = dict(enumerate(reversed(downs))) | ({MID: _parse_word(mids[0], origin)} if mids else {})
     return _make_claim(entries, False, bool(mids), origin)
 
 
 def _parse_word(word: str, origin: str) -> Entry:
-    if _CROSSED.fullmatch(word):
-        return _parse_entry([int(axis) for axis in re.split("[xX×]", word)], origin)
+    if shape := _read_shape(word):
+        return _parse_entry(shape, origin)
     match = _CHANNELS.fullmatch(word)
     if match is None:
         raise ShapecheckError(f"{origin}: {word[:40]!r} is not channels@size; expected {FORMS}")
@@ -159,18 +162,19 @@ def parse_value(value: Any, origin: str, geometry: Geometry) -> Claim:
     table = next(iter(tables.values()))
     if any(other != table for other in tables.values()):
         raise ShapecheckError(f"{origin}: several tables in it, under {' and '.join(tables)}; keep the one that was given")
-    if any(side_of(name) == "down" for name in table):
+    if _find_downs(table):
         return _claim_by_side(table, origin)
-    return _claim_by_name(((name, shape) for name, shape in table.items() if shape is not None), _parse_entry, origin)
+    residuals = ((name, child) for name, child in table.items() if child is not None and slot_number(name, child) is not None)
+    return _claim_by_name(residuals, _parse_entry, origin)
 
 
 def _find_tables(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield every table of residuals with its place, but none inside another."""
-    if not isinstance(value, Mapping) or depth > 8:
+    if not isinstance(value, (Mapping, list, tuple)) or depth > 8:
         return
-    table = {str(name): child for name, child in value.items()}
-    shaped = (name for name, child in table.items() if child is None or type(child) is int or isinstance(child, (list, tuple)))
-    if any(side_of(name) == "down" or slot_number(name) is not None for name in shaped):
+    table = {str(name): child for name, child in (value.items() if isinstance(value, Mapping) else enumerate(value))}
+    shaped = ((name, child) for name, child in table.items() if child is None or type(child) is int or _is_shaped(child))
+    if any(side_of(name) == "down" or slot_number(name, child) is not None for name, child in shaped):
         yield where or "the top", table
         return
     for name, child in table.items():
@@ -192,9 +196,19 @@ def _claim_by_name(values: Iterable[tuple[str, Any]], parse: Callable[[Any, str]
     return _make_claim(entries, True, True, origin)
 
 
+def _find_downs(table: Mapping[str, Any]) -> list[str]:
+    """Return the names that stand for the down residuals; beside mid alone, any list of shapes does, such as `residuals`."""
+    if downs := [name for name in table if side_of(name) == "down"]:
+        return downs
+    slots = {name: index for name, child in table.items() if (index := slot_number(name, child)) is not None}
+    lists = [name for name, child in table.items() if name not in slots and _is_list_of_shapes(child)]
+    return lists if set(slots.values()) == {MID} else []
+
+
 def _claim_by_side(table: Mapping[str, Any], origin: str) -> Claim:
     """Make a claim of a list of shapes under a name for the down residuals, and a shape under one for mid."""
-    downs, mids = ([name for name in table if side_of(name) == side] for side in ("down", "mid"))
+    downs = _find_downs(table)
+    mids = [name for name in table if slot_number(name, None) == MID]
     for names in (downs, mids):
         if len(names) > 1:
             raise ShapecheckError(f"{origin}: {names[0]} and {names[1]} both name one side; keep the one that was given")
@@ -209,10 +223,14 @@ def _claim_by_side(table: Mapping[str, Any], origin: str) -> Claim:
 def _make_claim(entries: Mapping[int, Entry], named: bool, tells_mid: bool, origin: str) -> Claim:
     if not entries:
         raise ShapecheckError(f"{origin}: no residuals in it; expected {FORMS}")
-    if len(entries) > 512:
-        raise ShapecheckError(f"{origin}: {len(entries)} residuals, more than any UNet has; expected {FORMS}")
+    _refuse_too_many(len(entries), origin)
     order = sorted(entries, key=lambda index: (index == MID, index))
     return Claim({index: entries[index] for index in order}, named, tells_mid, origin)
+
+
+def _refuse_too_many(count: int, origin: str) -> None:
+    if count > _MOST_RESIDUALS:
+        raise ShapecheckError(f"{origin}: {count} residuals, more than any UNet has; expected {FORMS}")
 
 
 def side_of(name: str) -> Literal["down", "mid"] | None:
@@ -223,16 +241,37 @@ def side_of(name: str) -> Literal["down", "mid"] | None:
     return "mid" if rest in (["mid"], ["middle"]) else None
 
 
-def slot_number(name: str) -> int | None:
-    """Return the number of the slot that a name stands for, -1 for mid; None for any other name."""
+def slot_number(name: str, value: Any = ()) -> int | None:
+    """Return the number of the slot that a name stands for, -1 for mid; None for any other name.
+
+    A name of no known scheme, such as down_3, counts only with a list or a shape: control_steps_20 can be a setting.
+    """
     if side := side_of(name):
         return MID if side == "mid" else None
     known = [index for scheme in SCHEMES if (index := scheme.index(name.lower())) is not None]
-    return known[0] if known else residual_index(name)
+    if known:
+        return known[0]
+    return residual_index(name.lower()) if _is_shaped(value) else None
+
+
+def _is_shaped(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or _is_shape(value)
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and 3 <= len(value) <= 6 and all(type(axis) is int for axis in value)
+    return _read_shape(value) is not None
+
+
+def _is_list_of_shapes(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_shape, value))
+
+
+def _read_shape(value: Any) -> Sequence[int] | None:
+    """Return the axes of a shape, given as a list or written as 2x320x64x96; None for anything else."""
+    if isinstance(value, str):
+        return [int(axis) for axis in re.split("[xX×]", value)] if _CROSSED.fullmatch(value) else None
+    is_shape = isinstance(value, (list, tuple)) and 3 <= len(value) <= 6 and all(type(axis) is int for axis in value)
+    return value if is_shape else None
 
 
 def _parse_list(values: Sequence[Any], origin: str, name: str) -> dict[int, Entry]:
@@ -256,13 +295,14 @@ def _parse_entry(value: Any, where: str) -> Entry:
     """Parse a number of channels or a shape. Raises ShapecheckError, which begins with `where`, on anything else."""
     if type(value) is int:
         return _check_sizes(Entry(value), where, value)
-    if not _is_shape(value):
+    shape = _read_shape(value)
+    if shape is None:
         raise ShapecheckError(
             f"{where}: expected (channels, height, width) or (batch, channels, height, width), got {str(value)[:60]!r}"
         )
-    if len(value) > 4:
-        return _check_sizes(Entry(value[0], shape=tuple(value)), where, value)
-    *batch, channels, height, width = value
+    if len(shape) > 4:
+        return _check_sizes(Entry(shape[0], shape=tuple(shape)), where, value)
+    *batch, channels, height, width = shape
     return _check_sizes(Entry(channels, (height, width), batch=batch[0] if batch else None), where, value)
 
 

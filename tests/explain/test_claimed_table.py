@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -22,6 +23,9 @@ from shapecheck.report.document import Document
 
 SD15 = presets.contract("sd15")
 AT = Geometry(2, 64, 96)
+FLAT = [tuple(shape) for shape in SD15.shapes(AT).values()]
+DOWNS, RIGHT_MID = FLAT[:-1], FLAT[-1]
+NAMES = SCHEMES[1].names(12)
 
 
 def shapecheck(*arguments: str, **options):
@@ -145,6 +149,11 @@ NO_TABLES = (
     ("[" * 5000, "is not a list of shapes"),
     ("{}", "no residuals in it"),
     (",".join(["320@64"] * 600), "more than any UNet has"),
+    ("x," * 10**5, "100000 residuals, more than any UNet has"),
+    (
+        f"--minShapes={NAMES[0]}:1x320x8x8,{NAMES[1]}:1x320x8x8",
+        f"'--minShapes={NAMES[0]}:1x320x8x8' is not channels@size; expected {FORMS}",
+    ),
 )
 
 
@@ -154,11 +163,6 @@ def test_what_is_no_table_is_refused():
     result = shapecheck("--mapping", text)
     assert result.exit_code == 2, result.output
     assert message in result.output.replace("\n", " ")
-
-
-FLAT = [tuple(shape) for shape in SD15.shapes(AT).values()]
-DOWNS, RIGHT_MID, WRONG_MID = FLAT[:-1], FLAT[-1], (2, 640, 8, 12)
-NAMES = SCHEMES[1].names(12)
 
 
 # one shape is no list of widths
@@ -190,6 +194,8 @@ SIZED = (
     ("(320, 640)@32", [(2, 320, 32, 32), (2, 640, 32, 32)], None),
     ("320,320@64x96,320", [(2, 320, 64, 96)] * 3, None),
     ("2x320x64x96,1x640X9×7", [(2, 320, 64, 96), (1, 640, 9, 7)], None),
+    ("320@64x96+1280@8x12", [(2, 320, 64, 96)], RIGHT_MID),
+    ("[320, 640]@32 + 640@8x12", [(2, 320, 32, 32), (2, 640, 32, 32)], (2, 640, 8, 12)),
     ("320x64x96 mid:2x1280x8x12", [(2, 320, 64, 96)], RIGHT_MID),
 )
 
@@ -271,7 +277,9 @@ TWO_NAMES = (
 OTHER_TABLES = (
     ('{"down_0": [2, 320, 9, 9], "down_0": [2, 640, 9, 9]}', "'down_0' stands twice in one table"),
     ('{"a": {"down_0": [2, 320, 9, 9]}, "b": {"c": {"down_0": [2, 640, 9, 9]}}}', "several tables in it, under a and b.c"),
+    ('{"a": {"down_0": [2, 320, 9, 9]}, "b": [{"down_0": [2, 640, 9, 9]}]}', "several tables in it, under a and b.0"),
     ("mid:1280@8,mid:640@8,320@64", "two residuals for mid"),
+    ("320@64+1280@8+640@8", "two residuals for mid"),
     ("down_0:320@64,640@32", "'640@32' has no name, and others have one"),
     ('{"down": 3, "mid": 1}', "`down` must be a list of shapes"),
     ("sample:2x4x64x96", "no residuals in it"),
@@ -294,6 +302,28 @@ def test_names_of_the_sides():
     assert {name: side_of(name) for name in (*downs, *mids, *others)} == (
         dict.fromkeys(downs, "down") | dict.fromkeys(mids, "mid") | dict.fromkeys(others)
     )
+
+
+def test_names_in_capitals_of_no_known_scheme():
+    capitals = dict(zip((*(f"DOWN_{number}" for number in range(12)), "MID"), FLAT, strict=True))
+    assert judgement(" ".join(f"{name}: {crossed(shape)}" for name, shape in capitals.items()), batch=2).is_right
+    blocks = dict(zip((*(f"Down_Block_{number}" for number in range(12)), "Mid"), FLAT, strict=True))
+    assert judgement(json.dumps(blocks)).is_right
+
+
+def test_a_list_of_shapes_beside_mid_is_the_down_residuals():
+    for mid in ("mid", NAMES[-1]):
+        assert judgement(json.dumps({"residuals": DOWNS, mid: RIGHT_MID, "mid_block_types": ["A"]})).is_right, mid
+    assert "mid: expected (channels, height, width)" in refusal(json.dumps({"mid": [RIGHT_MID]}))
+
+
+def test_settings_whose_names_look_like_slots_are_no_residuals():
+    named, sides = dict(zip(NAMES, FLAT, strict=True)), {"down": DOWNS, "mid": RIGHT_MID}
+    settings = {"controlnet_1": 1, "control_steps_20": 20, "downsample_factor_8": None, "control_2": "a/b", "down_3": True}
+    tables = (settings | named, settings | sides, settings | {"residuals": sides}, {"a": settings, "b": named})
+    assert [judgement(json.dumps(table)).is_right for table in tables] == [True] * 4
+    widths = parse_mapping(json.dumps({NAMES[0]: 320, NAMES[1]: None}), AT).entries
+    assert [(index, entry.channels) for index, entry in widths.items()] == [(0, 320)]
 
 
 # more forms
@@ -346,6 +376,20 @@ def test_other_files_are_refused_with_what_to_do(file):
     assert "cannot read" in refusal(file("x.bin", "é", encoding="latin-1"))
 
 
+def test_a_mapping_of_a_probe_needs_a_unet_with_slots(tmp_path):
+    contracts = {
+        "is a ControlNet; give the UNet": replace(SD15, role="controlnet"),
+        "takes no residuals": replace(SD15, slots=()),
+    }
+    for number, (message, contract) in enumerate(contracts.items()):
+        saved, request = tmp_path / f"{number}.json", tmp_path / f"{number}.toml"
+        saved.write_text(contract.to_json(), encoding="utf-8")
+        request.write_text(f'model = "{saved}"\nmapping = {{ down = [[320, 64, 96]] }}', encoding="utf-8")
+        for arguments in (["probe", str(request)], ["explain", "--model", str(saved), "--mapping", "320@64"]):
+            result = CliRunner().invoke(main, arguments)
+            assert (result.exit_code, message in " ".join(result.output.split())) == (2, True), result.output
+
+
 def test_hostile_text_is_refused():
     """A search that goes back and forth would not end."""
     lines = "\n" * 10**6
@@ -381,6 +425,13 @@ TEXTS = {
 }
 WRITTEN_FILES = {
     ".json": json.dumps,
+    "-written.json": lambda flat: json.dumps([*map(crossed, flat)]),
+    "-written-pair.json": lambda flat: json.dumps([[*map(crossed, flat[:-1])], crossed(flat[-1])]),
+    "-written-names.json": lambda flat: json.dumps(dict(zip(NAMES, map(crossed, flat), strict=True))),
+    "-written-guesses.json": lambda flat: json.dumps(
+        {f"down_{at}" if at < 12 else "mid": crossed(s) for at, s in enumerate(flat)}
+    ),
+    "-written-sides.json": lambda flat: json.dumps({"down": [*map(crossed, flat[:-1])], "mid": crossed(flat[-1])}),
     ".txt": lambda flat: "\n".join(map(str, flat)),
     "-names.txt": lambda flat: "\n".join(joined(flat, NAMES, ": ")),
 }

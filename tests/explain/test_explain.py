@@ -23,6 +23,7 @@ from spoilt import KINDS, spoilt, text_of
 from shapecheck import Geometry, presets, probe
 from shapecheck.cli import main
 from shapecheck.explain import report
+from shapecheck.explain.candidate_sizes import candidate_geometries
 from shapecheck.explain.explain_text import explain_text
 from shapecheck.explain.fault_catalogue import list_faults
 from shapecheck.explain.judge_mapping import judge_residuals
@@ -30,6 +31,7 @@ from shapecheck.explain.parse_text import find_symptoms, flatten_text
 from shapecheck.explain.predicted_messages import format_message
 from shapecheck.explain.residual_table import Hints, RequestedSize, ResidualShapes, ResidualTable, right_shapes
 from shapecheck.explain.simulate import lay_out_unet, simulate_call
+from shapecheck.explain.symptom import Symptom
 
 ROOT = Path(__file__).parents[2]
 XL = {
@@ -468,6 +470,35 @@ def test_a_controlnet_by_name_is_held_against_the_unet():
     assert (mapping["verdict"], mapping["faults"][0]["fault"]) == ("raises", "family")
     fits = json.loads(shapecheck("--model", "sd15", "--controlnet", "controlnet-sd15", "--format", "json").stdout)
     assert fits["mapping"]["verdict"] == "right"
+
+
+ONE_SIDE = (
+    "Got invalid dimensions for input: down_block_residual_03 for the following indices\n index: 3 Got: 96 Expected: 48\n",
+    (
+        "[!] Input tensor: down_block_residual_03 | Received incompatible shape: (2, 320, 64, 48).\n    Note: Expected a shape "
+        "compatible with: BoundedShape(['B', 320, 'H', 96], min=None, max=None)"
+    ),
+)
+
+
+def test_one_side_of_a_shape_finds_the_sizes_of_both():
+    sd15 = presets.contract("sd15")
+    for text, count in zip(ONE_SIDE, (39, 1), strict=True):
+        (reading,) = explain_text(text, {"sd15": sd15}, RequestedSize(None, None)).readings
+        candidates = candidate_geometries(reading.symptom, sd15, Geometry(1, 64, 64), size_known=False, batch_known=False)
+        assert len(candidates) == 16
+        assert [len(answer.candidates) for answer in reading.answers] == [count]
+
+
+def test_a_side_that_no_latent_has_says_nothing_of_the_size():
+    sd15, usual = presets.contract("sd15"), Geometry(1, 64, 64)
+    for side in (-1, 0, 2**15):
+        symptom = Symptom("dimensions", "PyTorch", "", expected_shape=(1, 320, side, 48))
+        candidates = candidate_geometries(symptom, sd15, usual, size_known=False, batch_known=False)
+        assert Geometry(1, 48, 48) in candidates, side
+    reshape = Symptom("reshape", "PyTorch", "", expected_shape=(1, 320, 48, 24, 48))
+    candidates = candidate_geometries(reshape, sd15, usual, size_known=False, batch_known=False)
+    assert Geometry(1, 24, 48) in candidates
 
 
 NAMED = (
