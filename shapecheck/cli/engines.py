@@ -64,8 +64,6 @@ def profile(
       shapecheck profile unet.onnx --sizes 512x512:512x512:904x512 --for trtexec
       shapecheck profile contract.json --sizes 512x512 --sizes 768x768 --for ort --format json
     """
-    from shapecheck.onnx import check_report
-    from shapecheck.tensorrt import build as tensorrt_build
     from shapecheck.tensorrt import build_report
     from shapecheck.tensorrt import profile_report as report
 
@@ -77,6 +75,9 @@ def profile(
                 known = _find_unet(model, expected, control, offline, steps)
                 profiles = profiles_for(known, requested)
             else:
+                from shapecheck.onnx import check_report  # these need onnx, and presets do not
+                from shapecheck.tensorrt.build import check as check_source
+
                 source, check = examine(Path(model), expected, steps, control=control)
                 if source is None:
                     steps.close()
@@ -84,7 +85,7 @@ def profile(
                     return ContractError.exit_status
                 known, names = source.contract, dict(source.names)
                 profiles = profiles_for(known, requested, names)
-                tensorrt_build.check(source, profiles, steps)
+                check_source(source, profiles, steps)
                 profiles = tuple(served.renamed(names) for served in profiles)
                 declared = source.file.reading.inputs
                 fixed = {item.name for item in declared if item.dims and all(isinstance(dim, int) for dim in item.dims)}

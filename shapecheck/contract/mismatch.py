@@ -40,20 +40,26 @@ def compare_inputs(
 
     Names, ranks, channels and the given dtypes count. An axis that the contract leaves open may be fixed or have any name;
     one that is declared as a rule has to be the same rule. `names` are the names of the inputs in the declaration. `absent`
-    and `present` describe a missing input, with its `cause`, and a surplus one; without `present` its shape does.
+    and `present` describe a missing input, with its `cause`, and a surplus one; without `present` its shape does. An input
+    that is declared twice is compared twice.
     """
-    names, producers, ports = names or {}, producers or {}, {port.name: port for port in declared}
+    names, producers = names or {}, producers or {}
+    ports: dict[str, list[Port]] = {}
+    for port in declared:
+        ports.setdefault(port.name, []).append(port)
     mismatches = []
     for name, rule in rules.items():
-        port, module = ports.pop(names.get(name, name), None), producers.get(name, "")
-        if port is None:
-            mismatches.append(Mismatch("missing", name, absent, show(rule), unet_module=module, cause=cause))
-            continue
-        if kind := _classify_declared(rule, port.dims):
-            mismatches.append(Mismatch(kind, name, str(port), show(rule), unet_module=module))
-        if kind != "rank" and name in dtypes and port.dtype != dtypes[name]:
-            mismatches.append(Mismatch("dtype", name, port.dtype, dtypes[name], unet_module=module))
-    return (*mismatches, *(Mismatch("surplus", name, present or str(port), "no such input") for name, port in ports.items()))
+        declared_name, module = names.get(name, name), producers.get(name, "")
+        if declared_name not in ports:
+            observed = absent if declared_name == name else f"{absent} (looked for {declared_name})"
+            mismatches.append(Mismatch("missing", name, observed, show(rule), unet_module=module, cause=cause))
+        for port in ports.pop(declared_name, ()):
+            if kind := _classify_declared(rule, port.dims):
+                mismatches.append(Mismatch(kind, name, str(port), show(rule), unet_module=module))
+            if kind != "rank" and name in dtypes and port.dtype != dtypes[name]:
+                mismatches.append(Mismatch("dtype", name, port.dtype, dtypes[name], unet_module=module))
+    surplus = ((name, present or str(port)) for name, (port, *_) in ports.items())
+    return (*mismatches, *(Mismatch("surplus", name, observed, "no such input") for name, observed in surplus))
 
 
 def compare_shapes(

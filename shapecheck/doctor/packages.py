@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -99,11 +100,16 @@ def find_lack(answers: Answers, module: str, install: str = "") -> Gap | None:
 
 
 def _is_older(version: str, oldest: str) -> bool:
-    # By release, so that a vendor's pre-release of the oldest one passes; so does what is not a version.
+    # By release, so that a vendor's pre-release of the oldest one passes.
+    return _read_release(version) < _read_release(oldest)
+
+
+def _read_release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a release; a text without any counts as the newest."""
     try:
-        return parse(version).release < parse(oldest).release
+        return parse(version).release
     except InvalidVersion:
-        return False
+        return tuple(int(number) for number in re.findall(r"\d+", version)[:3]) or (sys.maxsize,)
 
 
 def recommend_tensorrt(answers: Answers) -> str:

@@ -91,12 +91,20 @@ def distributions(*modules: str) -> Iterator[Facts]:
     def normalize(name: str | None) -> str:
         return re.sub(r"[-_.]+", "-", name or "").lower()
 
-    brought = metadata.packages_distributions()
-    installed = {normalize(one.name): one.version for one in reversed([*metadata.distributions()])}  # the first wins
-    yield {
-        "installed": installed,
-        "owners": {module: list(dict.fromkeys(map(normalize, brought.get(module, ())))) for module in modules},
-    }
+    installed: dict[str, str] = {}
+    owners: dict[str, list[str]] = {module: [] for module in modules}
+    found = [*metadata.distributions()]
+    for distribution in found:
+        with suppress(Exception):  # METADATA that is damaged hides its own distribution alone
+            installed.setdefault(normalize(distribution.name), distribution.version)  # the first wins
+    yield {"installed": installed}
+    for distribution in found:
+        with suppress(Exception):  # so does RECORD
+            name, declared = normalize(distribution.name), (distribution.read_text("top_level.txt") or "").split()
+            brought = {*(declared or (file.parts[0] for file in distribution.files or ()))}
+            for module in brought.intersection(modules):
+                owners[module].append(name)
+    yield {"owners": {module: list(dict.fromkeys(names)) for module, names in owners.items()}}
 
 
 def driver() -> Iterator[Facts]:

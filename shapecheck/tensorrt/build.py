@@ -241,6 +241,8 @@ def _build(process: EngineProcess, source: Source, request: BuildRequest, path: 
             if error.stage == "write":
                 raise ShapecheckError(f"cannot write {path}: {error}") from error
             raise _explain_failure(error, source, request.options) from error
+        if file_digest(source.file.path) != request.onnx:
+            raise ShapecheckError(f"{source.file} changed while the engine was built: build it again")
         engine = Engine(request, file_digest(partial), partial.stat().st_size)
         # TensorRT for RTX builds for GPUs that are not here.
         if request.options.target == "trt":

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from shapecheck.contract import Contract, Dim, Geometry, Mismatch, show
 from shapecheck.contract.mismatch import Port
-from shapecheck.onnx.reading import Reading
 from shapecheck.progress import Progress, silent
 from shapecheck.report.numbers import format_pixels
 from shapecheck.tensorrt.profiles import Profile, Range
+
+if TYPE_CHECKING:
+    from shapecheck.onnx.reading import Reading
 
 _MOST_ELEMENTS = 2**40
 """In one tensor; by the message of TensorRT for RTX 1.7.1, which builds for more all the same."""
@@ -44,7 +47,7 @@ def compare_profile(profile: Profile, ports: Sequence[Port], names: Mapping[str,
     mismatches = []
     for bounds in profile.inputs:
         port = table.get(names.get(bounds.name, bounds.name))
-        if port is None or port.dims is None or len(port.dims) != len(bounds.min):
+        if port is None or port.dims is None or {len(shape) for shape in bounds.shapes} != {len(port.dims)}:
             continue
         if bounds.dtype != port.dtype:
             cause = f"the profile was made for {bounds.dtype}; precision is the dtype of the graph"

@@ -144,7 +144,7 @@ def range_of(contract: Contract, profile: Profile) -> Range:
     """
     votes = {axis: [Counter[int]() for _ in BOUNDS] for axis in AXES.values()}
     for name, rule in contract.input_rules.items():
-        if (bounds := profile.bounds(name)) is not None and len(bounds.min) == len(rule):
+        if (bounds := profile.bounds(name)) is not None and {len(shape) for shape in bounds.shapes} == {len(rule)}:
             for axis, dim in enumerate(rule):
                 if dim.symbol is not None and dim == Dim(dim.symbol):
                     for vote, shape in zip(votes[AXES[dim.symbol]], bounds.shapes, strict=True):
@@ -222,7 +222,7 @@ def find_profile_mismatches(contract: Contract, profile: Profile) -> tuple[Misma
         present="in the profile",
         cause="TensorRT would fill every dynamic axis with 1, and Polygraphy only logs it",
     )
-    repeated = [(name, times) for name, times in count.items() if times > 1]
+    repeated = [(name, times) for name, times in count.items() if times > 1 and name in rules]
     mismatches += [Mismatch("surplus", name, f"{times} times in the profile", "once") for name, times in repeated]
     try:
         sizes = range_of(contract, profile)
@@ -254,5 +254,7 @@ def _compare_bounds(contract: Contract, bounds: Bounds, rule: tuple[Dim, ...], s
             slots = contract.residuals if contract.role == "unet" else ()
             mismatches = compare_shapes(slots, geometry, {bounds.name: shape}, inputs=contract.inputs)
             wrong = next(mismatch for mismatch in mismatches if mismatch.where == bounds.name)
-            return replace(wrong, observed=f"{bound} {show(shape)}", expected=f"{bound} {show(expected)}")
+            # The axes of a base input are no cause.
+            cause = wrong.cause if any(slot.name == bounds.name for slot in slots) else ""
+            return replace(wrong, observed=f"{bound} {show(shape)}", expected=f"{bound} {show(expected)}", cause=cause)
     return None

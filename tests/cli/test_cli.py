@@ -207,6 +207,24 @@ def test_a_full_disk_or_a_closed_pipe_ends_in_2(arguments):
     assert "Exception ignored" not in done.stderr
 
 
+WITHOUT_ONNX = """
+import sys
+sys.modules |= dict.fromkeys(("onnx", "onnx_ir", "onnxscript"))  # None: importing it raises
+from shapecheck.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_profiles_of_a_preset_or_a_saved_contract_need_no_onnx(is_saved, tmp_path):
+    saved = tmp_path / "contract.json"
+    saved.write_text(presets.contract("sd15").to_json(), encoding="utf-8")
+    command = [sys.executable, "-c", WITHOUT_ONNX, "profile", saved if is_saved else "sd15", "--sizes", "512x512"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1×1280×8×8" in done.stdout
+
+
 def test_a_closed_stdout_ends_in_2():
     done = subprocess.run(["/bin/sh", "-c", f"{sys.executable} -m shapecheck presets >&-"], stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (

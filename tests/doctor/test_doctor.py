@@ -205,6 +205,18 @@ def test_the_owners_of_modules_are_read_from_what_is_installed(plant):
     assert facts["installed"]["onnxruntime"] == "1.32.0"
 
 
+@pytest.mark.parametrize("damaged", ["RECORD", "METADATA"])
+def test_a_damaged_distribution_hides_no_other(plant, tmp_path, damaged):
+    plant("other", "", "other==1.0")
+    (tmp_path / "other-1.0.dist-info" / damaged).write_bytes(b"Name: \xff")
+    plant("tensorrt", "", "tensorrt-cu13==10.13.3.9")
+    facts = ask(packages.INSTALLED).facts
+    assert "problem" not in facts
+    assert facts["owners"]["tensorrt"] == ["tensorrt-cu13"]
+    assert facts["installed"]["tensorrt-cu13"] == "10.13.3.9"
+    assert ("other" in facts["installed"]) is (damaged == "RECORD")
+
+
 def test_bindings_without_libraries_are_installed_and_not_importable(plant, machine):
     missing = "libnvinfer.so.10: cannot open shared object file: No such file or directory"
     plant("tensorrt", f"raise ImportError({missing!r})")
@@ -309,6 +321,8 @@ def test_tensorrt_that_builds_and_loads_an_engine_runs(plant, machine):
         (("10.13.0", "0.49.26"), ""),
         (("10.12.9.1", "0.53.6"), "tensorrt 10.12.9.1 is older than 10.13"),
         (("10.16.1", "0.49.9"), "polygraphy 0.49.9 is older than 0.49.26"),
+        (("10.12.9-vendor.build", "0.53.6"), "tensorrt 10.12.9-vendor.build is older than 10.13"),
+        (("10.13.0-vendor.build", "unknown"), ""),
     ],
 )
 def test_tensorrt_runs_from_the_oldest_versions_on(machine, versions, old):

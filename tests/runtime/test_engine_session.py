@@ -800,7 +800,7 @@ def test_everything_in_which_engine_and_record_differ_is_told(trt, tmp_path):
         EngineSession.open(written(tmp_path, plan=plan))
     text = str(caught.value)
     assert "sample: dtype: got float16, expected float32" in text
-    assert "timestep: missing: got no such input, expected batch" in text
+    assert "timestep: missing: got no such input (looked for their_timestep), expected batch" in text
     assert "t: surplus" in text
     assert "the outputs: name: got latent, expected out_sample" in text
     assert "mid_block_residual: range: got profile 1: 1×1280×2×1 … 2×1280×2×2 … 3×1280×9×9, expected 1×1280×2×1" in text

@@ -463,6 +463,20 @@ def test_what_tensorrt_reads_otherwise_is_refused(deep, tmp_path, scripted):
         build(widen_a_slot)
 
 
+def test_a_file_that_changes_while_it_is_built_makes_no_engine(deep, tmp_path, scripted):
+    file = Path(shutil.copy(deep[0], tmp_path / "deep.onnx"))
+    scripted.alter = lambda parsed: file.write_bytes(file.read_bytes() + b"\x10\x01")
+    with pytest.raises(ShapecheckError, match=r"deep\.onnx changed while the engine was built: build it again"):
+        build_engine(file, tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX)
+    assert list(tmp_path.glob("unet.plan*")) == []
+
+
+def test_a_profile_with_a_short_shape_is_refused(deep, tmp_path):
+    short = edited(profile_of(deep[1], TINY), "sample", max=(2, 4, 17))
+    with pytest.raises(ContractError, match=r"sample: rank: got .*, expected three shapes of as many axes"):
+        build_engine(deep[0], tmp_path / "unet.plan", profiles=[short], options=engines.RTX)
+
+
 @pytest.mark.usefixtures("scripted")
 def test_a_request_is_told_apart_from_an_edited_one(deep, tmp_path):
     build_engine(deep[0], tmp_path / "unet.plan", profiles=[TINY], options=engines.RTX)

@@ -147,7 +147,7 @@ def test_a_record_and_the_file_it_is_held_to_are_read_once(copied):
         result = check(copied / "unet.plan", "--latent", "17x25", "--weights", copied / "unet.onnx")
     assert (result.exit_code, "(the very file)" in result.stdout) == (0, True)
     assert (counter["unet.plan.shapecheck.json"], counter["parsed"]) == (1, 1)
-    assert counter["unet.onnx"] == 2  # to parse it, and to hash its bytes
+    assert counter["unet.onnx"] == 1  # what is parsed is hashed
 
 
 def test_a_checkpoint_is_believed_by_its_bytes(made, tmp_path):
@@ -316,6 +316,13 @@ def test_an_engine_that_is_not_what_its_record_says_is_told(made):
     }
     for expected, wrong in cases.items():
         assert [(each.kind, each.where) for each in compare_engine(request, wrong)] == [expected]
+
+
+def test_a_missing_input_is_told_with_the_engine_s_own_name_for_it(made):
+    request = read_engine(made / "unet.plan").request
+    renamed = replace(request, names=tuple((request.engine_names | {"timestep": "t"}).items()))
+    found = compare_engine(renamed, shown(request))[0]
+    assert (found.kind, found.where, found.observed) == ("missing", "timestep", "no such input (looked for t)")
 
 
 def test_an_engine_of_one_size_is_what_its_record_says(made):

@@ -217,6 +217,27 @@ FAULTS = {
 }
 
 
+def test_every_entry_of_an_input_that_is_given_twice_is_compared():
+    first = replace(MADE.inputs[-1], dtype="float16")
+    found = find_profile_mismatches(SDXL, Profile((*MADE.inputs[:-1], first, MADE.inputs[-1])))
+    assert [(each.kind, each.observed) for each in found] == [("dtype", "float16"), ("surplus", "2 times in the profile")]
+    unknown = replace(MADE.inputs[-1], name="down_block_residual_09")
+    assert len(find_profile_mismatches(SDXL, Profile((*MADE.inputs, unknown, unknown)))) == 1
+
+
+@pytest.mark.parametrize("bound", ["min", "opt", "max"])
+def test_a_bound_with_fewer_axes_than_the_others_is_told(bound):
+    found = find_profile_mismatches(SDXL, changed("sample", **{bound: (2, 4, 40)}))
+    assert {(each.where, each.kind) for each in found} == {("sample", "rank")}
+
+
+def test_the_axes_of_a_base_input_are_not_told_as_a_cause():
+    (found,) = find_profile_mismatches(SDXL, changed("text_embeds", max=(4, 1280)))
+    assert found.cause == ""
+    (found,) = find_profile_mismatches(SDXL, changed("mid_block_residual", max=(3, 1280, 16, 24)))
+    assert found.cause.startswith("off by one")
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found_and_named_alone(fault):
     profile, expected = FAULTS[fault]
