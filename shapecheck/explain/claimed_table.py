@@ -42,9 +42,9 @@ class Claim:
 
     entries: Mapping[int, Entry]
     named: bool
-    """Whether each has its slot's name, so that one that is left out moves no other."""
+    """True if each has its slot's name, so that one that is left out moves no other."""
     tells_mid: bool
-    """Whether the mid residual stands apart; else the last of a list may be it."""
+    """True if the mid residual stands apart; else the last of a list may be it."""
     origin: str
     notes: tuple[str, ...] = ()
     """How it was read, if it could have been read otherwise."""

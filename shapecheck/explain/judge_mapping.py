@@ -59,7 +59,7 @@ class Judgement:
 
     @property
     def is_silent(self) -> bool:
-        """Whether something is wrong and PyTorch raises nothing."""
+        """Return whether something is wrong and PyTorch raises nothing."""
         return bool(self.mismatches) and self.failure is None
 
     def reproduces(self, diagnosis: Diagnosis) -> bool | None:

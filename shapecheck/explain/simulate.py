@@ -84,7 +84,7 @@ class UNetLayout:
     ups: tuple[UpBlock, ...]
     groups: int
     doubles: bool
-    """Whether each up block doubles the size; else it returns that of the next skip."""
+    """True if each up block doubles the size; else it returns that of the next skip."""
 
 
 def lay_out_unet(contract: Contract, geometry: Geometry) -> UNetLayout | None:

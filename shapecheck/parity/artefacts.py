@@ -38,7 +38,7 @@ class ParityFile:
     names: Mapping[str, str]
     """From the contract's name of an input to the session's, for those that it has."""
     outputs: Mapping[str, str]
-    """The same of the outputs."""
+    """From the contract's name of an output to the session's, for those that it has."""
     path: Path = Path()
     graph: OnnxFile | None = None
     """The ONNX file that it is, or was built from, if that is known."""
@@ -94,9 +94,7 @@ def _read_onnx(file: OnnxFile, model: TorchModel) -> ParityFile:
     _require_role(file.path, "controlnet" if roles.is_controlnet else "unet", model)
     contract = model.contract(image.dtype, control=bool(roles.slots) or roles.is_controlnet, adapter=bool(roles.features))
     names = {ours.name: tensor.name for ours, tensor in match_inputs(roles, contract).pairs}
-    outputs = _match_outputs(contract, [output.name for output in file.reading.outputs])
-    if not outputs:
-        raise ShapecheckError(f"{file} has no output that is a residual of {model.name}; is it of another ControlNet?")
+    outputs = _match_outputs(file.path, contract, [output.name for output in file.reading.outputs])
     axes = zip(("batch", "", "h", "w"), image.dims or (), strict=False)
 
     def compare_weights(module: nn.Module) -> str | None:
@@ -135,7 +133,7 @@ def _read_engine(path: Path, record: Engine, model: TorchModel, graph: OnnxFile 
     return ParityFile(
         contract,
         _keep_names(contract.input_rules),  # a session takes the contract's names
-        _match_outputs(contract, request.outputs),
+        _match_outputs(path, contract, request.outputs),
         path,
         graph,
         names_in_graph,
@@ -153,12 +151,18 @@ def _require_role(path: Path, role: str, model: TorchModel) -> None:
         raise ShapecheckError(f"{path} is {names[role]} and {model.name} {names[model.role]}: give the model it was made of")
 
 
-def _match_outputs(contract: Contract, outputs: Sequence[str]) -> dict[str, str]:
-    """Return the file's names of the outputs that it has: residuals by their names if those are known, else by their order."""
+def _match_outputs(path: Path, contract: Contract, outputs: Sequence[str]) -> dict[str, str]:
+    """Return the file's names of the outputs that it has: residuals by their names if those are known, else by their order.
+
+    Raises ShapecheckError if it has none: nothing would be compared.
+    """
     ours, scheme = output_names(contract), detect_scheme(outputs)
     if contract.role == "unet" or scheme is None:
         return dict(zip(ours, outputs, strict=False))
-    return {name: own for name, own in zip(ours, scheme.names(len(ours) - 1), strict=True) if own in outputs}
+    names = {name: own for name, own in zip(ours, scheme.names(len(ours) - 1), strict=True) if own in outputs}
+    if not names:
+        raise ShapecheckError(f"{path} has no output that is a residual of the model; is it of another ControlNet?")
+    return names
 
 
 def _keep_names(names: Iterable[str]) -> dict[str, str]:

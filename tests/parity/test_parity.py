@@ -443,6 +443,18 @@ def test_residuals_are_known_by_their_names_or_by_their_order(net, folder, names
     assert known.outputs == dict(zip(EMITTED, names, strict=True))
 
 
+def test_a_file_without_any_of_the_residuals_is_refused(net, folder):
+    model, path = net
+
+    def edit(graph):
+        for index, value in enumerate(graph.graph.outputs):
+            value.name = f"input_control_{index + 70:02}"
+
+    file = planted(path, folder / "others.onnx", edit)
+    with pytest.raises(ShapecheckError, match=r"others\.onnx has no output that is a residual of the model"):
+        read_files(ParityRequest(model, file), TorchModel(model))
+
+
 def test_residuals_of_one_shape_exchanged_in_the_outputs(net, folder):
     model, path = net
 
