@@ -100,3 +100,12 @@ def test_nothing_waits_for_a_pipe(name, tmp_path):
         resolve_contract(str(tmp_path / name), progress=str)
     with pytest.raises(ShapecheckError, match="is not a regular file"):
         read_contract(tmp_path / name)
+
+
+def test_a_contract_has_its_limit_in_a_plain_file_too(tmp_path):
+    record = json.loads(CONTRACT.to_json())
+    record["header"]["notes"] = ["n" * 5 * 2**20]
+    for name, value in (("plain.json", record), ("record.json", {"contract": record})):
+        (tmp_path / name).write_text(json.dumps(value), encoding="utf-8")
+        with pytest.raises(ShapecheckError, match="more than the 4194304 allowed"):
+            read_contract(tmp_path / name)

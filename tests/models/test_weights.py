@@ -26,7 +26,16 @@ from small import unet
 
 from shapecheck import ShapecheckError
 from shapecheck.models.safetensors import DTYPES, TensorLocation, checkpoint_files, read_table
-from shapecheck.models.weights import copy_tensors, digest, find_differing, format_location, match_tensors, require_linkable
+from shapecheck.models.weights import (
+    Embedded,
+    copy_tensors,
+    digest,
+    find_differing,
+    format_location,
+    is_equal,
+    match_tensors,
+    require_linkable,
+)
 
 torch.set_num_threads(1)
 
@@ -796,3 +805,12 @@ def test_a_live_module_against_its_checkpoint(tmp_path):
     copy_tensors(table, "float16", tmp_path / "w.data", quiet)
     assert [hashlib.sha256(file.read_bytes()).digest() for file in files] == before
     assert load_file(files[0]).keys() <= table.keys()
+
+
+def test_embedded_weights_are_equal_by_value_and_those_in_files_bit_by_bit(tmp_path):
+    zero, live = torch.zeros(3), -torch.zeros(3)
+    data = zero.numpy().tobytes()
+    (tmp_path / "w").write_bytes(data)
+    assert is_equal(Embedded(data, "float32", (3,)), live)
+    assert not is_equal(Embedded(data, "float32", (3,)), live + 1)
+    assert not is_equal(TensorLocation(tmp_path / "w", 0, 12, "float32", (3,)), live)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from shapecheck import ContractError, Geometry, Mismatch, ShapecheckError, presets
-from shapecheck.observe.request import ProbeRequest, run_probe
+from shapecheck.observe.request import ProbeRequest, read_request, run_probe
 from shapecheck.progress import silent
 
 CONTRACT = presets.contract("sd15")
@@ -70,3 +70,11 @@ def test_a_mismatch_that_was_observed_is_a_finding_and_a_failure_is_raised(monke
     assert (finding.mismatches, finding.contract) == (wrong, CONTRACT)
     with pytest.raises(ShapecheckError, match="no such thing today"):
         run_probe(REQUEST, progress=silent)
+
+
+@pytest.mark.parametrize("key", ["controlnet", "adapter"])
+def test_a_mapping_stands_alone(key, tmp_path):
+    path = tmp_path / "probe.toml"
+    path.write_text(f'model = "sd15"\n{key} = "any"\nmapping = "320@64"\n', encoding="utf-8")
+    with pytest.raises(ShapecheckError, match=f"drop it or `{key}`"):
+        read_request(path)

@@ -350,3 +350,9 @@ GOOD = json.loads(profile_formats.dumps([MADE], SDXL.digest))
 def test_a_damaged_file_of_profiles_is_refused(text, message):
     with pytest.raises(ShapecheckError, match=message):
         profile_formats.loads(text)
+
+
+def test_an_empty_dtype_in_a_profile_is_a_wrong_one():
+    profile = Profile(tuple(replace(bounds, dtype="") for bounds in MADE.inputs))
+    found = find_profile_mismatches(SDXL, profile)
+    assert [(each.where, each.kind) for each in found] == [(bounds.name, "dtype") for bounds in MADE.inputs]
