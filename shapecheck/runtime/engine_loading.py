@@ -126,10 +126,14 @@ class Executor:
         self.bound: PlacedCall | None = None
         """The call whose shapes and addresses are set; None if not all are."""
 
+    def is_sized_for(self, call: BoundCall) -> bool:
+        """Return whether the profile and every shape are those of this call."""
+        return self._sized == call
+
     def set_shapes(self, call: BoundCall, stream: int) -> None:
         """Set the profile and every shape, unless they are set."""
         self.bound = None
-        if self._sized == call:
+        if self.is_sized_for(call):
             return
         self._sized = None
         self._addresses.clear()

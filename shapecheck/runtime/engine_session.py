@@ -34,6 +34,9 @@ class EngineSession:
     With `graphs` the second call in a row with the same sizes at the same addresses is captured into a CUDA graph, which is
     replayed until a call differs. It has a context of its own, and so scratch memory of its own.
 
+    A call may be part of a CUDA graph that PyTorch captures if one of the same sizes came just before the capture; the graph is
+    sound until the session is closed, and holds a context.
+
     A refused call changes nothing for the next one. Two calls at once are an error: open a session for each thread.
     """
 
@@ -48,6 +51,8 @@ class EngineSession:
         self._gate = Gate(str(path), binding)
         self._dtypes = {port.name: getattr(torch, port.dtype) for port in loaded.declared.tensors if not port.is_input}
         self._executors: dict[str, Executor] = {}
+        self._recorded: list[Executor] = []
+        """Those in graphs that PyTorch captured: who changes a context changes its graph."""
         self._outputs: dict[Geometry, dict[str, Tensor]] = {}
         self._last: PlacedCall | None = None
         self._graph: tuple[PlacedCall, Callable[[], None]] | None = None
@@ -78,7 +83,7 @@ class EngineSession:
         """Return the outputs for these inputs.
 
         Raises CallError, with all that is wrong, for a call that the engine cannot serve; ShapecheckError if TensorRT refuses
-        it all the same, with TensorRT's own words, or if the session is closed or busy.
+        it all the same, with TensorRT's own words, or if the session is closed or busy, or cannot be captured.
         """
         with self._gate.acquire():
             call = self._gate.serve(inputs)
@@ -97,6 +102,7 @@ class EngineSession:
                 self._gate.close()
                 self._last = self._graph = None
                 self._executors.clear()
+                self._recorded.clear()
                 self._outputs.clear()
                 self._engine = self._runtime = None
 
@@ -121,6 +127,20 @@ class EngineSession:
         return tensors, tuple(addresses)
 
     def _run(self, call: PlacedCall, stream: int) -> dict[str, Tensor]:
+        if self._gpu.is_capturing():
+            executor = self._executors.get("direct")
+            if executor is None or not executor.is_sized_for(call[0]):
+                raise ShapecheckError(
+                    f"{self._path}: PyTorch is capturing a CUDA graph, in which TensorRT cannot be set up: "
+                    "call the session with these sizes just before, outside of the capture"
+                )
+            self._bind(executor, call, stream)
+            executor.execute(stream)
+            self._recorded += [executor] if executor not in self._recorded else []
+            return dict(self._outputs[call[0].geometry])
+        if self._executors.get("direct") in self._recorded:
+            del self._executors["direct"]
+
         if self._graph is not None and self._graph[0] == call:
             self._graph[1]()
         else:

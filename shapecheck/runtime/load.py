@@ -57,9 +57,9 @@ def load(
 
     `contract` is needed for an ONNX file that holds none. `device` is `cpu`, `cuda`, `cuda:1`. `dtype` and `variant` are for
     `torch`. `sizes` and `batch`, as for `shapecheck build`, and `options` for the provider are for `ort-trt` and `ort-cuda`;
-    `graphs` replays an engine's calls as CUDA graphs. `finite=False` lets NaN through, and on a GPU saves waiting for each
-    image. With `own_outputs=False` a call writes over what the last one of that size returned: one allocation a size, for
-    loops that keep no output (schedulers such as PNDM do).
+    `graphs` replays calls as CUDA graphs, in TensorRT and ONNX Runtime on a GPU. `finite=False` lets NaN through, and on a GPU
+    saves waiting for each image. With `own_outputs=False` a call writes over what the last one of that size returned: one
+    allocation a size, for loops that keep no output (schedulers such as PNDM do).
 
     Raises ShapecheckError if the file, the contract or the backend is missing or does not run; ContractError if the file is
     not what its contract says.
@@ -88,7 +88,7 @@ def load(
     if kind == "engine":
         session: DropInSession = EngineSession.open(path, device=device, graphs=graphs)
     else:
-        session = _open_onnx(path, backend, contract, device, sizes, batch, options, reuse=not own_outputs)
+        session = _open_onnx(path, backend, contract, device, sizes, batch, options, reuse=not own_outputs, graphs=graphs)
     drop_in = DropInUNet if session.contract.role == "unet" else DropInControlNet
     return drop_in(session, finite=finite, own_outputs=own_outputs)
 
@@ -103,11 +103,13 @@ def _open_onnx(
     options: Mapping[str, str] | None,
     *,
     reuse: bool,
+    graphs: bool,
 ) -> ContractSession:
     chosen: str = backend
     if backend == "auto":
         on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
         chosen = "ort-cuda" if on_gpu else "ort"
+    graphs = graphs and chosen != "ort"
     place = torch.device(device) if device is not None else torch.device("cpu" if chosen == "ort" else "cuda")
     if (place.type == "cpu") != (chosen == "ort"):
         raise ShapecheckError(f"{chosen} does not run on {place}")
@@ -127,10 +129,12 @@ def _open_onnx(
         options = {**{key: str(value) for key, value in profiles.items()}, **(options or {})}
     del file  # with the weights in it, if it keeps them: ONNX Runtime reads them once more
     try:
-        return ContractSession.open_onnx(path, known, backend=chosen, device=place.index or 0, options=options, reuse=reuse)
+        return ContractSession.open_onnx(
+            path, known, backend=chosen, device=place.index or 0, options=options, reuse=reuse, graphs=graphs
+        )
     except ShapecheckError as error:
         # a GPU that was requested is never exchanged for the CPU
-        if backend != "auto" or chosen == "ort" or device is not None:
+        if backend != "auto" or chosen == "ort" or device is not None or graphs:
             raise
         _log.warning("%s runs on the CPU: %s", path, error)
         return ContractSession.open_onnx(path, known, reuse=reuse)

@@ -644,5 +644,5 @@ def test_where_an_engine_differs_is_looked_for_in_its_onnx_file(tmp_path):
     assert (found.module, found.slot) == ("down_blocks.0.resnets.0", "down_block_residual_01")
     assert found.note == f"found in {faulty}, which the engine was built from, in ONNX Runtime on the CPU"
     assert len(notes) == 1
-    assert notes[0].startswith("where it differs could not be found: an engine runs on an NVIDIA GPU")
+    assert notes[0].startswith("where it differs could not be found: this runs on an NVIDIA GPU")
     assert set(tmp_path.iterdir()) == before

@@ -194,6 +194,10 @@ class Cpu:
     def __init__(self, wanted=None):
         self.settled = 0
         self.uncapturable = ""
+        self.outer = False
+
+    def is_capturing(self):
+        return self.outer
 
     def activate(self):
         return nullcontext()
@@ -718,6 +722,35 @@ def test_a_capture_that_fails_is_an_error_and_the_session_goes_on(trt, graphs):
     with pytest.raises(ShapecheckError, match=r"cannot capture a CUDA graph: .*\nopen the engine without graphs"):
         graphs(inputs)
     torch.testing.assert_close(graphs(inputs)["out_sample"], computed(inputs))
+
+
+def test_a_call_that_pytorch_captures_is_recorded_in_a_context_that_no_later_call_changes(trt, graphs):
+    inputs, other, (gpu,) = inputs_at(AT), inputs_at(OTHER), trt.gpus
+    gpu.outer = True
+    with pytest.raises(ShapecheckError, match=r"PyTorch is capturing a CUDA graph, .*call the session with these sizes just"):
+        graphs(inputs)
+    gpu.outer = False
+    graphs(inputs)
+    graphs(inputs)
+    gpu.outer = True
+    with pytest.raises(ShapecheckError, match="PyTorch is capturing"):
+        graphs(other)
+    trt.taken()
+    moved = inputs | {"timestep": place_aligned(inputs["timestep"] + 3)}
+    for given in (inputs, moved):
+        torch.testing.assert_close(graphs(given)["out_sample"], computed(given))
+    recorded = trt.taken()
+    assert set(methods(recorded)) == {"set_tensor_address", "execute_async_v3"}, "nothing is set up in a capture"
+    gpu.outer = False
+    for given in (other, inputs):
+        torch.testing.assert_close(graphs(given)["out_sample"], computed(given))
+    assert methods(trt.taken())[0] == "create_execution_context"
+    gpu.outer = True
+    graphs(inputs)
+    assert len(trt.contexts) == 3, "direct, graph, and one beside what was recorded"
+    assert all(context() is not None for context in trt.contexts)
+    graphs.close()
+    assert all(context() is None for context in trt.contexts)
 
 
 # opening

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from functools import cache
+from types import SimpleNamespace
 
 import engines
 import onnx_files
@@ -19,7 +20,7 @@ from living import find_living_tensors
 
 import shapecheck
 from shapecheck import ContractError, ShapecheckError
-from shapecheck.runtime import combine
+from shapecheck.runtime import combine, onnx_session
 from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.dropin_arguments import Arguments
 
@@ -361,6 +362,7 @@ def test_a_gpu_that_was_named_is_never_exchanged_for_the_cpu(file, monkeypatch, 
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(onnx_session, "Gpu", lambda name: SimpleNamespace(name=name, handle=7))
     for named in ({"backend": "ort-cuda"}, {"device": "cuda"}):
         with pytest.raises(ShapecheckError, match="no CUDA on this machine"):
             shapecheck.load(file, **named)
