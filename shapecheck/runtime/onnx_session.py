@@ -178,7 +178,8 @@ class OnnxSession:
                 # its provider replays the one that it has, whatever the size
                 raise ShapecheckError("ort-trt keeps a CUDA graph of one size alone: open the file again for another size")
             kept = {name: torch.empty(shape, dtype=dtype, device=self.device) for name, shape, dtype in sizes}
-            static = _Static(self._bind(kept, written), _make_options("gpu_graph_id", str(next(self._calls))), kept, written)
+            made = {name: tensor.to(self.device) for name, tensor in written.items()}
+            static = _Static(self._bind(kept, made), _make_options("gpu_graph_id", str(next(self._calls))), kept, made)
         for name, tensor in static.inputs.items():
             tensor.copy_(inputs[name])
         self._session.run_with_iobinding(static.binding, static.options)
