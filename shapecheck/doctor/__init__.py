@@ -45,7 +45,7 @@ class _Check(NamedTuple):
 
 _ORT, _ORT_DETAIL = ("onnxruntime",), "onnxruntime {version}"
 _TRT, _RTX, _POLYGRAPHY = (REQUIREMENTS[module].probe for module in ("tensorrt", "tensorrt_rtx", "polygraphy"))
-_TRT_PROBES, _RTX_PROBES = (_TRT, "driver", CPU, _POLYGRAPHY), (_RTX, "driver", _POLYGRAPHY)
+_TRT_PROBES, _RTX_PROBES = (_TRT, "driver", CPU, "torch", _POLYGRAPHY), (_RTX, "driver", _POLYGRAPHY)
 _CUDA_PROBES, _ORT_TRT_PROBES = ((f"onnxruntime {name}ExecutionProvider", "driver", CPU) for name in ("CUDA", "Tensorrt"))
 _CHECKS = {
     "torch": _Check(("torch",), ("torch",), "cpu", "torch {version}"),
