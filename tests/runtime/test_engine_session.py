@@ -216,6 +216,9 @@ class Cpu:
     def synchronize(self):
         self.settled += 1
 
+    def require_memory(self, needed, purpose):
+        self.required = [*getattr(self, "required", ()), (needed, purpose)]
+
 
 def test_what_tensorrt_for_rtx_itself_says_of_a_damaged_engine_is_told(tmp_path, monkeypatch):
     """A result of TensorRT for RTX: its runtime, its logger, and bytes that are mapped rather than read."""
@@ -290,6 +293,7 @@ class StandInEngine:
         self.trt, self.logger, self.plan = trt, logger, plan
         self.name, self.num_optimization_profiles = plan["name"], plan["profiles"]
         self.num_io_tensors = len(plan["tensors"])
+        self.device_memory_size_v2 = 12345
         self.table = {each["name"]: each for each in plan["tensors"]}
 
     def get_tensor_name(self, number):

@@ -1,4 +1,4 @@
-"""Every name of TensorRT's that the code uses is in 10.6, 10.16 and 11.4: read from the source, since none can be loaded here."""
+"""Every name of TensorRT's that the code uses is in 10.6, 10.16 and 11.4: read from the source."""
 
 from __future__ import annotations
 
