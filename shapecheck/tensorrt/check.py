@@ -76,7 +76,8 @@ def _read_foreign(path: Path, model: Contract | None, weights: str | None, progr
     size_of_engine(path)
     absent = f"{path} has no {record_of(path).name} beside it"
     if model is None:
-        raise ShapecheckError(f"{absent}: say which model it should be with --model, and TensorRT tells what its inputs are")
+        advice = "copy both together, or say which model it should be with --model: TensorRT tells what its inputs are"
+        raise ShapecheckError(f"{absent}; {advice}")
     if weights is not None:
         raise ShapecheckError(f"{absent}, which alone says what weights it was built from: leave out --weights")
     try:
