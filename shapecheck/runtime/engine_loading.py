@@ -90,6 +90,8 @@ def load_engine(trt: Any, path: Path, record: Engine | None, data: mmap.mmap) ->
         if request is not None:
             here = f"{MODULES[request.options.target]} here is {trt.__version__}"
             advice = f"it was built by {request.tensorrt} on {request.gpu}, and {here}: build it again here"
+        if any("memory" in words.lower() for words in logger.errors):
+            advice = "the GPU's memory is too small or taken: free what the engine stands in for, and load it again"
         raise build_refusal(f"load {path}", logger, advice)
     for number in range(engine.num_io_tensors):
         name = engine.get_tensor_name(number)

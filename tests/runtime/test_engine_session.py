@@ -762,6 +762,16 @@ def test_an_engine_that_tensorrt_cannot_load_is_told_with_what_built_it(trt, ses
     assert str(caught.value).splitlines()[-1] == built
 
 
+def test_an_engine_that_tensorrt_finds_no_memory_for_is_not_to_be_built_again(trt, session, tmp_path, monkeypatch):
+    def run_out(runtime, data):
+        runtime.logger.log(trt.ILogger.ERROR, "Requested amount of GPU memory (1742995456 bytes) could not be allocated.")
+
+    monkeypatch.setattr(Runtime, "deserialize_cuda_engine", run_out)
+    with pytest.raises(ShapecheckError, match=r"refuses to load .*unet\.plan\n  Requested amount of GPU memory") as caught:
+        EngineSession.open(written(tmp_path))
+    assert str(caught.value).splitlines()[-1].startswith("the GPU's memory is too small or taken: ")
+
+
 def test_a_tensorrt_that_does_not_start_is_told_in_its_words(trt, tmp_path):
     def start(logger):
         logger.log(trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
@@ -955,6 +965,13 @@ def test_what_does_not_fit_into_the_gpus_memory_is_refused_with_figures(monkeypa
     text = "an engine needs 2.00 GiB on cuda:0, and 1.00 of its 24.0 GiB are free; tensors of this process hold 20.00 GiB"
     with pytest.raises(ShapecheckError, match=text):
         gpu.require_memory(2 << 30, "an engine")
+
+    def allocate(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    with pytest.raises(ShapecheckError, match="no memory on cuda:0 for an output of 2×4×64×72: CUDA out of memory"):
+        gpu.allocate((2, 4, 64, 72), torch.float32)
 
 
 def test_without_a_gpu_the_error_says_so(tmp_path, monkeypatch):

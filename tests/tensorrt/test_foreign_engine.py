@@ -80,6 +80,13 @@ def test_an_engine_under_a_known_scheme_is_the_model_in_its_own_precision():
     assert interface.outputs == ("latent_out",)
 
 
+def test_comfyuis_names_are_known():
+    slots = dict(zip(SLOTS, find_scheme("comfyui").names(12), strict=True))
+    names = {"sample": "x", "timestep": "timesteps", "encoder_hidden_states": "context", **slots}
+    found = match_engine(declare(names), UNET)
+    assert (found.refusals, found.faults, dict(found.interface.names)) == ((), (), names)
+
+
 def test_numbers_in_names_of_no_scheme_tell_the_order_whatever_that_of_the_engine():
     names = {name: f"ctrl_down_{index}" for index, name in enumerate(SLOTS[:-1])} | {SLOTS[-1]: "ctrl_mid"}
     found = match_engine(declare(names, order=reversed(list(UNET.input_rules))), UNET)
