@@ -133,7 +133,8 @@ def _find_gaps(name: str, answers: Answers, answer: ProbeAnswer) -> Iterator[Gap
     linked, release = answer.facts.get("linked"), answer.facts.get("tensorrt")
     if name == "ort-trt" and linked and release is not None and release.split(".")[0] != linked:
         other = f"and cannot share an environment with {release}" if release else "which is not importable here"
-        yield Gap(f"its TensorRT provider is linked with TensorRT {linked}, {other}", packages.recommend_tensorrt(answers))
+        usual = Gap(f"its TensorRT provider is linked with TensorRT {linked}, {other}", packages.recommend_tensorrt(answers))
+        yield packages.find_bare_bindings(answers, linked) or usual
 
 
 def _find_capability_gaps(answers: Answers) -> Iterator[Gap]:

@@ -90,7 +90,7 @@ def find_lack(answers: Answers, module: str, install: str = "") -> Gap | None:
     whole = f"{bindings.removesuffix('-bindings')}=={answers.installed[bindings]}" if bindings else ""
     if answer.facts.get("missing") != module or answers.owners(module):
         if gone := [library for library in answer.gone if "nvinfer" in library]:
-            return _explain_missing_libraries(answers, bindings, gone[0])
+            return _explain_missing_libraries(answers, gone[0])
         return Gap(answer.problem, f"pip install --force-reinstall {whole if whole and answer.gone else name}")
     problem, command = f"{name} is not installed", f"pip install 'shapecheck-controlnet[{requirement.extra}]'"
     if whole:
@@ -121,9 +121,18 @@ def _read_release(version: str) -> tuple[int, ...]:
         return tuple(int(number) for number in re.findall(r"\d+", version)[:3]) or (sys.maxsize,)
 
 
-def _explain_missing_libraries(answers: Answers, bindings: str, library: str) -> Gap:
+def find_bare_bindings(answers: Answers, linked: str) -> Gap | None:
+    """Say that TensorRT's bindings of the release that ONNX Runtime is linked with are here without their libraries."""
+    bindings, installed = answers.bindings("tensorrt"), answers.installed
+    if not bindings or installed[bindings].partition(".")[0] != linked or bindings.replace("-bindings", "-libs") in installed:
+        return None
+    return _explain_missing_libraries(answers, f"libnvinfer.so.{linked}")
+
+
+def _explain_missing_libraries(answers: Answers, library: str) -> Gap:
     """Say that TensorRT's Python bindings are here without the libraries that they load."""
     installed, path = answers.installed, "PATH" if sys.platform == "win32" else "LD_LIBRARY_PATH"
+    bindings = answers.bindings("tensorrt")
     version = installed.get(bindings) or installed.get(answers.distribution("tensorrt"), "")
     problem = (
         f"the bindings of TensorRT{version and f' {version}'} are installed without its libraries ({library} was not found)"

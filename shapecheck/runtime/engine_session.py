@@ -195,6 +195,8 @@ def _find_interface(path: Path, declared: DeclaredEngine, contract: Contract) ->
         _log.warning("%s has no input for a ControlNet's residuals: it is served without them", path)
     if found.refusals:
         raise ContractError(found.refusals, subject=f"{path} is not this model", contract=contract)
-    for note in (*found.notes, *found.faults):
-        _log.warning("%s: %s", path, note)
+    for note in found.notes:
+        _log.info("%s: %s", path, note)
+    for doubt in filter(None, (found.unsure, *found.faults)):
+        _log.warning("%s: %s", path, doubt)
     return found.interface

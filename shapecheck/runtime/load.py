@@ -96,7 +96,9 @@ def load(
     if kind == "engine":
         session: DropInSession = EngineSession.open(path, contract=contract, device=device, graphs=graphs)
     else:
-        session = _open_onnx(path, backend, contract, device, sizes, batch, options, reuse=not own_outputs)
+        session = _open_onnx(
+            path, backend, contract, device, sizes, batch, options, reuse=not own_outputs, named=model is not None
+        )
     drop_in = DropInUNet if session.contract.role == "unet" else DropInControlNet
     return drop_in(session, finite=finite, own_outputs=own_outputs)
 
@@ -111,7 +113,9 @@ def _open_onnx(
     options: Mapping[str, str] | None,
     *,
     reuse: bool,
+    named: bool,
 ) -> ContractSession:
+    """Open an ONNX file; if a contract is that of a named model, in the precision of the file."""
     chosen: str = backend
     if backend == "auto":
         on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
@@ -125,9 +129,13 @@ def _open_onnx(
     known = contract or contract_inside(file)
     if known is None:
         raise ShapecheckError(
-            f"{file} holds no contract: say which model it is with contract=, such as shapecheck.probe('sd15'); "
+            f"{file} holds no contract: say which model it is with model=, such as model='sd15' or its folder; "
             f"`shapecheck check {file}` shows what can be seen in it"
         )
+    if named:
+        dtypes = {tensor.name: tensor.dtype for tensor in file.reading.inputs if tensor.is_float}
+        theirs = known.match_names(dtypes)
+        known = known.with_dtypes({name: dtypes[theirs[name]] for name in theirs if theirs[name] in dtypes})
     if chosen == "ort-trt" and sizes:
         names = known.match_names([declared.name for declared in file.reading.inputs])  # the file's own
         ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)

@@ -54,6 +54,7 @@ def check_engine(
     if engine is None:
         foreign = _read_foreign(path, model, weights, progress)
         interface, mismatches, notes = foreign.interface, [*foreign.refusals, *foreign.faults], foreign.notes
+        notes += (foreign.unsure,) if foreign.unsure else ()
         read, unread = "engine", ""
     else:
         interface, notes = engine.interface, ()

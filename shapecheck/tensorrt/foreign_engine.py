@@ -26,6 +26,8 @@ class ForeignEngine:
     faults: tuple[Mismatch, ...]
     """Everything else that is not as the model has it: sizes that are served are fewer, or a dtype holds less."""
     notes: tuple[str, ...]
+    unsure: str
+    """The slots that neither name nor shape tells apart; empty if there are none."""
 
     @property
     def has_slots(self) -> bool:
@@ -39,13 +41,12 @@ def match_engine(declared: DeclaredEngine, contract: Contract) -> ForeignEngine:
     """
     inputs = {port.name: _as_graph_tensor(port) for port in declared.tensors if port.is_input}
     profiles = [declared.whole_profile(number) for number in range(max(declared.profiles, 1))]
-    names, notes = _match_names(contract, list(inputs.values()), profiles[0])
-    bases = [replace(base, dtype=inputs[names[base.name]].dtype) if base.name in names else base for base in contract.inputs]
-    own = replace(contract, inputs=tuple(bases))
+    names, notes, unsure = _match_names(contract, list(inputs.values()), profiles[0])
+    own = contract.with_dtypes({name: inputs[theirs].dtype for name, theirs in names.items()})
     refusals = [*own.compare_inputs(inputs.values(), contract.match_names(inputs) | names)]
     outputs, wrong = _match_outputs(own, [port for port in declared.tensors if not port.is_input])
     faults = []
-    for base, expected in zip(bases, contract.inputs, strict=True):
+    for base, expected in zip(own.inputs, contract.inputs, strict=True):
         if ("float" in base.dtype) != ("float" in expected.dtype):
             cause = "a fractional timestep is cut off" if base.name == "timestep" else ""
             faults.append(Mismatch("dtype", base.name, base.dtype, expected.dtype, cause=cause))
@@ -58,15 +59,15 @@ def match_engine(declared: DeclaredEngine, contract: Contract) -> ForeignEngine:
         if wider:
             notes.append(f"profile {number} takes more sizes than the sample's at {', '.join(wider)}: only calls are checked")
     interface = EngineInterface(own, tuple(names.items()), outputs, tuple(profiles))
-    return ForeignEngine(interface, (*refusals, *wrong), tuple(faults), tuple(notes))
+    return ForeignEngine(interface, (*refusals, *wrong), tuple(faults), tuple(notes), unsure)
 
 
 def _as_graph_tensor(port: DeclaredTensor) -> GraphTensor:
     return GraphTensor(port.name, port.dtype, tuple(None if size == DYNAMIC else size for size in port.shape))
 
 
-def _match_names(contract: Contract, inputs: Sequence[GraphTensor], profile: Profile) -> tuple[dict[str, str], list[str]]:
-    """Return the engine's name of every input of the contract that it has, in the contract's order; and how they were found."""
+def _match_names(contract: Contract, inputs: Sequence[GraphTensor], profile: Profile) -> tuple[dict[str, str], list[str], str]:
+    """Return the engine's name of each input of the contract that it has, how they were found, and what is not sure."""
     scheme = detect_scheme(tensor.name for tensor in inputs)
     named = tuple(tensor for tensor in inputs if scheme is not None and scheme.index(tensor.name) is not None)
     features = tuple(tensor for tensor in inputs if is_feature(tensor.name))
@@ -75,7 +76,7 @@ def _match_names(contract: Contract, inputs: Sequence[GraphTensor], profile: Pro
     names = {expected.name: tensor.name for expected, tensor in matching.pairs}
     notes = [f"the slots are named as by {scheme.origin}"] if scheme not in (None, SHAPECHECK) else []
     slots = [slot for slot, tensor in matching.slots if tensor is None and not is_feature(slot.name)]
-    images = [tensor for tensor in matching.surplus if tensor.is_image]
+    images, unsure = [tensor for tensor in matching.surplus if tensor.is_image], ""
     numbered = {residual_index(tensor.name): tensor.name for tensor in images}
     places = {SHAPECHECK.index(slot.name): slot.name for slot in slots}
     if None in numbered:  # the only one without a number
@@ -88,15 +89,15 @@ def _match_names(contract: Contract, inputs: Sequence[GraphTensor], profile: Pro
         found = _match_by_shape(slots, {tensor.name: shapes[tensor.name] for tensor in images}, size)
         names |= found
         chosen = [shapes[name] for name in found.values()]
-        if unsure := [f"{name} as {slot}" for slot, name in found.items() if chosen.count(shapes[name]) > 1]:
-            notes.append(
-                f"taken in the order of the engine: {', '.join(unsure)}; neither name nor shape tells which is which, "
+        if alike := [f"{name} as {slot}" for slot, name in found.items() if chosen.count(shapes[name]) > 1]:
+            unsure = (
+                f"taken in the order of the engine: {', '.join(alike)}; neither name nor shape tells which is which, "
                 "so that their order is unknown until values decide: compare a call with PyTorch's"
             )
     if renamed := [f"{names[rule]} is {rule}" for rule in contract.input_rules if names.get(rule) in {t.name for t in others}
                    and names[rule] != rule]:  # fmt: skip
         notes.append(f"recognised by shape or number: {', '.join(renamed)}")
-    return {rule: names[rule] for rule in contract.input_rules if rule in names}, notes
+    return {rule: names[rule] for rule in contract.input_rules if rule in names}, notes, unsure
 
 
 def _find_size(contract: Contract, profile: Profile) -> Geometry | None:

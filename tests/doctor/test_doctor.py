@@ -492,6 +492,15 @@ def test_tensorrt_11_and_the_provider_of_onnx_runtime_exclude_each_other(machine
     (gap,) = doctor.backend("ort-trt").gaps
     assert gap.problem == "its TensorRT provider is linked with TensorRT 10, and cannot share an environment with 11.4.0.106"
     assert gap.fix == "pip install 'tensorrt-cu13>=10.6,<11'"
+    bare = {"installed": {"tensorrt-cu12-bindings": "10.6.0"}}
+    machine({"Tensorrt": ProbeAnswer(facts | {"tensorrt": ""}, "")}, driver=H100, CPU=ORT, distributions=bare)
+    (gap,) = doctor.backend("ort-trt").gaps
+    assert gap.problem == (
+        "the bindings of TensorRT 10.6.0 are installed without its libraries (libnvinfer.so.10 was not found)"
+    )
+    assert gap.fix.startswith("pip install --extra-index-url https://pypi.nvidia.com tensorrt-cu12-libs==10.6.0  # or put")
+    machine({"Tensorrt": ProbeAnswer(facts | {"tensorrt": ""}, "")}, driver=H100, CPU=ORT)
+    assert "which is not importable here" in doctor.backend("ort-trt").reason
     matching = facts | {"tensorrt": "10.16.1"}
     machine({"Tensorrt": ProbeAnswer(matching, "SM 61 is not supported")}, driver=H100, CPU=ORT)
     assert doctor.backend("ort-trt").reason == "cannot start a session with TensorrtExecutionProvider: SM 61 is not supported"

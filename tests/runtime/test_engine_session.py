@@ -853,6 +853,7 @@ def unrecorded(folder, plan=None):
 
 
 def test_an_engine_without_a_record_is_served_under_the_contract_that_is_given(trt, tmp_path, caplog):
+    caplog.set_level("INFO")
     with EngineSession.open(unrecorded(tmp_path), contract=CONTRACT) as session:
         assert (session.record, session.contract) == (None, CONTRACT)
         assert "recognised by shape or number: their_sample is sample, " in caplog.text

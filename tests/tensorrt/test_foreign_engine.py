@@ -92,6 +92,7 @@ def test_numbers_in_names_of_no_scheme_tell_the_order_whatever_that_of_the_engin
     found = match_engine(declare(names, order=reversed(list(UNET.input_rules))), UNET)
     assert (found.refusals, found.faults) == ((), ())
     assert {ours: theirs for ours, theirs in found.interface.names if ours in SLOTS} == names
+    assert found.unsure == ""
     assert list(dict(found.interface.names)) == list(UNET.input_rules)
     (note,) = found.notes
     assert note.startswith("recognised by shape or number: ctrl_down_0 is down_block_residual_00, ")
@@ -105,8 +106,8 @@ def test_names_that_tell_nothing_are_taken_by_shape_and_order_and_what_that_leav
     found = match_engine(declare(names, order=order), UNET)
     assert (found.refusals, found.faults) == ((), ())
     assert dict(found.interface.names) == names
-    unsure = next(note for note in found.notes if note.startswith("taken in the order of the engine"))
-    assert "their order is unknown until values decide" in unsure
+    unsure = found.unsure
+    assert unsure.startswith("taken in the order of the engine: ") and "unknown until values decide" in unsure
     told = {name for name in SLOTS if f"{names[name]} as {name}," in unsure or f"{names[name]} as {name};" in unsure}
     assert told == {*SLOTS} - {SLOTS[3], SLOTS[6]}  # the only ones of their shapes
     assert any(f"{names['sample']} is sample" in note for note in found.notes)
