@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import engines
 import onnx
 import onnx_files
@@ -70,7 +72,8 @@ def theirs(request, tmp_path_factory, model):
             profile.add(names[bounds.name], bounds.min, bounds.opt, bounds.max)
     config = CreateConfig(profiles=[profile] if profile else None, tf32=False)
     path = folder / "theirs.engine"
-    path.write_bytes(engine_bytes_from_network(NetworkFromOnnxPath(str(file), strongly_typed=True), config=config))
+    with warnings.catch_warnings(action="ignore"):  # Polygraphy's and TensorRT's own
+        path.write_bytes(engine_bytes_from_network(NetworkFromOnnxPath(str(file), strongly_typed=True), config=config))
     return path, sizes, contract
 
 
