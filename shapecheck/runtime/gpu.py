@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from shapecheck.contract import Shape, ShapecheckError
+from shapecheck.contract import Shape, ShapecheckError, show
 
 
 class Gpu:
@@ -77,9 +77,25 @@ class Gpu:
 
         return replay
 
+    def require_memory(self, needed: int, purpose: str) -> None:
+        """Raise ShapecheckError unless so many bytes are free for others than PyTorch, whose unused memory is freed first."""
+        free, total = torch.cuda.mem_get_info(self.name)
+        if free < needed:
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(self.name)
+        if not needed <= free:
+            own = torch.cuda.memory_allocated(self.name)
+            raise ShapecheckError(
+                f"{purpose} needs {needed / 2**30:.2f} GiB on {self.name}, and {free / 2**30:.2f} of its {total / 2**30:.1f} "
+                f"GiB are free; tensors of this process hold {own / 2**30:.2f} GiB: free models that the engine stands in for"
+            )
+
     def allocate(self, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Return memory for an output, whose contents are not set."""
-        return torch.empty(shape, dtype=dtype, device=self.name)
+        try:
+            return torch.empty(shape, dtype=dtype, device=self.name)
+        except torch.cuda.OutOfMemoryError as error:
+            raise ShapecheckError(f"no memory on {self.name} for an output of {show(shape)}: {error}") from error
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.name)

@@ -344,9 +344,15 @@ def test_what_cannot_be_loaded_says_what_can(file, tmp_path):
     with pytest.raises(ShapecheckError, match="ort does not run on cuda"):
         shapecheck.load(file, "ort", device="cuda")
     bare, contract = onnx_files.exported(tmp_path / "bare.onnx", small.TINY, latent=(9, 13))
-    with pytest.raises(ShapecheckError, match=r"bare\.onnx holds no contract: say which model it is with contract="):
+    with pytest.raises(ShapecheckError, match=r"bare\.onnx holds no contract: say which model it is with model=, such as"):
         shapecheck.load(bare, "ort")
     assert shapecheck.load(bare, "ort", contract=contract).contract == contract
+    half = contract.with_dtypes(dict.fromkeys(contract.input_dtypes, "float16"))
+    (tmp_path / "half.json").write_text(half.to_json(), encoding="utf-8")
+    named = shapecheck.load(bare, "ort", model=str(tmp_path / "half.json"))
+    assert named.contract == contract  # a model by name is loaded in the precision of its file
+    with pytest.raises(ContractError, match="float32"):
+        shapecheck.load(bare, "ort", contract=half)
     with pytest.raises(ContractError, match=r"down_block_residual_02 \(UNet down_blocks.0.downsamplers.0\): missing"):
         shapecheck.load(bare, "ort", contract=shapecheck.read_contract(file))
 
