@@ -148,8 +148,10 @@ def _open_session(
         if backend == "trt" or backend == "rtx":
             artefact = files.build_engine(backend, profiles)
             return open_file(artefact, "trt"), artefact
-        options = profile_formats.make_provider_options(profiles) if backend == "ort-trt" else None
-        return open_file(artefact, backend, options=options), artefact
+        if backend == "ort-trt":
+            with files.keep_engine(profile_formats.make_provider_options(profiles)) as options:
+                return open_file(artefact, backend, options=options), artefact
+        return open_file(artefact, backend), artefact
     except BaseException:
         unet.to(device)
         raise

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from shapecheck.contract import ShapecheckError
-from shapecheck.files import lock_folder
+from shapecheck.files import lock_folder, make_folder
 from shapecheck.models import weights
 from shapecheck.observe.subject import resolve_subject
 from shapecheck.onnx.contract_metadata import contract_inside
@@ -52,6 +54,30 @@ class ExportCache:
         """Return the engine of the ONNX file. Raises ShapecheckError if TensorRT is missing or refuses it."""
         path, options = self.export_onnx(), BuildOptions(target=target)
         return build_engine(path, cache=self._folder, profiles=profiles, options=options, progress=self._progress).path
+
+    @contextmanager
+    def keep_engine(self, options: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
+        """Yield options with which ONNX Runtime's TensorRT provider builds an engine once, for a block that opens the session.
+
+        By itself it takes an engine of other weights for that of the same graph, and a half-written one for a whole one. So
+        each has a folder of its own, which is there only when it is whole.
+        """
+        import onnxruntime
+
+        made_for = json.dumps([onnxruntime.__version__, sorted(options.items())])
+        digest = hashlib.sha256(made_for.encode()).hexdigest()
+        with lock_folder(self._folder):
+            kept = place = self._path.with_name(f"{self._path.stem}-{digest[:16]}.ort-trt")
+            if not kept.is_dir():
+                place = kept.with_suffix(".partial")
+                shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
+                make_folder(place)
+                for timings in self._folder.glob("*.ort-trt/*.timing"):  # of other weights and sizes: much is the same
+                    shutil.copy(timings, place)
+            enabled = {f"trt_{kind}_cache_enable": "1" for kind in ("engine", "timing")}
+            yield {**options, **enabled, "trt_engine_cache_path": str(place), "trt_timing_cache_path": str(place)}
+            if place != kept:
+                place.rename(kept)
 
     @cached_property
     def _path(self) -> Path:

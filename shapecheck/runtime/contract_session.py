@@ -15,6 +15,7 @@ from shapecheck.runtime.binding import Binding
 from shapecheck.runtime.call_gate import Gate
 from shapecheck.runtime.onnx_session import OnnxSession
 from shapecheck.runtime.torch_session import OUTPUT, TorchSession
+from shapecheck.tensorrt.profile_formats import choose_precision
 
 
 class ContractSession:
@@ -52,6 +53,8 @@ class ContractSession:
         file, or to capture it, or falls back to another provider.
         """
         path = Path(path)
+        if backend == "ort-trt":
+            options = {**choose_precision({contract.dtype}), **(options or {})}
         session = OnnxSession.open(path, backend=backend, device=device, options=options, graphs=graphs)
         names, dtypes = contract.match_names(session.inputs), session.dtypes()
         declared = [Port(name, dtypes[name]) for name in session.inputs]

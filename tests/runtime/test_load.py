@@ -23,6 +23,7 @@ from shapecheck import ContractError, ShapecheckError
 from shapecheck.runtime import combine, onnx_session
 from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.dropin_arguments import Arguments
+from shapecheck.runtime.onnx_session import OnnxSession
 
 H, W, TOKENS = 9, 13, 7
 
@@ -188,6 +189,22 @@ def test_single_precision_for_a_half_precision_graph_is_refused():
     with pytest.raises(CallError, match=r"sample: dtype: got float32, expected float16(.|\n)*tensor.to\(dtype\)"):
         unet(sample, 1, text)
     assert unet(sample.half(), 1, text.half()).sample.dtype == torch.float16
+
+
+@pytest.mark.parametrize(("half", "asked"), [(True, {}), (True, {"trt_fp16_enable": "0"}), (False, {})])
+def test_onnx_runtimes_tensorrt_computes_a_half_precision_graph_as_such(half, asked, monkeypatch):
+    """By itself it would in float32. What the caller says stands."""
+    opened = []
+
+    def refuse(_path, *, options, **_others):
+        opened.append(dict(options))
+        raise ShapecheckError("no GPU")
+
+    monkeypatch.setattr(OnnxSession, "open", refuse)
+    model = small.unet(**small.TINY)
+    with pytest.raises(ShapecheckError, match="no GPU"):
+        shapecheck.load(engines.export_sealed(model.half() if half else model), "ort-trt", options=asked)
+    assert opened == [asked or ({"trt_fp16_enable": "1"} if half else {})]
 
 
 def test_a_closed_session_says_so(file, good):
