@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,15 +20,35 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-class ProgressLine:
-    """The current step in one line that is overwritten, with a bar if the number of bytes is known."""
+_LOGGED = 10.0
+"""Seconds between two lines in a log."""
 
-    def __init__(self) -> None:
+
+class ProgressLine:
+    """The current step in one line that is overwritten, with a bar if the number of bytes is known.
+
+    If nobody is watching and `in_log`, what takes long writes a line now and then, with the seconds since it began.
+    """
+
+    def __init__(self, in_log: bool = False) -> None:
         self._step = ""
         self._bar: tqdm[Never] | None = None
+        self._log, self._over = sys.stderr, threading.Event()
+        if in_log and not self._log.isatty():
+            threading.Thread(target=self._write_log, daemon=True).start()
+
+    def _write_log(self) -> None:
+        began, written = time.monotonic(), ""
+        while not self._over.wait(_LOGGED):
+            if self._step != written:
+                written = self._step
+                with suppress(OSError, ValueError):  # a log that is full, or closed
+                    self._log.write(f"{time.monotonic() - began:.0f} s: {written}\n")
+                    self._log.flush()
 
     def __call__(self, step: str, done: int = 0, total: int = 0, /) -> None:
         if not sys.stderr.isatty():
+            self._step = step
             return
         if step != self._step:
             self.close()
@@ -37,6 +59,11 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
 
+    def end(self) -> None:
+        """Leave an empty line, and write nothing more."""
+        self._over.set()
+        self.close()
+
     def close(self) -> None:
         """Leave an empty line."""
         if self._bar is not None:
@@ -45,13 +72,13 @@ class ProgressLine:
 
 
 @contextmanager
-def progress() -> Iterator[ProgressLine]:
-    """Show progress while the block runs."""
-    line = ProgressLine()
+def progress(*, in_log: bool = False) -> Iterator[ProgressLine]:
+    """Show progress while the block runs; if that takes long, `in_log` too."""
+    line = ProgressLine(in_log)
     try:
         yield line
     finally:
-        line.close()
+        line.end()
 
 
 def write(text: str, output: Path | None) -> None:
