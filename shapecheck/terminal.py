@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -20,26 +21,22 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-_LOGGED = 10.0
-"""Seconds between two lines in a log."""
-
-
 class ProgressLine:
     """The current step in one line that is overwritten, with a bar if the number of bytes is known.
 
-    If nobody is watching and `in_log`, what takes long writes a line now and then, with the seconds since it began.
+    If nobody is watching, a line is written to the log `log_every` so many seconds, with those since the work began.
     """
 
-    def __init__(self, in_log: bool = False) -> None:
+    def __init__(self, log_every: float = math.inf) -> None:
         self._step = ""
         self._bar: tqdm[Never] | None = None
         self._log, self._over = sys.stderr, threading.Event()
-        if in_log and not self._log.isatty():
-            threading.Thread(target=self._write_log, daemon=True).start()
+        if math.isfinite(log_every) and not self._log.isatty():
+            threading.Thread(target=self._write_log, args=(log_every,), daemon=True).start()
 
-    def _write_log(self) -> None:
+    def _write_log(self, every: float) -> None:
         began, written = time.monotonic(), ""
-        while not self._over.wait(_LOGGED):
+        while not self._over.wait(every):
             if self._step != written:
                 written = self._step
                 with suppress(OSError, ValueError):  # a log that is full, or closed
@@ -72,9 +69,9 @@ class ProgressLine:
 
 
 @contextmanager
-def progress(*, in_log: bool = False) -> Iterator[ProgressLine]:
-    """Show progress while the block runs; if that takes long, `in_log` too."""
-    line = ProgressLine(in_log)
+def progress(*, log_every: float = math.inf) -> Iterator[ProgressLine]:
+    """Show progress while the block runs; where nobody is watching, every so many seconds."""
+    line = ProgressLine(log_every)
     try:
         yield line
     finally:

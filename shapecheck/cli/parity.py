@@ -85,7 +85,7 @@ def parity(report: Path | None, form: Form | Literal["html"], output: Path | Non
 
     if report is not None:
         make_folder(report)
-    with progress(in_log=True) as tell:
+    with progress(log_every=10.0) as tell:
         result = create_run(ParityRequest(**options, folder=report), tell).report()
     if report is not None:
         write_all(result, report)

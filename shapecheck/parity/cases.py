@@ -64,8 +64,8 @@ def residual_slots(contract: Contract) -> tuple[Slot, ...]:
 class InputGenerator:
     """Makes the inputs of forward calls.
 
-    Residuals are those of `emit`, or normally distributed with a width of 1, as a T2I-Adapter's features always are. All is drawn
-    once, on the CPU, whatever the device, and kept where PyTorch's side runs: nobody may write into the tensors that are given.
+    Residuals are those of `emit`, or normally distributed with a width of 1, as a T2I-Adapter's features always are.
+    All is drawn once, on the CPU whatever the device, and kept where PyTorch's side runs: nobody may write into what is given.
     """
 
     def __init__(self, contract: Contract, seed: int, emit: EmitResiduals | None = None) -> None:

@@ -82,9 +82,9 @@ def compute_reference(
 ) -> dict[str, ReferenceOutputs]:
     """Compute every call in the reference precision and in that of the contract, one after the other; return it by output.
 
-    A perturbation whose effect is blurred by rounding is computed at other sizes too: `choose_call` chooses among them. `look` is
-    given the model in the contract's precision, while it is loaded. Raises ShapecheckError if an output is not finite or zero
-    everywhere: nothing can be compared with it.
+    A perturbation whose effect is blurred by rounding is computed at other sizes too: `choose_call` chooses among them.
+    `look` is given the model in the contract's precision, while it is loaded. Raises ShapecheckError if an output is not finite
+    or zero everywhere: nothing can be compared with it.
     """
     is_half = torch.finfo(getattr(torch, contract.dtype)).bits < 32
     # Of the error of a half precision, float32's own is less than a hundredth.
@@ -116,18 +116,10 @@ def compute_reference(
                 module.to(getattr(torch, contract.dtype))  # the weights as if loaded so, and never two models in memory
             compute(module, contract.dtype, calls, rounded)
         del module
-        gc.collect()
-        return {name: collect(name) for name in output_names(contract)}
-
-    def collect(name: str) -> ReferenceOutputs:
-        reference = {case: outputs[name] for case, outputs in exact.items() if case not in unusable}
-        values = {case: outputs[name] for case, outputs in rounded.items() if case not in unusable}
-        shares = {
-            case: float((widen(value) - widen(reference[case])).abs().max() / widen(reference[case]).abs().max())
-            for case, value in values.items()
-        }
+        _free_memory()
         least = torch.finfo(getattr(torch, contract.dtype)).eps if rounded else ASSUMED_ERROR
-        return ReferenceOutputs(precision, reference, values, shares, least)
+        usable = [case for case in exact if case not in unusable]
+        return {name: _select(name, precision, exact, rounded, usable, least) for name in output_names(contract)}
 
     found = compute_both(cases)
     if blurred := [case for case in cases if case.perturbed and _is_blurred(case, found)]:
@@ -135,6 +127,24 @@ def compute_reference(
     if lost := [case for case in cases if case in unusable and choose_call(case, found) is case]:
         raise ShapecheckError(unusable[lost[0]])
     return found
+
+
+def _select(
+    name: str,
+    precision: str,
+    exact: Mapping[ForwardCase, Outputs],
+    rounded: Mapping[ForwardCase, Outputs],
+    cases: Sequence[ForwardCase],
+    least: float,
+) -> ReferenceOutputs:
+    """Return one output of these calls, and PyTorch's own error in each."""
+    reference = {case: exact[case][name] for case in cases}
+    values = {case: rounded[case][name] for case in cases if rounded}
+    shares = {
+        case: float((widen(value) - widen(reference[case])).abs().max() / widen(reference[case]).abs().max())
+        for case, value in values.items()
+    }
+    return ReferenceOutputs(precision, reference, values, shares, least)
 
 
 def choose_call(case: ForwardCase, references: Mapping[str, ReferenceOutputs]) -> ForwardCase:
@@ -181,4 +191,10 @@ class LazyReference:
 
     def close(self) -> None:
         self._session = None
-        gc.collect()
+        _free_memory()
+
+
+def _free_memory() -> None:
+    """Give back what nothing refers to: ONNX Runtime and TensorRT cannot use what PyTorch keeps for itself."""
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -163,9 +163,7 @@ class ParityRun:
         evaluators = {name: create_evaluator(name) for name in file.outputs}
         results = []
         for number, plan in enumerate(settled := _prefer_squares(plans, actual), 1):
-            self._progress(
-                f"judging {backend}, check {number} of {len(settled)}: {plan.check.kind} {plan.check.where}".rstrip()
-            )
+            self._progress(f"judging, check {number} of {len(settled)}: {plan.check}")
             results.append(self._evaluate(plan, evaluators, file, ran, seconds))
         compute.close()
         divergence, notes = self._search(backend, generate, references, results)

@@ -42,9 +42,9 @@ def search_file(
 ) -> tuple[Divergence | None, tuple[str, ...]]:
     """Return the first value that differs from PyTorch's in a call, and notes on whatever else the search shows.
 
-    An engine shows no values inside. It is built again from its ONNX file with those values as outputs; if that cannot be done,
-    or would take minutes, the ONNX file is searched in ONNX Runtime in its place. A note says either. `precision` is the reference's; what Polygraphy
-    needs to show the same is written to `folder`.
+    An engine shows no values inside. It is built again from its ONNX file with those values as outputs; if that cannot be done
+    or would take minutes, the ONNX file is searched in ONNX Runtime in its place. A note says either. `precision` is the
+    reference's; what Polygraphy needs to show the same is written to `folder`.
     """
     contract, graph = file.contract, file.graph
     assert graph is not None

@@ -305,7 +305,7 @@ def test_a_call_in_between_that_is_kept():
 
 
 def rounded_by(share: float) -> ReferenceOutputs:
-    """PyTorch in a precision whose rounding of the worst value is half the image, and of all as long as a share of an effect."""
+    """PyTorch whose rounding is half the image in the worst value, and a share of each effect in all values together."""
     sides = known_sides()
     generator, rounded = torch.Generator().manual_seed(3), {}
     for call, image in sides.reference.items():
