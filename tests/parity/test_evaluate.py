@@ -305,13 +305,17 @@ def test_a_call_in_between_that_is_kept():
 
 
 def rounded_by(share: float) -> ReferenceOutputs:
-    """PyTorch whose rounding is half the image in the worst value, and a share of each effect in all values together."""
+    """PyTorch whose rounding is half the image in the worst value, and a share of each effect in all values together.
+
+    It is at right angles to the effect, whose strength it happens to leave as it is.
+    """
     sides = known_sides()
-    generator, rounded = torch.Generator().manual_seed(3), {}
-    for call, image in sides.reference.items():
-        noise = torch.randn(image.shape, generator=generator, dtype=torch.float64)
-        length = sides.effect(call).norm() if call.perturbed else 0.0
-        rounded[call] = image + share * length * noise / noise.norm()
+    generator, rounded = torch.Generator().manual_seed(3), dict(sides.reference)
+    for call in [call for call in rounded if call.perturbed]:
+        effect = sides.effect(call)
+        noise = torch.randn(effect.shape, generator=generator, dtype=torch.float64)
+        noise -= (noise * effect).sum() / (effect * effect).sum() * effect
+        rounded[call] = rounded[call] + share * effect.norm() * noise / noise.norm()
     return replace(sides, rounded=rounded, shares=dict.fromkeys(sides.shares, 0.5))
 
 
