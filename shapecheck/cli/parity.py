@@ -50,7 +50,7 @@ from shapecheck.terminal import progress, write
     type=click.Choice(["auto", "float64", "float32"]),
     default="auto",
     show_default=True,
-    help="PyTorch's precision; auto is float64 if memory allows it.",
+    help="PyTorch's precision; auto is float64 if memory allows it, float32 for half precision.",
 )
 @variant_option
 @offline_option
