@@ -613,11 +613,9 @@ def test_faults_in_half_precision(half):
     assert failed(ignored)["slot[mid_block_residual]"].startswith("mid_block_residual changes nothing")
     assert kinds(scaled)["slot"] == kinds(ignored)["slot"] == 1
     for name in ("encoder_hidden_states", "timestep"):
-        edit = bake(name) if name == "encoder_hidden_states" else faults.frozen(name, 500)
-        baked = side(model, planted(path, folder / f"{name} baked.onnx", edit), ())
+        baked = side(model, planted(path, folder / f"{name} baked.onnx", faults.scaled(name, 0)), ())
         assert failed(baked)[f"input[{name}]"].startswith(f"{name} changes nothing: it is baked into the file")
         assert kinds(baked)["input"] == 1
-        assert "not run" not in {each.status for each in baked.results if each.check.kind == "slot" and name == "timestep"}
 
 
 @pytest.mark.full
