@@ -222,5 +222,7 @@ class TorchModel:
             free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
         except (OSError, StopIteration, ValueError):  # systems other than Linux only say how much there is
             free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 if hasattr(os, "sysconf") else 0
+        if torch.cuda.is_available():
+            free = min(free, torch.cuda.mem_get_info()[0])
         # A fifth more than the weights, and two gigabytes for everything else.
         return "float64" if parameters * 8 * 1.2 + 2e9 <= free else "float32"
