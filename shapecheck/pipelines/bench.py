@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from shapecheck import doctor, extras
 from shapecheck.artefact import read_contract, resolve_contract
 from shapecheck.contract import Contract, Geometry, ShapecheckError
-from shapecheck.doctor.environment import BACKENDS
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.pipelines.bench_record import BENCH_BACKENDS, COMPILED, TORCH_BACKENDS, Bench
-from shapecheck.pipelines.frame import FrameMaker, PlayFrame, compile_module
-from shapecheck.pipelines.frame_timing import Candidate, time_candidates
+from shapecheck.pipelines.frame_loading import Loader
+from shapecheck.pipelines.frame_timing import time_candidates
 from shapecheck.pipelines.picture_parts import find_picture_models, time_parts
 from shapecheck.progress import Progress, silent
-from shapecheck.runtime.dropin import DropIn
-from shapecheck.runtime.load import load
-from shapecheck.tensorrt import profile_formats
-from shapecheck.tensorrt.profiles import Range, profile_of
 from shapecheck.tensorrt.record import is_engine
 
 _PACKAGES = ("torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
@@ -68,17 +62,8 @@ def time_frames(
     contract.require(geometry)
     count = (1 if contract.slots else 0) if controlnets is None else controlnets
     nets = _read_controlnets(controlnet_files, contract, geometry) or [None] * count
-    loader = _Loader(artefact, contract, geometry, device, controlnet_files, nets)
-    candidates = [
-        Candidate(
-            name,
-            f"{TORCH_BACKENDS.get(name) or BACKENDS[name]}, {contract.dtype}",
-            loader.describe_controlnets(name),
-            partial(loader.make_frame, name),
-            asked=name not in optional,
-        )
-        for name in names
-    ]
+    loader = Loader(artefact, contract, geometry, device, controlnet_files, nets)
+    candidates = [replace(loader.make_candidate(name), asked=name not in optional) for name in names]
     models = find_picture_models(contract, (model, artefact))
     progress("making models with random weights")
     with torch.no_grad():
@@ -88,54 +73,6 @@ def time_frames(
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     versions = extras.list_versions(_PACKAGES)
     return Bench(artefact, contract.digest, geometry, len(nets), place, timings, versions, steps, parts)
-
-
-class _Loader:
-    """Loads a UNet and its ControlNets for one backend after the other."""
-
-    def __init__(
-        self,
-        artefact: str,
-        contract: Contract,
-        geometry: Geometry,
-        device: torch.device,
-        files: Sequence[str],
-        controlnets: Sequence[Contract | None],
-    ) -> None:
-        self._artefact, self._contract, self._geometry, self._device = artefact, contract, geometry, device
-        self._files, self._controlnets = files, controlnets
-        self._maker = FrameMaker(contract, geometry, device, controlnets)
-
-    def make_frame(self, backend: str) -> PlayFrame:
-        maker = self._maker
-        if backend == "torch":
-            return maker.make_frame(maker.torch_unet, maker.torch_controlnets)
-        if backend in COMPILED:
-            modules = [maker.build_unet(), *maker.build_controlnets()]
-            unet, *nets = (compile_module(module, backend) for module in modules)
-            return maker.make_frame(unet, nets, graphs=backend == "torch-reduce-overhead")
-        opened = self._open(self._artefact, backend, self._contract)
-        if not self._files:
-            return maker.make_frame(opened, maker.torch_controlnets)
-        pairs = zip(self._files, self._controlnets, strict=True)
-        return maker.make_frame(opened, [self._open(file, choose_runner(file, backend), known) for file, known in pairs])
-
-    def describe_controlnets(self, backend: str) -> str:
-        """Return who runs the ControlNets beside a UNet on this backend."""
-        if self._files and backend not in TORCH_BACKENDS:
-            return ", ".join(f"{Path(file).name} on {choose_runner(file, backend)}" for file in self._files)
-        if not self._controlnets:
-            return ""
-        return f"{len(self._controlnets)}, {'compiled likewise' if backend in COMPILED else 'in PyTorch'}"
-
-    def _open(self, file: str, backend: Any, known: Contract | None) -> DropIn:
-        options = None
-        if backend == "ort-trt" and known is not None:
-            # A profile of this one size: without one ONNX Runtime builds its own engine again and again for whatever comes.
-            profile = profile_of(known, Range(self._geometry, self._geometry, self._geometry))
-            options = profile_formats.make_provider_options([profile])
-        contract = None if is_engine(Path(file)) else known
-        return load(file, backend, contract=contract, device=self._device, options=options)
 
 
 def _read_controlnets(files: Sequence[str], unet: Contract, geometry: Geometry) -> list[Contract | None]:
@@ -148,13 +85,6 @@ def _read_controlnets(files: Sequence[str], unet: Contract, geometry: Geometry) 
         unet.verify(contract.shapes(geometry), geometry)
         contracts.append(contract)
     return contracts
-
-
-def choose_runner(file: str, backend: str) -> str:
-    """Return what runs a ControlNet's file beside a UNet on this backend."""
-    if is_engine(Path(file)):
-        return "trt"
-    return "ort-cuda" if backend == "trt" else backend
 
 
 def _read_contract(artefact: str, model: str | None, offline: bool, progress: Progress) -> Contract:

@@ -6,7 +6,7 @@ Models in PyTorch have random weights, which take as much time as any.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -76,8 +76,11 @@ class _MarkedCall:
         return outputs
 
 
-def compile_module(module: nn.Module, backend: str) -> Any:
-    """Return a UNet or ControlNet that this one of `COMPILED` compiles at its first call; the module itself may be changed."""
+def compile_module(module: nn.Module, backend: str, settings: Mapping[str, Any] | None = None) -> Any:
+    """Return a UNet, a ControlNet or a half of a VAE that this one of `COMPILED` compiles at its first call.
+
+    The module itself may be changed. `settings` are those of `load`.
+    """
     if backend == "torch-compile":
         return torch.compile(module)
     laid_out: Any = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -22,7 +22,7 @@ from shapecheck import Geometry, ShapecheckError
 from shapecheck.cli import main
 from shapecheck.doctor.environment import Backend, Gap
 from shapecheck.observe.probe import probe_controlnet
-from shapecheck.pipelines import bench, frame, frame_timing
+from shapecheck.pipelines import bench, frame, frame_loading, frame_timing
 from shapecheck.pipelines import bench_report as report
 from shapecheck.pipelines.bench import time_frames
 from shapecheck.pipelines.bench_record import Bench, Frame, Picture, PicturePart, Timing
@@ -172,7 +172,7 @@ def test_backends_take_turns_and_compute_the_same_call(file, monkeypatch):
         unet.register_forward_pre_hook(watch_session, with_kwargs=True)
         return unet
 
-    monkeypatch.setattr(bench, "load", load_watched)
+    monkeypatch.setattr(frame_loading, "load", load_watched)
     monkeypatch.setattr(UNet2DConditionModel, "forward", watch_torch)
     result = time_frames(str(file), backends=("torch", "ort"), size_px=(136, 72), batch=3, controlnets=2, frames=3, warm_up=2)
     slots = len(shapecheck.read_contract(file).slots)
@@ -205,7 +205,7 @@ def test_exported_controlnets_run_in_every_frame_and_pytorch_runs_their_likes(fi
         loaded.register_forward_hook(lambda *_: calls.append(Path(artefact).name))
         return loaded
 
-    monkeypatch.setattr(bench, "load", load_watched)
+    monkeypatch.setattr(frame_loading, "load", load_watched)
     monkeypatch.setattr(ControlNetModel, "forward", watch_torch)
     files = [str(canny), str(canny)]
     result = time_frames(str(file), backends=("torch", "ort"), size_px=(136, 72), controlnet_files=files, frames=1, warm_up=1)
@@ -220,10 +220,14 @@ def test_exported_controlnets_run_in_every_frame_and_pytorch_runs_their_likes(fi
     )
 
 
-def test_a_controlnet_beside_an_engine_runs_on_the_gpu_and_an_engine_anywhere_in_tensorrt(tmp_path):
+def test_a_controlnet_beside_an_engine_runs_on_the_gpu_and_an_engine_anywhere_in_tensorrt():
     plan = tmp_path / "depth.plan"
-    assert [bench.choose_runner("canny.onnx", name) for name in ("ort", "ort-trt", "trt")] == ["ort", "ort-trt", "ort-cuda"]
-    assert [bench.choose_runner(str(plan), name) for name in ("ort-cuda", "trt")] == ["trt", "trt"]
+    assert [frame_loading.choose_runner("canny.onnx", name) for name in ("ort", "ort-trt", "trt")] == [
+        "ort",
+        "ort-trt",
+        "ort-cuda",
+    ]
+    assert [frame_loading.choose_runner(str(plan), name) for name in ("ort-cuda", "trt")] == ["trt", "trt"]
 
 
 def test_reduce_overhead_is_the_line_a_user_types_and_marks_its_steps(file, monkeypatch):
@@ -315,7 +319,7 @@ def test_a_backend_that_does_not_run_is_told_and_fails(file, monkeypatch):
     def refuses(*_, **__):
         raise ShapecheckError("out of file handles")
 
-    monkeypatch.setattr(bench, "load", refuses)
+    monkeypatch.setattr(frame_loading, "load", refuses)
     done = run(file, "--backends", "torch,ort", "--size", SIZE, "--frames", 1, "--warm-up", 1)
     assert done.exit_code == 2
     assert "note: ort did not run: out of file handles" in done.stdout
