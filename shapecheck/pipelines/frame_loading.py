@@ -55,11 +55,11 @@ class Loader:
             modules = [maker.build_unet(), *maker.build_controlnets()]
             unet, *nets = (compile_module(module, backend, self._settings) for module in modules)
             return maker.make_frame(unet, nets, graphs=backend == "torch-reduce-overhead")
-        opened = self._open(self._artefact, backend, self._contract)
+        opened = self.open_file(self._artefact, backend, self._contract)
         if not self._files:
             return maker.make_frame(opened, maker.torch_controlnets)
         pairs = zip(self._files, self._controlnets, strict=True)
-        return maker.make_frame(opened, [self._open(file, choose_runner(file, backend), known) for file, known in pairs])
+        return maker.make_frame(opened, [self.open_file(file, choose_runner(file, backend), known) for file, known in pairs])
 
     def _describe_controlnets(self, backend: str) -> str:
         """Return who runs the ControlNets beside a UNet on this backend."""
@@ -69,7 +69,8 @@ class Loader:
             return ""
         return f"{len(self._controlnets)}, {'compiled likewise' if backend in COMPILED else 'in PyTorch'}"
 
-    def _open(self, file: str, backend: Any, known: Contract | None) -> DropIn:
+    def open_file(self, file: str, backend: Any, known: Contract | None) -> DropIn:
+        """Return an ONNX file or an engine in the place of a model. Raises ShapecheckError if it does not run."""
         options = None
         if backend == "ort-trt" and known is not None:
             # A profile of this one size: without one ONNX Runtime builds its own engine again and again for whatever comes.

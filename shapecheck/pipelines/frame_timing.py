@@ -18,6 +18,8 @@ from shapecheck.pipelines.bench_record import COMPILED, Frame, Timing
 from shapecheck.pipelines.frame import Clock, PlayFrame
 from shapecheck.progress import Progress
 
+Caught = type[Exception] | tuple[type[Exception], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -31,11 +33,17 @@ class Candidate:
 
 
 def time_candidates(
-    candidates: Sequence[Candidate], device: torch.device, *, frames: int, warm_up: int, progress: Progress
+    candidates: Sequence[Candidate],
+    device: torch.device,
+    *,
+    frames: int,
+    warm_up: int,
+    progress: Progress,
+    caught: Caught = (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError),
 ) -> tuple[Timing, ...]:
     """Load all, then play one frame of each in turn. A candidate that does not run is a timing with its reason.
 
-    Call it without gradients.
+    `caught` are the errors by which it does not run; a compiler may raise any. Call it without gradients.
     """
     clock = Clock(device)
     plays: dict[str, PlayFrame] = {}
@@ -43,7 +51,7 @@ def time_candidates(
     for candidate in candidates:
         compiles = candidate.backend in COMPILED
         progress(f"compiling {candidate.backend}: minutes" if compiles else f"loading {candidate.backend}")
-        timing, play = _prepare(candidate, clock, device, warm_up)
+        timing, play = _prepare(candidate, clock, device, warm_up, Exception if compiles else caught)
         timings.append(timing)
         if play is not None:
             plays[candidate.backend] = play
@@ -60,14 +68,13 @@ def time_candidates(
     return tuple(replace(timing, frames=tuple(measured[timing.backend])) for timing in timings)
 
 
-def _prepare(candidate: Candidate, clock: Clock, device: torch.device, warm_up: int) -> tuple[Timing, PlayFrame | None]:
+def _prepare(
+    candidate: Candidate, clock: Clock, device: torch.device, warm_up: int, caught: Caught
+) -> tuple[Timing, PlayFrame | None]:
     """Load a backend and play frames that do not count. Return its timing, still without frames, and its frame."""
     timing = Timing(candidate.backend, "", asked=candidate.asked)
     release_memory(device)
     before, start = measure_memory(device), time.monotonic()
-    # A compiler may raise anything.
-    usual = (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)
-    caught = Exception if candidate.backend in COMPILED else usual
     try:
         play = candidate.make_frame()
         for _ in range(warm_up):

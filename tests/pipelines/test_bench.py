@@ -221,13 +221,9 @@ def test_exported_controlnets_run_in_every_frame_and_pytorch_runs_their_likes(fi
 
 
 def test_a_controlnet_beside_an_engine_runs_on_the_gpu_and_an_engine_anywhere_in_tensorrt():
-    plan = tmp_path / "depth.plan"
-    assert [frame_loading.choose_runner("canny.onnx", name) for name in ("ort", "ort-trt", "trt")] == [
-        "ort",
-        "ort-trt",
-        "ort-cuda",
-    ]
-    assert [frame_loading.choose_runner(str(plan), name) for name in ("ort-cuda", "trt")] == ["trt", "trt"]
+    runners = [frame_loading.choose_runner("canny.onnx", backend) for backend in ("ort", "ort-trt", "trt")]
+    assert runners == ["ort", "ort-trt", "ort-cuda"]
+    assert [frame_loading.choose_runner("depth.plan", backend) for backend in ("ort-cuda", "trt")] == ["trt", "trt"]
 
 
 def test_reduce_overhead_is_the_line_a_user_types_and_marks_its_steps(file, monkeypatch):
