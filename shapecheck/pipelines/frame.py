@@ -87,6 +87,11 @@ def compile_module(module: nn.Module, backend: str, settings: Mapping[str, Any] 
     return torch.compile(laid_out, mode="reduce-overhead", fullgraph=True)
 
 
+def mark_step_begin() -> None:
+    """Tell torch.compile that what its CUDA graphs returned before is no longer read."""
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+
 def fill_randomly(module: nn.Module, dtype: torch.dtype, device: torch.device, *, seed: int) -> nn.Module:
     """Give a module that is on the meta device weights as it would have before training, the same for the same seed.
 
@@ -157,7 +162,7 @@ class FrameMaker:
 
         def play(clock: Clock) -> None:
             if graphs:
-                torch.compiler.cudagraph_mark_step_begin()
+                mark_step_begin()
             clock.mark()
             emitted = [net(**self._base, controlnet_cond=self._image, return_dict=False) for net in controlnets]
             clock.mark()

@@ -19,7 +19,7 @@ from shapecheck.contract.errors import one_line
 from shapecheck.logs import silence_logger
 from shapecheck.models.config_file import read_json, refuse_absurd
 from shapecheck.pipelines.bench_record import PicturePart
-from shapecheck.pipelines.frame import Clock, compile_module, fill_randomly
+from shapecheck.pipelines.frame import Clock, compile_module, fill_randomly, mark_step_begin
 from shapecheck.pipelines.frame_timing import release_memory
 from shapecheck.presets import picture_models
 from shapecheck.progress import Progress
@@ -52,8 +52,8 @@ def find_picture_models(contract: Contract, names: tuple[str | None, ...]) -> Pi
         for name, config in found.items():
             refuse_absurd(config, str(folder / name / "config.json"))
         if found:
-            text = tuple(config for name, config in found.items() if name != "vae")
-            return PictureModels(found.get("vae"), text, "the folder's own config")
+            encoders = tuple(config for name, config in found.items() if name != "vae")
+            return PictureModels(found.get("vae"), encoders, "the folder's own config")
     width, channels = contract.config.get("cross_attention_dim"), contract.config.get("out_channels")
     text = picture_models.TEXT_ENCODERS.get(width, ()) if isinstance(width, int) else ()
     is_usual = text and channels == 4 and contract.header.vae_factor == 8
@@ -166,7 +166,7 @@ def _time_call(call: Callable[[], object], clock: Clock, *, graphs: bool = False
     times = []
     for _ in range(_WARM_UP + _RUNS):
         if graphs:
-            torch.compiler.cudagraph_mark_step_begin()
+            mark_step_begin()
         clock.begin()
         clock.mark()
         call()

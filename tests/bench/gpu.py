@@ -322,9 +322,10 @@ def measure_latency(lab: Lab, record: Callable[[dict[str, Any]], None], deadline
 
         record(to_part(bench))
         models, compiled = find_picture_models(lab.contract, ()), any(timing.backend in COMPILED for timing in timings)
-        parts = time_parts(
-            models, lab.contract, lab.geometry, lab.device, compiled=compiled and not options.quick, progress=progress
-        )
+        with deadline.interrupt():
+            parts = time_parts(
+                models, lab.contract, lab.geometry, lab.device, compiled=compiled and not options.quick, progress=progress
+            )
     print(bench_report.render_text(bench := replace(bench, parts=parts)), flush=True)
     return to_part(bench)
 

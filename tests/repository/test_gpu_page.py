@@ -1,4 +1,4 @@
-"""reports/gpu.md from recorded numbers: what tests/bench/gpu.py measured is told, and what is missing does not look measured."""
+"""reports/gpu.md from recorded numbers: what tests/bench/gpu.py measured is told, and what is missing looks so."""
 
 from __future__ import annotations
 
