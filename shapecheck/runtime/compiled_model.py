@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
@@ -55,9 +55,9 @@ class CompiledModel(nn.Module):
         on_gpu = next(module.parameters()).is_cuda
         memo: dict[int, Any] = {}
         for value in module.parameters():
-            order = torch.channels_last if on_gpu and value.dim() == 4 else torch.preserve_format
+            order = torch.channels_last if value.dim() == 4 else torch.contiguous_format
             memo[id(value)] = nn.Parameter(value.detach().contiguous(memory_format=order) if on_gpu else value.detach(), False)
-        self.model: Any = copy.deepcopy(module, memo).eval()
+        self.model = cast("Any", copy.deepcopy(module, memo).eval())
         self.text: nn.Module | None = None
         blocks = [*self.model.down_blocks, self.model.mid_block, *getattr(self.model, "up_blocks", ())]
         if all(type(block).__name__ in _KNOWN_BLOCKS for block in blocks if block is not None):
@@ -71,7 +71,7 @@ class CompiledModel(nn.Module):
         return self.model(**arguments, return_dict=False)
 
     def _join_attention(self) -> None:
-        """Compute keys and values of the text for all layers in one product, and query, key and value of the rest in one each."""
+        """Compute keys and values of the text for all layers at once, and query, key and value of each other layer."""
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         if any(type(layer.processor) is not AttnProcessor2_0 or not _is_plain(layer) for layer in layers):
             return

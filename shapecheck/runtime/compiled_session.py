@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Self
 
 import torch
@@ -20,13 +21,14 @@ from shapecheck.models.forward_call import build_arguments, unwrap_compiled
 from shapecheck.runtime.binding import Binding, BoundCall
 from shapecheck.runtime.call_gate import Gate
 from shapecheck.runtime.compiled_model import CompiledModel
-from shapecheck.runtime.torch_session import output_names
+from shapecheck.runtime.torch_session import forbid_tf32, output_names
 from shapecheck.version import __version__
 
 _Run = Callable[..., tuple[Tensor, ...]]
 _OPTIONS: Mapping[str, Any] = {
     "conv_1x1_as_mm": True,
 }
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
 _log = logging.getLogger(__name__)
 _compiled: dict[str, _Run] = {}
 """What was compiled in this process: a model of the same structure runs the same code with its own weights."""
@@ -64,19 +66,30 @@ class CompiledSession:
     The weights are those of the module when it was opened.
 
     `cache` is a folder that keeps what was compiled; another process with the same model finds it there in seconds. Trust it
-    as you trust a program: what is in it is run. A refused call changes nothing for the next one. Two calls at once are an
-    error: open a session for each thread.
+    as you trust a program: what is in it is run. `compiler` is a backend of torch.compile. If it is to be compared, the session
+    computes `exactly`: on a GPU not in TF32. A refused call changes nothing for the next one. Two calls at once are an error:
+    open a session for each thread.
     """
 
     provider = "torch.compile"
 
-    def __init__(self, module: nn.Module, contract: Contract, name: str = "", *, cache: Path | None = None) -> None:
-        module = unwrap_compiled(module).eval()
+    def __init__(
+        self,
+        module: nn.Module,
+        contract: Contract,
+        name: str = "",
+        *,
+        cache: Path | None = None,
+        compiler: str = "inductor",
+        exactly: bool = False,
+    ) -> None:
+        module = unwrap_compiled(module)
         self.contract, self.device = contract, next(module.parameters()).device
         self.reuses_outputs = self.device.type == "cuda"
-        self.detail = f"torch {torch.__version__}"
+        self.detail = f"torch {torch.__version__}" + (", TF32 off" if exactly and self.device.type != "cpu" else "")
         self._forward: _Forward | None = _Forward(CompiledModel(module), contract)
-        self._structure, self._cache = _digest_structure(self._forward), cache
+        self._cache, self._compiler, self._exactly = cache, compiler, exactly
+        self._identity = f"{_digest_structure(self._forward)} {_describe_makers(self.device, compiler)} exactly {exactly}"
         self._names = output_names(contract)
         names = tuple((rule, rule) for rule in contract.input_rules)
         self._gate = Gate(name or type(module).__name__, Binding(contract, names, self._names, str(self.device)))
@@ -93,12 +106,13 @@ class CompiledSession:
         with self._gate.acquire():
             call = self._gate.serve(inputs)
             tensors = [inputs[name] for name in call.expected]
-            if self.device.type != "cuda":
-                outputs = self._compile(call, tensors)(self._forward, *tensors)
-            elif torch.cuda.is_current_stream_capturing():
-                outputs = self._run_captured(call, tensors)
-            else:
-                outputs = self._replay(call, tensors)
+            with forbid_tf32() if self._exactly else nullcontext():
+                if self.device.type != "cuda":
+                    outputs = self._run(call, tensors)
+                elif torch.cuda.is_current_stream_capturing():
+                    outputs = self._run_captured(call, tensors)
+                else:
+                    outputs = self._replay(call, tensors)
             return dict(zip(self._names, outputs, strict=True))
 
     def close(self) -> None:
@@ -118,7 +132,7 @@ class CompiledSession:
         self.close()
 
     def _replay(self, call: BoundCall, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), torch.no_grad():
             current = torch.cuda.current_stream()
             if self._last not in (None, current):
                 current.wait_stream(self._last)  # the graph's memory is one: calls on several streams take turns
@@ -130,7 +144,7 @@ class CompiledSession:
         return graph.outputs
 
     def _capture(self, call: BoundCall, tensors: list[Tensor]) -> _Graph:
-        with torch.inference_mode(False), torch.no_grad(), _choose_kernels():
+        with _plain_mode(self.device), _choose_kernels():
             inputs = [_allocate_like(tensor) for tensor in tensors]
             torch._foreach_copy_(inputs, tensors)
             run = self._compile(call, inputs)
@@ -150,14 +164,19 @@ class CompiledSession:
         """Run within a graph that the caller captures, whose own memory the outputs then are in."""
         if call.geometry not in self._graphs:
             raise ShapecheckError(f"{call.geometry} was not called before this capture: call it once, it is compiled then")
-        with torch.inference_mode(False), torch.no_grad():
-            return self._compile(call, tensors)(self._forward, *tensors)
+        return self._run(call, tensors)
+
+    def _run(self, call: BoundCall, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        with _plain_mode(self.device):
+            # compiled code takes the layout that it was compiled for
+            laid_out = [tensor.contiguous(memory_format=_choose_order(tensor)) for tensor in tensors]
+            return self._compile(call, laid_out)(self._forward, *laid_out)
 
     def _compile(self, call: BoundCall, tensors: list[Tensor]) -> _Run:
-        key = hashlib.sha256(f"{self._structure} {call.geometry!r} {_describe_makers(self.device)}".encode()).hexdigest()
+        key = hashlib.sha256(f"{self._identity} {call.geometry!r}".encode()).hexdigest()
         if key not in _compiled:
             file = self._cache / f"compiled-{key[:16]}.bin" if self._cache is not None else None
-            _compiled[key] = _load(file) or _compile_forward(self._forward, tensors, file)
+            _compiled[key] = _load(file) or _compile_forward(self._forward, tensors, file, self._compiler)
         return _compiled[key]
 
 
@@ -178,26 +197,29 @@ class _Graph:
 
 
 def _allocate_like(tensor: Tensor) -> Tensor:
-    """Return memory for an input: an image or residual with its channels last, as the kernels read it."""
-    order = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-    return torch.empty_like(tensor, memory_format=order)
+    return torch.empty_like(tensor, memory_format=_choose_order(tensor))
 
 
-def _compile_forward(forward: nn.Module | None, tensors: list[Tensor], file: Path | None) -> _Run:
+def _choose_order(tensor: Tensor) -> torch.memory_format:
+    """Return how an input lies in memory: an image or residual on a GPU with its channels last, as the kernels read it."""
+    return torch.channels_last if tensor.is_cuda and tensor.dim() == 4 else torch.contiguous_format
+
+
+def _compile_forward(forward: nn.Module | None, tensors: list[Tensor], file: Path | None, compiler: str) -> _Run:
     """Compile a forward for these tensors, and keep what comes of it in a file. Raises ShapecheckError if PyTorch cannot."""
-    options = dict(_OPTIONS)
+    options = dict(_OPTIONS) if compiler == "inductor" else {}
     is_ahead = hasattr(torch.compiler, "load_compiled_function")  # since PyTorch 2.9
     if is_ahead:
         # what a guard would look at, the session has checked: shapes, dtypes and devices, at each call
         options["guard_filter_fn"] = lambda guards: [False for _ in guards]
-    function: Any = torch.compile(_Forward.forward, fullgraph=True, dynamic=False, options=options)
-    device = tensors[0].device.type
+    # a copy of the code, for PyTorch counts what it compiles for one and stops at eight
+    plain = FunctionType(_Forward.forward.__code__.replace(), globals())
+    function: Any = torch.compile(plain, fullgraph=True, dynamic=False, backend=compiler, options=options or None)
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            if not is_ahead:
-                function(forward, *tensors)
-                return function  # type: ignore[no-any-return]
-            ahead: Any = function.aot_compile(((forward, *tensors), {}))
+        if not is_ahead:
+            function(forward, *tensors)
+            return function  # type: ignore[no-any-return]
+        ahead: Any = function.aot_compile(((forward, *tensors), {}))
     except Exception as error:  # a compiler may raise anything
         reason = one_line(str(error) or type(error).__name__, longest=600)
         raise ShapecheckError(f"torch.compile cannot compile this model: {reason}") from error
@@ -213,29 +235,57 @@ def _load(file: Path | None) -> _Run | None:
         return None
     try:
         with file.open("rb") as stream:
-            return torch.compiler.load_compiled_function(stream)  # type: ignore[no-any-return]
+            return torch.compiler.load_compiled_function(stream)
     except Exception as error:
         _log.warning("%s cannot be loaded, and is compiled again: %s", file, one_line(str(error), longest=200))
         return None
 
 
-def _describe_makers(device: torch.device) -> str:
+def _describe_makers(device: torch.device, compiler: str) -> str:
     """Return what compiled code depends on beside the model."""
-    place = "cpu"
+    place = f"cpu {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
         place = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)} cuda {torch.version.cuda}"
-    return f"shapecheck {__version__}, torch {torch.__version__}, {place}, {sorted(map(str, _OPTIONS))}"
+    makers = f"shapecheck {__version__}, torch {torch.__version__}, diffusers {version('diffusers')}"
+    return f"{makers}, {place}, {compiler} {sorted(map(str, _OPTIONS.items()))}"
 
 
 def _digest_structure(module: nn.Module) -> str:
     """Return a digest of everything but the weights: modules, their settings, and the forms of their parameters."""
-    layers = [
-        (name, type(layer).__qualname__, {key: value for key, value in vars(layer).items() if not key.startswith("_")})
-        for name, layer in module.named_modules()
+    layers = []
+    for name, layer in module.named_modules():
+        settings = [f"{key}={_describe(value)}" for key, value in vars(layer).items() if key not in _OF_EVERY_MODULE]
+        hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
+        layers.append((name, type(layer).__qualname__, layer.training, sorted(settings), _describe(hooks)))
+    places: dict[int, int] = {}  # which of them are one tensor
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    forms = [
+        (name, tuple(value.shape), value.stride(), str(value.dtype), places.setdefault(id(value), len(places)))
+        for name, value in tensors
     ]
-    forms = [(name, tuple(value.shape), value.stride(), str(value.dtype)) for name, value in module.state_dict().items()]
-    text = json.dumps([layers, forms], sort_keys=True, skipkeys=True, default=lambda value: type(value).__qualname__)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(repr((layers, forms)).encode()).hexdigest()
+
+
+def _describe(value: Any, depth: int = 4) -> str:
+    """Return a text for a setting of a module that is the same in every process; of an object its class and attributes."""
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return repr(value)
+    if isinstance(value, Mapping):
+        # names of folders and versions say nothing of the computation
+        return repr([(str(key), _describe(value[key], depth)) for key in value if not str(key).startswith("_")])
+    if isinstance(value, list | tuple):
+        return repr([_describe(entry, depth) for entry in value])
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    if isinstance(value, type | nn.Module | Tensor) or not hasattr(value, "__dict__") or not depth:
+        return name
+    return name + "".join(f" {key}={_describe(entry, depth - 1)}" for key, entry in sorted(vars(value).items()))
+
+
+@contextmanager
+def _plain_mode(device: torch.device) -> Iterator[None]:
+    """Switch off what code is not compiled for: gradients, inference mode, autocast."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextmanager

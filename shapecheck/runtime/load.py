@@ -55,8 +55,8 @@ def load(
     """Return a UNet or ControlNet for diffusers' pipelines and StreamDiffusion: `pipe.unet = shapecheck.load("unet.onnx")`.
 
     `artefact` is an ONNX file, an engine with its record, or for `torch` and `torch-compile` a model: a diffusers folder, a hub
-    id in the local cache, a live UNet2DConditionModel or ControlNetModel. `auto` runs an engine in TensorRT, an ONNX file on the
-    GPU if ONNX Runtime can and else on the CPU, which is logged, a model in PyTorch. Any other backend runs, or raises.
+    id in the local cache, a live UNet2DConditionModel or ControlNetModel. `auto` runs an engine in TensorRT, a model in
+    PyTorch, an ONNX file on the GPU if ONNX Runtime can, else on the CPU, which is logged. Any other backend runs, or raises.
 
     `contract` is needed for an ONNX file that holds none. `device` is `cpu`, `cuda`, `cuda:1`. `dtype` and `variant` are for a
     model. `torch-compile` compiles each size at its first call, which takes minutes; `cache` is a folder that keeps what was
