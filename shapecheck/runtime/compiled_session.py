@@ -207,26 +207,44 @@ def _choose_order(tensor: Tensor) -> torch.memory_format:
 
 def _compile_forward(forward: nn.Module | None, tensors: list[Tensor], file: Path | None, compiler: str) -> _Run:
     """Compile a forward for these tensors, and keep what comes of it in a file. Raises ShapecheckError if PyTorch cannot."""
-    options = dict(_OPTIONS) if compiler == "inductor" else {}
-    is_ahead = hasattr(torch.compiler, "load_compiled_function")  # since PyTorch 2.9
-    if is_ahead:
-        # what a guard would look at, the session has checked: shapes, dtypes and devices, at each call
-        options["guard_filter_fn"] = lambda guards: [False for _ in guards]
     # a copy of the code, for PyTorch counts what it compiles for one and stops at eight
-    plain = FunctionType(_Forward.forward.__code__.replace(), globals())
-    function: Any = torch.compile(plain, fullgraph=True, dynamic=False, backend=compiler, options=options or None)
+    function = FunctionType(_Forward.forward.__code__.replace(), globals())
+    options = dict(_OPTIONS) if compiler == "inductor" else {}
     try:
-        if not is_ahead:
-            function(forward, *tensors)
-            return function  # type: ignore[no-any-return]
-        ahead: Any = function.aot_compile(((forward, *tensors), {}))
+        if hasattr(torch.compiler, "load_compiled_function"):  # since PyTorch 2.9
+            try:
+                return _compile_ahead(function, forward, tensors, file, compiler, options)
+            except Exception as error:
+                # it is experimental there; what cannot be kept is compiled at every start
+                _log.warning("what is compiled cannot be kept for the next start: %s", one_line(str(error), longest=200))
+        run: _Run = torch.compile(function, fullgraph=True, dynamic=False, backend=compiler, options=options or None)
+        run(forward, *tensors)
     except Exception as error:  # a compiler may raise anything
         reason = one_line(str(error) or type(error).__name__, longest=600)
         raise ShapecheckError(f"torch.compile cannot compile this model: {reason}") from error
+    return run
+
+
+def _compile_ahead(
+    function: Callable[..., Any],
+    forward: nn.Module | None,
+    tensors: list[Tensor],
+    file: Path | None,
+    compiler: str,
+    options: Mapping[str, Any],
+) -> _Run:
+    """Compile a function into one that needs no tracing when it is read from a file again."""
+    # what a guard would look at, the session has checked: shapes, dtypes and devices, at each call
+    unguarded = {**options, "guard_filter_fn": lambda guards: [False for _ in guards]}
+    config: Any = torch._dynamo.config
+    with config.patch(enable_aot_compile=True) if hasattr(config, "enable_aot_compile") else nullcontext():
+        compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, backend=compiler, options=unguarded)
+        ahead = compiled.aot_compile(((forward, *tensors), {}))
     if file is not None:
         with atomic_write(file) as partial:
             ahead.save_compiled_function(str(partial))
-    return ahead  # type: ignore[no-any-return]
+    run: _Run = ahead
+    return run
 
 
 def _load(file: Path | None) -> _Run | None:

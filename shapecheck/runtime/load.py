@@ -58,12 +58,12 @@ def load(
     """Return a UNet or ControlNet for diffusers' pipelines and StreamDiffusion: `pipe.unet = shapecheck.load("unet.onnx")`.
 
     `artefact` is an ONNX file, an engine, or for `torch` and `torch-compile` a model: a diffusers folder, a hub id in the local
-    cache, a live UNet2DConditionModel or ControlNetModel. `auto` runs an engine in TensorRT, a model in PyTorch, an ONNX file on
-    the GPU if ONNX Runtime can, else on the CPU, which is logged. Any other backend runs, or raises.
+    cache, a live UNet2DConditionModel or ControlNetModel. `auto` runs an engine in TensorRT, a model in PyTorch, an ONNX file
+    on the GPU if ONNX Runtime can, else on the CPU, which is logged. Any other backend runs, or raises.
 
     `contract`, or the name or folder of its `model`, is needed for an ONNX file that holds none, and for an engine without a
-    record, which anybody may have built and under any names. `device` is `cpu`, `cuda`, `cuda:1`. `dtype` and `variant` are for a
-    model in PyTorch. `torch-compile` compiles each size at its first call, which takes minutes; `cache` is a folder that keeps
+    record, which anybody may have built and under any names. `device` is `cpu`, `cuda`, `cuda:1`. `dtype` and `variant` are for
+    a model in PyTorch. `torch-compile` compiles each size at its first call, which takes minutes; `cache` is a folder that keeps
     what was compiled, for the next start (it is run as a program is: let nobody else write there). `sizes` and `batch`, as for
     `shapecheck build`, and `options` for the provider are for `ort-trt` and `ort-cuda`; `graphs` replays calls as CUDA graphs,
     in TensorRT and ONNX Runtime on a GPU. `finite=False` lets NaN through, and on a GPU saves waiting for each image. With
