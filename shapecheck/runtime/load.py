@@ -63,7 +63,7 @@ def load(
 
     `contract`, or the name or folder of its `model`, is needed for an ONNX file that holds none, and for an engine without a
     record, which anybody may have built and under any names. `device` is `cpu`, `cuda`, `cuda:1`. `dtype` and `variant` are for
-    a model in PyTorch. `torch-compile` compiles each size at its first call, which takes minutes; `cache` is a folder that keeps
+    a model in PyTorch. `torch-compile` compiles each size at its first call, in minutes; `cache` is a folder that keeps
     what was compiled, for the next start (it is run as a program is: let nobody else write there). `sizes` and `batch`, as for
     `shapecheck build`, and `options` for the provider are for `ort-trt` and `ort-cuda`; `graphs` replays calls as CUDA graphs,
     in TensorRT and ONNX Runtime on a GPU. `finite=False` lets NaN through, and on a GPU saves waiting for each image. With
