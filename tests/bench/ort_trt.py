@@ -1,6 +1,6 @@
 """One UNet call on ONNX Runtime's CUDA and TensorRT providers, with and without each thing that should make it faster.
 
-Run it on a GPU: python tests/bench/ort_trt.py UNET.onnx [--model UNET_FOLDER] [--cache FOLDER] [--variants NAME,…]. Every variant
+Run it on a GPU: python tests/bench/ort_trt.py UNET.onnx [--model UNET_FOLDER] [--cache FOLDER] [--variants NAME,…]. A variant
 is a process of its own, printed when it ends and ended when the time is over: milliseconds of a call (CUDA events, median),
 seconds until the session is open, the difference to PyTorch in float32 as a share of the largest value, and which provider has
 how many of the file's nodes. Engines stay in the cache folder: the second run of a variant builds nothing.

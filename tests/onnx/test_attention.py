@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import exports
 import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import small
+import torch
+from diffusers.models.attention_processor import Attention
 
+from shapecheck import Geometry, read_contract
 from shapecheck.onnx import attention
 from shapecheck.runtime.onnx_session import OnnxSession
 
@@ -44,17 +49,19 @@ LEFT_ALONE = {
 }
 
 
-def parse(nodes, number="float"):
-    opset = 23 if "Attention" in nodes else 20
+def parse(nodes, number="float", tokens=7, heads=4, width=2):
+    """Make a model of one attention."""
+    opset, flat, apart = 23 if "Attention" in nodes else 20, f"[b,{tokens},{heads * width}]", f"[b,{tokens},{heads},{width}]"
     # the text has float16 as its bits
-    root, one, mask = (int(np.float16(each).view(np.uint16)) if number == "float16" else each for each in (0.8408964, 1.0, 0.5))
+    numbers = (width**-0.25, 1.0, 0.5)
+    root, one, mask = (int(np.float16(each).view(np.uint16)) if number == "float16" else each for each in numbers)
     return onnx.parser.parse_model(f"""
     <ir_version: 10, opset_import: ["": {opset}]>
-    unet ({number}[b,7,8] query, {number}[b,7,8] key, {number}[b,7,8] value) => ({number}[b,7,8] image)
-    <int64[4] apart = {{0, 0, 4, 2}}, int64[3] together = {{0, 0, 8}}, int64[3] one_batch = {{-1, 7, 2}},
-     int64[4] batches = {{-1, 4, 2, 7}},
+    unet ({number}{flat} query, {number}{flat} key, {number}{flat} value) => ({number}{flat} image)
+    <int64[4] apart = {{0, 0, {heads}, {width}}}, int64[3] together = {{0, 0, {heads * width}}},
+     int64[3] one_batch = {{-1, {tokens}, {width}}}, int64[4] batches = {{-1, {heads}, {width}, {tokens}}},
      {number}[1] root = {{{root}}}, {number}[1] one = {{{one}}}, {number}[1] mask = {{{mask}}},
-     {number}[b,7,4,2] q4, {number}[b,7,4,2] k4, {number}[b,7,4,2] v4, {number}[b,7,8] flat>
+     {number}{apart} q4, {number}{apart} k4, {number}{apart} v4, {number}{flat} flat>
     {{ {nodes} }}
     """)
 
@@ -80,6 +87,50 @@ def test_another_computation_is_left_alone(nodes):
     model = ir.from_proto(before)
     assert attention.fuse_attention(model, [ir.DataType.FLOAT]) == 0
     assert [node.op_type for node in model.graph] == [node.op_type for node in before.graph.node]
+
+
+@pytest.mark.full
+def test_every_attention_of_an_exported_unet_is_fused():
+    """Its weights stay in the file beside it."""
+    unet = small.unet(**small.SHALLOW)
+    path = exports.exported_once(unet).path
+    model = ir.load(path)
+    attentions = [module for module in unet.modules() if isinstance(module, Attention)]
+    assert attention.fuse_attention(model, [ir.DataType.FLOAT]) == len(attentions) > 0
+    assert not any(node.op_type == "Softmax" for node in model.graph)
+    fused = ir.to_proto(model).SerializeToString()
+    assert len(fused) < path.stat().st_size
+    contract, generator = read_contract(path), torch.Generator().manual_seed(0)
+    for geometry in (Geometry(2, 17, 25), Geometry(1, 9, 13)):
+        shapes = contract.input_shapes(geometry)
+        inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        with OnnxSession.open(path) as plain, OnnxSession.open(fused, folder=path.parent) as other:
+            (expected,), (found,) = plain(inputs).values(), other(inputs).values()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nodes", [PRODUCTS, NODE], ids=["products", "node"])
+@pytest.mark.parametrize(("tokens", "width"), [(4096, 40), (77, 160)])
+def test_on_cuda_the_fused_attention_errs_as_pytorchs(nodes, tokens, width, tmp_path, shapecheck_require):
+    """ONNX Runtime's own Attention errs eleven times as much in float16."""
+    shapecheck_require("ort-cuda")
+    path, shape = tmp_path / "attention.onnx", (2, tokens, 8 * width)
+    onnx.save(parse(nodes, "float16", tokens, 8, width), path)
+    generator = torch.Generator("cuda").manual_seed(0)
+    given = {name: torch.randn(shape, generator=generator, device="cuda").half() for name in ("query", "key", "value")}
+
+    def attend(dtype):
+        apart = [each.to(dtype).unflatten(2, (8, width)).transpose(1, 2) for each in given.values()]
+        return -torch.nn.functional.scaled_dot_product_attention(*apart).transpose(1, 2).flatten(2).double()
+
+    expected = attend(torch.float64)
+    with OnnxSession.open(path, backend="ort-cuda") as session:
+        assert session.detail.endswith("attention fused")
+        found = session(given, {"image": torch.empty(shape, dtype=torch.float16, device="cuda")})["image"].double()
+    error, allowed = (found - expected).abs().max().item(), 2 * (attend(torch.float16) - expected).abs().max().item()
+    print(f"{tokens} tokens, heads of {width}: {error:.1e}, PyTorch's {allowed / 2:.1e}", flush=True)
+    assert error <= allowed
 
 
 @pytest.fixture
