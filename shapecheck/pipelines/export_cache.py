@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from shapecheck import extras
 from shapecheck.contract import ShapecheckError
 from shapecheck.files import lock_folder, make_folder
 from shapecheck.models import weights
@@ -62,9 +63,8 @@ class ExportCache:
         By itself it takes an engine of other weights for that of the same graph, and a half-written one for a whole one. So
         each has a folder of its own, which is there only when it is whole.
         """
-        import onnxruntime
-
-        made_for = json.dumps([onnxruntime.__version__, sorted(options.items())])
+        makers = extras.list_versions(("onnxruntime", "onnxruntime-gpu"))
+        made_for = json.dumps([makers, sorted(options.items())])
         digest = hashlib.sha256(made_for.encode()).hexdigest()
         with lock_folder(self._folder):
             kept = place = self._path.with_name(f"{self._path.stem}-{digest[:16]}.ort-trt")
