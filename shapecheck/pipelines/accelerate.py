@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 from torch import nn
 
-from shapecheck.contract import ShapecheckError
+from shapecheck.contract import Geometry, ShapecheckError
 from shapecheck.files import make_folder
 from shapecheck.observe.probe import probe
 from shapecheck.observe.subject import copy_to_meta
@@ -25,7 +25,7 @@ from shapecheck.pipelines.candidates import (
     keep_in_torch,
 )
 from shapecheck.pipelines.choose import Choice, Refusals, choose_by_measuring, open_alone
-from shapecheck.pipelines.compiled_vae import compile_decoder
+from shapecheck.pipelines.compiled_vae import compile_decoder, find_decoder
 from shapecheck.pipelines.measured_record import describe_choice, describe_measurements
 from shapecheck.pipelines.model_owners import ModelOwners
 from shapecheck.progress import Progress, silent
@@ -179,6 +179,8 @@ def accelerate(
         raise ShapecheckError(f"budget is in seconds, from 0 on, or None: got {budget!r}")
     start = time.monotonic()
     owners, folder = ModelOwners(pipe_or_stream), make_folder(Path(engine_dir))
+    if vae:
+        find_decoder(owners.vae)
     progress("observing the contract")
     contract = probe(copy_to_meta(owners.unet), [copy_to_meta(net) for net in owners.controlnets] or None)
     (width, height), usual_batch = contract.header.usual_px, "1:2:2"
@@ -188,33 +190,46 @@ def accelerate(
     factor = contract.header.vae_factor
     ranges = parse_ranges(sizes or [f"{width}x{height}"], batch or [usual_batch], vae_factor=factor)
     geometry = ranges[0].opt
-    contract.require(geometry)
 
     options = {"graphs": graphs, "finite": finite, "own_outputs": own_outputs}
     maker = CandidateMaker(folder, ranges, options, progress, contracts={owners.unet: contract}, strict=fallback == "error")
-    obstacles = {net: maker.find_obstacle(net) if controlnets else "controlnets=False" for net in owners.controlnets}
-    kept = {net: Running("torch", net, net, reason=reason) for net, reason in obstacles.items() if reason}
-    if controlnets and kept:
-        reasons = tuple((backend, part.reason) for part in kept.values())
-        if fallback == "error":
-            raise AccelerationError(reasons)
-        _log.warning("a ControlNet stays in PyTorch: %s", reasons[0][1])
-    nets = [net for net in obstacles if net not in kept]
-    if backend == "auto":
-        choice = choose_by_measuring(maker, owners.unet, nets, geometry, budget, start)
-    else:
-        choice = open_alone(maker, backend, owners.unet, nets, geometry)
+    maker.make_profiles(owners.unet)  # a size that the model refuses is told before anything is made
+    choice = _choose(owners, maker, backend, geometry, (budget, start), controlnets=controlnets)
     if choice.candidate.backend == "torch":
         if fallback == "error":
             raise AccelerationError(choice.refusals)
         _log.warning("%s", describe_choice(choice.measured))
-    parts = kept | {part.torch: part for part in choice.candidate.controlnets}
-    choice = replace(choice, candidate=replace(choice.candidate, controlnets=tuple(parts[net] for net in obstacles)))
     _install(owners, choice.candidate)
     done = Accelerated(owners, maker, choice)
     if vae:
         done._undo_vae = compile_decoder(owners.vae, geometry)
     return done
+
+
+def _choose(
+    owners: ModelOwners,
+    maker: CandidateMaker,
+    backend: str,
+    geometry: Geometry,
+    limits: tuple[float | None, float],
+    *,
+    controlnets: bool,
+) -> Choice:
+    """Return what is to run the pipeline, with every ControlNet in its place. `limits` are the budget and its beginning."""
+    obstacles = {net: maker.find_obstacle(net) if controlnets else "controlnets=False" for net in owners.controlnets}
+    kept = {net: Running("torch", net, net, reason=reason) for net, reason in obstacles.items() if reason}
+    if controlnets and kept:
+        reasons = tuple((backend, part.reason) for part in kept.values())
+        if maker.strict:
+            raise AccelerationError(reasons)
+        _log.warning("a ControlNet stays in PyTorch: %s", reasons[0][1])
+    nets = [net for net in obstacles if net not in kept]
+    if backend == "auto":
+        choice = choose_by_measuring(maker, owners.unet, nets, geometry, *limits)
+    else:
+        choice = open_alone(maker, backend, owners.unet, nets, geometry)
+    parts = kept | {part.torch: part for part in choice.candidate.controlnets}
+    return replace(choice, candidate=replace(choice.candidate, controlnets=tuple(parts[net] for net in obstacles)))
 
 
 def _install(owners: ModelOwners, candidate: Candidate) -> None:

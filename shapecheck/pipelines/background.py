@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,12 @@ class BackgroundBuild:
     def is_running(self) -> bool:
         return self._thread.is_alive()
 
+    def end(self) -> None:
+        """Tell it to end, as the end of this process does."""
+        assert self._process.stdin is not None
+        with suppress(OSError):  # flushing to a process that is gone
+            self._process.stdin.close()
+
     def wait(self) -> None:
         """Wait until it has ended."""
         self._thread.join()
@@ -85,6 +92,8 @@ class BackgroundBuild:
             if line.startswith('{"failure": '):
                 failure = json.loads(line)["failure"]
         self._process.wait()
+        self._process.stdout.close()
+        self.end()
         if failure:
             _log.warning("trt cannot be built in the background: %s", failure)
             on_failure(failure)

@@ -96,7 +96,7 @@ class CandidateMaker:
         strict: bool,
     ) -> None:
         self.folder, self.sizes, self.options, self.progress = folder, tuple(sizes), dict(options), progress
-        self._strict, self._contracts = strict, dict(contracts)
+        self.strict, self._contracts = strict, dict(contracts)
         self._caches: dict[nn.Module, ExportCache] = {}
 
     def find_cache(self, model: nn.Module) -> ExportCache:
@@ -147,7 +147,7 @@ class CandidateMaker:
         try:
             return self.open(backend, net, "ControlNet", aside=aside, checked=checked)
         except caught as error:
-            if self._strict:
+            if self.strict:
                 raise
             reason = explain_failure(error, next(net.parameters()).device)
         _log.warning("a ControlNet stays in PyTorch, %s does not run it: %s", backend, reason)

@@ -52,15 +52,24 @@ class Choice:
 
 
 def open_alone(
-    maker: CandidateMaker, backend: str, unet: nn.Module, controlnets: Sequence[nn.Module], geometry: Geometry
+    maker: CandidateMaker,
+    backend: str,
+    unet: nn.Module,
+    controlnets: Sequence[nn.Module],
+    geometry: Geometry,
+    *,
+    aside: bool = True,
 ) -> Choice:
-    """Return a pipeline in this backend, or in PyTorch with the reason, which is logged."""
+    """Return a pipeline in this backend, or in PyTorch with the reason, which is logged.
+
+    With `aside` PyTorch's modules make room on the GPU, unless the backend computes with their weights.
+    """
     device = next(unet.parameters()).device
     # A compiler may raise anything.
     caught = Exception if backend == "torch-compile" else (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)
     candidate = None
     try:
-        candidate = maker.prepare(backend, unet, controlnets, aside=backend not in SHARES_WEIGHTS)
+        candidate = maker.prepare(backend, unet, controlnets, aside=aside and backend not in SHARES_WEIGHTS)
         if backend == "torch-compile":
             # It is compiled now, and not while the first picture is drawn, where an error would be the user's.
             maker.progress("compiling")
@@ -90,32 +99,31 @@ def choose_by_measuring(
     models = (unet, *controlnets)
     device, key = next(unet.parameters()).device, describe_surroundings(maker, models, geometry)
     deadline = math.inf if budget is None else start + budget
-    record, candidate = read_record(maker.folder, key), None
+    record, backends = read_record(maker.folder, key), maker.order_candidates(device, models)
+    contest = Contest(maker, unet, controlnets, geometry)
     if record is not None:
         _log.info("measured before: %s", describe_choice(record.measurements))
-        if record.winner == "torch":
-            candidate = keep_in_torch(unet, controlnets)
-        elif (choice := open_alone(maker, record.winner, unet, controlnets, geometry)).refusals:
+        waiting = select_waiting(record, budget, lambda name: maker.is_made(name, models))
+        choice = Choice(keep_in_torch(unet, controlnets))
+        if record.winner != "torch":
+            # PyTorch's modules are needed where something is measured beside them
+            choice = open_alone(maker, record.winner, unet, controlnets, geometry, aside=not waiting)
+        if choice.refusals:
             _log.warning("%s does not run any longer: all is measured again", record.winner)
             record = None
         else:
-            candidate = choice.candidate
-    if record is None:
-        contest, backends = Contest(maker, unet, controlnets, geometry), maker.order_candidates(device, models)
-    else:
-        contest = Contest(maker, unet, controlnets, geometry, record.measurements, candidate)
-        backends = select_waiting(record, budget, lambda name: maker.is_made(name, models))
+            backends = waiting
+            contest = Contest(maker, unet, controlnets, geometry, record.measurements, choice.candidate)
     if backends:
-        # later starts were given no less
-        given = budget if record is None or budget is None else max(budget, record.budget or budget)
+        given = [budget] if record is None else [budget, record.budget]
         contest.run(backends, deadline)
-        record = MeasuredRecord(tuple(key.items()), given, contest.measured)
+        record = MeasuredRecord(tuple(key.items()), _take_largest(given), contest.measured)
         _keep_record(maker, record)
         _log.info("%s", describe_choice(record.measurements))
     assert record is not None  # there are candidates for every device
     refusals = tuple((one.backend, one.refusal or one.verdict) for one in record.measurements if not one.right)
     refusals = tuple(refusal for refusal in refusals if refusal[0] != "torch")
-    return Choice(contest.champion, refusals, record.measurements, _build_in_background(maker, models, record))
+    return Choice(contest.champion, refusals, record.measurements, build_in_background(maker, models, record))
 
 
 def describe_surroundings(maker: CandidateMaker, models: Sequence[nn.Module], geometry: Geometry) -> dict[str, str]:
@@ -146,6 +154,12 @@ def describe_surroundings(maker: CandidateMaker, models: Sequence[nn.Module], ge
     }
 
 
+def _take_largest(budgets: Sequence[float | None]) -> float | None:
+    """Return the most time that any start was given: as much as there was, or seconds."""
+    seconds = [float(budget) for budget in budgets if budget is not None]
+    return max(seconds) if len(seconds) == len(budgets) else None
+
+
 def _keep_record(maker: CandidateMaker, record: MeasuredRecord) -> None:
     try:
         write_record(maker.folder, record)
@@ -153,7 +167,7 @@ def _keep_record(maker: CandidateMaker, record: MeasuredRecord) -> None:
         _log.warning("what was measured is not kept, so the next start measures again: %s", error)
 
 
-def _build_in_background(maker: CandidateMaker, models: Sequence[nn.Module], record: MeasuredRecord) -> BackgroundBuild | None:
+def build_in_background(maker: CandidateMaker, models: Sequence[nn.Module], record: MeasuredRecord) -> BackgroundBuild | None:
     """Start to build the engines that TensorRT had no time for, if it had none."""
     waiting = any(one.backend == "trt" and one.waiting for one in record.measurements)
     if not waiting or maker.is_made("trt", models):

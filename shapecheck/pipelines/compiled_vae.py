@@ -14,14 +14,20 @@ from shapecheck.contract.errors import one_line
 _log = logging.getLogger(__name__)
 
 
+def find_decoder(vae: Any) -> torch.nn.Module:
+    """Return the decoder of a VAE. Raises ShapecheckError if it has none, or there is no VAE."""
+    decoder = getattr(vae, "decoder", None)
+    if not isinstance(decoder, torch.nn.Module):
+        raise ShapecheckError("vae=True: the pipeline holds no VAE with a decoder")
+    return decoder
+
+
 def compile_decoder(vae: Any, geometry: Geometry) -> Callable[[], None]:
     """Compile a VAE's decoder at one size, a picture at a time, and return what undoes it.
 
     One that cannot be compiled stays as it is, which is logged. Raises ShapecheckError if there is none.
     """
-    decoder = getattr(vae, "decoder", None)
-    if not isinstance(decoder, torch.nn.Module):
-        raise ShapecheckError("vae=True: the pipeline holds no VAE with a decoder")
+    decoder = find_decoder(vae)
     compiled: Any = torch.compile(decoder)
     weight = next(decoder.parameters())
     channels = int(vae.config.latent_channels)
