@@ -129,7 +129,7 @@ def choose_by_measuring(
 def describe_surroundings(maker: CandidateMaker, models: Sequence[nn.Module], geometry: Geometry) -> dict[str, str]:
     """Return all that a measurement depends on, as text by name."""
     first = next(models[0].parameters())
-    place, driver = f"cpu, {torch.get_num_threads()} threads", {}
+    place, driver = f"cpu, {torch.get_num_threads()} threads", dict[str, object]()
     if first.device.type == "cuda":
         place = torch.cuda.get_device_name(first.device)
         with suppress(OSError, RuntimeError):
