@@ -73,15 +73,22 @@ def may_hold_contract(path: Path) -> bool:
         return False
 
 
-def resolve_contract(model: str, *, offline: bool = False, progress: Progress) -> Contract:
+def resolve_contract(model: str, *, offline: bool = False, controlnet: bool = False, progress: Progress) -> Contract:
     """Return the contract of a preset or a file that holds one, else that of a model observed now.
 
-    Raises ShapecheckError if there is neither.
+    With `controlnet` that may be a ControlNet too. Raises ShapecheckError if there is neither.
     """
     if model in presets.contracts():
         return presets.contract(model)
     if may_hold_contract(Path(model)):
         return read_contract(model)
+    from shapecheck.models.lookup import OtherModelError
     from shapecheck.observe.request import ProbeRequest, run_probe
+    from shapecheck.observe.subject import resolve_subject
 
-    return run_probe(ProbeRequest(model), offline=offline, progress=progress).contract
+    try:
+        return run_probe(ProbeRequest(model), offline=offline, progress=progress).contract
+    except OtherModelError:
+        if not controlnet:
+            raise
+        return resolve_subject(model, offline=offline).contract("float32", control=True)

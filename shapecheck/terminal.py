@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,14 +22,30 @@ if TYPE_CHECKING:
 
 
 class ProgressLine:
-    """The current step in one line that is overwritten, with a bar if the number of bytes is known."""
+    """The current step in one line that is overwritten, with a bar if the number of bytes is known.
 
-    def __init__(self) -> None:
+    If nobody is watching, a line is written to the log `log_every` so many seconds, with those since the work began.
+    """
+
+    def __init__(self, log_every: float = math.inf) -> None:
         self._step = ""
         self._bar: tqdm[Never] | None = None
+        self._log, self._over = sys.stderr, threading.Event()
+        if math.isfinite(log_every) and not self._log.isatty():
+            threading.Thread(target=self._write_log, args=(log_every,), daemon=True).start()
+
+    def _write_log(self, every: float) -> None:
+        began, written = time.monotonic(), ""
+        while not self._over.wait(every):
+            if self._step != written:
+                written = self._step
+                with suppress(OSError, ValueError):  # a log that is full, or closed
+                    self._log.write(f"{time.monotonic() - began:.0f} s: {written}\n")
+                    self._log.flush()
 
     def __call__(self, step: str, done: int = 0, total: int = 0, /) -> None:
         if not sys.stderr.isatty():
+            self._step = step
             return
         if step != self._step:
             self.close()
@@ -37,6 +56,11 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
 
+    def end(self) -> None:
+        """Leave an empty line, and write nothing more."""
+        self._over.set()
+        self.close()
+
     def close(self) -> None:
         """Leave an empty line."""
         if self._bar is not None:
@@ -45,13 +69,13 @@ class ProgressLine:
 
 
 @contextmanager
-def progress() -> Iterator[ProgressLine]:
-    """Show progress while the block runs."""
-    line = ProgressLine()
+def progress(*, log_every: float = math.inf) -> Iterator[ProgressLine]:
+    """Show progress while the block runs; where nobody is watching, every so many seconds."""
+    line = ProgressLine(log_every)
     try:
         yield line
     finally:
-        line.close()
+        line.end()
 
 
 def write(text: str, output: Path | None) -> None:

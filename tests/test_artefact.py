@@ -7,6 +7,7 @@ import os
 
 import onnx
 import pytest
+import small
 
 from shapecheck import ShapecheckError, presets
 from shapecheck.artefact import may_hold_contract, read_contract, resolve_contract
@@ -23,6 +24,15 @@ def bare(tmp_path):
     graph.output[0].name = "y"
     onnx.save(onnx.helper.make_model(graph), tmp_path / "unet.onnx")
     return tmp_path / "unet.onnx"
+
+
+def test_a_controlnet_has_a_contract_where_one_may_be_named(tmp_path):
+    small.controlnet(small.unet(**small.TINY)).save_pretrained(tmp_path)
+    with pytest.raises(ShapecheckError, match="ControlNet"):
+        resolve_contract(str(tmp_path), progress=print)
+    contract = resolve_contract(str(tmp_path), controlnet=True, progress=print)
+    assert (contract.role, len(contract.slots)) == ("controlnet", 3)
+    assert [base.name for base in contract.inputs][3:] == ["controlnet_cond", "conditioning_scale"]
 
 
 def test_contracts_are_read_from_json(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+import threading
 
 import pytest
 
@@ -34,6 +36,23 @@ def test_nobody_watches_a_pipe(monkeypatch):
         steps("reading the model")
         steps("copying the weights", 1, 2)
     assert pipe.getvalue() == ""
+
+
+def test_a_log_has_a_line_now_and_then_if_it_is_asked_for(monkeypatch):
+    written = threading.Event()
+
+    class Log(io.StringIO):
+        def flush(self) -> None:
+            written.set()
+
+    monkeypatch.setattr(sys, "stderr", log := Log())
+    with progress(log_every=0.001) as steps:
+        steps("reading the model")
+        assert written.wait(10)
+    written.clear()
+    steps("copying the weights")
+    assert not written.wait(0.02)
+    assert re.fullmatch(r"0 s: reading the model\n", log.getvalue())
 
 
 def test_the_line_is_emptied_when_the_work_fails(monkeypatch):

@@ -11,7 +11,6 @@ import click
 from shapecheck import ContractError, ShapecheckError
 from shapecheck.cli.options import (
     Form,
-    find_contract,
     human_or_json,
     offline_option,
     request_for,
@@ -19,7 +18,7 @@ from shapecheck.cli.options import (
     variant_option,
 )
 from shapecheck.contract.naming import SCHEMES, SHAPECHECK
-from shapecheck.tensorrt.record import is_engine, read_engine
+from shapecheck.tensorrt.record import find_record, is_engine
 from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
@@ -107,7 +106,11 @@ def export(model: str, output: Path, verify: bool, form: str, **options: Any) ->
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--model", metavar="MODEL", help="The UNet it should be: what `probe` takes, or a file that holds a contract.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="The UNet it should be, of an engine also the ControlNet: what `probe` takes, or a file that holds a contract.",
+)
 @click.option(
     "--controlnet", "controlnets", multiple=True, metavar="NAME", help="Say too whether this ControlNet fits. Repeatable."
 )
@@ -136,7 +139,7 @@ def check(
     form: Form,
     output: Path | None,
 ) -> int:
-    """Say what is wrong with FILE: an ONNX file that anybody exported, or an engine with its record.
+    """Say what is wrong with FILE: an ONNX file that anybody exported, or an engine that anybody built.
 
     Of an ONNX file the graph is read and no weights. Without --model it is compared with the contract inside it, else with
     the preset it fits best, else with itself. Without --size every size that the contract allows has to work. A ControlNet's
@@ -144,6 +147,7 @@ def check(
 
     An engine (.plan, .engine, .trt) is read if TensorRT can load it, else the record beside it: does it belong to the
     record, which profile does the size fit, does the ControlNet fit, was it built from these weights; and what to do if not.
+    An engine without a record is compared with --model, under whatever names it has: that needs TensorRT and a GPU.
 
     Exit status 0 if the file is fine, 1 if something is wrong or does not fit. It is 2, and the verdict NOT CHECKED, if
     nothing was found wrong but sizes could not be followed through the graph.
@@ -154,6 +158,7 @@ def check(
       shapecheck check unet.onnx --model sdxl --controlnet controlnet-sdxl-small
       shapecheck check unet.onnx --model ./my-model --size 904x512 --format json
       shapecheck check unet.plan --controlnet controlnet-sd15 --size 904x512 --weights unet.onnx
+      shapecheck check their.engine --model sd15
     """
     from shapecheck.artefact import resolve_contract
     from shapecheck.observe.controlnet_fit import find_misfits
@@ -199,20 +204,23 @@ def _check_engine(
     form: Form,
     output: Path | None,
 ) -> int:
+    from shapecheck.artefact import resolve_contract
     from shapecheck.observe.request import resolve_geometry
     from shapecheck.tensorrt import check_report as report
     from shapecheck.tensorrt.check import check_engine
 
     if (batch or tokens) and request.size_px is None and request.latent is None:
         raise ShapecheckError("--batch and --tokens go with --size or --latent")
-    engine = read_engine(file)
-    requested = resolve_geometry(request, engine.request.contract.header.vae_factor)
-    requested = replace(requested, tokens=tokens) if requested and tokens else requested
+    engine = find_record(file)
     with progress() as tell:
+        contract = resolve_contract(model, offline=offline, controlnet=True, progress=tell) if model else None
+        known = engine.request.contract if engine is not None else contract
+        requested = resolve_geometry(request, known.header.vae_factor if known else 8)
+        requested = replace(requested, tokens=tokens) if requested and tokens else requested
         checked = check_engine(
             file,
             engine,
-            find_contract(model, offline, tell),
+            contract,
             controlnets=controlnets,
             requested=requested,
             any_batch=batch is None,

@@ -50,7 +50,7 @@ from shapecheck.terminal import progress, write
     type=click.Choice(["auto", "float64", "float32"]),
     default="auto",
     show_default=True,
-    help="PyTorch's precision; auto is float64 if memory allows it.",
+    help="PyTorch's precision; auto is float64 if memory allows it, float32 for half precision.",
 )
 @variant_option
 @offline_option
@@ -85,7 +85,7 @@ def parity(report: Path | None, form: Form | Literal["html"], output: Path | Non
 
     if report is not None:
         make_folder(report)
-    with progress() as tell:
+    with progress(log_every=10.0) as tell:
         result = create_run(ParityRequest(**options, folder=report), tell).report()
     if report is not None:
         write_all(result, report)

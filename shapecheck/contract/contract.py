@@ -7,7 +7,7 @@ import hashlib
 import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shapecheck.contract.config import Config
@@ -83,6 +83,10 @@ class Contract:
         dtypes = {entry.name: entry.dtype for entry in self.inputs}
         own = self.dtype
         return {name: dtypes.get(name, own) for name in self.input_rules}
+
+    def with_dtypes(self, dtypes: Mapping[str, str]) -> Contract:
+        """Return the contract with these dtypes of base inputs, by name: a model is exported in any precision."""
+        return replace(self, inputs=tuple(replace(base, dtype=dtypes.get(base.name, base.dtype)) for base in self.inputs))
 
     def match_names(self, declared: Iterable[str]) -> dict[str, str]:
         """Return our name → the name in a file that declares these inputs; slots follow the file's own scheme."""

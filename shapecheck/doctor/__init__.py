@@ -45,7 +45,7 @@ class _Check(NamedTuple):
 
 _ORT, _ORT_DETAIL = ("onnxruntime",), "onnxruntime {version}"
 _TRT, _RTX, _POLYGRAPHY = (REQUIREMENTS[module].probe for module in ("tensorrt", "tensorrt_rtx", "polygraphy"))
-_TRT_PROBES, _RTX_PROBES = (_TRT, "driver", CPU, _POLYGRAPHY), (_RTX, "driver", _POLYGRAPHY)
+_TRT_PROBES, _RTX_PROBES = (_TRT, "driver", CPU, "torch", _POLYGRAPHY), (_RTX, "driver", _POLYGRAPHY)
 _CUDA_PROBES, _ORT_TRT_PROBES = ((f"onnxruntime {name}ExecutionProvider", "driver", CPU) for name in ("CUDA", "Tensorrt"))
 _CHECKS = {
     "torch": _Check(("torch",), ("torch",), "cpu", "torch {version}"),
@@ -133,7 +133,8 @@ def _find_gaps(name: str, answers: Answers, answer: ProbeAnswer) -> Iterator[Gap
     linked, release = answer.facts.get("linked"), answer.facts.get("tensorrt")
     if name == "ort-trt" and linked and release is not None and release.split(".")[0] != linked:
         other = f"and cannot share an environment with {release}" if release else "which is not importable here"
-        yield Gap(f"its TensorRT provider is linked with TensorRT {linked}, {other}", packages.recommend_tensorrt(answers))
+        usual = Gap(f"its TensorRT provider is linked with TensorRT {linked}, {other}", packages.recommend_tensorrt(answers))
+        yield packages.find_bare_bindings(answers, linked) or usual
 
 
 def _find_capability_gaps(answers: Answers) -> Iterator[Gap]:

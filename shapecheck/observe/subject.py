@@ -217,8 +217,11 @@ class TorchModel:
         """Return the precision to compute a reference in: float64 if twice the memory of float32 is free, else float32."""
         if requested != "auto":
             return requested
+        free = measure_free_memory()
+        if torch.cuda.is_available():
+            free = min(free, torch.cuda.mem_get_info()[0])
         # A fifth more than the weights, and two gigabytes for everything else.
-        return "float64" if parameters * 8 * 1.2 + 2e9 <= measure_free_memory() else "float32"
+        return "float64" if parameters * 8 * 1.2 + 2e9 <= free else "float32"
 
 
 def measure_free_memory() -> float:

@@ -18,7 +18,7 @@ from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.input_roles import assign_roles, match_inputs
 from shapecheck.parity.plan import choose_geometries
 from shapecheck.parity.request import ParityRequest
-from shapecheck.parity.results import Check, Ran, Result
+from shapecheck.parity.results import Check, CheckKind, Ran, Result
 from shapecheck.runtime.onnx_session import PROVIDERS
 from shapecheck.runtime.torch_session import output_names
 from shapecheck.tensorrt.check import check_engine, compare_with_file
@@ -51,10 +51,16 @@ class ParityFile:
     """Sizes of a call that it declares as numbers, by symbols: batch, h, w."""
     find_mismatches: Callable[[], tuple[Mismatch, ...]] = tuple
     """Returns everything in which it breaks its contract."""
-    compare_weights: Callable[[nn.Module], str | None] = lambda module: ""
-    """Returns how its weights differ from the module's; None if that is not known."""
-    find_narrower: Callable[[], tuple[str, ...] | None] = tuple
-    """Returns what computes in less than its precision; None if that is not known."""
+    compare_weights: Callable[[nn.Module], str | None] | None = lambda module: ""
+    """Returns how its weights differ from the module's, or None if their names do not tell; None if it does not show them."""
+    find_narrower: Callable[[], tuple[str, ...]] | None = tuple
+    """Returns what computes in less than its precision; None if it does not show that, but in its numbers."""
+
+    @property
+    def unshown(self) -> tuple[CheckKind, ...]:
+        """Return the kinds of checks that cannot apply to it."""
+        kinds: dict[CheckKind, object] = {"weights": self.compare_weights, "precision": self.find_narrower}
+        return tuple(kind for kind, find in kinds.items() if find is None)
 
     def geometries(self, ranges: tuple[Range, ...]) -> tuple[Geometry, ...]:
         """Return the sizes of the ranges; without any its own, else three small ones as far as it does not fix them."""
@@ -123,9 +129,8 @@ def _read_engine(path: Path, record: Engine, model: TorchModel, graph: OnnxFile 
     _require_role(path, built.role, model)
     contract = model.contract(built.dtype, control=bool(built.slots), adapter=bool(built.features))
 
-    def compare_weights(module: nn.Module) -> str | None:
-        if graph is None:
-            return None
+    def compare_weights(module: nn.Module) -> str:
+        assert graph is not None
         return "" if compare_with_file(record, graph).same else f"it was not built from the weights of {graph}"
 
     pairs = match_inputs(assign_roles(graph.reading), contract).pairs if graph is not None else []
@@ -140,8 +145,8 @@ def _read_engine(path: Path, record: Engine, model: TorchModel, graph: OnnxFile 
         record,
         ranges=tuple(range_of(built, profile) for profile in request.profiles),
         find_mismatches=cache(lambda: check_engine(path, record, contract).mismatches),
-        compare_weights=compare_weights,
-        find_narrower=lambda: None,
+        compare_weights=compare_weights if graph is not None else None,
+        find_narrower=None,
     )
 
 
@@ -174,21 +179,17 @@ def evaluate_file(check: Check, file: ParityFile, ran: Ran, weights: str | None)
 
     `weights` is the answer of the file's `compare_weights`.
     """
-    unknown, fault = "", weights
+    fault = weights
     if check.kind == "provider":
         expected = PROVIDERS.get(check.backend, ran.provider)
         fault = "" if ran.provider == expected else f"{ran.provider} runs, where {check.backend} is {expected}"
     elif check.kind == "contract":
         fault = "; ".join(map(str, file.find_mismatches()))
-    elif check.kind == "weights":
-        unknown = "no tensor of the file has a name that tells which of the model's it is"
-    else:
-        narrower, unknown = file.find_narrower(), "an engine does not show in what precision it computes; its numbers do"
-        fault = None if narrower is None else ""
-        if narrower:
-            fault = f"{len(narrower)} in less than {ran.precision}: {_list_names(narrower)}"
+    elif check.kind == "precision":
+        narrower = file.find_narrower() if file.find_narrower is not None else ()
+        fault = f"{len(narrower)} in less than {ran.precision}: {_list_names(narrower)}" if narrower else ""
     if fault is None:
-        return Result(check, "not run", unknown)
+        return Result(check, "not run", "no tensor of the file has a name that tells which of the model's it is")
     return Result(check, "failed" if fault else "passed", fault)
 
 

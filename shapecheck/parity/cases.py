@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.models import diffusers_models, lookup
 from shapecheck.models.inputs import build_controlnet_arguments, controlnet_inputs
 from shapecheck.models.safetensors import checkpoint_files
+from shapecheck.parity.metrics import reference_device
 
 EmitResiduals = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
 """Returns a real ControlNet's residuals for the base inputs of a call, and a frame's number."""
@@ -22,6 +23,10 @@ _FIRST_TIMESTEP, _LAST_TIMESTEP = 11.3, 967.7
 """Timesteps are between these, a fraction each: one that is cut to a whole number is seen."""
 _SCALE, _OTHER_SCALE = 0.8, 0.5
 """A ControlNet's conditioning_scale, and its perturbation: neither is 1, so that one that is baked is seen."""
+_LOUD, _LOUD_TEXT = 16.0, 4.0
+"""The usual width of a perturbation in a half precision: less would drown in rounding, and louder text has no smooth effect."""
+OTHER_TIMES = (4.0, 1 / 4, 1 / 16)
+"""Multiples of the usual perturbation to try where rounding blurs the effect of the usual one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +42,18 @@ class ForwardCase:
     """The input or slot whose perturbation is added, the same in every row."""
     pooled: bool = False
     """Each residual is one cell, as with guess mode or global pooling: PyTorch broadcasts it, files get it expanded."""
+    times: float = 1.0
+    """The size of the perturbation, in usual ones."""
+
+    @property
+    def unperturbed(self) -> ForwardCase:
+        return replace(self, perturbed="", times=1.0)
 
     def __str__(self) -> str:
         control = "off" if self.frame is None else "on in the first half" if self.half else f"on, frame {self.frame}"
         control += ", pooled residuals" if self.pooled else ""
-        return f"{self.geometry}, control {control}" + (f", {self.perturbed} perturbed" if self.perturbed else "")
+        perturbed = f", {self.perturbed} perturbed" if self.perturbed else ""
+        return f"{self.geometry}, control {control}{perturbed}" + (f" {self.times:g} times as much" if self.times != 1 else "")
 
 
 def residual_slots(contract: Contract) -> tuple[Slot, ...]:
@@ -53,40 +65,44 @@ class InputGenerator:
     """Makes the inputs of forward calls.
 
     Residuals are those of `emit`, or normally distributed with a width of 1, as a T2I-Adapter's features always are.
+    All is drawn once, on the CPU whatever the device, and kept where PyTorch's side runs: nobody may write into what is given.
     """
 
     def __init__(self, contract: Contract, seed: int, emit: EmitResiduals | None = None) -> None:
         self._contract, self._seed, self._emit, self._slots = contract, seed, emit, residual_slots(contract)
         self._dtypes = {name: getattr(torch, dtype) for name, dtype in contract.input_dtypes.items()}
         self._labels = int(contract.config.get("num_class_embeds") or 1000)
-        self._frames: dict[tuple[Geometry, int], dict[str, Tensor]] = {}
+        self._base: dict[Geometry, dict[str, Tensor]] = {}
+        self._frames: dict[tuple[Geometry, int | None], dict[str, Tensor]] = {}
 
     def __call__(self, case: ForwardCase, *, expanded: bool = True) -> dict[str, Tensor]:
-        """Return a tensor for every input and slot, in its dtype, on the CPU; pooled residuals are `expanded` or 1×1."""
+        """Return a tensor for every input and slot, in its dtype; pooled residuals are `expanded` or 1×1."""
         self._contract.require(case.geometry)
-        values = {spec.name: self._draw_input(spec, case.geometry) for spec in self._contract.inputs}
-        values |= self._draw_residuals(values, case)
+        if case.geometry not in self._base:
+            base = {spec.name: self._draw_input(spec, case.geometry) for spec in self._contract.inputs}
+            self._base[case.geometry] = {name: value.to(reference_device()) for name, value in base.items()}
+        values = self._base[case.geometry] | self._draw_residuals(self._base[case.geometry], case)
         if case.pooled:
             for name, shape in self._contract.shapes(case.geometry).items():
                 cell = values[name].double().mean((2, 3), keepdim=True).mul(4).to(values[name].dtype)
                 values[name] = cell.expand(shape) if expanded else cell
         if case.perturbed:
-            values[case.perturbed] = self.perturb(case.perturbed, values[case.perturbed])
+            values[case.perturbed] = self.perturb(case.perturbed, values[case.perturbed], case.times)
         return values
 
-    def perturb(self, name: str, value: Tensor) -> Tensor:
-        """Add the perturbation of an input or slot to its value."""
+    def perturb(self, name: str, value: Tensor, times: float = 1.0) -> Tensor:
+        """Add the perturbation of an input or slot to its value, `times` as large as it usually is."""
         if name == "timestep":
-            return ((value + 173.0) % 1000).to(value.dtype)
+            return ((value + 173.0 * times) % 1000).to(value.dtype)
         if name == "conditioning_scale":
             return torch.full_like(value, _OTHER_SCALE)
         if not value.is_floating_point():
-            return (value + 1) % self._labels
-        noise = self._draw_noise(f"perturb {name}", (1, *value.shape[1:])).expand(value.shape)
+            return (value + max(1, int(times))) % self._labels
+        noise = self._draw_noise(f"perturb {name}", (1, *value.shape[1:])).to(value.device).expand(value.shape)
         if name == "time_ids":
-            return (value.double() + 300 * noise.abs()).to(value.dtype)
-        # In a half precision a smaller one would drown in rounding.
-        return (value.double() + noise * (16.0 if value.dtype.itemsize < 4 else 1)).to(value.dtype)
+            return (value + 300 * times * noise.abs()).to(value.dtype)
+        loud = _LOUD_TEXT if name == "encoder_hidden_states" else _LOUD
+        return (value + noise * times * (loud if value.dtype.itemsize < 4 else 1)).to(value.dtype)
 
     def _draw_input(self, spec: Input, geometry: Geometry) -> Tensor:
         shape, dtype = spec.shape_at(geometry), self._dtypes[spec.name]
@@ -101,28 +117,31 @@ class InputGenerator:
         return (64 * (1 + noise.abs()).mul(4).floor() if spec.name == "time_ids" else noise).to(dtype)
 
     def _draw_residuals(self, base: Mapping[str, Tensor], case: ForwardCase) -> dict[str, Tensor]:
-        shapes = {slot.name: slot.shape_at(case.geometry) for slot in self._slots}
-        if case.frame is None or not shapes:
-            return {name: torch.zeros(shape, dtype=self._dtypes[name]) for name, shape in shapes.items()}
         key = (case.geometry, case.frame)
         if key not in self._frames:
-            end = f"{case.geometry} frame {case.frame}"
-            values = {name: self._draw_noise(f"{name} {end}", shape).to(self._dtypes[name]) for name, shape in shapes.items()}
-            if self._emit is not None:
-                emitted = self._emit(base, case.frame)
-                emitted = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in emitted.items()}
-                self._contract.verify(emitted, case.geometry)
-                refuse_zeros(emitted)
-                values |= emitted
-            self._frames[key] = values
+            self._frames[key] = {name: value.to(reference_device()) for name, value in self._draw_frame(base, *key).items()}
         if not case.half:
             return dict(self._frames[key])
         rows = case.geometry.batch // 2
         return {name: torch.cat([value[:rows], torch.zeros_like(value[rows:])]) for name, value in self._frames[key].items()}
 
+    def _draw_frame(self, base: Mapping[str, Tensor], geometry: Geometry, frame: int | None) -> dict[str, Tensor]:
+        shapes = {slot.name: slot.shape_at(geometry) for slot in self._slots}
+        if frame is None:
+            return {name: torch.zeros(shape, dtype=self._dtypes[name]) for name, shape in shapes.items()}
+        end = f"{geometry} frame {frame}"
+        values = {name: self._draw_noise(f"{name} {end}", shape).to(self._dtypes[name]) for name, shape in shapes.items()}
+        if self._emit is not None and shapes:
+            emitted = self._emit({name: value.cpu() for name, value in base.items()}, frame)
+            emitted = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in emitted.items()}
+            self._contract.verify(emitted, geometry)
+            refuse_zeros(emitted)
+            values |= emitted
+        return values
+
     def _draw_noise(self, label: str, shape: tuple[int, ...]) -> Tensor:
         seed = zlib.crc32(f"{self._seed} {label}".encode())
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def refuse_zeros(residuals: Mapping[str, Tensor]) -> None:
@@ -135,14 +154,14 @@ def refuse_zeros(residuals: Mapping[str, Tensor]) -> None:
 
 
 def load_controlnet(name: str, *, offline: bool = False) -> EmitResiduals:
-    """Return a function that runs the named ControlNet, in float32, on a random image a frame.
+    """Return a function that runs the named ControlNet, in float32 where PyTorch's side runs, on a random image a frame.
 
     Raises ShapecheckError if it or its weights cannot be found.
     """
     source = lookup.find(name, "controlnet", offline=offline)
     if source.folder is None or not checkpoint_files(source.folder):
         raise ShapecheckError(f"{source.origin} is a ControlNet without weights; give a folder that holds them")
-    net: Any = diffusers_models.load(source, None, torch.float32)
+    net: Any = diffusers_models.load(source, None, torch.float32).to(reference_device())
     inputs = controlnet_inputs(net.config, "float32")
 
     def emit(base: Mapping[str, Tensor], frame: int) -> dict[str, Tensor]:
@@ -158,6 +177,7 @@ def load_controlnet(name: str, *, offline: bool = False) -> EmitResiduals:
                 arguments[spec.argument] = value.float() if value.is_floating_point() else value
             else:
                 raise ShapecheckError(f"{name} takes {spec.name}, which the UNet does not")
+        arguments = {name: value.to(reference_device()) for name, value in arguments.items()}
         with torch.inference_mode():
             downs, mid = net(**build_controlnet_arguments(arguments), return_dict=False)
         return dict(zip(SHAPECHECK.names(len(downs)), (*downs, mid), strict=True))

@@ -108,7 +108,8 @@ def in_onnx_runtime(path: Path, names: Mapping[str, str], backend: str) -> RunMa
 
     def run(model: bytes, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         with OnnxSession.open(model, backend=backend, folder=path.parent) as session:
-            return session({names[name]: value for name, value in inputs.items() if names.get(name) in session.inputs})
+            known = {names[name]: value for name, value in inputs.items() if names.get(name) in session.inputs}
+            return session({name: value.to(session.device) for name, value in known.items()})
 
     return run
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from shapecheck.contract import Contract
 from shapecheck.contract.naming import is_feature
 from shapecheck.parity.cases import ForwardCase, InputGenerator, residual_slots
-from shapecheck.parity.metrics import compute_cosine
+from shapecheck.parity.metrics import compute_cosine, widen
 
 Compute = Callable[[Mapping[str, Tensor]], Tensor]
-"""Returns PyTorch's output, in the precision of the file, as float64 on the CPU."""
+"""Returns PyTorch's output, in the precision of the file."""
 _TRIALS, _PRECISE = 8, 1e-3
 _ALIKE = 0.9
 """The least cosine between two changes of the output that are taken for one."""
@@ -63,7 +63,7 @@ def find_alike(hypotheses: Iterator[Hypothesis], compute: Compute, actual: Tenso
     """Return the hypothesis whose change of PyTorch's output `base` is most like the backend's change; empty if none is."""
     best, fault = 0.0, ""
     for hypothesis in hypotheses:
-        cosine = compute_cosine(compute(hypothesis.inputs) - base, actual - actual_base)
+        cosine = compute_cosine(widen(compute(hypothesis.inputs)) - base, actual - actual_base)
         if cosine > best:  # which NaN is not
             best, fault = cosine, hypothesis.fault
     return f"{fault} (cosine {best:.3f})" if best >= _ALIKE else ""
@@ -75,7 +75,7 @@ def find_equal(hypotheses: Iterator[Hypothesis], compute: Compute, actual: Tenso
     One that hardly changes the `expected` output explains nothing.
     """
     for hypothesis in hypotheses:
-        output = compute(hypothesis.inputs)
+        output = widen(compute(hypothesis.inputs))
         if output.shape == actual.shape and _max_distance(output, actual) <= 2 * allowed < _max_distance(output, expected):
             return hypothesis.fault
     return ""
@@ -91,10 +91,10 @@ def find_share(
     off, inputs = generate(ForwardCase(case.geometry)), generate(case)
     value, dtype = off[case.perturbed].double(), inputs[case.perturbed].dtype
     step = inputs[case.perturbed].double() - value
-    change = actual - compute(off)
+    change = actual - widen(compute(off))
 
     def compute_excess(share: float) -> tuple[float, Tensor]:
-        output = compute(off | {case.perturbed: (value + share * step).to(dtype)})
+        output = widen(compute(off | {case.perturbed: (value + share * step).to(dtype)}))
         return float(change.flatten() @ (output - actual).flatten()) / float(change.flatten() @ change.flatten()), output
 
     before, share = 1.0, strength

@@ -18,6 +18,7 @@ def record_parity(parity: Parity) -> dict[str, Any]:
     values = {
         "shapecheck_parity": 1,
         "verdict": parity.verdict.lower(),
+        "unjudged": parity.unjudged,
         "model": parity.model,
         "contract_digest": parity.contract.digest,
         "reference": parity.reference,

@@ -1,4 +1,4 @@
-"""One tensor beside another, in float64: records, never a bare bool."""
+"""One tensor beside another, in float64 where PyTorch's side runs: records, never a bare bool."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from shapecheck.contract import show
 from shapecheck.parity.results import Effect, Verdict, Worst
 
 
+def reference_device() -> str:
+    """Return the device on which PyTorch's side runs, and on which tensors are compared."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def widen(value: Tensor) -> Tensor:
+    """Return a tensor in float64 where tensors are compared. Those of a run are kept on the CPU, and as narrow as they came."""
+    return value.detach().to(reference_device(), torch.float64)
+
+
 def compare(actual: Tensor, expected: Tensor, *, allowed: float, own: float) -> Verdict:
     """Compare a tensor with the reference's.
 
     `allowed` is the largest absolute difference that passes, `own` PyTorch's own. Values that are not finite are counted apart
     and never pass; if the shapes differ, or the reference itself is not finite, `fault` says so.
     """
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    actual, expected = widen(actual), widen(expected)
     shape = tuple(expected.shape)
     if actual.shape != expected.shape:
         fault = f"its shape is {show(tuple(actual.shape))}, PyTorch's {show(shape)}"
@@ -50,16 +60,21 @@ def _find_worst(difference: Tensor, actual: Tensor, expected: Tensor) -> Worst:
 
 def compute_cosine(one: Tensor, other: Tensor) -> float:
     """Return the cosine between two tensors taken as vectors; NaN if one is zero or not finite."""
-    one, other = one.double().flatten(), other.double().flatten()
+    one, other = widen(one).flatten(), widen(other).flatten()
     length = float(one.norm() * other.norm())
     return float(one @ other) / length if math.isfinite(length) and length > 0 else math.nan
 
 
+def compute_strength(actual: Tensor, expected: Tensor) -> float:
+    """Return a change as a share of the expected one, along it; NaN if none is expected."""
+    actual, expected = widen(actual).flatten(), widen(expected).flatten()
+    power = float(expected @ expected)
+    return float(actual @ expected) / power if power > 0 else math.nan
+
+
 def compare_effects(actual: Tensor, expected: Tensor, scale: float) -> Effect:
     """Compare a change of the output with PyTorch's, both (batch, channels, height, width); `scale` is the largest output."""
-    actual, expected = actual.double().cpu(), expected.double().cpu()
-    power = float(expected.flatten() @ expected.flatten())
-    strength = float(actual.flatten() @ expected.flatten()) / power if power > 0 else math.nan
+    actual, expected = widen(actual), widen(expected)
     pictures = []
     for change in (expected, actual):
         # the magnitude over height and width, averaged to 8×8 cells at most
@@ -72,4 +87,4 @@ def compare_effects(actual: Tensor, expected: Tensor, scale: float) -> Effect:
         for picture in pictures
     )
     size = float(expected.abs().max()) / scale if scale else math.nan
-    return Effect(strength, compute_cosine(actual, expected), size, ours, theirs)
+    return Effect(compute_strength(actual, expected), compute_cosine(actual, expected), size, ours, theirs)

@@ -56,9 +56,9 @@ def plan_checks(contract: Contract, backend: str, geometries: Sequence[Geometry]
         plans += [PlannedCheck(check, (off, ForwardCase(small, perturbed=check.where))) for check in checks]
     if slots:
         even = [geometry for geometry in geometries if geometry.batch % 2 == 0]
-        halves = min(even, key=_count_cells, default=None)
-        cases = (ForwardCase(halves), ForwardCase(halves, 0, half=True)) if halves else ()
-        plans.append(PlannedCheck(Check(backend, "cfg", ""), cases))
+        if even:  # without a batch of two halves there is no guidance
+            halves = min(even, key=_count_cells)
+            plans.append(PlannedCheck(Check(backend, "cfg", ""), (ForwardCase(halves), ForwardCase(halves, 0, half=True))))
         frames = (0, None, 1, None, 0)
         plans.append(PlannedCheck(Check(backend, "switch", ""), tuple(ForwardCase(small, frame) for frame in frames)))
     for geometry in geometries:

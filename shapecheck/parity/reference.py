@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.logs import silence_logger
 from shapecheck.observe.subject import Precision, TorchModel
-from shapecheck.parity.cases import ForwardCase, InputGenerator
+from shapecheck.parity.cases import OTHER_TIMES, ForwardCase, InputGenerator
+from shapecheck.parity.metrics import compute_strength, reference_device, widen
 from shapecheck.progress import Progress
 from shapecheck.runtime.torch_session import OUTPUT, TorchSession, output_names
 
@@ -19,11 +22,15 @@ Outputs = dict[str, Tensor]
 """By the contract's names."""
 ASSUMED_ERROR = 1e-6
 """PyTorch's own error, as a share of the largest value, if the reference has the precision of the file."""
+_BLUR = 0.2
+"""Rounding changes the strength of an effect by at most this share of its length beside the effect's, in all models tried."""
+_CLEAR = 0.025
+"""A perturbation whose effect's strength rounding changes by more than this is tried at other sizes."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceOutputs:
-    """PyTorch's values of one output, for the calls of a run: float64 on the CPU."""
+    """PyTorch's values of one output, for the calls of a run: on the CPU, each in the precision it was computed in."""
 
     precision: str
     """The precision of the reference."""
@@ -34,6 +41,7 @@ class ReferenceOutputs:
     """PyTorch's own error in the precision of the file, for each of `rounded`, as a share of the reference's largest value."""
     least: float
     """The share below which no error counts: a rounding of that precision; `ASSUMED_ERROR` if `rounded` is empty."""
+    _scales: dict[ForwardCase, float] = field(default_factory=dict)
 
     def torch_error(self, case: ForwardCase) -> float:
         """Return PyTorch's own error in a call: its error there, or the largest if nothing is perturbed, whichever is more."""
@@ -41,7 +49,26 @@ class ReferenceOutputs:
         return max([self.shares.get(case, 0.0), *plain, self.least]) * self.scale(case)
 
     def scale(self, case: ForwardCase) -> float:
-        return float(self.reference[case].abs().max())
+        if case not in self._scales:
+            self._scales[case] = float(self.reference[case].abs().max())
+        return self._scales[case]
+
+    def effect(self, case: ForwardCase) -> Tensor:
+        """Return the change of the output by what is perturbed in a call, in float64."""
+        return widen(self.reference[case]) - widen(self.reference[case.unperturbed])
+
+    def blur(self, case: ForwardCase) -> float:
+        """Return by how much PyTorch's own rounding may change the strength of an effect; infinity if that is not known.
+
+        It is the change that was seen, or what rounding of this length can be expected to make, whichever is more.
+        """
+        if case not in self.rounded or case.unperturbed not in self.rounded:
+            return math.inf
+        expected = self.effect(case)
+        found = widen(self.rounded[case]) - widen(self.rounded[case.unperturbed])
+        length = float((found - expected).norm() / expected.norm())
+        changes = _BLUR * length, abs(compute_strength(found, expected) - 1)
+        return max(changes) if all(map(math.isfinite, changes)) else math.inf
 
 
 def compute_reference(
@@ -55,66 +82,119 @@ def compute_reference(
 ) -> dict[str, ReferenceOutputs]:
     """Compute every call in the reference precision and in that of the contract, one after the other; return it by output.
 
+    A perturbation whose effect is blurred by rounding is computed at other sizes too: `choose_call` chooses among them.
     `look` is given the model in the contract's precision, while it is loaded. Raises ShapecheckError if an output is not finite
     or zero everywhere: nothing can be compared with it.
     """
-    precision = model.choose_reference(requested, contract.header.parameters or 0)
+    is_half = torch.finfo(getattr(torch, contract.dtype)).bits < 32
+    # Of the error of a half precision, float32's own is less than a hundredth.
+    parameters = contract.header.parameters or 0
+    precision = "float32" if is_half and requested == "auto" else model.choose_reference(requested, parameters)
+    exact, rounded = dict[ForwardCase, Outputs](), dict[ForwardCase, Outputs]()
+    unusable: dict[ForwardCase, str] = {}
 
-    def compute(dtype: str) -> dict[ForwardCase, Outputs]:
-        progress(f"loading the model in {dtype}")
-        module = model.load(dtype).to(reference_device())
+    def compute(module: nn.Module, dtype: str, calls: Sequence[ForwardCase], computed: dict[ForwardCase, Outputs]) -> None:
         if dtype == contract.dtype:
             look(module)
-        session, computed = TorchSession(module, contract), {}
-        for number, case in enumerate(cases):
-            progress(f"computing with PyTorch in {dtype}, call {number + 1} of {len(cases)}")
+        session = TorchSession(module, contract)
+        for number, case in enumerate(calls, 1):
+            progress(f"computing with PyTorch in {dtype}, call {number} of {len(calls)}: {case}")
             outputs = session(generate(case, expanded=False))
-            computed[case] = {name: value.double().cpu() for name, value in outputs.items()}
-            for name, value in computed[case].items():
-                noun = "image" if name == OUTPUT else name
-                if not torch.isfinite(value).all():
-                    raise ShapecheckError(f"PyTorch's own {noun} is not finite at {case}, in {dtype}: nothing to compare")
-                if not value.any():
-                    where = f"{case}, in {dtype}"
-                    why = "so nothing can be compared; an untrained ControlNet?"
-                    raise ShapecheckError(f"PyTorch's own {noun} is zero everywhere at {where}, {why}")
-        del module, session
-        gc.collect()
-        return computed
+            computed[case] = {name: value.cpu() for name, value in outputs.items()}
+            if why := _refuse(case, dtype, outputs):
+                unusable[case] = why
+                if not case.perturbed:
+                    raise ShapecheckError(why)
 
-    exact = compute(precision)
-    rounded = compute(contract.dtype) if precision != contract.dtype else {}
-    least = torch.finfo(getattr(torch, contract.dtype)).eps if rounded else ASSUMED_ERROR
+    def compute_both(calls: Sequence[ForwardCase]) -> dict[str, ReferenceOutputs]:
+        progress(f"loading the model in {precision}")
+        module = model.load(precision).to(reference_device())
+        compute(module, precision, calls, exact)
+        if precision != contract.dtype:
+            progress(f"casting the model to {contract.dtype}")
+            with silence_logger("diffusers"):
+                module.to(getattr(torch, contract.dtype))  # the weights as if loaded so, and never two models in memory
+            compute(module, contract.dtype, calls, rounded)
+        del module
+        _free_memory()
+        least = torch.finfo(getattr(torch, contract.dtype)).eps if rounded else ASSUMED_ERROR
+        usable = [case for case in exact if case not in unusable]
+        return {name: _select(name, precision, exact, rounded, usable, least) for name in output_names(contract)}
 
-    def select(name: str) -> ReferenceOutputs:
-        reference = {case: outputs[name] for case, outputs in exact.items()}
-        values = {case: outputs[name] for case, outputs in rounded.items()}
-        shares = {
-            case: float((value - reference[case]).abs().max() / reference[case].abs().max()) for case, value in values.items()
-        }
-        return ReferenceOutputs(precision, reference, values, shares, least)
+    found = compute_both(cases)
+    if blurred := [case for case in cases if case.perturbed and _is_blurred(case, found)]:
+        found = compute_both([replace(case, times=times) for case in blurred for times in OTHER_TIMES])
+    if lost := [case for case in cases if case in unusable and choose_call(case, found) is case]:
+        raise ShapecheckError(unusable[lost[0]])
+    return found
 
-    return {name: select(name) for name in output_names(contract)}
+
+def _select(
+    name: str,
+    precision: str,
+    exact: Mapping[ForwardCase, Outputs],
+    rounded: Mapping[ForwardCase, Outputs],
+    cases: Sequence[ForwardCase],
+    least: float,
+) -> ReferenceOutputs:
+    """Return one output of these calls, and PyTorch's own error in each."""
+    reference = {case: exact[case][name] for case in cases}
+    values = {case: rounded[case][name] for case in cases if rounded}
+    shares = {
+        case: float((widen(value) - widen(reference[case])).abs().max() / widen(reference[case]).abs().max())
+        for case, value in values.items()
+    }
+    return ReferenceOutputs(precision, reference, values, shares, least)
+
+
+def choose_call(case: ForwardCase, references: Mapping[str, ReferenceOutputs]) -> ForwardCase:
+    """Return the call in which a perturbation shows best, of those that were computed and differ in its size alone."""
+    computed = next(iter(references.values())).reference
+    sizes = [other for other in computed if replace(other, times=1.0) == case]
+    return min(sizes, key=lambda call: min(known.blur(call) for known in references.values()), default=case)
+
+
+def _is_blurred(case: ForwardCase, references: Mapping[str, ReferenceOutputs]) -> bool:
+    """Return whether a perturbation may show better at another size: one without any effect does not."""
+    if any(case not in known.reference for known in references.values()):
+        return True
+    acts = any(known.rounded and bool(known.effect(case).any()) for known in references.values())
+    return acts and not any(known.blur(case) <= _CLEAR for known in references.values())
+
+
+def _refuse(case: ForwardCase, dtype: str, outputs: Outputs) -> str:
+    """Say why nothing can be compared with PyTorch's outputs; empty if that is possible."""
+    for name, value in outputs.items():
+        if not torch.isfinite(value).all():
+            noun = "image" if name == OUTPUT else name
+            return f"PyTorch's own {noun} is not finite at {case}, in {dtype}: nothing to compare"
+        if not value.any():
+            noun = "image" if name == OUTPUT else name
+            why = "so nothing can be compared; an untrained ControlNet?"
+            return f"PyTorch's own {noun} is zero everywhere at {case}, in {dtype}, {why}"
+    return ""
 
 
 class LazyReference:
     """The model in one precision, loaded when its first outputs are requested."""
 
-    def __init__(self, model: TorchModel, contract: Contract) -> None:
-        self._model, self._contract = model, contract
+    def __init__(self, model: TorchModel, contract: Contract, progress: Progress) -> None:
+        self._model, self._contract, self._progress = model, contract, progress
         self._session: TorchSession | None = None
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Outputs:
-        """Return the outputs for these inputs, as float64 on the CPU."""
+        """Return the outputs for these inputs, in float64."""
         if self._session is None:
+            self._progress(f"loading the model in {self._contract.dtype}")
             self._session = TorchSession(self._model.load(self._contract.dtype).to(reference_device()), self._contract)
-        return {name: value.double().cpu() for name, value in self._session(inputs).items()}
+        return {name: widen(value) for name, value in self._session(inputs).items()}
 
     def close(self) -> None:
         self._session = None
-        gc.collect()
+        _free_memory()
 
 
-def reference_device() -> str:
-    """Return the device on which PyTorch's side runs."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _free_memory() -> None:
+    """Give back what nothing refers to: ONNX Runtime and TensorRT cannot use what PyTorch keeps for itself."""
+    gc.collect()
+    torch.cuda.empty_cache()

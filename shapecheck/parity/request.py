@@ -70,6 +70,7 @@ def create_run(request: ParityRequest, progress: Progress = silent) -> ParityRun
         raise ShapecheckError("--batch and --tokens go with --sizes")
     if not request.times_own > 0:
         raise ShapecheckError(f"--times-own must be more than 0, got {request.times_own}")
+    progress("importing PyTorch and diffusers")
     from shapecheck.observe.subject import find_source
     from shapecheck.parity.cases import InputGenerator, load_controlnet
     from shapecheck.parity.plan import list_cases

@@ -203,6 +203,12 @@ class Parity:
     def verdict(self) -> str:
         return "PARITY" if self.passes else "BROKEN"
 
+    @property
+    def unjudged(self) -> int:
+        """Return the number of checks that were not made."""
+        return sum(result.status == "not run" for side in self.sides for result in side.results)
+
     def __str__(self) -> str:
         wrong = [f"  {result.check}: {result.reason}" for side in self.sides for result in side.failed]
-        return "\n".join([f"{self.verdict}: {self.model}", *wrong])
+        unjudged = f", {self.unjudged} checks not judged" if self.unjudged else ""
+        return "\n".join([f"{self.verdict}: {self.model}{unjudged}", *wrong])

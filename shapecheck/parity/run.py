@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,8 +18,9 @@ from shapecheck.observe.subject import TorchModel
 from shapecheck.parity.artefacts import ParityFile, evaluate_file, read_files
 from shapecheck.parity.cases import EmitResiduals, ForwardCase, InputGenerator
 from shapecheck.parity.evaluate import Evaluator, combine_results, square_of
+from shapecheck.parity.metrics import reference_device
 from shapecheck.parity.plan import FILE_KINDS, PlannedCheck, list_cases, plan_checks
-from shapecheck.parity.reference import LazyReference, Outputs, ReferenceOutputs, compute_reference, reference_device
+from shapecheck.parity.reference import LazyReference, Outputs, ReferenceOutputs, choose_call, compute_reference
 from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import Check, Divergence, Parity, Ran, Result, Side
 from shapecheck.parity.runners import BackendSession, describe_session, open_session
@@ -53,6 +55,7 @@ class ParityRun:
         check_known(request.what_runs)
         self.request, self._ranges, self._emit, self._progress = request, ranges, emit, progress
         self._opener, self._plan, self._explain = opener, plan, explain
+        progress(f"reading {request.model if isinstance(request.model, str | Path) else 'the model'}")
         self._model = TorchModel(request.model, variant=request.variant, offline=request.offline)
         if emit is not None and self._model.role == "controlnet":
             raise ShapecheckError(f"{self._model.name} is a ControlNet and takes no residuals: --controlnet is for UNets")
@@ -64,7 +67,12 @@ class ParityRun:
     @cached_property
     def plans(self) -> Mapping[str, tuple[PlannedCheck, ...]]:
         """Return every check of every backend, known before anything runs."""
-        return {name: self._plan(file.contract, name, self._geometries(name)) for name, file in self._files.items()}
+        return {
+            name: tuple(
+                plan for plan in self._plan(file.contract, name, self._geometries(name)) if plan.check.kind not in file.unshown
+            )
+            for name, file in self._files.items()
+        }
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -115,6 +123,10 @@ class ParityRun:
             fix = f"; {known.fix}" if known.fix else ""
             return Side(backend, artefact, None, _fail_all(plans, f"{known.name} cannot run here: {known.reason}{fix}"))
         generate, references = self._compute_reference(file.contract, self._geometries(backend))
+        plans = tuple(
+            replace(plan, cases=tuple(choose_call(case, references) if case.perturbed else case for case in plan.cases))
+            for plan in plans
+        )
         self._progress(f"opening {artefact} with {backend}")
         try:
             session: BackendSession | EngineSession
@@ -131,7 +143,7 @@ class ParityRun:
             session.close()
 
         # PyTorch in the file's precision is loaded when something has to be explained, after the backend gave back its memory.
-        compute = LazyReference(self._model, file.contract)
+        compute = LazyReference(self._model, file.contract, self._progress)
         unknown = actual.keys() - next(iter(references.values())).reference.keys() if self._explain else ()
         squares = {case: compute(generate(case)) for case in unknown}
 
@@ -149,10 +161,13 @@ class ParityRun:
             )
 
         evaluators = {name: create_evaluator(name) for name in file.outputs}
-        results = tuple(self._evaluate(plan, evaluators, file, ran, seconds) for plan in _prefer_squares(plans, actual))
+        results = []
+        for number, plan in enumerate(settled := _prefer_squares(plans, actual), 1):
+            self._progress(f"judging, check {number} of {len(settled)}: {plan.check}")
+            results.append(self._evaluate(plan, evaluators, file, ran, seconds))
         compute.close()
         divergence, notes = self._search(backend, generate, references, results)
-        return Side(backend, artefact, ran, results, divergence, notes)
+        return Side(backend, artefact, ran, tuple(results), divergence, notes)
 
     def _compute_reference(self, contract: Contract, geometries: tuple[Geometry, ...]) -> _Reference:
         """Compute PyTorch's side once for every backend whose file has this contract and these sizes."""
@@ -164,8 +179,10 @@ class ParityRun:
 
             def look(module: nn.Module) -> None:
                 for name in alike:
-                    if any(plan.check.kind == "weights" for plan in self.plans[name]):
-                        self._weights[name] = self._files[name].compare_weights(module)
+                    compare = self._files[name].compare_weights
+                    if name not in self._weights and compare and any(plan.check.kind == "weights" for plan in self.plans[name]):
+                        self._progress(f"comparing the weights of {name}")
+                        self._weights[name] = compare(module)
 
             precision = self.request.reference
             outputs = compute_reference(self._model, contract, cases, generate, precision, look, self._progress)
@@ -177,9 +194,12 @@ class ParityRun:
     ) -> tuple[dict[ForwardCase, Outputs | str], list[Outputs | str], dict[ForwardCase, float]]:
         """Return a backend's outputs: every call once, those of control switched first and apart; and the calls' seconds."""
         file, seconds = self._files[backend], dict[ForwardCase, float]()
+        switching = [case for plan in plans if plan.check.kind == "switch" for case in plan.cases]
+        calls, numbers = list_cases(plans), itertools.count(1)
+        total = len(switching) + len(calls)
 
         def compute(case: ForwardCase) -> Outputs | str:
-            self._progress(f"computing with {backend}: {case}")
+            self._progress(f"computing with {backend}, call {next(numbers)} of {total}: {case}")
             values, began = generate(case), time.perf_counter()
             try:
                 outputs = session({own: values[name].to(session.device) for name, own in file.names.items()})
@@ -190,10 +210,12 @@ class ParityRun:
             finally:
                 seconds[case] = time.perf_counter() - began
 
-        switched = [compute(case) for plan in plans if plan.check.kind == "switch" for case in plan.cases]
-        actual = {case: compute(case) for case in list_cases(plans)}
-        squares = {square_of(case) for case, outputs in actual.items() if isinstance(outputs, str)}
-        actual |= {case: compute(case) for case in squares if case is not None and case not in actual}
+        switched = [compute(case) for case in switching]
+        actual = {case: compute(case) for case in calls}
+        squares = dict.fromkeys(square_of(case) for case, outputs in actual.items() if isinstance(outputs, str))
+        extra = [case for case in squares if case is not None and case not in actual]
+        total += len(extra)
+        actual |= {case: compute(case) for case in extra}
         return actual, switched, seconds
 
     def _evaluate(

@@ -46,6 +46,7 @@ def open_session(
     """
     if backend in ENGINE_BACKENDS:
         session = EngineSession.open(file.path)
+        assert session.record is not None  # opened by it alone
         target = session.record.request.options.target
         if target != backend:
             raise ShapecheckError(f"{file.path} was built by {MODULES[target]}: request {target}, not {backend}")
@@ -72,6 +73,7 @@ def describe_session(backend: str, session: BackendSession | EngineSession, file
         device = f"cuda:{session.device.index or 0} {torch.cuda.get_device_name(session.device)}"
     if not isinstance(session, EngineSession):
         return Ran(backend, session.provider, device, precision, session.detail)
+    assert session.record is not None
     request = session.record.request
     provider = "TensorRT" if request.options.target == "trt" else "TensorRT for RTX"
     return Ran(backend, provider, device, precision, f"{request.tensorrt}, TF32 {'allowed' if request.options.tf32 else 'off'}")

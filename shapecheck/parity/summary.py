@@ -21,9 +21,8 @@ def summarize(parity: Parity) -> str:
     if not parity.passes:
         wrong = [_describe_fault(side) for side in parity.sides if judge_backend(side) != "passed"]
         return "; ".join(wrong) or "no backend was tried"
-    unrun = sum(len(list_unrun(side)) for side in parity.sides)
     checks = f"{_count_checks(parity.sides)} on {', '.join(side.backend for side in parity.sides)}"
-    return f"{checks}, {unrun} of them not judged" if unrun else checks
+    return f"{checks}, {parity.unjudged} of them not judged" if parity.unjudged else checks
 
 
 def describe_tolerance(parity: Parity) -> str:

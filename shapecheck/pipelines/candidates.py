@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from shapecheck.runtime.dropin import DropIn
 from shapecheck.runtime.load import load
 from shapecheck.tensorrt import profile_formats
 from shapecheck.tensorrt.profiles import Profile, Range, profile_of
+from shapecheck.tensorrt.record import Target
 
 SHARES_WEIGHTS = ("torch", "torch-compile")
 """Backends that compute with the weights of the PyTorch modules, which then stay on their device."""
@@ -165,7 +166,8 @@ class CandidateMaker:
         if backend in SHARES_WEIGHTS:
             original = unwrap_compiled(model)
             del options["graphs"]  # it replays CUDA graphs anyway
-            return Running(backend, load(original, name, cache=self.folder / "torch-compile", **options), model)
+            options["cache"] = self.folder / "torch-compile"
+            return Running(backend, load(original, name, **options), model)
         cache = self.find_cache(model)
         # An export takes minutes: tell before it what cannot run.
         if not checked and not cache.is_exported:
@@ -176,23 +178,22 @@ class CandidateMaker:
                 # The GPU's memory is for the session that takes its place.
                 model.to("cpu")
                 free_memory()
-            if backend == "trt" or backend == "rtx":
-                artefact = cache.build_engine(backend, self.make_profiles(model))
+            if backend in get_args(Target):
+                artefact = cache.build_engine(name, self.make_profiles(model))
                 return Running(backend, load(artefact, "trt", **options), model, artefact)
             if backend == "ort-trt":
-                options["options"] = profile_formats.make_provider_options(self.make_profiles(model))
+                with cache.keep_engine(self._make_provider_options(model)) as kept:
+                    return Running(backend, load(artefact, name, options=kept, **options), model, artefact)
             return Running(backend, load(artefact, name, **options), model, artefact)
         except BaseException:
             model.to(device)
             raise
 
     def is_made(self, backend: str, models: Sequence[nn.Module]) -> bool:
-        """Return whether the folder holds all that takes long: ONNX files, engines. The TensorRT provider builds anew."""
-        if backend not in ("trt", "ort", "ort-cuda"):
-            return False
+        """Return whether the folder holds all that takes long: ONNX files and engines. Compiled code is not looked for."""
         with suppress(ShapecheckError):
-            exported = all(self.find_cache(model).is_exported for model in models)
-            return exported and (backend != "trt" or all(self._has_engine(model) for model in models))
+            is_there = all(self.find_cache(model).is_exported and self._has_engine(backend, model) for model in models)
+            return is_there and backend not in SHARES_WEIGHTS
         return False
 
     def estimate_seconds(self, backend: str, models: Sequence[nn.Module]) -> float:
@@ -212,14 +213,22 @@ class CandidateMaker:
         try:
             exporting = 0.0 if self.find_cache(model).is_exported else _EXPORT
             building = {"trt": _ENGINE, "ort-trt": _PROVIDER_ENGINE}.get(backend, 0.0)
-            if backend == "trt" and not exporting and self._has_engine(model):
+            if not exporting and self._has_engine(backend, model):
                 building = 0.0
         except ShapecheckError:  # it cannot be exported: it stays in PyTorch
             return 0.0
         return (exporting + building + _LOADING) * size
 
-    def _has_engine(self, model: nn.Module) -> bool:
-        return self.find_cache(model).has_engine("trt", self.make_profiles(model))
+    def _has_engine(self, backend: str, model: nn.Module) -> bool:
+        """Return whether the engine is there that a backend needs, if it needs one."""
+        if backend == "trt":
+            return self.find_cache(model).has_engine("trt", self.make_profiles(model))
+        if backend == "ort-trt":
+            return self.find_cache(model).has_provider_engine(self._make_provider_options(model))
+        return True
+
+    def _make_provider_options(self, model: nn.Module) -> Mapping[str, str]:
+        return profile_formats.make_provider_options(self.make_profiles(model))
 
 
 def require_running(backend: str) -> None:

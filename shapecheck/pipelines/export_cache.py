@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from shapecheck.contract import Role, ShapecheckError
-from shapecheck.files import lock_folder
+from shapecheck.files import lock_folder, make_folder
 from shapecheck.models import weights
 from shapecheck.models.diffusers_models import is_controlnet
 from shapecheck.models.forward_call import unwrap_compiled
@@ -71,6 +72,36 @@ class ExportCache:
                 if request.options == BuildOptions(target=target) and request.profiles == tuple(profiles):
                     return request.tensorrt.startswith(release)
         return False
+
+    @contextmanager
+    def keep_engine(self, options: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
+        """Yield options with which ONNX Runtime's TensorRT provider builds an engine once, for a block that opens the session.
+
+        By itself it takes an engine of other weights for that of the same graph, and a half-written one for a whole one. So
+        each has a folder of its own, which is there only when it is whole.
+        """
+        with lock_folder(self._folder):
+            kept = place = self._locate_provider_engine(options)
+            if not kept.is_dir():
+                place = kept.with_suffix(".partial")
+                shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
+                make_folder(place)
+                for timings in self._folder.glob("*.ort-trt/*.timing"):  # of other weights and sizes: much is the same
+                    shutil.copy(timings, place)
+            enabled = {f"trt_{kind}_cache_enable": "1" for kind in ("engine", "timing")}
+            yield {**options, **enabled, "trt_engine_cache_path": str(place), "trt_timing_cache_path": str(place)}
+            if place != kept:
+                place.rename(kept)
+
+    def has_provider_engine(self, options: Mapping[str, str]) -> bool:
+        """Return whether `keep_engine` has kept the engine of these options."""
+        return self._locate_provider_engine(options).is_dir()
+
+    def _locate_provider_engine(self, options: Mapping[str, str]) -> Path:
+        import onnxruntime
+
+        made_for = json.dumps([onnxruntime.__version__, sorted(options.items())])
+        return self.path.with_name(f"{self.path.stem}-{hashlib.sha256(made_for.encode()).hexdigest()[:16]}.ort-trt")
 
     @cached_property
     def path(self) -> Path:

@@ -63,7 +63,7 @@ class Binding:
 
     `names` pairs the name of every input in the contract with that in the file; `outputs` are the file's names. `profiles`
     are the sizes that are served, None for every size of the contract. Raises ShapecheckError if these contradict one
-    another: an input without a name, profiles that are not images of one range.
+    another: an input without a name or, unless `varied`, profiles that are not images of one range.
     """
 
     def __init__(
@@ -73,12 +73,15 @@ class Binding:
         outputs: tuple[str, ...],
         device: str,
         profiles: tuple[Profile, ...] | None = None,
+        *,
+        varied: bool = False,
     ) -> None:
         self.names = dict(names)
         if self.names.keys() != contract.input_rules.keys() or len(set(self.names.values())) != len(names):
             raise ShapecheckError("the engine's record does not name each input of its contract once; build the engine again")
-        if profiles is not None:
+        if profiles is not None and not varied:
             verify_profiles(contract, profiles)
+        self._varied = varied
         self.contract, self._outputs, self._device, self._profiles = contract, outputs, device, profiles
         # for each symbol the axes that show it, base inputs first
         axes = [(name, axis, rule) for name, rule in contract.input_rules.items() for axis in range(len(rule))]
@@ -153,7 +156,7 @@ class Binding:
                 # a tensor of the wrong shape says nothing about the profiles
                 wrong = {mismatch.where for mismatch in mismatches}
                 refused = explain_refusal(self._profiles, {name: tensors[name][0] for name in rules if name not in wrong})
-                advice += _advise_sizes(contract, self._profiles, geometry) if refused else ()
+                advice += _advise_sizes(contract, self._profiles, geometry) if refused and not self._varied else ()
         mismatches += _compare_forms(contract, self._device, tensors, sized=geometry is not None)
         order = list(rules)
         mismatches.sort(key=lambda mismatch: order.index(mismatch.where))

@@ -15,14 +15,15 @@ from shapecheck.runtime.binding import Binding
 from shapecheck.runtime.call_gate import Gate
 from shapecheck.runtime.onnx_session import OnnxSession
 from shapecheck.runtime.torch_session import OUTPUT, TorchSession
+from shapecheck.tensorrt.profile_formats import choose_precision
 
 
 class ContractSession:
     """A model on one device. `open_onnx` and `of_unet` make one.
 
     Call it with a tensor for every input of the contract, by the contract's names; it returns a tensor for every output.
-    Nothing is filled in, converted or moved: for ControlNet off pass zeros for every slot. With `reuse` outputs are
-    allocated once a size and written again by every call of that size: clone what is to be kept.
+    Nothing is filled in, converted or moved: for ControlNet off pass zeros for every slot. With `reuse`, and with `graphs`,
+    outputs are allocated once a size and written again by every call of that size: clone what is to be kept.
 
     A refused call changes nothing for the next one. Two calls at once are an error: open a session for each thread.
     """
@@ -44,21 +45,24 @@ class ContractSession:
         device: int = 0,
         options: Mapping[str, str] | None = None,
         reuse: bool = False,
+        graphs: bool = False,
     ) -> Self:
-        """Open an ONNX file in ONNX Runtime.
+        """Open an ONNX file in ONNX Runtime, which with `graphs` replays calls on a GPU as CUDA graphs.
 
         Raises ContractError if the file's inputs are not those of the contract; ShapecheckError if ONNX Runtime refuses the
-        file or falls back to another provider.
+        file, or to capture it, or falls back to another provider.
         """
         path = Path(path)
-        session = OnnxSession.open(path, backend=backend, device=device, options=options)
+        if backend == "ort-trt":
+            options = {**choose_precision({contract.dtype}), **(options or {})}
+        session = OnnxSession.open(path, backend=backend, device=device, options=options, graphs=graphs)
         names, dtypes = contract.match_names(session.inputs), session.dtypes()
         declared = [Port(name, dtypes[name]) for name in session.inputs]
         if mismatches := contract.compare_inputs(declared, names, present="an input of the file"):
             raise ContractError(mismatches, subject=f"{path} is not what its contract says", contract=contract)
         output_dtypes = {name: getattr(torch, dtypes[name]) for name in session.outputs}
         binding = Binding(contract, tuple(names.items()), session.outputs, str(session.device))
-        return cls(Gate(str(path), binding), session, output_dtypes, reuse=reuse)
+        return cls(Gate(str(path), binding), session, output_dtypes, reuse=reuse or graphs)
 
     @classmethod
     def of_unet(cls, module: nn.Module, contract: Contract, name: str = "") -> Self:

@@ -23,7 +23,7 @@ _BINDABLE = frozenset(("float32", "float16", "bfloat16", "int64", "int32", "bool
 _log = logging.getLogger(__name__)
 
 
-def map_engine(path: Path, record: Engine, *, verify: bool) -> mmap.mmap:
+def map_engine(path: Path, record: Engine | None) -> mmap.mmap:
     """Return the bytes of an engine as they are on the disk. Raises ShapecheckError if they are not those of the record."""
     if not path.is_file():
         raise ShapecheckError(f"no engine at {path}, although its record is there; copy both together, or build again")
@@ -32,9 +32,11 @@ def map_engine(path: Path, record: Engine, *, verify: bool) -> mmap.mmap:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise ShapecheckError(f"cannot read {path}: {error}") from None
-    if verify and len(data) != record.size:
+    if record is None:
+        return data
+    if len(data) != record.size:
         raise ShapecheckError(f"{path} has {len(data)} bytes, its record says {record.size}: is one of them cut short or old?")
-    if verify and (digest := f"sha256:{hashlib.sha256(data).hexdigest()}") != record.digest:
+    if (digest := f"sha256:{hashlib.sha256(data).hexdigest()}") != record.digest:
         raise ShapecheckError(f"{path} is {digest}, its record says {record.digest}; copy both together, or build again")
     return data
 
@@ -68,24 +70,28 @@ class Loaded(NamedTuple):
     declared: DeclaredEngine
 
 
-def load_engine(trt: Any, path: Path, record: Engine, data: mmap.mmap) -> Loaded:
-    """Load the engine in these bytes.
+def load_engine(trt: Any, path: Path, record: Engine | None, data: mmap.mmap) -> Loaded:
+    """Load the engine in these bytes, which without a record may be anybody's.
 
     Raises ShapecheckError if TensorRT cannot load it, or it has an input or output that cannot be bound to a torch tensor on
     the GPU; ContractError if it is not the engine of the record.
     """
-    request, logger = record.request, _get_logger(trt)
+    request, logger = record.request if record is not None else None, _get_logger(trt)
     logger.errors.clear()
     try:
         runtime = trt.Runtime(logger)
     except (RuntimeError, TypeError) as error:  # bindings raise TypeError if the library returns nothing
         raise build_refusal("start", logger, "`shapecheck doctor` says why") from error
-    if request.options.version_compatible:
+    if request is not None and request.options.version_compatible:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        here = f"{MODULES[request.options.target]} here is {trt.__version__}"
-        advice = f"it was built by {request.tensorrt} on {request.gpu}, and {here}: build it again here"
+        advice = f"TensorRT here is {trt.__version__}; an engine loads with the release and the kind of GPU it was built for"
+        if request is not None:
+            here = f"{MODULES[request.options.target]} here is {trt.__version__}"
+            advice = f"it was built by {request.tensorrt} on {request.gpu}, and {here}: build it again here"
+        if any("memory" in words.lower() for words in logger.errors):
+            advice = "the GPU's memory is too small or taken: free what the engine stands in for, and load it again"
         raise build_refusal(f"load {path}", logger, advice)
     for number in range(engine.num_io_tensors):
         name = engine.get_tensor_name(number)
@@ -94,7 +100,7 @@ def load_engine(trt: Any, path: Path, record: Engine, data: mmap.mmap) -> Loaded
             bindable = ", ".join(sorted(_BINDABLE))
             raise ShapecheckError(f"{name}: got {dtype.name} on the {location.name}, expected one of {bindable} on the DEVICE")
     declared = describe_engine(trt, engine)
-    if mismatches := compare_engine(request, declared):
+    if request is not None and (mismatches := compare_engine(request, declared)):
         raise ContractError(mismatches, subject=f"{path} is not what its record says", contract=request.contract)
     return Loaded(logger, runtime, engine, declared)
 
@@ -126,10 +132,14 @@ class Executor:
         self.bound: PlacedCall | None = None
         """The call whose shapes and addresses are set; None if not all are."""
 
+    def is_sized_for(self, call: BoundCall) -> bool:
+        """Return whether the profile and every shape are those of this call."""
+        return self._sized == call
+
     def set_shapes(self, call: BoundCall, stream: int) -> None:
         """Set the profile and every shape, unless they are set."""
         self.bound = None
-        if self._sized == call:
+        if self.is_sized_for(call):
             return
         self._sized = None
         self._addresses.clear()

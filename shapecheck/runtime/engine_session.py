@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -10,13 +12,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from shapecheck.contract import Geometry, ShapecheckError, show
+from shapecheck.contract import Contract, ContractError, Geometry, ShapecheckError, show
 from shapecheck.runtime.binding import Binding, BoundCall, PlacedCall
 from shapecheck.runtime.call_gate import Gate
 from shapecheck.runtime.engine_loading import Executor, Loaded, build_refusal, import_tensorrt, load_engine, map_engine
 from shapecheck.runtime.gpu import Gpu
-from shapecheck.tensorrt.engine_tensors import DYNAMIC
-from shapecheck.tensorrt.record import Engine, read_engine
+from shapecheck.tensorrt.engine_tensors import DYNAMIC, DeclaredEngine, compare_model
+from shapecheck.tensorrt.foreign_engine import match_engine
+from shapecheck.tensorrt.record import EngineInterface, find_record, read_engine
+
+_log = logging.getLogger(__name__)
 
 
 class EngineSession:
@@ -34,20 +39,25 @@ class EngineSession:
     With `graphs` the second call in a row with the same sizes at the same addresses is captured into a CUDA graph, which is
     replayed until a call differs. It has a context of its own, and so scratch memory of its own.
 
+    A call may be part of a CUDA graph that PyTorch captures if one of the same sizes came just before the capture; the graph is
+    sound until the session is closed, and holds a context.
+
     A refused call changes nothing for the next one. Two calls at once are an error: open a session for each thread.
     """
 
-    def __init__(self, path: Path, record: Engine, gpu: Gpu, loaded: Loaded, *, graphs: bool) -> None:
-        request = record.request
-        self.contract, self.device, self.reuses_outputs = request.contract, torch.device(gpu.name), True
-        self.record = record
-        """The record kept beside the engine: contract, profiles, and all it was built from."""
+    def __init__(self, path: Path, interface: EngineInterface, gpu: Gpu, loaded: Loaded, *, graphs: bool) -> None:
+        self.contract, self.device, self.reuses_outputs = interface.contract, torch.device(gpu.name), True
+        self.record = interface.record
+        """The record kept beside the engine: contract, profiles, and all it was built from. None if others built it."""
         self._path, self._gpu, self._graphs = path, gpu, graphs
         self._logger, self._runtime, self._engine = loaded.logger, loaded.runtime, loaded.engine
-        binding = Binding(request.contract, request.names, request.outputs, gpu.name, request.profiles)
-        self._gate = Gate(str(path), binding)
-        self._dtypes = {port.name: getattr(torch, port.dtype) for port in loaded.declared.tensors if not port.is_input}
+        called = interface.contract, interface.names, interface.outputs, gpu.name, interface.profiles
+        self._gate = Gate(str(path), Binding(*called, varied=interface.record is None))
+        dtypes = {port.name: getattr(torch, port.dtype) for port in loaded.declared.tensors if not port.is_input}
+        self._dtypes = {name: dtypes[name] for name in interface.outputs}
         self._executors: dict[str, Executor] = {}
+        self._recorded: list[Executor] = []
+        """Those in graphs that PyTorch captured: who changes a context changes its graph."""
         self._outputs: dict[Geometry, dict[str, Tensor]] = {}
         self._last: PlacedCall | None = None
         self._graph: tuple[PlacedCall, Callable[[], None]] | None = None
@@ -55,30 +65,47 @@ class EngineSession:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, device: torch.device | str | None = None, graphs: bool = False, verify: bool = True
+        cls,
+        path: str | Path,
+        *,
+        contract: Contract | None = None,
+        device: torch.device | str | None = None,
+        graphs: bool = False,
+        verify: bool = True,
     ) -> Self:
-        """Open the engine at `path`, with its record beside it, on a GPU: `cuda:1`, or by default torch's current one.
+        """Open the engine at `path` on a GPU: `cuda:1`, or by default torch's current one.
 
-        `verify` compares the file with the digest in the record, which reads all of it. Raises ContractError if the engine is
-        not what its record says; ShapecheckError if either is missing or damaged, or there is no TensorRT or GPU.
+        Without its record beside it `contract` says which model it is: its inputs are then found by name, shape and order, and
+        every call is served that its profiles allow; precision is the engine's own. `verify` compares the file with the digest
+        in the record, which reads all of it. Raises ContractError if the engine is not what record and contract say;
+        ShapecheckError if it cannot be read or loaded, does not fit into the GPU's memory, or there is no TensorRT or GPU.
         """
         path = Path(path)
-        record = read_engine(path)
-        target = record.request.options.target
+        record = find_record(path) if contract is not None else read_engine(path)
+        target = record.request.options.target if record is not None else "trt"
+        if record is not None and contract is not None and (wrong := compare_model(record.request.contract, contract)):
+            raise ContractError(wrong, subject=f"{path} was built for another model", contract=contract)
         if graphs and target == "rtx":
             raise ShapecheckError(
                 f"{path}: TensorRT for RTX captures no engine that was not built for it; open it without graphs"
             )
-        data = map_engine(path, record, verify=verify)
+        data = map_engine(path, record if verify else None)
         trt, gpu = import_tensorrt(target), Gpu(device)
         with gpu.activate():
-            return cls(path, record, gpu, load_engine(trt, path, record, data), graphs=graphs)
+            gpu.require_memory(len(data), f"{path}: an engine of {len(data) / 2**30:.2f} GiB")
+            loaded = load_engine(trt, path, record, data)
+            if record is not None:
+                interface = record.interface
+            else:
+                assert contract is not None  # else its record was read
+                interface = _find_interface(path, loaded.declared, contract)
+            return cls(path, interface, gpu, loaded, graphs=graphs)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the outputs for these inputs.
 
         Raises CallError, with all that is wrong, for a call that the engine cannot serve; ShapecheckError if TensorRT refuses
-        it all the same, with TensorRT's own words, or if the session is closed or busy.
+        it all the same, with TensorRT's own words, or if the session is closed or busy, or cannot be captured.
         """
         with self._gate.acquire():
             call = self._gate.serve(inputs)
@@ -97,6 +124,7 @@ class EngineSession:
                 self._gate.close()
                 self._last = self._graph = None
                 self._executors.clear()
+                self._recorded.clear()
                 self._outputs.clear()
                 self._engine = self._runtime = None
 
@@ -121,6 +149,20 @@ class EngineSession:
         return tensors, tuple(addresses)
 
     def _run(self, call: PlacedCall, stream: int) -> dict[str, Tensor]:
+        if self._gpu.is_capturing():
+            executor = self._executors.get("direct")
+            if executor is None or not executor.is_sized_for(call[0]):
+                raise ShapecheckError(
+                    f"{self._path}: PyTorch is capturing a CUDA graph, in which TensorRT cannot be set up: "
+                    "call the session with these sizes just before, outside of the capture"
+                )
+            self._bind(executor, call, stream)
+            executor.execute(stream)
+            self._recorded += [executor] if executor not in self._recorded else []
+            return dict(self._outputs[call[0].geometry])
+        if self._executors.get("direct") in self._recorded:
+            del self._executors["direct"]
+
         if self._graph is not None and self._graph[0] == call:
             self._graph[1]()
         else:
@@ -156,8 +198,25 @@ class EngineSession:
 
     def _get_executor(self, kind: str) -> Executor:
         if kind not in self._executors:
+            scratch = self._engine.device_memory_size_v2
+            self._gpu.require_memory(scratch, f"{self._path}: the scratch memory of a context")
             context = self._engine.create_execution_context()
             if context is None:
                 raise build_refusal(f"make a context of {self._path}", self._logger, "is there enough memory on the GPU?")
             self._executors[kind] = Executor(context, self._logger)
         return self._executors[kind]
+
+
+def _find_interface(path: Path, declared: DeclaredEngine, contract: Contract) -> EngineInterface:
+    """Return how an engine without a record is called. Raises ContractError if it cannot be called as the model is."""
+    found = match_engine(declared, contract)
+    if contract.role == "unet" and contract.slots and not found.has_slots:
+        found = match_engine(declared, replace(contract, slots=()))
+        _log.warning("%s has no input for a ControlNet's residuals: it is served without them", path)
+    if found.refusals:
+        raise ContractError(found.refusals, subject=f"{path} is not this model", contract=contract)
+    for note in found.notes:
+        _log.info("%s: %s", path, note)
+    for doubt in filter(None, (found.unsure, *found.faults)):
+        _log.warning("%s: %s", path, doubt)
+    return found.interface

@@ -10,9 +10,11 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from shapecheck.artefact import resolve_contract
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.file import OnnxFile
+from shapecheck.progress import silent
 from shapecheck.runtime.call_gate import name_dtype
 from shapecheck.runtime.contract_session import ContractSession
 from shapecheck.runtime.dropin import DropIn, DropInSession
@@ -39,6 +41,7 @@ def load(
     backend: Backend = "auto",
     *,
     contract: Contract | None = None,
+    model: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     sizes: Sequence[str] = (),
@@ -51,15 +54,16 @@ def load(
 ) -> DropIn:
     """Return a UNet or ControlNet for diffusers' pipelines and StreamDiffusion: `pipe.unet = shapecheck.load("unet.onnx")`.
 
-    `artefact` is an ONNX file, an engine with its record, or for `torch` a model: a diffusers folder, a hub id in the local
+    `artefact` is an ONNX file, an engine, or for `torch` a model: a diffusers folder, a hub id in the local
     cache, a live UNet2DConditionModel. `auto` runs an engine in TensorRT, an ONNX file on the GPU if ONNX Runtime can and
     else on the CPU, which is logged, a model in PyTorch. Any other backend runs, or raises.
 
-    `contract` is needed for an ONNX file that holds none. `device` is `cpu`, `cuda`, `cuda:1`. `dtype` and `variant` are for
+    `contract`, or the name or folder of its `model`, is needed for an ONNX file that holds none, and for an engine without a
+    record, which anybody may have built and under any names. `device` is `cpu`, `cuda`, `cuda:1`. `dtype` and `variant` are for
     `torch`. `sizes` and `batch`, as for `shapecheck build`, and `options` for the provider are for `ort-trt` and `ort-cuda`;
-    `graphs` replays an engine's calls as CUDA graphs. `finite=False` lets NaN through, and on a GPU saves waiting for each
-    image. With `own_outputs=False` a call writes over what the last one of that size returned: one allocation a size, for
-    loops that keep no output (schedulers such as PNDM do).
+    `graphs` replays calls as CUDA graphs, in TensorRT and ONNX Runtime on a GPU. `finite=False` lets NaN through, and on a GPU
+    saves waiting for each image. With `own_outputs=False` a call writes over what the last one of that size returned: one
+    allocation a size, for loops that keep no output (schedulers such as PNDM do).
 
     Raises ShapecheckError if the file, the contract or the backend is missing or does not run; ContractError if the file is
     not what its contract says.
@@ -70,6 +74,10 @@ def load(
     if not isinstance(artefact, nn.Module):
         path = Path(artefact)
         kind = "onnx" if path.suffix.lower() == ".onnx" else "engine" if is_engine(path) else "model"
+    if model is not None:
+        if contract is not None or kind == "model":
+            raise ShapecheckError("model= says which model a file is, instead of contract=")
+        contract = resolve_contract(model, offline=True, controlnet=True, progress=silent)
     name, backends = _KINDS[kind]
     if backend != "auto" and backend not in backends:
         raise ShapecheckError(f"backend {backend} does not run {name}, {artefact!s:.200}: use {' or '.join(backends)}")
@@ -86,9 +94,20 @@ def load(
         known = named.contract(precision, control=True)
         return DropInUNet(ContractSession.of_unet(module, known, named.name), finite=finite)
     if kind == "engine":
-        session: DropInSession = EngineSession.open(path, device=device, graphs=graphs)
+        session: DropInSession = EngineSession.open(path, contract=contract, device=device, graphs=graphs)
     else:
-        session = _open_onnx(path, backend, contract, device, sizes, batch, options, reuse=not own_outputs)
+        session = _open_onnx(
+            path,
+            backend,
+            contract,
+            device,
+            sizes,
+            batch,
+            options,
+            reuse=not own_outputs,
+            graphs=graphs,
+            named=model is not None,
+        )
     drop_in = DropInUNet if session.contract.role == "unet" else DropInControlNet
     return drop_in(session, finite=finite, own_outputs=own_outputs)
 
@@ -103,11 +122,15 @@ def _open_onnx(
     options: Mapping[str, str] | None,
     *,
     reuse: bool,
+    graphs: bool,
+    named: bool,
 ) -> ContractSession:
+    """Open an ONNX file; if a contract is that of a named model, in the precision of the file."""
     chosen: str = backend
     if backend == "auto":
         on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
         chosen = "ort-cuda" if on_gpu else "ort"
+    graphs = graphs and chosen != "ort"
     place = torch.device(device) if device is not None else torch.device("cpu" if chosen == "ort" else "cuda")
     if (place.type == "cpu") != (chosen == "ort"):
         raise ShapecheckError(f"{chosen} does not run on {place}")
@@ -117,9 +140,13 @@ def _open_onnx(
     known = contract or contract_inside(file)
     if known is None:
         raise ShapecheckError(
-            f"{file} holds no contract: say which model it is with contract=, such as shapecheck.probe('sd15'); "
+            f"{file} holds no contract: say which model it is with model=, such as model='sd15' or its folder; "
             f"`shapecheck check {file}` shows what can be seen in it"
         )
+    if named:
+        dtypes = {tensor.name: tensor.dtype for tensor in file.reading.inputs if tensor.is_float}
+        theirs = known.match_names(dtypes)
+        known = known.with_dtypes({name: dtypes[theirs[name]] for name in theirs if theirs[name] in dtypes})
     if chosen == "ort-trt" and sizes:
         names = known.match_names([declared.name for declared in file.reading.inputs])  # the file's own
         ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)
@@ -127,10 +154,12 @@ def _open_onnx(
         options = {**{key: str(value) for key, value in profiles.items()}, **(options or {})}
     del file  # with the weights in it, if it keeps them: ONNX Runtime reads them once more
     try:
-        return ContractSession.open_onnx(path, known, backend=chosen, device=place.index or 0, options=options, reuse=reuse)
+        return ContractSession.open_onnx(
+            path, known, backend=chosen, device=place.index or 0, options=options, reuse=reuse, graphs=graphs
+        )
     except ShapecheckError as error:
         # a GPU that was requested is never exchanged for the CPU
-        if backend != "auto" or chosen == "ort" or device is not None:
+        if backend != "auto" or chosen == "ort" or device is not None or graphs:
             raise
         _log.warning("%s runs on the CPU: %s", path, error)
         return ContractSession.open_onnx(path, known, reuse=reuse)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from shapecheck import extras
 from shapecheck.contract import ShapecheckError
 from shapecheck.contract.naming import ONNX_NUMBERS, torch_name
+from shapecheck.runtime.gpu import Gpu
 
 PROVIDERS = {
     "ort": "CPUExecutionProvider",
@@ -20,28 +23,55 @@ PROVIDERS = {
     "ort-trt": "TensorrtExecutionProvider",
 }
 _ELEMENTS = {getattr(torch, name): number for name, number in ONNX_NUMBERS.items()}
-_Place = tuple[str, int, int, tuple[int, ...], int]
-"""Device, its number, element type, shape and address, in the order of a binding's arguments."""
+_GRAPH_OPTIONS = {"ort-cuda": "enable_cuda_graph", "ort-trt": "trt_cuda_graph_enable"}
+_OWN_OPTIONS = frozenset(("user_compute_stream", "has_user_compute_stream", *_GRAPH_OPTIONS.values()))
+"""Options of providers that decide how a session has to call them."""
+_SERIES = 64
+"""The length of a series of calls in which one waits for the GPU: only then are buffers in pinned memory given back."""
+
+
+class _Static(NamedTuple):
+    """A CUDA graph of ONNX Runtime's, and the memory that it reads and writes."""
+
+    binding: Any
+    options: Any
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
 
 
 class OnnxSession:
     """An ONNX file on one provider. `OnnxSession.open(path)` makes one.
 
     Call it with a tensor for every input, by the file's names; it returns a tensor for every output, by the file's names.
-    Inputs are read at their own addresses, and bound again only if these have changed. Outputs go into the tensors that the
-    caller passes, or into new ones on the CPU.
+    Every call reads the inputs as they are then: at their own addresses, or copies of those that lie on another device, are
+    not contiguous, or lie in an output. Outputs go into the tensors that the caller passes, or into new ones on the CPU.
+
+    On a GPU it runs on a stream of its own, in step with torch's current one: what that does next sees the results, and may
+    change or free the inputs. With `graphs` the first call of a size is captured into a CUDA graph, which the next ones of
+    that size replay with copies of their inputs. It writes into the outputs that the first call passed; those of another call
+    are copied from there.
     """
 
-    def __init__(self, session: Any, backend: str, device: torch.device, detail: str = "") -> None:
+    def __init__(
+        self, session: Any, backend: str, device: torch.device, detail: str = "", gpu: Gpu | None = None, graphs: bool = False
+    ) -> None:
         self.backend = backend
         self.detail = detail
         """The version of ONNX Runtime, and whether TF32 is off."""
         self.device = device
-        """The device that inputs should be on; ONNX Runtime copies those on another."""
-        self._session = session
-        self._binding, self._bound = session.io_binding(), dict[str, _Place]()
+        """The device that inputs should be on; those on another are copied."""
+        self._session, self._gpu, self._graphs = session, gpu, graphs
         self.inputs = tuple(port.name for port in session.get_inputs())
         self.outputs = tuple(port.name for port in session.get_outputs())
+        # ONNX Runtime copies an input that it reads elsewhere when it is bound, on no stream that we know
+        places = [device if memory.name == "Cuda" else torch.device("cpu") for memory in session.get_input_memory_infos()]
+        self._places = dict(zip(self.inputs, places, strict=True))
+        self._calls, self._static = count(1), dict[object, _Static]()
+        self._unsynchronized = _make_options("disable_synchronize_execution_providers", "1") if gpu is not None else None
+        if graphs and (read := [name for name, place in self._places.items() if place != device]):
+            raise ShapecheckError(
+                f"{', '.join(read)}: read by the CPU, so that a CUDA graph would keep the first value; open it without graphs"
+            )
 
     @classmethod
     def open(
@@ -53,11 +83,13 @@ class OnnxSession:
         device: int = 0,
         options: Mapping[str, str] | None = None,
         strict: bool = True,
+        graphs: bool = False,
     ) -> Self:
         """Open a file, or a model's bytes whose weights are in files below `folder`.
 
         `options` go to the provider. With `strict` another provider than that of `backend` is an error: ONNX Runtime falls
-        back to the CPU in silence. Raises ShapecheckError if ONNX Runtime is missing or refuses the file.
+        back to the CPU in silence. Raises ShapecheckError if ONNX Runtime is missing or refuses the file, or with `graphs` if
+        it cannot be captured.
         """
         try:
             import onnxruntime
@@ -72,21 +104,26 @@ class OnnxSession:
         if folder is not None:
             settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
         source = model if isinstance(model, bytes) else str(model)
-        chosen = (PROVIDERS[backend], {} if backend == "ort" else {"device_id": str(device), **(options or {})})
+        gpu = Gpu(f"cuda:{device}") if backend != "ort" and torch.cuda.is_available() else None
+        chosen = _choose_options(backend, device, options or {}, gpu, graphs=graphs)
         try:
-            session = onnxruntime.InferenceSession(source, settings, providers=[chosen])
+            session = onnxruntime.InferenceSession(source, settings, providers=[(PROVIDERS[backend], chosen)])
         except Exception as error:  # its classes of errors are not public
-            name = "the model" if isinstance(model, bytes) else model
-            raise ShapecheckError(f"ONNX Runtime cannot load {name}: {_shorten(error)}") from None
-        detail = f"onnxruntime {onnxruntime.__version__}" + (", TF32 off" if chosen[1].get("use_tf32") == "0" else "")
-        place = torch.device("cpu") if backend == "ort" else torch.device("cuda", device)
-        opened = cls(session, backend, place, detail)
-        if strict and opened.provider != PROVIDERS[backend]:
+            name, reason = "the model" if isinstance(model, bytes) else model, _shorten(error)
+            if graphs and "graph capture" in reason:
+                reason += "; open it without graphs"
+            raise ShapecheckError(f"ONNX Runtime cannot load {name}: {reason}") from None
+        provider = str(session.get_providers()[0])
+        if strict and provider != PROVIDERS[backend]:
             raise ShapecheckError(
-                f"{backend} was requested and ONNX Runtime fell back to {opened.provider}; "
+                f"{backend} was requested and ONNX Runtime fell back to {provider}; "
                 f"`shapecheck doctor --require {backend}` says why"
             )
-        return opened
+        detail = f"onnxruntime {onnxruntime.__version__}" + (", TF32 off" if chosen.get("use_tf32") == "0" else "")
+        if provider == PROVIDERS["ort"]:
+            return cls(session, backend, torch.device("cpu"), detail)
+        gpu = gpu or Gpu(None)  # which says that PyTorch sees none
+        return cls(session, backend, torch.device(gpu.name), detail, gpu, graphs)
 
     @property
     def provider(self) -> str:
@@ -103,44 +140,80 @@ class OnnxSession:
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the outputs for these inputs; those named in `outputs` are written there.
 
-        Raises ShapecheckError with ONNX Runtime's own words if it cannot run.
+        Raises ShapecheckError with ONNX Runtime's own words if it cannot run, or if PyTorch is capturing a CUDA graph.
         """
+        if self._gpu is not None and self._gpu.is_capturing():
+            raise ShapecheckError(
+                "PyTorch is capturing a CUDA graph, of which a call of ONNX Runtime cannot be a part: call it outside of that, "
+                "or capture an engine"
+            )
         written = dict(outputs or {})
-        kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
-        if any(tensor.is_cuda for tensor in kept.values()):
-            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime runs on a stream of its own
         try:
-            self._bind(kept, written)
-            self._session.run_with_iobinding(self._binding)
-            if len(written) == len(self.outputs):
-                return written
-            results = dict(zip(self.outputs, self._binding.get_outputs(), strict=True))
-            return {
-                name: written[name] if name in written else torch.from_numpy(value.numpy()) for name, value in results.items()
-            }
+            with self._gpu.stream(own=True) if self._gpu is not None else nullcontext():
+                return self._replay(inputs, written) if self._graphs else self._run(inputs, written)
+        except ShapecheckError:
+            raise
         except Exception as error:
-            self._forget()
             raise ShapecheckError(f"ONNX Runtime cannot run this call: {_shorten(error)}") from None
 
-    def _bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """Bind what is not bound there already; nothing of a call with other names stays bound."""
-        places = {name: _place(tensor) for name, tensor in (*inputs.items(), *outputs.items())}
-        if places.keys() != self._bound.keys():
-            self._forget()
-        for name, place in places.items():
-            if self._bound.get(name) != place:
-                (self._binding.bind_output if name in outputs else self._binding.bind_input)(name, *place)
-                self._bound[name] = place
-        for name in self.outputs:
-            if name not in outputs:
-                self._binding.bind_output(name, "cpu")
+    def _run(self, inputs: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        placed = {name: self._place(name, tensor, written.values()) for name, tensor in inputs.items()}
+        binding = self._bind(placed, written)
+        # what ONNX Runtime itself brings to the CPU is there only when it has waited for the GPU
+        waits = any(name not in written or written[name].device != self.device for name in self.outputs)
+        waits |= next(self._calls) % _SERIES == 0
+        self._session.run_with_iobinding(binding, None if waits else self._unsynchronized)
+        if written.keys() >= set(self.outputs):
+            return dict(written)
+        results = dict(zip(self.outputs, binding.get_outputs(), strict=True))
+        return {name: written[name] if name in written else torch.from_numpy(value.numpy()) for name, value in results.items()}
 
-    def _forget(self) -> None:
-        self._binding, self._bound = self._session.io_binding(), {}
+    def _replay(self, inputs: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if missing := [name for name in self.outputs if name not in written]:
+            raise ShapecheckError(f"{', '.join(missing)}: its size is not known before the call; open the file without graphs")
+        sizes = tuple((name, inputs[name].shape, inputs[name].dtype) for name in self.inputs)
+        static = self._static.get(sizes)
+        if static is None:
+            if self._static and self.backend == "ort-trt":
+                # its provider replays the one that it has, whatever the size
+                raise ShapecheckError("ort-trt keeps a CUDA graph of one size alone: open the file again for another size")
+            kept = {name: torch.empty(shape, dtype=dtype, device=self.device) for name, shape, dtype in sizes}
+            made = {name: tensor.to(self.device) for name, tensor in written.items()}
+            static = _Static(self._bind(kept, made), _make_options("gpu_graph_id", str(next(self._calls))), kept, made)
+        for name, tensor in static.inputs.items():
+            tensor.copy_(inputs[name])
+        self._session.run_with_iobinding(static.binding, static.options)
+        self._static[sizes] = static
+        for name, tensor in written.items():
+            if tensor is not static.outputs[name]:
+                tensor.copy_(static.outputs[name])
+        return dict(written)
+
+    def _place(self, name: str, tensor: Tensor, written: Iterable[Tensor]) -> Tensor:
+        """Return the tensor where it is read, in one piece, and apart from what the call writes."""
+        placed = tensor.to(self._places.get(name, self.device)).contiguous()
+        start, end = placed.data_ptr(), placed.data_ptr() + placed.nbytes
+        inside = any(start < output.data_ptr() + output.nbytes and output.data_ptr() < end for output in written)
+        return placed.clone() if inside else placed
+
+    def _bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Any:
+        """Return a new binding: one of an earlier call holds what that call was given."""
+        binding = self._session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_input(name, *_locate(tensor))
+        for name in self.outputs:
+            if name in outputs:
+                binding.bind_output(name, *_locate(outputs[name]))
+            else:
+                binding.bind_output(name, "cpu")
+        return binding
 
     def close(self) -> None:
-        self._session = self._binding = None
-        self._bound.clear()
+        """Wait for the GPU, and free the model."""
+        if self._gpu is not None:
+            self._gpu.synchronize()
+        self._static.clear()
+        self._session = None
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +222,31 @@ class OnnxSession:
         self.close()
 
 
-def _place(tensor: Tensor) -> _Place:
+def _choose_options(backend: str, device: int, options: Mapping[str, str], gpu: Gpu | None, *, graphs: bool) -> dict[str, str]:
+    """Return the provider's options: the caller's, and those that decide how the session has to call it."""
+    if taken := sorted(_OWN_OPTIONS & options.keys()):
+        raise ShapecheckError(f"{', '.join(taken)}: set by the session itself; for CUDA graphs pass graphs=True")
+    if backend == "ort":
+        return {}
+    chosen = {"device_id": str(device), **options}
+    if gpu is not None:
+        chosen["user_compute_stream"] = str(gpu.handle)
+    if graphs:
+        chosen[_GRAPH_OPTIONS[backend]] = "1"
+    return chosen
+
+
+def _make_options(key: str, value: str) -> Any:
+    """Return options of a run with one entry."""
+    from onnxruntime import RunOptions
+
+    options = RunOptions()
+    options.add_run_config_entry(key, value)
+    return options
+
+
+def _locate(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
+    """Return device, its number, element type, shape and address, in the order of a binding's arguments."""
     return tensor.device.type, tensor.device.index or 0, _ELEMENTS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
 
 

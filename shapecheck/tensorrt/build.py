@@ -120,14 +120,18 @@ def check(source: Source, profiles: Sequence[Profile], progress: Progress = sile
         raise ContractError(tuple(mismatches), subject=subject, contract=source.contract)
 
 
-def read_back(path: Path, engine: Engine, progress: Progress = silent) -> DeclaredEngine:
-    """Return what TensorRT shows of an engine. Raises ShapecheckError without TensorRT, driver or GPU to load it here."""
+def read_back(path: Path, engine: Engine | None, progress: Progress = silent) -> DeclaredEngine:
+    """Return what TensorRT shows of an engine; without a record it is taken for one of TensorRT that brings no code.
+
+    Raises ShapecheckError without TensorRT, driver or GPU to load it here.
+    """
     if not has_driver():
         raise ShapecheckError("no NVIDIA GPU and driver here to load it with")
-    with EngineProcess(engine.request.options.target, progress) as process:
+    options = engine.request.options if engine is not None else BuildOptions()
+    with EngineProcess(options.target, progress) as process:
         progress("loading TensorRT")
         process.receive("ready")
-        process.send({"read": str(path.absolute()), "host_code": engine.request.options.version_compatible})
+        process.send({"read": str(path.absolute()), "host_code": options.version_compatible})
         progress(f"loading {path}")
         declared: DeclaredEngine = decode(DeclaredEngine, process.receive("read"))
         return declared

@@ -1,4 +1,4 @@
-"""An engine against its record, and against a model, a size, a ControlNet and weights that it should be for."""
+"""An engine against its record or, without one, a model; and against a size, a ControlNet and weights that it should be for."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ from pathlib import Path
 
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.errors import one_line
-from shapecheck.contract.mismatch import Port, compare_inputs, compare_shapes
 from shapecheck.models import weights as checkpoints
 from shapecheck.observe import subject
 from shapecheck.observe.controlnet_fit import find_misfits
 from shapecheck.onnx.file import WEIGHTS_KEY, OnnxFile, file_digest
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.build import read_back
-from shapecheck.tensorrt.engine_tensors import compare_engine
+from shapecheck.tensorrt.engine_tensors import compare_engine, compare_model
+from shapecheck.tensorrt.foreign_engine import ForeignEngine, match_engine
 from shapecheck.tensorrt.process import EngineError
-from shapecheck.tensorrt.profiles import choose_profile, find_profile_mismatches, range_of
-from shapecheck.tensorrt.record import Engine, EngineCheck, Read, SizeFit, WeightsCheck, size_of_engine
+from shapecheck.tensorrt.profiles import choose_profile, explain_refusal, find_profile_mismatches
+from shapecheck.tensorrt.record import (
+    Engine,
+    EngineCheck,
+    EngineInterface,
+    Read,
+    SizeFit,
+    WeightsCheck,
+    record_of,
+    size_of_engine,
+)
 
 
 def check_engine(
     path: Path,
-    engine: Engine,
+    engine: Engine | None,
     model: Contract | None = None,
     *,
     controlnets: Sequence[str] = (),
@@ -36,28 +45,53 @@ def check_engine(
 ) -> EngineCheck:
     """Return everything that can be said of an engine here: from itself if TensorRT can load it, else from its record.
 
+    `engine` is the record beside it; without one TensorRT has to load it, and `model` says what its inputs should be.
     `model` is the contract it should keep. `requested` is a size it should serve; with `any_batch` and `any_tokens` at whatever
     batch and tokens it is tuned for. `weights` is an ONNX file or a model that it should have been built from.
     Raises ShapecheckError if the engine, a ControlNet or the weights cannot be read.
     """
-    contract = engine.request.contract
-    mismatches, read, unread = _compare_with_record(path, engine, progress)
-    mismatches += [mismatch for profile in engine.request.profiles for mismatch in find_profile_mismatches(contract, profile)]
-    if model is not None:
-        # Precision does not count: a model may be built in any.
-        rules = {base.name: base.shape for base in model.inputs}
-        mismatches += compare_inputs(rules, {}, [Port(base.name, dims=base.shape) for base in contract.inputs])
-        if contract.role == model.role == "unet":
-            geometry = Geometry(2, 17 * model.divisor, 25 * model.divisor)
-            shapes = {slot.name: slot.shape_at(geometry) for slot in contract.slots}
-            mismatches += compare_shapes(model.slots, geometry, shapes)
-    fit = _fit_size(engine, requested, any_batch, any_tokens) if requested is not None else None
+    read: Read
+    if engine is None:
+        foreign = _read_foreign(path, model, weights, progress)
+        interface, mismatches, notes = foreign.interface, [*foreign.refusals, *foreign.faults], foreign.notes
+        notes += (foreign.unsure,) if foreign.unsure else ()
+        read, unread = "engine", ""
+    else:
+        interface, notes = engine.interface, ()
+        mismatches, read, unread = _compare_with_record(path, engine, progress)
+        for profile in interface.profiles:
+            mismatches += find_profile_mismatches(interface.contract, profile)
+        mismatches += compare_model(interface.contract, model) if model is not None else ()
+    contract = interface.contract
+    fit = _fit_size(interface, requested, any_batch, any_tokens) if requested is not None else None
     # A contract read off a graph does not know its model's configuration, which a ControlNet is judged by.
     if model is not None and "down_block_types" not in contract.config:
         contract = replace(model, slots=contract.slots, features=contract.features)
     unfit = find_misfits(contract, controlnets, requested, offline=offline, progress=progress) if controlnets else ()
-    compared = _compare_weights(engine, weights, offline, progress) if weights is not None else None
-    return EngineCheck(str(path), engine, read, unread, tuple(mismatches), fit, tuple(controlnets), unfit, compared)
+    compared = _compare_weights(engine, weights, offline, progress) if engine is not None and weights is not None else None
+    return EngineCheck(str(path), interface, read, unread, tuple(mismatches), fit, tuple(controlnets), unfit, compared, notes)
+
+
+def _read_foreign(path: Path, model: Contract | None, weights: str | None, progress: Progress) -> ForeignEngine:
+    """Return what an engine without a record is, beside the model. Raises ShapecheckError if TensorRT cannot load it here."""
+    size_of_engine(path)
+    absent = f"{path} has no {record_of(path).name} beside it"
+    if model is None:
+        advice = "copy both together, or say which model it should be with --model: TensorRT tells what its inputs are"
+        raise ShapecheckError(f"{absent}; {advice}")
+    if weights is not None:
+        raise ShapecheckError(f"{absent}, which alone says what weights it was built from: leave out --weights")
+    try:
+        return match_engine(read_back(path, None, progress), model)
+    except ShapecheckError as error:
+        reason = one_line(" ".join(str(error).split()), 600)
+        refused = isinstance(error, EngineError) and error.stage == "refused"
+        raise ShapecheckError(
+            f"{absent}, so that only TensorRT can tell what its inputs are, and "
+            f"{f'TensorRT refuses it: {reason}' if refused else f'it cannot be loaded here: {reason}'}\n"
+            "an engine loads with the release of TensorRT and the kind of GPU that it was built for; with its record, which "
+            "`shapecheck build` writes, or the ONNX file that it was built from, `shapecheck check` works anywhere"
+        ) from error
 
 
 def _compare_with_record(path: Path, engine: Engine, progress: Progress) -> tuple[list[Mismatch], Read, str]:
@@ -79,14 +113,14 @@ def _compare_with_record(path: Path, engine: Engine, progress: Progress) -> tupl
         return [Mismatch("engine", "the engine", f"TensorRT refuses it: {reason}", expected)], "record", ""
 
 
-def _fit_size(engine: Engine, size: Geometry, any_batch: bool, any_tokens: bool) -> SizeFit:
+def _fit_size(interface: EngineInterface, size: Geometry, any_batch: bool, any_tokens: bool) -> SizeFit:
     """Return the profile that serves a size; if none does, why not, and what would."""
-    contract, profiles = engine.request.contract, engine.request.profiles
+    contract, profiles = interface.contract, interface.profiles
     try:
         contract.require(size)
+        ranges = interface.ranges
     except ShapecheckError as error:
         return SizeFit(size, None, (str(error),))
-    ranges = [range_of(contract, profile) for profile in profiles]
     # A batch or tokens that were left open are those that each profile is tuned for.
     left_open = [axis for axis, is_open in (("batch", any_batch), ("tokens", any_tokens)) if is_open]
     requested = [replace(size, **{axis: getattr(sizes.opt, axis) for axis in left_open}) for sizes in ranges]
@@ -95,9 +129,14 @@ def _fit_size(engine: Engine, size: Geometry, any_batch: bool, any_tokens: bool)
             return SizeFit(geometry, chosen)
     outside = [sizes.outside(geometry) for sizes, geometry in zip(ranges, requested, strict=True)]
     best = min(range(len(ranges)), key=lambda number: len(outside[number]))
-    reasons = tuple(f"profile {number}: {'; '.join(axes)}" for number, axes in enumerate(outside))
+    reasons = tuple(f"profile {number}: {'; '.join(axes)}" for number, axes in enumerate(outside) if axes)
     sizes, geometry = ranges[best], requested[best]
-    return SizeFit(geometry, None, reasons, sizes.nearest(geometry), sizes.with_(geometry))
+    nearest = sizes.nearest(geometry)
+    if interface.record is None:  # slots may allow less than the sample, and nobody here built it
+        reasons += explain_refusal(profiles, contract.input_shapes(geometry)) if len(reasons) < len(outside) else ()
+        served = choose_profile(profiles, contract.input_shapes(nearest)) is not None
+        return SizeFit(geometry, None, reasons, nearest if served else None)
+    return SizeFit(geometry, None, reasons, nearest, sizes.with_(geometry))
 
 
 def _compare_weights(engine: Engine, name: str, offline: bool, progress: Progress) -> WeightsCheck:

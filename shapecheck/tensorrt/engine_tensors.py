@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from shapecheck.contract.contract import Contract
 from shapecheck.contract.dims import Shape, show
-from shapecheck.contract.mismatch import Port
+from shapecheck.contract.geometry import Geometry
+from shapecheck.contract.mismatch import Port, compare_inputs, compare_shapes
 from shapecheck.contract.naming import torch_name
 from shapecheck.contract.records import Mismatch
 from shapecheck.tensorrt.profiles import Bounds, Profile
@@ -40,6 +42,12 @@ class DeclaredEngine:
         varying = [port for port in self.tensors if port.is_input and DYNAMIC in port.shape]
         return Profile(tuple(Bounds(port.name, port.dtype, *port.bounds[number]) for port in varying))
 
+    def whole_profile(self, number: int) -> Profile:
+        """Return the profile with the inputs that never vary too, in the engine's order."""
+        inputs = [port for port in self.tensors if port.is_input]
+        shapes = [port.bounds[number] if DYNAMIC in port.shape else (port.shape,) * 3 for port in inputs]
+        return Profile(tuple(Bounds(port.name, port.dtype, *three) for port, three in zip(inputs, shapes, strict=True)))
+
 
 def describe_engine(trt: Any, engine: Any) -> DeclaredEngine:
     """Return what TensorRT's module shows of a deserialised engine."""
@@ -55,6 +63,17 @@ def describe_engine(trt: Any, engine: Any) -> DeclaredEngine:
         dtype = torch_name(engine.get_tensor_dtype(name).name)
         tensors.append(DeclaredTensor(name, is_input, dtype, shape, bounds))
     return DeclaredEngine(engine.name, tuple(tensors), engine.num_optimization_profiles)
+
+
+def compare_model(contract: Contract, model: Contract) -> tuple[Mismatch, ...]:
+    """Return everything in which the inputs of an engine's contract are not the model's; its precision does not count."""
+    rules = {base.name: base.shape for base in model.inputs}
+    mismatches = compare_inputs(rules, {}, [Port(base.name, dims=base.shape) for base in contract.inputs])
+    if contract.role == model.role == "unet":
+        geometry = Geometry(2, 17 * model.divisor, 25 * model.divisor)
+        shapes = {slot.name: slot.shape_at(geometry) for slot in contract.slots}
+        mismatches += compare_shapes(model.slots, geometry, shapes)
+    return mismatches
 
 
 def compare_engine(request: BuildRequest, declared: DeclaredEngine) -> tuple[Mismatch, ...]:

@@ -156,6 +156,12 @@ def range_of(contract: Contract, profile: Profile) -> Range:
                    for at in range(len(BOUNDS))))  # fmt: skip
 
 
+def sample_range(contract: Contract, profile: Profile) -> Range:
+    """Return the geometries that the base inputs of a profile stand for, whatever its slots allow; raises as `range_of`."""
+    base = {entry.name for entry in contract.inputs}
+    return range_of(contract, Profile(tuple(bounds for bounds in profile.inputs if bounds.name in base)))
+
+
 def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int | None:
     """Return the number of the profile that accepts these shapes and whose opt is nearest to them, or None."""
 
@@ -231,7 +237,7 @@ def find_profile_mismatches(contract: Contract, profile: Profile) -> tuple[Misma
     except ShapecheckError as error:
         return (*mismatches, Mismatch("sizes", "the profile", str(error), "a range the model accepts"))
     known = [bounds for bounds in profile.inputs if bounds.name in rules]
-    mismatches += filter(None, (_compare_bounds(contract, bounds, rules[bounds.name], sizes) for bounds in known))
+    mismatches += filter(None, (compare_bounds(contract, bounds, rules[bounds.name], sizes) for bounds in known))
     order = {name: place for place, name in enumerate(rules)}
     return tuple(sorted(mismatches, key=lambda mismatch: order.get(mismatch.where, len(order))))
 
@@ -245,7 +251,7 @@ def verify_profiles(contract: Contract, profiles: Sequence[Profile]) -> None:
         raise ContractError(tuple(mismatches), subject="the profile does not fit the contract", contract=contract)
 
 
-def _compare_bounds(contract: Contract, bounds: Bounds, rule: tuple[Dim, ...], sizes: Range) -> Mismatch | None:
+def compare_bounds(contract: Contract, bounds: Bounds, rule: tuple[Dim, ...], sizes: Range) -> Mismatch | None:
     """Return the first of max, min and opt of an input that is not the image of its geometry, or None."""
     for bound in ("max", "min", "opt"):
         geometry, shape = getattr(sizes, bound), getattr(bounds, bound)

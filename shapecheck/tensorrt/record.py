@@ -15,7 +15,7 @@ from shapecheck.contract.json_codec import TextFormat, decode, decode_record, en
 from shapecheck.contract.records import Mismatch
 from shapecheck.files import read_text, report_unreadable, require_regular
 from shapecheck.tensorrt.profile_formats import refuse_count
-from shapecheck.tensorrt.profiles import Profile, Range
+from shapecheck.tensorrt.profiles import Profile, Range, range_of, sample_range
 
 Target = Literal["trt", "rtx"]
 """TensorRT, which needs the GPU it builds for; or TensorRT for RTX, which builds on any machine."""
@@ -85,6 +85,11 @@ class Engine:
     size: int
     """`sha256:…` and bytes of the engine file."""
 
+    @property
+    def interface(self) -> EngineInterface:
+        request = self.request
+        return EngineInterface(request.contract, request.names, request.outputs, request.profiles, self)
+
     def to_json(self) -> str:
         file = {"digest": self.digest, "bytes": self.size}
         record = {_FORMAT.key: _FORMAT.schema, "key": self.request.key, "engine": file, **encode(self.request)}
@@ -109,6 +114,26 @@ class Engine:
         if _digest(record) != claimed or request.key != record.get("key"):
             raise ShapecheckError("an edited engine's record: its checksum is not that of its contents; build the engine again")
         return cls(request, digest, size)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInterface:
+    """All that a call of an engine needs: from its record, or from the engine itself and the contract of its model."""
+
+    contract: Contract
+    names: tuple[tuple[str, str], ...]
+    """Every input: its name in the contract, and in the engine."""
+    outputs: tuple[str, ...]
+    """The engine's names, of a ControlNet's in the order of the slots if its names tell it."""
+    profiles: tuple[Profile, ...]
+    """In the contract's names. Without a record each has every input, and slots may differ from the sample in range."""
+    record: Engine | None = None
+
+    @property
+    def ranges(self) -> tuple[Range, ...]:
+        """Return the geometries of each profile. Raises ShapecheckError if its inputs do not show them."""
+        read = range_of if self.record is not None else sample_range
+        return tuple(read(self.contract, profile) for profile in self.profiles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +176,7 @@ class EngineCheck:
     """An engine, how it was read, and everything that is wrong with it or does not fit."""
 
     path: str
-    engine: Engine
+    engine: EngineInterface
     read: Read
     unread: str
     """The reason why the engine itself was not read; empty if it was, or if its file is another's."""
@@ -160,6 +185,7 @@ class EngineCheck:
     controlnets: tuple[str, ...]
     misfits: tuple[Mismatch, ...]
     weights: WeightsCheck | None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_fine(self) -> bool:
@@ -182,16 +208,27 @@ def read_engine(path: str | Path) -> Engine:
 
     Raises ShapecheckError, naming the file, if there is none, or it is damaged or was edited.
     """
+    engine = find_record(path)
+    if engine is None:
+        raise ShapecheckError(
+            f"{path} has no {record_of(Path(path)).name} beside it, where an engine's contract is kept; copy both together, or "
+            "say which model it is, with --model of `shapecheck check` or model= of shapecheck.load: TensorRT tells its inputs"
+        )
+    return engine
+
+
+def find_record(path: str | Path) -> Engine | None:
+    """Return the record beside an engine, or None if there is none.
+
+    Raises ShapecheckError, naming the file, if it is damaged or was edited, or there is no engine either.
+    """
     path = Path(path)
     beside = record_of(path)
     with report_unreadable(beside):
         beside = beside if beside.exists() else record_of(path.resolve())  # beside the file that a link stands for
         if not beside.exists():
             size_of_engine(path)  # the engine itself may be missing
-            raise ShapecheckError(
-                f"{path} has no {beside.name} beside it, where an engine's contract is kept; "
-                "copy both together, or build it again"
-            )
+            return None
         require_regular(beside, f"{beside} is not a regular file, as an engine's record is")
         text = read_text(
             beside,

@@ -92,9 +92,8 @@ def examine(
         return source, result
     # A model is exported in any precision: the contract follows the file's.
     dtypes = {tensor.name: tensor.dtype for tensor in file.reading.inputs if tensor.is_float}
-    inputs = source.contract.inputs
-    inputs = tuple(replace(base, dtype=dtypes.get(source.names[base.name], base.dtype)) for base in inputs)
-    return replace(source, contract=replace(source.contract, inputs=inputs)), result
+    own = {name: dtypes[theirs] for name, theirs in source.names.items() if theirs in dtypes}
+    return replace(source, contract=source.contract.with_dtypes(own)), result
 
 
 def profiles_for(contract: Contract, requested: Sizes, names: dict[str, str] | None = None) -> tuple[Profile, ...]:

@@ -254,7 +254,7 @@ def make_builds() -> list[str]:
 
 
 def make_engine_checks() -> list[str]:
-    found = EngineCheck("u.plan", make_engine(), "engine", "", (), None, (), (), None)
+    found = EngineCheck("u.plan", make_engine().interface, "engine", "", (), None, (), (), None)
     fits, misfit = SizeFit(AT, 0, (), None, None), SizeFit(AT, None, ("profile 0: width 42",), AT, SIZES)
     wrong = replace(found, read="record", unread="no GPU", mismatches=MISMATCHES, controlnets=("sd15",), misfits=MISMATCHES)
     asked = [replace(wrong, fit=misfit, weights=WeightsCheck("u.onnx", False, "other weights")), replace(found, fit=fits)]

@@ -143,7 +143,7 @@ def test_tensorrt_that_is_not_installed_names_its_command(here):
     assert (package.installed, package.importable, package.version) == (False, False, "")
     assert here.backend("trt").reason == "tensorrt is not installed; no NVIDIA GPU and no driver"
     cuda = (torch.version.cuda or "13").split(".")[0]  # libraries of two releases of CUDA are not to be mixed
-    assert f"pip install 'tensorrt-cu{cuda}>=10.13,<11'" in here.backend("trt").fix  # ONNX Runtime's provider can use it too
+    assert f"pip install 'tensorrt-cu{cuda}>=10.6,<11'" in here.backend("trt").fix  # ONNX Runtime's provider can use it too
     assert "linked with TensorRT 10, which is not importable here" in here.backend("ort-trt").reason
 
 
@@ -225,8 +225,23 @@ def test_bindings_without_libraries_are_installed_and_not_importable(plant, mach
     machine(tried=["tensorrt"], distributions=facts, driver=H100, polygraphy=POLYGRAPHY)
     backend = doctor.backend("trt")
     assert not backend.runs
-    problem = "cannot import tensorrt: libnvinfer.so.10 is missing"
-    assert backend.gaps == (Gap(problem, "pip install --force-reinstall tensorrt-cu13==10.13.3.9"),)
+    (gap,) = backend.gaps
+    assert gap.problem == (
+        "the bindings of TensorRT 10.13.3.9 are installed without its libraries (libnvinfer.so.10 was not found)"
+    )
+    by_hand = "put the folder that holds libnvinfer.so.10 on LD_LIBRARY_PATH"
+    fetch = "pip install {}--extra-index-url https://pypi.nvidia.com tensorrt-cu13-libs==10.13.3.9  # or " + by_hand
+    assert gap.fix == fetch.format("")
+    machine(
+        tried=["tensorrt"],
+        distributions=facts | {"installed": installed | {"tensorrt-cu13-libs": "10.13.3.9"}},
+        driver=H100,
+        polygraphy=POLYGRAPHY,
+    )
+    assert doctor.backend("trt").fix == fetch.format("--force-reinstall --no-deps ")
+    machine(tried=["tensorrt"], driver=H100, polygraphy=POLYGRAPHY)  # bindings that no pip installed
+    (gap,) = doctor.backend("trt").gaps
+    assert (gap.problem.startswith("the bindings of TensorRT are installed without"), gap.fix) == (True, by_hand)
 
 
 def test_bindings_alone_say_what_makes_them_whole(machine):
@@ -235,6 +250,35 @@ def test_bindings_alone_say_what_makes_them_whole(machine):
     (gap,) = doctor.backend("trt").gaps
     assert gap.problem == "tensorrt-cu13-bindings alone is installed, without the package tensorrt"
     assert gap.fix == "pip install tensorrt-cu13==11.4.0.106"
+    machine(distributions=facts, driver=H100, polygraphy=POLYGRAPHY, CPU=ORT)  # whose provider loads no TensorRT 11
+    assert doctor.backend("trt").fix == "pip install 'tensorrt-cu13>=10.6,<11'"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "owners", "torch", "command"),
+    [
+        (ORT, ["onnxruntime-gpu"], "12.8", "pip install 'tensorrt-cu13>=10.6,<11'"),
+        (ORT | {"built_for": "12.8"}, ["onnxruntime-gpu"], "13.0", "pip install 'tensorrt-cu12>=10.6,<11'"),
+        (ORT | {"linked": ""}, ["onnxruntime-gpu"], "13.0", "pip install 'tensorrt-cu13>=10.6,<11'"),
+        (ORT | {"linked": "", "built_for": ""}, ["onnxruntime-gpu"], None, "pip install 'tensorrt>=10.6,<11'"),
+        ({"missing": "onnxruntime"}, [], "12.8", "pip install 'tensorrt-cu12>=10.6,<11'"),
+        ({"missing": "onnxruntime"}, [], "13.0", "pip install 'shapecheck-controlnet[gpu]'"),
+    ],
+)
+def test_the_tensorrt_that_is_named_goes_with_what_is_there(machine, runtime, owners, torch, command):
+    machine(
+        distributions={"owners": {"onnxruntime": owners}, "installed": dict.fromkeys(owners, "1.31.1")},
+        driver=H100,
+        polygraphy=POLYGRAPHY,
+        CPU=runtime,
+        torch={"version": "2.13.0", "built_for": torch},
+    )
+    assert doctor.backend("trt").gaps == (Gap("tensorrt is not installed", command),)
+
+
+def test_an_old_tensorrt_is_not_exchanged_for_one_that_onnx_runtime_cannot_load(machine):
+    machine(driver=H100, tensorrt={"version": "10.3.0", "loaded": True}, polygraphy=POLYGRAPHY, CPU=ORT)
+    assert doctor.backend("trt").fix == "pip install --upgrade 'tensorrt>=10.6,<11'"
 
 
 @pytest.mark.parametrize(
@@ -318,11 +362,11 @@ def test_tensorrt_that_builds_and_loads_an_engine_runs(plant, machine):
 @pytest.mark.parametrize(
     ("versions", "old"),
     [
-        (("10.13.0", "0.49.26"), ""),
-        (("10.12.9.1", "0.53.6"), "tensorrt 10.12.9.1 is older than 10.13"),
+        (("10.6.0", "0.49.26"), ""),
+        (("10.5.9.1", "0.53.6"), "tensorrt 10.5.9.1 is older than 10.6"),
         (("10.16.1", "0.49.9"), "polygraphy 0.49.9 is older than 0.49.26"),
-        (("10.12.9-vendor.build", "0.53.6"), "tensorrt 10.12.9-vendor.build is older than 10.13"),
-        (("10.13.0-vendor.build", "unknown"), ""),
+        (("10.5.9-vendor.build", "0.53.6"), "tensorrt 10.5.9-vendor.build is older than 10.6"),
+        (("10.6.0-vendor.build", "unknown"), ""),
     ],
 )
 def test_tensorrt_runs_from_the_oldest_versions_on(machine, versions, old):
@@ -447,7 +491,16 @@ def test_tensorrt_11_and_the_provider_of_onnx_runtime_exclude_each_other(machine
     machine({"Tensorrt": ProbeAnswer(facts, "libnvinfer.so.10 is missing", ("libnvinfer.so.10",))}, driver=H100, CPU=ORT)
     (gap,) = doctor.backend("ort-trt").gaps
     assert gap.problem == "its TensorRT provider is linked with TensorRT 10, and cannot share an environment with 11.4.0.106"
-    assert gap.fix == "pip install 'tensorrt-cu13>=10.13,<11'"
+    assert gap.fix == "pip install 'tensorrt-cu13>=10.6,<11'"
+    bare = {"installed": {"tensorrt-cu12-bindings": "10.6.0"}}
+    machine({"Tensorrt": ProbeAnswer(facts | {"tensorrt": ""}, "")}, driver=H100, CPU=ORT, distributions=bare)
+    (gap,) = doctor.backend("ort-trt").gaps
+    assert gap.problem == (
+        "the bindings of TensorRT 10.6.0 are installed without its libraries (libnvinfer.so.10 was not found)"
+    )
+    assert gap.fix.startswith("pip install --extra-index-url https://pypi.nvidia.com tensorrt-cu12-libs==10.6.0  # or put")
+    machine({"Tensorrt": ProbeAnswer(facts | {"tensorrt": ""}, "")}, driver=H100, CPU=ORT)
+    assert "which is not importable here" in doctor.backend("ort-trt").reason
     matching = facts | {"tensorrt": "10.16.1"}
     machine({"Tensorrt": ProbeAnswer(matching, "SM 61 is not supported")}, driver=H100, CPU=ORT)
     assert doctor.backend("ort-trt").reason == "cannot start a session with TensorrtExecutionProvider: SM 61 is not supported"

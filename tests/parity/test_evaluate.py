@@ -13,7 +13,7 @@ import torch
 
 from shapecheck import Geometry, Mismatch, presets
 from shapecheck.contract.dims import constant
-from shapecheck.parity.artefacts import evaluate_file
+from shapecheck.parity.artefacts import ParityFile, evaluate_file
 from shapecheck.parity.cases import ForwardCase, InputGenerator
 from shapecheck.parity.evaluate import Evaluator
 from shapecheck.parity.plan import FILE_KINDS, list_cases, plan_checks
@@ -304,9 +304,33 @@ def test_a_call_in_between_that_is_kept():
     assert failed(judge(switched=[*images, last + 0.01])) == {"switch": f"step 5, control on with frame 0: {told}"}
 
 
-def test_what_is_too_small_beside_the_tolerance_is_not_judged():
-    loud = replace(known_sides(), shares=dict.fromkeys(known_sides().shares, 0.5))
-    results = judge(scaled(0, NAMES[0]), sides=loud)
+def rounded_by(share: float) -> ReferenceOutputs:
+    """PyTorch whose rounding is half the image in the worst value, and a share of each effect in all values together.
+
+    It is at right angles to the effect, whose strength it happens to leave as it is.
+    """
+    sides = known_sides()
+    generator, rounded = torch.Generator().manual_seed(3), dict(sides.reference)
+    for call in [call for call in rounded if call.perturbed]:
+        effect = sides.effect(call)
+        noise = torch.randn(effect.shape, generator=generator, dtype=torch.float64)
+        noise -= (noise * effect).sum() / (effect * effect).sum() * effect
+        rounded[call] = rounded[call] + share * effect.norm() * noise / noise.norm()
+    return replace(sides, rounded=rounded, shares=dict.fromkeys(sides.shares, 0.5))
+
+
+def test_an_effect_that_drowns_in_the_worst_value_s_rounding_shows_in_all_values_together():
+    results = judge(scaled(0, NAMES[0]), sides=rounded_by(0.2))
+    assert failed(results) == {f"slot[{NAMES[0]}]": f"{NAMES[0]} changes nothing: what the ControlNet gives there is lost"}
+    assert of_slots(results, "passed") == set(NAMES[1:])
+    half = judge(scaled(0.5, NAMES[0]), sides=rounded_by(0.2))
+    assert of_slots(half, "failed") == {NAMES[0]}
+    assert {each.status for each in judge(sides=rounded_by(0.2)).values() if each.effect} == {"passed"}
+
+
+@pytest.mark.parametrize("share", [2.0, math.nan])
+def test_what_is_too_small_beside_the_tolerance_is_not_judged(share):
+    results = judge(scaled(0, NAMES[0]), sides=rounded_by(share))
     assert {result.status for result in results.values()} == {"passed", "not run"}
     small = "not judged: the effect of the residuals in PyTorch is too small beside the tolerance"
     assert results["cfg"].reason == results["switch"].reason == small
@@ -316,10 +340,8 @@ def test_what_is_too_small_beside_the_tolerance_is_not_judged():
 
 
 def test_without_two_halves_there_is_no_guidance_to_judge():
-    plans = plan_checks(CONTRACT, "ort", [replace(SIZE, batch=1)])
-    (plan,) = [plan for plan in plans if plan.check.kind == "cfg"]
-    result = Evaluator(CONTRACT, GENERATE, known_sides(), 4.0, SUMS, {}).evaluate(plan, ())
-    assert (result.status, result.reason) == ("not run", "no size of this run has a batch of two halves")
+    alone = plan_checks(CONTRACT, "ort", [replace(SIZE, batch=1)])
+    assert {plan.check.kind for plan in PLANS} - {plan.check.kind for plan in alone} == {"cfg"}
 
 
 def test_what_is_allowed_in_a_call_is_not_set_by_a_louder_one():
@@ -368,5 +390,10 @@ def test_a_file_of_another_contract_other_weights_or_a_lower_precision():
 def test_what_a_file_does_not_tell_is_not_run():
     told = "no tensor of the file has a name that tells which of the model's it is"
     assert read("weights", None) == ("not run", told)
-    told = "an engine does not show in what precision it computes; its numbers do"
-    assert read("precision", find_narrower=lambda: None) == ("not run", told)
+
+
+def test_what_an_engine_cannot_show_is_not_asked():
+    contract = {name: name for name in CONTRACT.input_rules}
+    assert ParityFile(CONTRACT, contract, {}).unshown == ()
+    engine = ParityFile(CONTRACT, contract, {}, find_narrower=None, compare_weights=None)
+    assert engine.unshown == ("weights", "precision")

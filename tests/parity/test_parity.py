@@ -10,6 +10,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import engines
@@ -145,6 +146,19 @@ def test_an_engine_s_record_and_its_onnx_file_are_read_once(model, healthy, cont
         assert request.what_runs == ("ort", "trt")
         assert {check.backend for check in ParityRun(request).checks} == {"ort", "trt"}
     assert (counter["unet.plan.shapecheck.json"], counter["healthy.onnx"], counter["parsed"]) == (1, 1, 1)
+
+
+def test_what_cannot_apply_to_an_engine_is_not_planned(model, healthy, contract, tmp_path):
+    names = tuple((name, name) for name in contract.input_rules)
+    profiles = (profile_of(contract, Range(*[Geometry(1, 9, 14, 7)] * 3)),)
+    files = ("sha256:onnx", "sha256:weights", "")
+    built = BuildRequest(contract, profiles, names, ("out_sample",), *files, BuildOptions(), "10.0", "a GPU")
+    engine = engines.recorded(tmp_path / "unet.plan", built)
+    both = ParityRun(ParityRequest(model, healthy, engine)).checks
+    assert set(KINDS) - {check.kind for check in both if check.backend == "ort"} == set()
+    assert set(KINDS) - {check.kind for check in both if check.backend == "trt"} == {"precision", "cfg"}
+    alone = ParityRun(ParityRequest(model, engine=engine)).checks
+    assert set(KINDS) - {check.kind for check in alone} == {"precision", "cfg", "weights"}
 
 
 def test_a_slot_scaled(model, healthy, folder):
@@ -508,6 +522,31 @@ def test_a_controlnet_whose_residuals_are_zero_proves_nothing(net):
 # Other seeds, precisions, files and sizes
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_nothing_is_left_unjudged_in_a_half_precision(dtype):
+    report = ParityRun(ParityRequest(small.unet(**small.TINY).to(dtype), backends=("torch",)), ranges=ONE_SIZE).report()
+    assert {each.status for each in report.sides[0].results} == {"passed"}, report.sides[0].results
+    assert report.reference.startswith("PyTorch float32 on ")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: small.unet(**onnx_files.DEEP),
+        lambda: small.unet(**onnx_files.XL),
+        lambda: small.unet(**small.SHALLOW, num_class_embeds=10),
+        real_controlnet,
+    ],
+    ids=["deep", "xl", "labels", "controlnet"],
+)
+def test_nothing_is_left_unjudged_on_a_gpu(make, dtype):
+    report = ParityRun(ParityRequest(make().to(dtype), backends=("torch-cuda",))).report()
+    assert {each.status for each in report.sides[0].results} == {"passed"}, report.sides[0].results
+    assert report.reference.endswith(" on cuda")
+
+
 def statuses(found) -> set[str]:
     return {each.status for each in found.results}
 
@@ -573,6 +612,10 @@ def test_faults_in_half_precision(half):
     ignored = side(model, planted(path, folder / "ignored.onnx", unconsume("mid_block_residual")), ())
     assert failed(ignored)["slot[mid_block_residual]"].startswith("mid_block_residual changes nothing")
     assert kinds(scaled)["slot"] == kinds(ignored)["slot"] == 1
+    for name in ("encoder_hidden_states", "timestep"):
+        baked = side(model, planted(path, folder / f"{name} baked.onnx", faults.scaled(name, 0)), ())
+        assert failed(baked)[f"input[{name}]"].startswith(f"{name} changes nothing: it is baked into the file")
+        assert kinds(baked)["input"] == 1
 
 
 @pytest.mark.full
@@ -644,5 +687,9 @@ def test_where_an_engine_differs_is_looked_for_in_its_onnx_file(tmp_path):
     assert (found.module, found.slot) == ("down_blocks.0.resnets.0", "down_block_residual_01")
     assert found.note == f"found in {faulty}, which the engine was built from, in ONNX Runtime on the CPU"
     assert len(notes) == 1
-    assert notes[0].startswith("where it differs could not be found: an engine runs on an NVIDIA GPU")
+    assert notes[0].startswith("where it differs could not be found: this runs on an NVIDIA GPU")
+    large = replace(file, record=replace(file.record, size=10**9))
+    found, notes = search_file(model, large, generate, ForwardCase(size, 0), "rtx", "float64", tolerance_factor=4, folder=None)
+    assert found.slot == "down_block_residual_01"
+    assert notes == ("the engine is not built again with its values as outputs: that takes minutes at its size",)
     assert set(tmp_path.iterdir()) == before

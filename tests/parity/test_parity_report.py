@@ -247,6 +247,21 @@ def test_the_verdict_line(name, line):
     assert spaced(line.partition(": ")[2]) in Text(page_of(name)).text
 
 
+def test_what_was_not_judged_is_counted_wherever_there_is_a_verdict():
+    whole = samples.healthy()
+    (side,) = whole.sides
+    unrun = [replace(each, status="not run", reason="too small") for each in side.results[-2:]]
+    parity = replace(whole, sides=(replace(side, results=(*side.results[:-2], *unrun)),))
+    told = "PARITY: 26 checks on ort, 2 of them not judged"
+    assert spaced(render_text(parity)).endswith(told)
+    assert f"**{told}**" in render_text(parity, "markdown")
+    assert told.removeprefix("PARITY: ") in Text(render_page(parity)).text
+    assert strict(render_json(parity))["unjudged"] == parity.unjudged == 2
+    assert str(parity) == f"PARITY: {parity.model}, 2 checks not judged"
+    assert whole.unjudged == 0
+    assert str(whole) == f"PARITY: {whole.model}"
+
+
 def test_a_side_on_which_nothing_was_checked_is_broken():
     whole = samples.healthy()
     unrun = Result(Check("ort", "slot", "down_block_residual_00"), "not run", "the provider fell back")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import engines
@@ -26,6 +27,7 @@ from shapecheck.runtime.dropin_unet import DropInUNet
 
 ALLOWED = 1 / 255
 SHORT = {"num_inference_steps": 2}
+SMALL_SIZES, LARGE_SIZES = {"trt_profile_max_shapes": "sample:2x4x64x64"}, {"trt_profile_max_shapes": "sample:2x4x96x96"}
 NO_GPU = (Gap("no NVIDIA GPU and no driver", "nothing to install"), Gap("no cuDNN", "pip install cudnn"))
 
 
@@ -160,6 +162,52 @@ def test_another_file_is_made_where_weights_or_settings_change(unet, tmp_path, m
     found.append(take_file())
     assert found == [asked[0], *asked]
     assert len(set(asked)) == len(asked) == 4
+
+
+def open_as_onnx_runtime_does(cache, options, *, fails=False):
+    """Build an engine into the provider's folder, or find one there by the graph's name: the same for all weights and sizes."""
+    with cache.keep_engine(options) as given:
+        assert given.items() >= options.items()
+        place = Path(given["trt_engine_cache_path"])
+        assert given == {**options, "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(place),
+                         "trt_timing_cache_enable": "1", "trt_timing_cache_path": str(place)}  # fmt: skip
+        found = (place / "graph.engine").exists(), (place / "sm90.timing").exists()
+        (place / "graph.engine").touch()
+        if fails:
+            raise ShapecheckError("killed while it was written")
+        (place / "sm90.timing").touch()
+    return found
+
+
+def test_an_engine_of_onnx_runtime_is_kept_for_its_weights_and_sizes_and_only_whole(unet, tmp_path):
+    """ONNX Runtime itself gives the images of other weights, in silence."""
+    cache = files.ExportCache(unet, tmp_path, lambda *_: None)
+    with pytest.raises(ShapecheckError, match="killed"):
+        open_as_onnx_runtime_does(cache, SMALL_SIZES, fails=True)
+    assert open_as_onnx_runtime_does(cache, SMALL_SIZES) == (False, False)
+    assert open_as_onnx_runtime_does(cache, SMALL_SIZES) == (True, True)
+    assert open_as_onnx_runtime_does(cache, LARGE_SIZES) == (False, True)
+    with torch.no_grad():
+        unet.conv_in.weight[0, 0, 0, 0] += 1
+    other = files.ExportCache(unet, tmp_path, lambda *_: None)
+    assert open_as_onnx_runtime_does(other, SMALL_SIZES) == (False, True)
+    assert open_as_onnx_runtime_does(cache, SMALL_SIZES) == open_as_onnx_runtime_does(cache, LARGE_SIZES) == (True, True)
+
+
+def test_accelerate_opens_onnx_runtimes_tensorrt_with_the_engine_that_it_kept(gpu_pipe, folder, monkeypatch):
+    opened = []
+
+    def load(artefact, backend, **settings):
+        opened.append((artefact.suffix, backend, settings["options"]))
+        raise ShapecheckError("no GPU")
+
+    say_what_runs(monkeypatch, "ort-trt")
+    monkeypatch.setattr(candidates, "load", load)
+    shapecheck.accelerate(gpu_pipe, folder, "ort-trt", sizes=["72x104"])
+    ((suffix, backend, options),) = opened
+    assert (suffix, backend) == (".onnx", "ort-trt")
+    assert options["trt_engine_cache_enable"] == "1"
+    assert "sample:2x4x13x9" in options["trt_profile_max_shapes"]
 
 
 def test_a_backend_that_does_not_run_is_logged_with_its_reason(pipe, unet, folder, no_gpu, exports):

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from artefacts import FOLDER
 
+from shapecheck.doctor.packages import CPU
+from shapecheck.doctor.probes import ask
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PINNED = (
@@ -45,12 +48,30 @@ def run(*command: object) -> str:
     return done.stdout
 
 
+def test_tensorrt_is_capped_below_what_onnx_runtime_cannot_load():
+    """Both are in one extra, so one environment has to serve both; the installed ONNX Runtime says what its provider loads."""
+    (capped,) = [text for text in PROJECT["optional-dependencies"]["gpu"] if text.startswith("tensorrt")]
+    assert int(re.fullmatch(r"tensorrt>=10\.6,<(\d+)", capped)[1]) == int(ask(CPU).facts["linked"]) + 1
+
+
+@pytest.mark.nightly
+def test_the_gpu_extra_resolves_to_a_tensorrt_that_its_onnx_runtime_loads(tmp_path):
+    """Without dependencies: the packages of TensorRT's libraries ask NVIDIA's index, which is not reachable everywhere."""
+    (tmp_path / "gpu.in").write_text("\n".join(PROJECT["optional-dependencies"]["gpu"]), encoding="utf-8")
+    for resolution in ("highest", "lowest-direct"):
+        options = ("--no-deps", "--no-header", "--resolution", resolution)
+        resolved = run(sys.executable, "-m", "uv", "pip", "compile", *options, tmp_path / "gpu.in")
+        versions = dict(line.split("==") for line in resolved.splitlines() if "==" in line)
+        assert versions["tensorrt"].partition(".")[0] == "10"
+        assert "onnxruntime-gpu" in versions
+
+
 def test_every_requirement_has_a_floor_in_one_place():
     """The same library is promised from the same version on, whichever extra brings it."""
     extras = PROJECT["optional-dependencies"]
     floors: dict[str, set[str]] = {}
     for requirement in [*PROJECT["dependencies"], *(each for several in extras.values() for each in several)]:
-        name, floor = re.fullmatch(r"([\w-]+)(?:>=([\d.]+))?", requirement).groups()
+        name, floor = re.fullmatch(r"([\w-]+)(?:>=([\d.]+)(?:,<\d+)?)?", requirement).groups()
         floors.setdefault(name, set()).add(floor)
     assert {name for name, known in floors.items() if known == {None}} <= {"types-tabulate", "types-tqdm"}
     assert not {name: known for name, known in floors.items() if len(known) > 1}

@@ -26,6 +26,7 @@ from shapecheck import ContractError, Geometry, ShapecheckError, presets
 from shapecheck.runtime import engine_session
 from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.engine_session import EngineSession
+from shapecheck.runtime.load import load
 from shapecheck.tensorrt.profiles import Range, profile_of
 from shapecheck.tensorrt.record import BuildOptions, BuildRequest, Engine
 
@@ -194,6 +195,10 @@ class Cpu:
     def __init__(self, wanted=None):
         self.settled = 0
         self.uncapturable = ""
+        self.outer = False
+
+    def is_capturing(self):
+        return self.outer
 
     def activate(self):
         return nullcontext()
@@ -215,6 +220,9 @@ class Cpu:
 
     def synchronize(self):
         self.settled += 1
+
+    def require_memory(self, needed, purpose):
+        self.required = [*getattr(self, "required", ()), (needed, purpose)]
 
 
 def test_what_tensorrt_for_rtx_itself_says_of_a_damaged_engine_is_told(tmp_path, monkeypatch):
@@ -290,6 +298,7 @@ class StandInEngine:
         self.trt, self.logger, self.plan = trt, logger, plan
         self.name, self.num_optimization_profiles = plan["name"], plan["profiles"]
         self.num_io_tensors = len(plan["tensors"])
+        self.device_memory_size_v2 = 12345
         self.table = {each["name"]: each for each in plan["tensors"]}
 
     def get_tensor_name(self, number):
@@ -720,6 +729,35 @@ def test_a_capture_that_fails_is_an_error_and_the_session_goes_on(trt, graphs):
     torch.testing.assert_close(graphs(inputs)["out_sample"], computed(inputs))
 
 
+def test_a_call_that_pytorch_captures_is_recorded_in_a_context_that_no_later_call_changes(trt, graphs):
+    inputs, other, (gpu,) = inputs_at(AT), inputs_at(OTHER), trt.gpus
+    gpu.outer = True
+    with pytest.raises(ShapecheckError, match=r"PyTorch is capturing a CUDA graph, .*call the session with these sizes just"):
+        graphs(inputs)
+    gpu.outer = False
+    graphs(inputs)
+    graphs(inputs)
+    gpu.outer = True
+    with pytest.raises(ShapecheckError, match="PyTorch is capturing"):
+        graphs(other)
+    trt.taken()
+    moved = inputs | {"timestep": place_aligned(inputs["timestep"] + 3)}
+    for given in (inputs, moved):
+        torch.testing.assert_close(graphs(given)["out_sample"], computed(given))
+    recorded = trt.taken()
+    assert set(methods(recorded)) == {"set_tensor_address", "execute_async_v3"}, "nothing is set up in a capture"
+    gpu.outer = False
+    for given in (other, inputs):
+        torch.testing.assert_close(graphs(given)["out_sample"], computed(given))
+    assert methods(trt.taken())[0] == "create_execution_context"
+    gpu.outer = True
+    graphs(inputs)
+    assert len(trt.contexts) == 3, "direct, graph, and one beside what was recorded"
+    assert all(context() is not None for context in trt.contexts)
+    graphs.close()
+    assert all(context() is None for context in trt.contexts)
+
+
 # opening
 
 
@@ -755,6 +793,16 @@ def test_an_engine_that_tensorrt_cannot_load_is_told_with_what_built_it(trt, ses
         EngineSession.open(written(tmp_path, plan=b"ftrt"))
     built = "it was built by 10.16.1.11 on NVIDIA H100 (9.0), and tensorrt here is 0.stand.in: build it again here"
     assert str(caught.value).splitlines()[-1] == built
+
+
+def test_an_engine_that_tensorrt_finds_no_memory_for_is_not_to_be_built_again(trt, session, tmp_path, monkeypatch):
+    def run_out(runtime, data):
+        runtime.logger.log(trt.ILogger.ERROR, "Requested amount of GPU memory (1742995456 bytes) could not be allocated.")
+
+    monkeypatch.setattr(Runtime, "deserialize_cuda_engine", run_out)
+    with pytest.raises(ShapecheckError, match=r"refuses to load .*unet\.plan\n  Requested amount of GPU memory") as caught:
+        EngineSession.open(written(tmp_path))
+    assert str(caught.value).splitlines()[-1].startswith("the GPU's memory is too small or taken: ")
 
 
 def test_a_tensorrt_that_does_not_start_is_told_in_its_words(trt, tmp_path):
@@ -825,6 +873,139 @@ def test_what_a_session_could_not_bind_is_refused_when_it_is_opened(change, told
     change(plan)
     with pytest.raises(ShapecheckError, match=told):
         EngineSession.open(written(tmp_path, plan=plan))
+
+
+# engines that others built: the same stand-in, and no record
+
+
+def unrecorded(folder, plan=None):
+    """An engine file alone, its inputs under names that are not ours."""
+    path = folder / "theirs.engine"
+    path.write_bytes(json.dumps(plan or described(request_for())).encode())
+    return path
+
+
+def test_an_engine_without_a_record_is_served_under_the_contract_that_is_given(trt, tmp_path, caplog):
+    caplog.set_level("INFO")
+    with EngineSession.open(unrecorded(tmp_path), contract=CONTRACT) as session:
+        assert (session.record, session.contract) == (None, CONTRACT)
+        assert "recognised by shape or number: their_sample is sample, " in caplog.text
+        for geometry in (SMALL.opt, LARGE.max, SMALL.min):
+            inputs = inputs_at(geometry)
+            assert torch.allclose(session(inputs)["out_sample"], computed(inputs))
+        with pytest.raises(CallError, match="sample: got 2×4×13×12, profile 1 allows up to 3×4×12×13") as caught:
+            session(inputs_at(Geometry(2, 13, 12)))
+        assert "build" not in str(caught.value)
+
+
+def test_each_profile_serves_what_its_own_shapes_allow(trt, tmp_path):
+    plan = described(request_for()) | {"profiles": 1}
+    bounds = next(each for each in plan["tensors"] if each["name"] == "their_mid_block_residual")["bounds"][0]
+    assert bounds[2] == [3, 1280, 2, 2]
+    bounds[2][0] = 2
+    with EngineSession.open(unrecorded(tmp_path, plan), contract=CONTRACT) as session:
+        inputs = inputs_at(Geometry(2, 9, 12))
+        assert torch.allclose(session(inputs)["out_sample"], computed(inputs))
+        with pytest.raises(CallError, match="mid_block_residual: got 3×1280×2×2, profile 0 allows up to 2×1280×2×2"):
+            session(inputs_at(Geometry(3, 9, 12)))
+
+
+def test_an_engine_without_a_record_that_is_another_model_is_refused_with_everything(trt, tmp_path):
+    with pytest.raises(ContractError, match=r"theirs\.engine is not this model") as caught:
+        EngineSession.open(unrecorded(tmp_path), contract=presets.contract("sdxl"))
+    found = {(mismatch.kind, mismatch.where) for mismatch in caught.value.mismatches}
+    assert {("missing", "text_embeds"), ("missing", "time_ids"), ("surplus", "their_encoder_hidden_states")} <= found
+    with pytest.raises(ContractError, match=r"unet\.plan was built for another model"):
+        EngineSession.open(written(tmp_path), contract=presets.contract("sdxl"))
+    EngineSession.open(written(tmp_path), contract=CONTRACT).close()
+
+
+def test_an_engine_without_inputs_for_residuals_is_served_without_them_and_that_is_logged(trt, tmp_path, caplog):
+    plan = described(request_for())
+    plan["tensors"] = [each for each in plan["tensors"] if "residual" not in each["name"]]
+    drop_in = load(unrecorded(tmp_path, plan), model="sd15")
+    assert drop_in.contract == replace(CONTRACT, slots=())
+    assert "has no input for a ControlNet's residuals: it is served without them" in caplog.text
+    plan["tensors"] += [each for each in described(request_for())["tensors"] if each["name"] == "their_mid_block_residual"]
+    with pytest.raises(ContractError, match="down_block_residual_00"):  # some of them is none of both
+        load(unrecorded(tmp_path, plan), model="sd15")
+
+
+def test_load_takes_the_model_by_name_in_place_of_its_contract(trt, tmp_path):
+    path = unrecorded(tmp_path)
+    with pytest.raises(
+        ShapecheckError, match=r"has no theirs\.engine\.shapecheck\.json beside it, .*model= of shapecheck\.load"
+    ):
+        load(path)
+    with pytest.raises(ShapecheckError, match="model= says which model a file is, instead of contract="):
+        load(path, model="sd15", contract=CONTRACT)
+    unet = load(path, model="sd15", finite=False)
+    inputs = inputs_at(SMALL.opt)
+    downs, mid = [inputs[slot.name] for slot in CONTRACT.slots[:-1]], inputs["mid_block_residual"]
+    image = unet(
+        inputs["sample"],
+        inputs["timestep"],
+        inputs["encoder_hidden_states"],
+        down_block_additional_residuals=downs,
+        mid_block_additional_residual=mid,
+    ).sample
+    assert torch.allclose(image, computed(inputs))
+    unet.close()
+
+
+def test_what_tensorrt_says_of_a_file_that_is_no_engine_is_told(trt, tmp_path):
+    path = unrecorded(tmp_path)
+    path.write_bytes(b"ftrt")
+    with pytest.raises(
+        ShapecheckError, match=r"refuses to load .*theirs\.engine\n  Serialization assertion failed\n"
+    ) as caught:
+        EngineSession.open(path, contract=CONTRACT)
+    assert str(caught.value).endswith("an engine loads with the release and the kind of GPU it was built for")
+
+
+# memory
+
+
+def test_memory_for_the_engine_and_for_each_context_is_asked_for_before_it_is_taken(trt, tmp_path):
+    path = written(tmp_path)
+    with EngineSession.open(path, graphs=True) as session:
+        inputs = inputs_at(SMALL.opt)
+        session(inputs)
+        session(inputs)
+        context = (12345, f"{path}: the scratch memory of a context")
+        size = path.stat().st_size
+        assert trt.gpus[-1].required == [(size, f"{path}: an engine of {size / 2**30:.2f} GiB"), context, context]
+
+
+def test_what_does_not_fit_into_the_gpus_memory_is_refused_with_figures(monkeypatch):
+    freed = []
+    free = [1 << 30, 3 << 30]  # before and after PyTorch gave back what it did not use
+    for name, stand_in in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "Stream": lambda device: None,
+        "mem_get_info": lambda device: (free[len(freed)], 24 << 30),
+        "memory_allocated": lambda device: 20 << 30,
+        "empty_cache": lambda: freed.append(True),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    gpu = engine_session.Gpu(None)
+    gpu.require_memory(1 << 30, "an engine")
+    assert not freed
+    gpu.require_memory(2 << 30, "an engine")
+    assert freed == [True]
+    free[1:] = [1 << 30, 1 << 30]
+    text = "an engine needs 2.00 GiB on cuda:0, and 1.00 of its 24.0 GiB are free; tensors of this process hold 20.00 GiB"
+    with pytest.raises(ShapecheckError, match=text):
+        gpu.require_memory(2 << 30, "an engine")
+
+    def allocate(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    with pytest.raises(ShapecheckError, match="no memory on cuda:0 for an output of 2×4×64×72: CUDA out of memory"):
+        gpu.allocate((2, 4, 64, 72), torch.float32)
 
 
 def test_without_a_gpu_the_error_says_so(tmp_path, monkeypatch):

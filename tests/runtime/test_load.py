@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from functools import cache
+from types import SimpleNamespace
 
 import engines
 import onnx_files
@@ -19,9 +20,10 @@ from living import find_living_tensors
 
 import shapecheck
 from shapecheck import ContractError, ShapecheckError
-from shapecheck.runtime import combine
+from shapecheck.runtime import combine, onnx_session
 from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.dropin_arguments import Arguments
+from shapecheck.runtime.onnx_session import OnnxSession
 
 H, W, TOKENS = 9, 13, 7
 
@@ -189,6 +191,22 @@ def test_single_precision_for_a_half_precision_graph_is_refused():
     assert unet(sample.half(), 1, text.half()).sample.dtype == torch.float16
 
 
+@pytest.mark.parametrize(("half", "asked"), [(True, {}), (True, {"trt_fp16_enable": "0"}), (False, {})])
+def test_onnx_runtimes_tensorrt_computes_a_half_precision_graph_as_such(half, asked, monkeypatch):
+    """By itself it would in float32. What the caller says stands."""
+    opened = []
+
+    def refuse(_path, *, options, **_others):
+        opened.append(dict(options))
+        raise ShapecheckError("no GPU")
+
+    monkeypatch.setattr(OnnxSession, "open", refuse)
+    model = small.unet(**small.TINY)
+    with pytest.raises(ShapecheckError, match="no GPU"):
+        shapecheck.load(engines.export_sealed(model.half() if half else model), "ort-trt", options=asked)
+    assert opened == [asked or ({"trt_fp16_enable": "1"} if half else {})]
+
+
 def test_a_closed_session_says_so(file, good):
     unet = shapecheck.load(file, "ort")
     unet.close()
@@ -343,9 +361,15 @@ def test_what_cannot_be_loaded_says_what_can(file, tmp_path):
     with pytest.raises(ShapecheckError, match="ort does not run on cuda"):
         shapecheck.load(file, "ort", device="cuda")
     bare, contract = onnx_files.exported(tmp_path / "bare.onnx", small.TINY, latent=(9, 13))
-    with pytest.raises(ShapecheckError, match=r"bare\.onnx holds no contract: say which model it is with contract="):
+    with pytest.raises(ShapecheckError, match=r"bare\.onnx holds no contract: say which model it is with model=, such as"):
         shapecheck.load(bare, "ort")
     assert shapecheck.load(bare, "ort", contract=contract).contract == contract
+    half = contract.with_dtypes(dict.fromkeys(contract.input_dtypes, "float16"))
+    (tmp_path / "half.json").write_text(half.to_json(), encoding="utf-8")
+    named = shapecheck.load(bare, "ort", model=str(tmp_path / "half.json"))
+    assert named.contract == contract  # a model by name is loaded in the precision of its file
+    with pytest.raises(ContractError, match="float32"):
+        shapecheck.load(bare, "ort", contract=half)
     with pytest.raises(ContractError, match=r"down_block_residual_02 \(UNet down_blocks.0.downsamplers.0\): missing"):
         shapecheck.load(bare, "ort", contract=shapecheck.read_contract(file))
 
@@ -361,6 +385,7 @@ def test_a_gpu_that_was_named_is_never_exchanged_for_the_cpu(file, monkeypatch, 
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(onnx_session, "Gpu", lambda name: SimpleNamespace(name=name, handle=7))
     for named in ({"backend": "ort-cuda"}, {"device": "cuda"}):
         with pytest.raises(ShapecheckError, match="no CUDA on this machine"):
             shapecheck.load(file, **named)

@@ -231,7 +231,10 @@ def test_an_engine_without_or_with_a_damaged_record_is_refused(copied):
     record.unlink()
     result = check(copied / "unet.plan")
     assert result.exit_code == 2
-    assert "has no unet.plan.shapecheck.json beside it" in result.stderr and "or build it again" in result.stderr
+    assert (
+        "has no unet.plan.shapecheck.json beside it" in result.stderr
+        and "copy both together, or say which model" in result.stderr
+    )
     (copied / "unet.plan").unlink()
     assert f"cannot read {copied / 'unet.plan'}: No such file" in check(copied / "unet.plan").stderr
 

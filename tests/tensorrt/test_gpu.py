@@ -5,17 +5,22 @@
 
 from __future__ import annotations
 
+import warnings
+
 import engines
+import onnx
+import onnx_files
 import pytest
 import small
 import torch
 
-from shapecheck import BuildOptions, EngineSession, Geometry
+from shapecheck import BuildOptions, EngineSession, Geometry, ShapecheckError
 from shapecheck.runtime.binding import CallError
+from shapecheck.runtime.load import load
 from shapecheck.tensorrt.build import build_engine, read_back
 from shapecheck.tensorrt.check import check_engine
 from shapecheck.tensorrt.engine_tensors import compare_engine
-from shapecheck.tensorrt.profiles import Range
+from shapecheck.tensorrt.profiles import Range, profile_of
 
 pytestmark = pytest.mark.gpu
 
@@ -39,6 +44,37 @@ def built(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp("built")  # once: a build takes minutes
     file, _ = engines.exported(folder / "unet.onnx", {})
     return build_engine(file, folder / "unet.plan", profiles=[engines.SIZES, LARGE], options=EXACT)
+
+
+THEIRS = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(3, 33, 41))
+
+
+@pytest.fixture(scope="module", params=["ranged", "static"])
+def theirs(request, tmp_path_factory, model):
+    """An engine that Polygraphy built under names that tell nothing, without a record; its sizes, and its model's contract."""
+    from polygraphy.backend.trt import CreateConfig, NetworkFromOnnxPath, Profile, engine_bytes_from_network
+
+    folder = tmp_path_factory.mktemp("theirs")
+    file, contract = engines.exported(folder / "unet.onnx", {})
+    names = {name: f"tensor{chr(97 + place)}" for place, name in enumerate(contract.input_rules)}
+    file = onnx_files.planted(file, folder / "theirs.onnx", onnx_files.rename(**names))
+    sizes = THEIRS if request.param == "ranged" else Range(THEIRS.opt, THEIRS.opt, THEIRS.opt)
+    profile = Profile()
+    if request.param == "static":
+        graph = onnx.load(file)
+        for value in graph.graph.input:
+            ours = next(name for name, other in names.items() if other == value.name)
+            for axis, size in zip(value.type.tensor_type.shape.dim, contract.input_shapes(sizes.opt)[ours], strict=True):
+                axis.dim_value = size
+        onnx.save(graph, file)
+    else:
+        for bounds in profile_of(contract, sizes).inputs:
+            profile.add(names[bounds.name], bounds.min, bounds.opt, bounds.max)
+    config = CreateConfig(profiles=[profile] if profile else None, tf32=False)
+    path = folder / "theirs.engine"
+    with warnings.catch_warnings(action="ignore"):  # Polygraphy's and TensorRT's own
+        path.write_bytes(engine_bytes_from_network(NetworkFromOnnxPath(str(file), strongly_typed=True), config=config))
+    return path, sizes, contract
 
 
 def inputs_at(contract, geometry, seed=1):
@@ -108,3 +144,43 @@ def test_a_refused_call_names_the_slot_and_the_next_is_served(built, model):
             session(inputs_at(contract, Geometry(2, 73, 25)))
         (found,) = session(good).values()
         assert torch.equal(found, expected)
+
+
+def test_an_engine_that_others_built_is_checked_without_a_record(theirs):
+    path, sizes, contract = theirs
+    checked = check_engine(path, None, contract, requested=sizes.max)
+    assert (checked.read, checked.mismatches, checked.fit.profile) == ("engine", (), 0)
+    assert checked.engine.ranges == (sizes,)
+    assert any(note.startswith("taken in the order of the engine") for note in checked.notes)
+    outside = check_engine(path, None, contract, requested=Geometry(2, 64, 64)).fit
+    assert (outside.profile, outside.nearest) == (None, sizes.nearest(Geometry(2, 64, 64)))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_an_engine_that_others_built_computes_what_pytorch_does_slot_by_slot(theirs, model, graphs):
+    path, sizes, contract = theirs
+    with EngineSession.open(path, contract=contract, graphs=graphs) as session:
+        for geometry in dict.fromkeys(sizes.geometries):
+            given = inputs_at(contract, geometry)
+            for changed in (given, given, *(given | {slot.name: given[slot.name] + 1} for slot in contract.slots)):
+                (found,) = session(changed).values()
+                assert difference(found, with_torch(model, contract, changed)) <= 1e-4
+        with pytest.raises(CallError, match="sample: got 1×4×64×64"):
+            session(inputs_at(contract, Geometry(1, 64, 64)))
+
+
+def test_an_engine_that_others_built_stands_in_for_the_unet(theirs, model):
+    path, sizes, contract = theirs
+    given = inputs_at(contract, sizes.opt)
+    drop_in = load(path, contract=contract)
+    assert difference(with_torch(drop_in, contract, given), with_torch(model, contract, given)) <= 1e-4
+    drop_in.close()
+
+
+def test_a_file_that_is_no_engine_is_refused_in_tensorrts_words(tmp_path, built):
+    path = tmp_path / "none.engine"
+    path.write_bytes(built.path.read_bytes()[:64] + bytes(4096))
+    with pytest.raises(ShapecheckError, match="TensorRT refuses to load"):
+        EngineSession.open(path, contract=built.engine.request.contract)
+    with pytest.raises(ShapecheckError, match="TensorRT refuses it"):
+        check_engine(path, None, built.engine.request.contract)

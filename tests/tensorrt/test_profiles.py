@@ -114,6 +114,14 @@ def test_every_written_form_says_the_same(table, several):
     assert {key: value for key, _, value in pairs} == dict(profile_formats.make_provider_options(profiles))
 
 
+@pytest.mark.parametrize(("dtype", "option"), [("float16", "trt_fp16_enable"), ("bfloat16", "trt_bf16_enable"), ("float32", "")])
+def test_onnx_runtimes_tensorrt_is_told_the_precision_of_the_graph(dtype, option):
+    """Else it computes a float16 graph in float32."""
+    profile = replace(MADE, inputs=tuple(replace(each, dtype=dtype) for each in MADE.inputs))
+    options = profile_formats.make_provider_options([profile])
+    assert {key: value for key, value in options.items() if "shapes" not in key} == ({option: "1"} if option else {})
+
+
 def read_polygraphy(words: list[str]) -> list[dict]:
     """As Polygraphy's command line has it: an option once more begins the next profile."""
     found, bound = [], ""

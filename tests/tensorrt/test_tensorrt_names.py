@@ -1,4 +1,4 @@
-"""Every name of TensorRT's that the code uses is in 10.16 and in 11.4: read from the source, for neither can be loaded here."""
+"""Every name of TensorRT's that the code uses is in 10.6, 10.16 and 11.4: read from the source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ APIS = {
     release: json.loads((ROOT / "tests" / "support" / "data" / f"tensorrt_api_{release}.json").read_text(encoding="utf-8"))[
         "api"
     ]
-    for release in ("10.16", "11.4")
+    for release in ("10.6", "10.16", "11.4")
 }
 KINDS = {
     "builder": "Builder",
