@@ -217,12 +217,17 @@ class TorchModel:
         """Return the precision to compute a reference in: float64 if twice the memory of float32 is free, else float32."""
         if requested != "auto":
             return requested
-        try:  # what is free, or would be if caches were dropped
-            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-            free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-        except (OSError, StopIteration, ValueError):  # systems other than Linux only say how much there is
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 if hasattr(os, "sysconf") else 0
+        free = measure_free_memory()
         if torch.cuda.is_available():
             free = min(free, torch.cuda.mem_get_info()[0])
         # A fifth more than the weights, and two gigabytes for everything else.
         return "float64" if parameters * 8 * 1.2 + 2e9 <= free else "float32"
+
+
+def measure_free_memory() -> float:
+    """Return the bytes of the machine's memory that are free, or would be if caches were dropped."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):  # systems other than Linux only say how much there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 if hasattr(os, "sysconf") else 0

@@ -1,37 +1,43 @@
-"""Exchange a pipeline's UNet in one call: observe it, export it, build it for the first backend that runs, and put it in."""
+"""Exchange a pipeline's UNet and ControlNets in one call: for the backend that is requested, or the fastest that is right."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import torch
 from torch import nn
 
-from shapecheck import doctor, extras
-from shapecheck.contract import ShapecheckError
+from shapecheck.contract import Geometry, ShapecheckError
 from shapecheck.files import make_folder
 from shapecheck.observe.probe import probe
 from shapecheck.observe.subject import copy_to_meta
-from shapecheck.pipelines.export_cache import ExportCache
-from shapecheck.pipelines.unet_owner import UNetOwners
+from shapecheck.pipelines.candidates import (
+    SHARES_WEIGHTS,
+    Candidate,
+    CandidateMaker,
+    Running,
+    close_all,
+    free_memory,
+    keep_in_torch,
+)
+from shapecheck.pipelines.choose import Choice, Refusals, choose_by_measuring, open_alone
+from shapecheck.pipelines.compiled_vae import compile_decoder, find_decoder
+from shapecheck.pipelines.measured_record import describe_choice, describe_measurements
+from shapecheck.pipelines.model_owners import ModelOwners
 from shapecheck.progress import Progress, silent
 from shapecheck.runtime.dropin import DropIn
-from shapecheck.runtime.load import load
-from shapecheck.tensorrt import profile_formats
-from shapecheck.tensorrt.profiles import Profile, profile_of
 from shapecheck.tensorrt.size_ranges import parse_ranges
 
-Backend = Literal["auto", "trt", "rtx", "ort-trt", "ort-cuda", "ort"]
-Refusals = tuple[tuple[str, str], ...]
+Backend = Literal["auto", "torch-compile", "trt", "rtx", "ort-trt", "ort-cuda", "ort"]
 _log = logging.getLogger(__name__)
 
 
 class AccelerationError(ShapecheckError):
-    """None of the requested backends runs the UNet. `refusals` holds each backend with its reason."""
+    """None of the requested backends runs the models. `refusals` holds each backend with its reason."""
 
     def __init__(self, refusals: Refusals) -> None:
         self.refusals = refusals
@@ -39,32 +45,96 @@ class AccelerationError(ShapecheckError):
 
 
 class Accelerated:
-    """The result of `accelerate`. Call it, or leave its `with` block, to put the PyTorch UNet back.
+    """The result of `accelerate`. Call it, or leave its `with` block, to put the PyTorch modules back.
 
-    `backend` is the one that runs, and `artefact` its ONNX file or engine: `torch` and None if the UNet is in PyTorch.
-    `unet` is what the pipeline calls. `refusals` holds the backends tried before, each with its reason.
+    `backend` is the one that runs, and `artefact` the UNet's ONNX file or engine: `torch` and None if the UNet is in PyTorch.
+    `unet` is what the pipeline calls, and `controlnets` says of each ControlNet what runs it, in what file, or why it stays in
+    PyTorch. `refusals` holds the backends that were tried and do not run, each with its reason; `measured` what `auto` found
+    out about each, which `str()` shows as a table.
     """
 
-    def __init__(self, owners: UNetOwners, backend: str, unet: nn.Module, artefact: Path | None, refusals: Refusals) -> None:
-        self.backend, self.unet, self.artefact, self.refusals = backend, unet, artefact, refusals
-        self._owners = owners
+    def __init__(self, owners: ModelOwners, maker: CandidateMaker, choice: Choice) -> None:
+        self.refusals, self.measured = choice.refusals, choice.measured
+        self._owners, self._maker, self._candidate, self._background = owners, maker, choice.candidate, choice.background
+        self._undo_vae: Callable[[], None] = _do_nothing
+
+    @property
+    def backend(self) -> str:
+        return self._candidate.backend
+
+    @property
+    def unet(self) -> nn.Module:
+        return self._candidate.unet.module
+
+    @property
+    def artefact(self) -> Path | None:
+        return self._candidate.unet.artefact
+
+    @property
+    def controlnets(self) -> tuple[Running, ...]:
+        return self._candidate.controlnets
+
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """Return the backends that are being built in the background now, to be measured at the next start."""
+        return ("trt",) if self._background is not None and self._background.is_running else ()
+
+    def replace_controlnets(self, nets: nn.Module | Sequence[nn.Module]) -> None:
+        """Exchange the ControlNets, and leave the UNet as it is: the new ones run in the same backend, from the same folder.
+
+        `nets` is a ControlNet, a MultiControlNetModel, or a list for a pipeline that holds several. One that runs already is
+        kept. Raises ContractError if one does not fit the UNet, ShapecheckError if the pipeline cannot hold them; all is then
+        as it was. Undoing puts the new ones back in PyTorch.
+        """
+        given = getattr(nets, "nets", [nets] if isinstance(nets, nn.Module) else nets)
+        known = {part.torch: part for part in self.controlnets}
+        probe(copy_to_meta(self._candidate.unet.torch), [copy_to_meta(net) for net in given])
+        parts, device = list[Running](), getattr(self.unet, "device", None)
+        try:
+            for net in given:
+                if net in known or self.backend == "torch":
+                    parts.append(known.get(net, Running("torch", net, net)))
+                    continue
+                aside = self.backend not in SHARES_WEIGHTS
+                parts.append(self._maker.open_controlnet(self.backend, net.to(device), aside=aside))
+            self._owners.set_controlnets(nets, [part.module for part in parts])
+        except BaseException:
+            close_all([part for part in parts if part.torch not in known])
+            raise
+        for part in self.controlnets:
+            if part not in parts:
+                part.close()  # its PyTorch module stays where it is: nothing calls it
+        free_memory()
+        self._candidate = replace(self._candidate, controlnets=tuple(parts))
 
     def __call__(self) -> None:
-        """Put the PyTorch UNet back where it was, on its device, and close the session. Calling again is fine."""
-        if not isinstance(self.unet, DropIn):
+        """Put the PyTorch modules back where they were, on their device, and close the sessions. Calling again is fine."""
+        self._undo_vae()
+        self._undo_vae = _do_nothing
+        if self.backend == "torch":
             return
-        dropin, self.unet, self.backend, self.artefact = self.unet, self._owners.unet, "torch", None
-        if not self._owners.replace_unet(dropin, self.unet):
-            _log.warning("the UNet that accelerate put in was exchanged meanwhile: what is there now stays")
-        device = dropin.device
-        dropin.close()
-        self.unet.to(device)
+        candidate = self._candidate
+        self._candidate = keep_in_torch(candidate.unet.torch, [part.torch for part in candidate.controlnets])
+        exchanged = [part for part in candidate.controlnets if isinstance(part.module, DropIn)]
+        # a list: all are put back, whatever became of the others
+        is_back = [self._owners.replace_unet(candidate.unet.module, candidate.unet.torch)]
+        is_back += [self._owners.replace_controlnet(part.module, part.torch) for part in exchanged]
+        for noun, is_ours in zip(["UNet", *["ControlNet"] * len(exchanged)], is_back, strict=True):
+            if not is_ours:
+                _log.warning("the %s that accelerate put in was exchanged meanwhile: what is there now stays", noun)
+        close_all(candidate.parts)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
         self()
+
+    def __str__(self) -> str:
+        nets = [part.backend for part in self.controlnets]
+        lines = [f"UNet: {self.backend}" + (f"; ControlNets: {', '.join(nets)}" if nets else "")]
+        lines += describe_measurements(self.measured) or [f"{name:<14} {reason}" for name, reason in self.refusals]
+        return "\n".join(lines + [f"{name} is built in the background, for the next start" for name in self.pending])
 
 
 def accelerate(
@@ -74,84 +144,109 @@ def accelerate(
     *,
     sizes: Sequence[str] = (),
     batch: Sequence[str] = (),
+    controlnets: bool = True,
+    vae: bool = False,
+    budget: float | None = 120.0,
     fallback: Literal["log", "error"] = "log",
     graphs: bool = False,
     finite: bool = True,
     own_outputs: bool = True,
     progress: Progress = silent,
 ) -> Accelerated:
-    """Exchange the UNet of a diffusers pipeline or a StreamDiffusion for one that is exported, and built, from it.
+    """Exchange the UNet and the ControlNets of a diffusers pipeline or a StreamDiffusion for faster ones made from them.
 
-    The UNet is observed together with the pipeline's ControlNets. It is exported into the folder `engine_dir`, or found there
-    by its contract and weights; for TensorRT it is built for `sizes` and `batch`, as for `shapecheck build` (by default the
-    model's own size and a batch of 1 to 2; for a stream the size and batch that it was made for). It then takes the place of
-    the PyTorch UNet, which on a GPU waits in the CPU's memory. ControlNets stay as they are. Call the result to undo all this.
+    They are observed together, exported into the folder `engine_dir` or found there by their weights, or compiled; for
+    TensorRT they are built for `sizes` and `batch`, as for `shapecheck build` (by default the model's own size and a batch of
+    1 to 2; for a stream the size and batch that it was made for). PyTorch's modules then wait in the CPU's memory, unless the
+    backend computes with their weights. A ControlNet that cannot be exchanged stays in PyTorch, which is logged, and
+    `controlnets=False` leaves all of them. `vae` compiles the VAE's decoder too. Call the result to undo all this.
 
-    `auto` tries TensorRT, then ONNX Runtime on CUDA, then stays with PyTorch; every step down is logged as a warning with its
-    reason. Any other backend is tried alone. `fallback="error"` raises if the UNet would stay in PyTorch. `graphs`, `finite`
-    and `own_outputs` are those of `load`.
+    `auto` measures: what runs here (on a GPU torch-compile, TensorRT, ONNX Runtime; on the CPU ONNX Runtime and torch-compile)
+    is checked against PyTorch in float32 and timed beside PyTorch, at the usual size of the first of `sizes`; the fastest that
+    is right is taken, and PyTorch stays where it is the fastest. What was measured is kept in the folder: the next start
+    measures nothing. `budget` bounds the first start, in seconds: what is not expected to be ready in time is not begun, and
+    TensorRT's engines are then built in the background, for the next start; None waits for everything. Any other backend is
+    tried alone and not measured.
+
+    `fallback="error"` raises if a model would stay in PyTorch. `graphs`, `finite` and `own_outputs` are those of `load`.
 
     Raises ContractError if UNet and ControlNets do not fit each other; AccelerationError as above; ShapecheckError if the
-    pipeline, a size or the folder is not one, or the UNet cannot be exchanged. The pipeline is then as it was.
+    pipeline, a size or the folder is not one. The pipeline is then as it was.
     """
     if backend not in get_args(Backend) or fallback not in ("log", "error"):
         raise ShapecheckError(f"backend is one of {', '.join(get_args(Backend))}, and fallback log or error")
-    owners, folder = UNetOwners(pipe_or_stream), make_folder(Path(engine_dir))
+    if budget is not None and not budget >= 0:
+        raise ShapecheckError(f"budget is in seconds, from 0 on, or None: got {budget!r}")
+    start = time.monotonic()
+    owners, folder = ModelOwners(pipe_or_stream), make_folder(Path(engine_dir))
+    if vae:
+        find_decoder(owners.vae)
     progress("observing the contract")
     contract = probe(copy_to_meta(owners.unet), [copy_to_meta(net) for net in owners.controlnets] or None)
     (width, height), usual_batch = contract.header.usual_px, "1:2:2"
     if owners.frame is not None:
         width, height, number = owners.frame
         usual_batch = f"{number}"
-    ranges = parse_ranges(sizes or [f"{width}x{height}"], batch or [usual_batch], vae_factor=contract.header.vae_factor)
-    profiles = tuple(profile_of(contract, size_range) for size_range in ranges)
+    factor = contract.header.vae_factor
+    ranges = parse_ranges(sizes or [f"{width}x{height}"], batch or [usual_batch], vae_factor=factor)
+    geometry = ranges[0].opt
 
-    files = ExportCache(owners.unet, folder, progress)
-    device = next(owners.unet.parameters()).device
-    open_file = partial(load, device=device, graphs=graphs, finite=finite, own_outputs=own_outputs)
-    ladder: tuple[Backend, ...] = ("trt", "ort-cuda") if backend == "auto" else (backend,)
-    refusals: Refusals = ()
-    for name in ladder:
-        try:
-            dropin, artefact = _open_session(owners.unet, files, name, profiles, open_file)
-        except (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
-            reason = extras.explain_missing(error, "it") if isinstance(error, ModuleNotFoundError) else error
-            refusals += ((name, str(reason)),)
-            _log.warning("%s does not run this UNet: %s", *refusals[-1])
-            continue
-        owners.replace_unet(owners.unet, dropin)
-        _log.info("%s runs the UNet: %s", name, artefact)
-        return Accelerated(owners, name, dropin, artefact, refusals)
-    if fallback == "error":
-        raise AccelerationError(refusals)
-    _log.warning("nothing faster runs here: the UNet stays in PyTorch")
-    return Accelerated(owners, "torch", owners.unet, None, refusals)
+    options = {"graphs": graphs, "finite": finite, "own_outputs": own_outputs}
+    maker = CandidateMaker(folder, ranges, options, progress, contracts={owners.unet: contract}, strict=fallback == "error")
+    maker.make_profiles(owners.unet)  # a size that the model refuses is told before anything is made
+    choice = _choose(owners, maker, backend, geometry, (budget, start), controlnets=controlnets)
+    if choice.candidate.backend == "torch":
+        if fallback == "error":
+            raise AccelerationError(choice.refusals)
+        _log.warning("%s", describe_choice(choice.measured))
+    _install(owners, choice.candidate)
+    done = Accelerated(owners, maker, choice)
+    if vae:
+        done._undo_vae = compile_decoder(owners.vae, geometry)
+    return done
 
 
-def _open_session(
-    unet: nn.Module, files: ExportCache, backend: Backend, profiles: Sequence[Profile], open_file: Callable[..., DropIn]
-) -> tuple[DropIn, Path]:
-    """Return the UNet in that backend, and its file. If this raises, the PyTorch UNet is back on its device."""
-    device = next(unet.parameters()).device
-    if (device.type == "cuda") != (backend != "ort"):
-        place = "the CPU" if backend == "ort" else "a GPU"
-        raise ShapecheckError(f"it runs on {place} and the UNet is on {device}: move the pipeline first, with pipe.to(…)")
-    # An export takes minutes: tell before it what cannot run.
-    if not files.is_exported and not (status := doctor.backend(backend)).runs:
-        raise ShapecheckError("; ".join(f"{gap.problem} ({gap.fix})" for gap in status.gaps))
-    artefact = files.export_onnx()
-    try:
-        # The GPU's memory is for the session that takes its place.
-        unet.to("cpu")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if backend == "trt" or backend == "rtx":
-            artefact = files.build_engine(backend, profiles)
-            return open_file(artefact, "trt"), artefact
-        if backend == "ort-trt":
-            with files.keep_engine(profile_formats.make_provider_options(profiles)) as options:
-                return open_file(artefact, backend, options=options), artefact
-        return open_file(artefact, backend), artefact
-    except BaseException:
-        unet.to(device)
-        raise
+def _choose(
+    owners: ModelOwners,
+    maker: CandidateMaker,
+    backend: str,
+    geometry: Geometry,
+    limits: tuple[float | None, float],
+    *,
+    controlnets: bool,
+) -> Choice:
+    """Return what is to run the pipeline, with every ControlNet in its place. `limits` are the budget and its beginning."""
+    obstacles = {net: maker.find_obstacle(net) if controlnets else "controlnets=False" for net in owners.controlnets}
+    kept = {net: Running("torch", net, net, reason=reason) for net, reason in obstacles.items() if reason}
+    if controlnets and kept:
+        reasons = tuple((backend, part.reason) for part in kept.values())
+        if maker.strict:
+            raise AccelerationError(reasons)
+        _log.warning("a ControlNet stays in PyTorch: %s", reasons[0][1])
+    nets = [net for net in obstacles if net not in kept]
+    if backend == "auto":
+        choice = choose_by_measuring(maker, owners.unet, nets, geometry, *limits)
+    else:
+        choice = open_alone(maker, backend, owners.unet, nets, geometry)
+    parts = kept | {part.torch: part for part in choice.candidate.controlnets}
+    return replace(choice, candidate=replace(choice.candidate, controlnets=tuple(parts[net] for net in obstacles)))
+
+
+def _install(owners: ModelOwners, candidate: Candidate) -> None:
+    """Put a candidate into the pipeline; PyTorch modules that it does not compute with leave the GPU's memory to it."""
+    if candidate.backend == "torch":
+        return
+    for part in candidate.parts:
+        if part.backend not in SHARES_WEIGHTS:
+            part.torch.to("cpu")
+    free_memory()
+    owners.replace_unet(candidate.unet.torch, candidate.unet.module)
+    _log.info("%s runs the UNet%s", candidate.backend, f": {candidate.unet.artefact}" if candidate.unet.artefact else "")
+    for number, part in enumerate(candidate.controlnets, 1):
+        if part.backend != "torch":
+            owners.replace_controlnet(part.torch, part.module)
+            _log.info("%s runs ControlNet %d%s", part.backend, number, f": {part.artefact}" if part.artefact else "")
+
+
+def _do_nothing() -> None:
+    pass

@@ -93,7 +93,14 @@ def draw_demo(
         return result.images[0], statistics.median(later - earlier for earlier, later in pairwise(ends))
 
     exchanged = accelerate(
-        pipe, folder, backend, sizes=[f"{width}x{height}"], batch=["1:2:2"], fallback="error", progress=progress
+        pipe,
+        folder,
+        backend,
+        sizes=[f"{width}x{height}"],
+        batch=["1:2:2"],
+        controlnets=False,
+        fallback="error",
+        progress=progress,
     )
     with exchanged:
         assert isinstance(exchanged.unet, DropIn) and exchanged.artefact is not None

@@ -1,4 +1,4 @@
-"""Export a live UNet into a folder and build engines of it, or find there what was made of the same UNet before."""
+"""Export a live UNet or ControlNet into a folder and build engines of it, or find there what was made of it before."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import nn
 
 from shapecheck import extras
-from shapecheck.contract import ShapecheckError
+from shapecheck.contract import Role, ShapecheckError
 from shapecheck.files import lock_folder, make_folder
 from shapecheck.models import weights
+from shapecheck.models.diffusers_models import is_controlnet
+from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.observe.subject import resolve_subject
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.export import export
@@ -24,20 +26,24 @@ from shapecheck.onnx.file import OnnxFile
 from shapecheck.progress import Progress
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Profile
-from shapecheck.tensorrt.record import BuildOptions, Target
+from shapecheck.tensorrt.record import BuildOptions, Target, read_engine
 from shapecheck.version import __version__
 
 
 class ExportCache:
-    """The files of one live UNet in a folder, each made once."""
+    """The files of one live UNet or ControlNet in a folder, each made once."""
 
-    def __init__(self, unet: nn.Module, folder: Path, progress: Progress) -> None:
-        self._unet, self._folder, self._progress = unet, folder, progress
+    def __init__(self, model: nn.Module, folder: Path, progress: Progress) -> None:
+        self._model, self._folder, self._progress = model, folder, progress
+
+    @property
+    def role(self) -> Role:
+        return "controlnet" if is_controlnet(unwrap_compiled(self._model)) else "unet"
 
     @property
     def is_exported(self) -> bool:
         """Return whether the ONNX file is there, whole, from this call or an earlier one."""
-        path = self._path
+        path = self.path
         try:
             is_there = path.is_file() and path.with_name(f"{path.name}.data").is_file()
             return is_there and contract_inside(OnnxFile(path)) is not None
@@ -45,16 +51,28 @@ class ExportCache:
             return False
 
     def export_onnx(self) -> Path:
-        """Return the ONNX file, its weights beside it. Raises ShapecheckError if the UNet cannot be exported."""
+        """Return the ONNX file, its weights beside it. Raises ShapecheckError if the model cannot be exported."""
         with lock_folder(self._folder):
             if not self.is_exported:
-                export(self._unet, self._path, weights="copy", progress=self._progress)
-        return self._path
+                export(self._model, self.path, weights="copy", progress=self._progress)
+        return self.path
 
     def build_engine(self, target: Target, profiles: Sequence[Profile]) -> Path:
         """Return the engine of the ONNX file. Raises ShapecheckError if TensorRT is missing or refuses it."""
         path, options = self.export_onnx(), BuildOptions(target=target)
         return build_engine(path, cache=self._folder, profiles=profiles, options=options, progress=self._progress).path
+
+    def has_engine(self, target: Target, profiles: Sequence[Profile]) -> bool:
+        """Return whether an engine for these profiles lies here, so that `build_engine` will find it unless it was damaged."""
+        release = ""
+        with suppress(PackageNotFoundError):
+            release = ".".join(version("tensorrt").split(".")[:2])
+        for path in self._folder.glob(f"{self.path.stem}-*.plan"):
+            with suppress(ShapecheckError, OSError):
+                request = read_engine(path).request
+                if request.options == BuildOptions(target=target) and request.profiles == tuple(profiles):
+                    return request.tensorrt.startswith(release)
+        return False
 
     @contextmanager
     def keep_engine(self, options: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
@@ -63,11 +81,8 @@ class ExportCache:
         By itself it takes an engine of other weights for that of the same graph, and a half-written one for a whole one. So
         each has a folder of its own, which is there only when it is whole.
         """
-        makers = extras.list_versions(("onnxruntime", "onnxruntime-gpu"))
-        made_for = json.dumps([makers, sorted(options.items())])
-        digest = hashlib.sha256(made_for.encode()).hexdigest()
         with lock_folder(self._folder):
-            kept = place = self._path.with_name(f"{self._path.stem}-{digest[:16]}.ort-trt")
+            kept = place = self._locate_provider_engine(options)
             if not kept.is_dir():
                 place = kept.with_suffix(".partial")
                 shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
@@ -79,22 +94,34 @@ class ExportCache:
             if place != kept:
                 place.rename(kept)
 
+    def has_provider_engine(self, options: Mapping[str, str]) -> bool:
+        """Return whether `keep_engine` has kept the engine of these options."""
+        return self._locate_provider_engine(options).is_dir()
+
+    def _locate_provider_engine(self, options: Mapping[str, str]) -> Path:
+        makers = extras.list_versions(("onnxruntime", "onnxruntime-gpu"))
+        made_for = json.dumps([makers, sorted(options.items())])
+        return self.path.with_name(f"{self.path.stem}-{hashlib.sha256(made_for.encode()).hexdigest()[:16]}.ort-trt")
+
     @cached_property
-    def _path(self) -> Path:
+    def path(self) -> Path:
         """Name the file after all that it depends on: the modules and their settings, the weights, and what exports it."""
-        subject = resolve_subject(self._unet)
-        # A config holds no settings, such as FreeU's factors or an attention processor: they are attributes of modules.
-        layers = [
-            (
-                name,
-                type(module).__qualname__,
-                {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"},
-            )
-            for name, module in subject.module.named_modules()
-        ]
-        settings = json.dumps(layers, sort_keys=True, skipkeys=True, default=lambda value: type(value).__qualname__)
+        subject = resolve_subject(self._model)
         weights_digest = weights.digest(subject.live or {}, lambda *sizes: self._progress("hashing the weights", *sizes))
         # Another release of any of these may export another graph.
         makers = [f"shapecheck {__version__}", *(f"{name} {version(name)}" for name in ("torch", "diffusers", "onnxscript"))]
-        digest = hashlib.sha256("\n".join([settings, weights_digest, *makers]).encode()).hexdigest()
-        return self._folder / f"unet-{digest[:16]}.onnx"
+        text = "\n".join([describe_settings(subject.module), weights_digest, *makers])
+        return self._folder / f"{subject.role}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.onnx"
+
+
+def describe_settings(model: nn.Module) -> str:
+    """Return the settings of all modules as JSON: FreeU's factors or attention processors are attributes, and in no config."""
+    layers = [
+        (
+            name,
+            type(module).__qualname__,
+            {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"},
+        )
+        for name, module in model.named_modules()
+    ]
+    return json.dumps(layers, sort_keys=True, skipkeys=True, default=lambda value: type(value).__qualname__)

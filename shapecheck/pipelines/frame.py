@@ -22,6 +22,7 @@ from shapecheck.models.config_file import ModelSource
 from shapecheck.models.forward_call import build_arguments
 from shapecheck.runtime.combine import combined
 from shapecheck.runtime.dropin import DropIn
+from shapecheck.runtime.load import load
 
 
 class Clock:
@@ -82,7 +83,7 @@ def compile_module(module: nn.Module, backend: str, settings: Mapping[str, Any] 
     The module itself may be changed. `settings` are those of `load`.
     """
     if backend == "torch-compile":
-        return torch.compile(module)
+        return load(module, "torch-compile", **(settings or {}))
     laid_out: Any = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return torch.compile(laid_out, mode="reduce-overhead", fullgraph=True)
 

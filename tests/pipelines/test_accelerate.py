@@ -20,7 +20,9 @@ import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.doctor.environment import Backend, Gap
 from shapecheck.pipelines import accelerate as acceleration
+from shapecheck.pipelines import candidates
 from shapecheck.pipelines import export_cache as files
+from shapecheck.runtime.dropin_controlnet import DropInControlNet
 from shapecheck.runtime.dropin_unet import DropInUNet
 
 ALLOWED = 1 / 255
@@ -101,7 +103,11 @@ def test_a_pipeline_gives_the_same_images_and_gets_its_unet_back(folder, no_gpu)
     done = shapecheck.accelerate(pipe, folder, "ort")
     assert (done.backend, done.unet, done.refusals) == ("ort", pipe.unet, ())
     assert isinstance(pipe.unet, DropInUNet)
-    assert no_gpu.messages[-1] == f"ort runs the UNet: {done.artefact}"
+    assert isinstance(pipe.controlnet, DropInControlNet)
+    (net,) = done.controlnets
+    assert (net.backend, net.module, net.torch, net.reason) == ("ort", pipe.controlnet, parts.controlnet, "")
+    assert no_gpu.messages[-2:] == [f"ort runs the UNet: {done.artefact}", f"ort runs ControlNet 1: {net.artefact}"]
+    assert [path.name.partition("-")[0] for path in (done.artefact, net.artefact)] == ["unet", "controlnet"]
     images = real_pipelines.images(pipe, **SHORT)
     assert np.abs(images - torch_images).max() <= ALLOWED
     assert not np.array_equal(images, real_pipelines.images(pipe, **SHORT, controlnet_conditioning_scale=0.5))
@@ -109,6 +115,8 @@ def test_a_pipeline_gives_the_same_images_and_gets_its_unet_back(folder, no_gpu)
     done()
     done()
     assert pipe.unet is parts.unet is done.unet
+    assert pipe.controlnet is parts.controlnet
+    assert [(net.backend, net.module) for net in done.controlnets] == [("torch", parts.controlnet)]
     assert (done.backend, done.artefact) == ("torch", None)
     assert np.array_equal(real_pipelines.images(pipe, **SHORT), torch_images)
     with pytest.raises(ShapecheckError, match="closed"):
@@ -194,7 +202,7 @@ def test_accelerate_opens_onnx_runtimes_tensorrt_with_the_engine_that_it_kept(gp
         raise ShapecheckError("no GPU")
 
     say_what_runs(monkeypatch, "ort-trt")
-    monkeypatch.setattr(acceleration, "load", load)
+    monkeypatch.setattr(candidates, "load", load)
     shapecheck.accelerate(gpu_pipe, folder, "ort-trt", sizes=["72x104"])
     ((suffix, backend, options),) = opened
     assert (suffix, backend) == (".onnx", "ort-trt")
@@ -202,28 +210,22 @@ def test_accelerate_opens_onnx_runtimes_tensorrt_with_the_engine_that_it_kept(gp
     assert "sample:2x4x13x9" in options["trt_profile_max_shapes"]
 
 
-def test_every_step_down_is_logged_with_its_reason(pipe, unet, folder, no_gpu, exports):
-    done = shapecheck.accelerate(pipe, folder)
+def test_a_backend_that_does_not_run_is_logged_with_its_reason(pipe, unet, folder, no_gpu, exports):
+    done = shapecheck.accelerate(pipe, folder, "trt")
     assert (done.backend, done.artefact, done.unet) == ("torch", None, unet)
     assert pipe.unet is unet
     reason = "it runs on a GPU and the UNet is on cpu: move the pipeline first, with pipe.to(…)"
-    assert done.refusals == (("trt", reason), ("ort-cuda", reason))
+    assert done.refusals == (("trt", reason),)
     warned = [record.message for record in no_gpu.records if record.levelno == logging.WARNING]
-    assert warned == [
-        f"trt does not run this UNet: {reason}",
-        f"ort-cuda does not run this UNet: {reason}",
-        "nothing faster runs here: the UNet stays in PyTorch",
-    ]
+    assert warned == [f"trt does not run this UNet: {reason}", "nothing faster runs here: the UNet stays in PyTorch"]
     assert not exports
     done()
-    with pytest.raises(
-        acceleration.AccelerationError, match=r"stays in PyTorch\n  trt: it runs on a GPU.*\n  ort-cuda: "
-    ) as caught:
-        shapecheck.accelerate(pipe, folder, fallback="error")
+    with pytest.raises(acceleration.AccelerationError, match=r"stays in PyTorch\n  trt: it runs on a GPU") as caught:
+        shapecheck.accelerate(pipe, folder, "trt", fallback="error")
     assert caught.value.refusals == done.refusals
 
 
-def test_the_next_one_is_taken_where_one_refuses(gpu_pipe, tmp_path, no_gpu, monkeypatch):
+def test_what_is_in_pytorch_leaves_the_gpu_to_what_takes_its_place(gpu_pipe, tmp_path, no_gpu, monkeypatch):
     """ONNX Runtime on the CPU stands in for ONNX Runtime on a GPU."""
     unet, loaded = gpu_pipe.unet, []
 
@@ -231,15 +233,14 @@ def test_the_next_one_is_taken_where_one_refuses(gpu_pipe, tmp_path, no_gpu, mon
         loaded.append((artefact, backend, device))
         return shapecheck.load(artefact, "ort")
 
-    monkeypatch.setattr(acceleration, "load", load)
+    monkeypatch.setattr(candidates, "load", load)
     say_what_runs(monkeypatch, "ort-cuda")
-    with shapecheck.accelerate(gpu_pipe, tmp_path) as done:
-        assert done.backend == "ort-cuda"
-        assert [name for name, _ in done.refusals] == ["trt"]
+    with shapecheck.accelerate(gpu_pipe, tmp_path, "ort-cuda", controlnets=False) as done:
         assert loaded == [(done.artefact, "ort-cuda", torch.device("cuda"))]
-        assert unet.sent == ["cpu"], "the GPU's memory is for what takes its place"
-    assert [record.levelname for record in no_gpu.records] == ["WARNING", "INFO"]
+        assert set(unet.sent) == {"cpu"}, "the GPU's memory is for what takes its place"
+        assert [net.reason for net in done.controlnets] == ["controlnets=False"]
     assert gpu_pipe.unet is unet
+    assert unet.sent[-1] == "cpu", "where the session that stood in was"
 
 
 def test_what_cannot_run_is_known_before_the_export(gpu_pipe, tmp_path, exports, monkeypatch):
@@ -337,8 +338,12 @@ def test_what_replaced_the_session_meanwhile_stays(pipe, folder, no_gpu):
 def test_what_cannot_be_exchanged_says_why(pipe, unet, folder, tmp_path, monkeypatch):
     with pytest.raises(ShapecheckError, match="dict holds no UNet: give a diffusers pipeline or a StreamDiffusion"):
         shapecheck.accelerate({}, folder)
-    with pytest.raises(ShapecheckError, match="backend is one of auto, trt, "):
+    with pytest.raises(ShapecheckError, match="backend is one of auto, torch-compile, trt, "):
         shapecheck.accelerate(pipe, folder, "cuda")
+    with pytest.raises(ShapecheckError, match="budget is in seconds, from 0 on, or None: got nan"):
+        shapecheck.accelerate(pipe, folder, budget=float("nan"))
+    with pytest.raises(ShapecheckError, match="vae=True: the pipeline holds no VAE"):
+        shapecheck.accelerate(pipe, folder, vae=True)
     with pytest.raises(ShapecheckError, match="500 is not a multiple of 8"):
         shapecheck.accelerate(pipe, folder, sizes=["500x512"])
     (tmp_path / "file").touch()
@@ -360,7 +365,7 @@ def test_a_backend_that_fails_leaves_the_pipeline_as_it_was(pipe, unet, folder, 
     def fails(*_, **__):
         raise ShapecheckError("out of file handles")
 
-    monkeypatch.setattr(acceleration, "load", fails)
+    monkeypatch.setattr(candidates, "load", fails)
     done = shapecheck.accelerate(pipe, folder, "ort")
     assert done.refusals == (("ort", "out of file handles"),)
     assert pipe.unet is unet
@@ -375,7 +380,7 @@ def test_an_engine_is_built_beside_the_file_and_found_again(gpu_pipe, tmp_path, 
         opened.append((artefact, backend, artefact.stat().st_mtime_ns))
         raise ShapecheckError("it runs on a GPU only")
 
-    monkeypatch.setattr(acceleration, "load", load)
+    monkeypatch.setattr(candidates, "load", load)
     say_what_runs(monkeypatch, "rtx")
     for size in ("104x72", "104x72", "72x72"):
         done = shapecheck.accelerate(gpu_pipe, tmp_path, "rtx", sizes=[size], batch=["1:2:2"])

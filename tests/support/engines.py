@@ -14,6 +14,7 @@ from typing import Any, Self
 import onnx
 import onnx_files
 from artefacts import identify, make_once
+from diffusers import ControlNetModel
 from small import unet
 from torch import device, nn
 
@@ -45,9 +46,13 @@ def export_sealed(unet: nn.Module, *, latent: tuple[int, int] = (9, 13)) -> Path
 
 
 def exported_quickly(unet: nn.Module, path: Path, *, weights: str, progress: object) -> None:
-    """Stands in for `export` of a UNet at 9×13 cells, which takes a minute: torch's older exporter, an empty file of data."""
+    """Stands in for `export` at 9×13 cells, which takes a minute: torch's older exporter, an empty file of data."""
     assert weights == "copy"
-    shutil.copyfile(export_sealed(getattr(unet, "_orig_mod", unet)), path)
+    model = getattr(unet, "_orig_mod", unet)
+    if isinstance(model, ControlNetModel):
+        onnx_files.controlnet_written(path, model, latent=(9, 13))
+    else:
+        shutil.copyfile(export_sealed(model), path)
     path.with_name(f"{path.name}.data").touch()
 
 

@@ -1,0 +1,161 @@
+"""Engines that are built while a pipeline runs: in a process of its own, of the lowest priority, which ends with this one.
+
+Run as `python -m shapecheck.pipelines.background` it reads a job from stdin, one line of JSON, and writes one line when all is
+made or something failed. When stdin ends, the requesting process is gone, and so is this one; nothing half written stays.
+"""
+
+from __future__ import annotations
+
+import _thread
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shapecheck.contract import ShapecheckError
+from shapecheck.contract.errors import one_line
+from shapecheck.contract.json_codec import decode, encode
+from shapecheck.files import make_folder
+from shapecheck.logs import silence_logger
+from shapecheck.models import diffusers_models
+from shapecheck.models.config_file import CLASSES, ModelSource
+from shapecheck.models.forward_call import unwrap_compiled
+from shapecheck.onnx.export import export
+from shapecheck.pipelines.candidates import CandidateMaker
+from shapecheck.pipelines.export_cache import ExportCache, describe_settings
+from shapecheck.tensorrt.build import build_engine
+from shapecheck.tensorrt.profiles import Profile
+
+_GRACE = 20.0
+"""Seconds in which this process may tidy up once the requesting one is gone."""
+_log = logging.getLogger(__name__)
+
+
+class BackgroundBuild:
+    """Engines of several models under way. `is_running` says whether they still are."""
+
+    def __init__(self, maker: CandidateMaker, models: Sequence[nn.Module], on_failure: Callable[[str], object]) -> None:
+        """Start it. Weights of what is not exported yet are saved into the folder first.
+
+        Raises ShapecheckError if a model cannot be made again from its config, which holds no FreeU nor attention processors,
+        or the process does not start.
+        """
+        job = {"cache": str(maker.folder.absolute()), "models": [_describe_model(maker, model) for model in models]}
+        # what Windows calls the lowest priority; elsewhere the process sets it by itself
+        flags = getattr(subprocess, "IDLE_PRIORITY_CLASS", 0)
+        command = [sys.executable, "-P", "-m", "shapecheck.pipelines.background"]
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  # our own module, by our own interpreter
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+                creationflags=flags,
+            )
+        except OSError as error:
+            raise ShapecheckError(f"cannot start {sys.executable}: {error.strerror or error}") from None
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        self._thread = threading.Thread(target=self._wait, args=(on_failure,), daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def end(self) -> None:
+        """Tell it to end, as the end of this process does."""
+        assert self._process.stdin is not None
+        with suppress(OSError):  # flushing to a process that is gone
+            self._process.stdin.close()
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        self._thread.join()
+
+    def _wait(self, on_failure: Callable[[str], object]) -> None:
+        assert self._process.stdout is not None
+        failure = "the building process ended without a word"
+        for line in self._process.stdout:  # libraries print there too
+            if line.startswith('{"failure": '):
+                failure = json.loads(line)["failure"]
+        self._process.wait()
+        self._process.stdout.close()
+        self.end()
+        if failure:
+            _log.warning("trt cannot be built in the background: %s", failure)
+            on_failure(failure)
+        else:
+            _log.info("trt has been built in the background: the next start measures it")
+
+
+def _describe_model(maker: CandidateMaker, model: nn.Module) -> dict[str, Any]:
+    """Return what the process needs of a model: its ONNX file, or a folder that it can be exported from, and profiles."""
+    cache, module = maker.find_cache(model), unwrap_compiled(model)
+    entry = {"onnx": str(cache.path.absolute()), "folder": "", "profiles": encode(maker.make_profiles(model))}
+    if not cache.is_exported:
+        entry["folder"] = str(_save_model(cache, module))
+    return entry
+
+
+def _save_model(cache: ExportCache, module: Any) -> Path:
+    """Save a model as diffusers does, where the next attempt overwrites it should nobody remove it."""
+    name = type(module).__name__
+    if name not in CLASSES:
+        raise ShapecheckError(f"a {name} is not exported in the background")
+    again = diffusers_models.build(ModelSource(name, "its config", name, dict(module.config)))
+    if describe_settings(again) != describe_settings(module):
+        raise ShapecheckError(f"the {name} has settings that its config does not hold, such as FreeU or attention processors")
+    folder = make_folder(cache.path.absolute().with_suffix(".saved"))
+    with silence_logger("diffusers"):
+        module.save_pretrained(folder / cache.role)
+    return folder
+
+
+def main() -> None:
+    """Carry out one job: export what is not exported, and build the engines."""
+    job, failure = json.loads(sys.stdin.readline()), ""
+    threading.Thread(target=_end_with_requester, daemon=True).start()
+    if hasattr(os, "nice"):
+        os.nice(19)
+    try:
+        for entry in job["models"]:
+            onnx, folder = Path(entry["onnx"]), Path(entry["folder"])
+            if entry["folder"]:
+                is_unet = (folder / "unet").is_dir()
+                export(folder if is_unet else folder / "controlnet", onnx, weights="copy", offline=True)
+            build_engine(onnx, cache=job["cache"], profiles=decode(tuple[Profile, ...], entry["profiles"]))
+    except (ShapecheckError, ModuleNotFoundError, MemoryError) as error:
+        failure = one_line(str(error) or type(error).__name__, longest=500)
+    finally:
+        for entry in job["models"]:
+            if entry["folder"]:
+                shutil.rmtree(entry["folder"], ignore_errors=True)
+    sys.stdout.write(json.dumps({"failure": failure}) + "\n")
+
+
+def _end_with_requester() -> None:
+    """Interrupt the work as soon as the requesting process is gone, so that whatever is half written is removed."""
+    sys.stdin.read()
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # interrupts waiting for the builder, too
+    else:
+        _thread.interrupt_main()
+    threading.Event().wait(_GRACE)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
