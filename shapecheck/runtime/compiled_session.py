@@ -224,8 +224,11 @@ def compile_forward(forward: nn.Module | None, tensors: list[Tensor], file: Path
         reason = one_line(str(error) or type(error).__name__, longest=600)
         raise ShapecheckError(f"torch.compile cannot compile this model: {reason}") from error
     if file is not None:
-        with atomic_write(file) as partial:
-            ahead.save_compiled_function(str(partial))
+        try:
+            with atomic_write(file) as partial:
+                ahead.save_compiled_function(str(partial))
+        except Exception as error:  # a full disk, or something in the model that PyTorch cannot write: it runs all the same
+            _log.warning("%s cannot be written, and is compiled again in the next process: %s", file, one_line(error, 200))
     return ahead  # type: ignore[no-any-return]
 
 

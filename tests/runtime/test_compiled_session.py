@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -271,6 +272,15 @@ def test_what_was_compiled_is_found_again_in_its_folder(compiled, unet, inputs, 
     assert told.startswith(f"{file} cannot be loaded, and is compiled again: ")
     assert compiled() == 2
     assert file.stat().st_size > len(kept) // 2
+
+
+def test_code_that_cannot_be_kept_runs_all_the_same(compiled, unet, inputs, tmp_path, caplog):
+    for _ in range(2):
+        found = open_session(unet, cache=tmp_path / "lost")(inputs)
+        assert are_close(found.values(), compute(unet, contract_of(unet), inputs))
+    (told,) = [record.getMessage() for record in caplog.records if record.name.startswith("shapecheck")]
+    assert re.match(r".*lost.compiled-\w{16}\.bin cannot be written, and is compiled again in the next process: .*lost", told)
+    assert compiled() == 1
 
 
 def name_file(module, contract, folder, monkeypatch, geometry=AT, compiler="eager"):
