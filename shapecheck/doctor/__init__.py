@@ -29,6 +29,13 @@ _CURES = (
     ("", "pip install --force-reinstall {}"),
 )
 """From a library's message to what helps; the braces stand for its distribution."""
+_COMPILER_LACKS = (
+    ("No working C\\+\\+ compiler", "no C++ compiler is found, and torch.compile needs one on a CPU", "apt install g++"),
+    ("working triton|TritonMissing", "Triton is not installed, and torch.compile needs it on a GPU", "pip install triton"),
+    ("Failed to find C compiler", "no C compiler is found, and Triton needs one on a GPU", "apt install gcc"),
+    ("too old to be supported by the triton", "this GPU is too old for Triton", "nothing to install: use ort-cuda or trt here"),
+)
+"""From the message of torch.compile to what is missing, and what brings it."""
 
 
 class _Check(NamedTuple):
@@ -50,6 +57,7 @@ _CUDA_PROBES, _ORT_TRT_PROBES = ((f"onnxruntime {name}ExecutionProvider", "drive
 _CHECKS = {
     "torch": _Check(("torch",), ("torch",), "cpu", "torch {version}"),
     "torch-cuda": _Check(("torch",), ("torch", "driver"), "cuda", "torch {version}, CUDA {built_for}"),
+    "torch-compile": _Check(("torch",), ("torch_compile", "torch"), "compiled", "torch {version}: compiles for {place}"),
     "ort": _Check(_ORT, (CPU,), "result", _ORT_DETAIL),
     "ort-cuda": _Check(_ORT, _CUDA_PROBES, "result", f"{_ORT_DETAIL}, CUDA {{built_for}}", _WITH_CUDA),
     "ort-trt": _Check(_ORT, _ORT_TRT_PROBES, "result", f"{_ORT_DETAIL}, TensorRT {{release}}", _WITH_CUDA),
@@ -118,6 +126,9 @@ def _find_gaps(name: str, answers: Answers, answer: ProbeAnswer) -> Iterator[Gap
         yield from _find_gpu_gaps(answers)
     if name == "torch-cuda" and version and built_for is None:
         yield Gap(f"torch {version} is built without CUDA", "pip uninstall -y torch && pip install torch")
+    if name == "torch-compile":
+        lacks = (Gap(problem, fix) for pattern, problem, fix in _COMPILER_LACKS if re.search(pattern, answer.reason))
+        yield from lacks
     if name == "ort":
         yield from packages.find_conflicts(answers)
     if (provider := {"ort-cuda": "CUDA", "ort-trt": "TensorRT"}.get(name)) is None:

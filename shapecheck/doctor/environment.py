@@ -10,6 +10,7 @@ from shapecheck.contract.errors import ShapecheckError
 BACKENDS = {
     "torch": "PyTorch on the CPU",
     "torch-cuda": "PyTorch on the GPU",
+    "torch-compile": "PyTorch, torch.compile",
     "ort": "ONNX Runtime on the CPU",
     "ort-cuda": "ONNX Runtime, CUDA provider",
     "ort-trt": "ONNX Runtime, TensorRT provider",

@@ -160,6 +160,16 @@ def torch() -> Iterator[Facts]:
         yield {"cuda": float(library.ones(2, device="cuda").sum()) == 2}
 
 
+def torch_compile() -> Iterator[Facts]:
+    """Compile a sum, for the GPU if PyTorch has one."""
+    yield {"stage": "import torch"}
+    library, version = _import("torch")
+    device, place = ("cuda", "the GPU") if library.cuda.is_available() else ("cpu", "the CPU")
+    yield {"version": version, "place": place, "stage": f"compile for {place}"}
+    double = library.compile(lambda number: number + number, fullgraph=True)
+    yield {"compiled": float(double(library.ones(2, device=device)).sum()) == 4}
+
+
 def onnxruntime(provider: str) -> Iterator[Facts]:
     """Run a session on one provider, and on no other: ONNX Runtime falls back to the CPU without an error."""
     yield {"stage": "import onnxruntime"}
@@ -224,7 +234,7 @@ def tensorrt(module: str) -> Iterator[Facts]:
 def main(name: str, *arguments: str) -> None:
     """Run one probe, and write line by line how far it came."""
     probes: dict[str, Callable[..., Iterator[Facts]]] = {
-        probe.__name__: probe for probe in (importing, distributions, driver, torch, onnxruntime, tensorrt)
+        probe.__name__: probe for probe in (importing, distributions, driver, torch, torch_compile, onnxruntime, tensorrt)
     }
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

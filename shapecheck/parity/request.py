@@ -30,7 +30,7 @@ class ParityRequest:
     onnx: str | Path | None = None
     engine: str | Path | None = None
     backends: tuple[str, ...] = ()
-    """By default `ort` for an ONNX file, and `trt` or `rtx` for an engine; `torch` runs the model itself."""
+    """By default `ort` for an ONNX file, and `trt` or `rtx` for an engine; `torch` and `torch-compile` run the model itself."""
     controlnet: str | None = None
     sizes: tuple[str, ...] = ()
     batch: tuple[str, ...] = ()

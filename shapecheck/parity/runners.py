@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shapecheck.contract import Geometry, ShapecheckError
 from shapecheck.parity.artefacts import ENGINE_BACKENDS, ParityFile
 from shapecheck.parity.results import Ran
+from shapecheck.runtime.compiled_session import CompiledSession
 from shapecheck.runtime.engine_session import EngineSession
 from shapecheck.runtime.onnx_session import PROVIDERS, OnnxSession
 from shapecheck.runtime.torch_session import TorchSession
@@ -61,6 +62,9 @@ def open_session(
             profile = profile_of(file.contract, sizes).renamed(file.names)
             options = {key: str(value) for key, value in profile_formats.make_provider_options([profile]).items()}
         return OnnxSession.open(file.path, backend=backend, options=options)
+    if backend == "torch-compile":
+        module = load(file.contract.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+        return CompiledSession(module, file.contract, exactly=True)
     if backend == "torch-cuda" and not torch.cuda.is_available():
         raise ShapecheckError("PyTorch sees no GPU here; `shapecheck doctor --require torch-cuda` says why")
     return TorchSession(load(file.contract.dtype).to("cuda" if backend == "torch-cuda" else "cpu"), file.contract)

@@ -23,7 +23,10 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("engine", {"metavar": "PLAN", "help": "the engine made of it, its record beside it"}),
     (
         "backends",
-        {"metavar": "NAMES", "help": "what must run here: torch,torch-cuda,ort,ort-cuda,ort-trt,trt,rtx [what the files need]"},
+        {
+            "metavar": "NAMES",
+            "help": "what must run: torch,torch-cuda,torch-compile,ort,ort-cuda,ort-trt,trt,rtx [what the files need]",
+        },
     ),
     ("controlnet", {"metavar": "NAME", "help": "a ControlNet with weights whose residuals are used [random ones]"}),
     ("sizes", {"action": "append", "metavar": "MIN:OPT:MAX", "help": "WxH in pixels; repeatable [an engine's profiles]"}),

@@ -25,12 +25,12 @@ from shapecheck.runtime.torch_session import forbid_tf32, output_names
 from shapecheck.version import __version__
 
 _Run = Callable[..., tuple[Tensor, ...]]
-_OPTIONS: Mapping[str, Any] = {
+OPTIONS: Mapping[str, Any] = {
     "conv_1x1_as_mm": True,
 }
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 _log = logging.getLogger(__name__)
-_compiled: dict[str, _Run] = {}
+compiled_code: dict[str, _Run] = {}
 """What was compiled in this process: a model of the same structure runs the same code with its own weights."""
 
 
@@ -174,10 +174,10 @@ class CompiledSession:
 
     def _compile(self, call: BoundCall, tensors: list[Tensor]) -> _Run:
         key = hashlib.sha256(f"{self._identity} {call.geometry!r}".encode()).hexdigest()
-        if key not in _compiled:
+        if key not in compiled_code:
             file = self._cache / f"compiled-{key[:16]}.bin" if self._cache is not None else None
-            _compiled[key] = _load(file) or _compile_forward(self._forward, tensors, file, self._compiler)
-        return _compiled[key]
+            compiled_code[key] = _load(file) or compile_forward(self._forward, tensors, file, self._compiler)
+        return compiled_code[key]
 
 
 class _Graph:
@@ -205,11 +205,11 @@ def _choose_order(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if tensor.is_cuda and tensor.dim() == 4 else torch.contiguous_format
 
 
-def _compile_forward(forward: nn.Module | None, tensors: list[Tensor], file: Path | None, compiler: str) -> _Run:
+def compile_forward(forward: nn.Module | None, tensors: list[Tensor], file: Path | None, compiler: str) -> _Run:
     """Compile a forward for these tensors, and keep what comes of it in a file. Raises ShapecheckError if PyTorch cannot."""
     # a copy of the code, for PyTorch counts what it compiles for one and stops at eight
     function = FunctionType(_Forward.forward.__code__.replace(), globals())
-    options = dict(_OPTIONS) if compiler == "inductor" else {}
+    options = dict(OPTIONS) if compiler == "inductor" else {}
     try:
         if hasattr(torch.compiler, "load_compiled_function"):  # since PyTorch 2.9
             try:
@@ -241,8 +241,11 @@ def _compile_ahead(
         compiled: Any = torch.compile(function, fullgraph=True, dynamic=False, backend=compiler, options=unguarded)
         ahead = compiled.aot_compile(((forward, *tensors), {}))
     if file is not None:
-        with atomic_write(file) as partial:
-            ahead.save_compiled_function(str(partial))
+        try:
+            with atomic_write(file) as partial:
+                ahead.save_compiled_function(str(partial))
+        except Exception as error:  # a full disk, or something in the model that PyTorch cannot write: it runs all the same
+            _log.warning("%s cannot be written, and is compiled again in the next process: %s", file, one_line(error, 200))
     run: _Run = ahead
     return run
 
@@ -265,7 +268,7 @@ def _describe_makers(device: torch.device, compiler: str) -> str:
     if device.type == "cuda":
         place = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)} cuda {torch.version.cuda}"
     makers = f"shapecheck {__version__}, torch {torch.__version__}, diffusers {version('diffusers')}"
-    return f"{makers}, {place}, {compiler} {sorted(map(str, _OPTIONS.items()))}"
+    return f"{makers}, {place}, {compiler} {sorted(map(str, OPTIONS.items()))}"
 
 
 def _digest_structure(module: nn.Module) -> str:

@@ -46,7 +46,7 @@ class UnsupportedError(ShapecheckError, AttributeError):
 
 
 class DropInSession(Protocol):
-    """A `ContractSession` or an `EngineSession`: it runs a model under its contract."""
+    """A `ContractSession`, an `EngineSession` or a `CompiledSession`: it runs a model under its contract."""
 
     @property
     def contract(self) -> Contract: ...

@@ -106,7 +106,7 @@ def machine(monkeypatch):
 
 def test_what_runs_here_was_run(here):
     assert [each.name for each in here.backends] == list(BACKENDS)
-    for name, version in (("torch", "torch 2"), ("ort", "onnxruntime 1")):
+    for name, version in (("torch", "torch 2"), ("torch-compile", "torch 2"), ("ort", "onnxruntime 1")):
         assert here.backend(name).runs
         assert here.backend(name).detail.startswith(version)
         assert not here.backend(name).gaps
@@ -183,7 +183,7 @@ def test_the_oldest_versions_are_those_of_the_project():
 def test_an_unknown_backend_lists_the_known(here):
     for ask_for in (doctor.backend, here.backend, lambda name: here.failing([name])):
         with pytest.raises(
-            ShapecheckError, match="no backend is called 'cuda'; known: torch, torch-cuda, ort, ort-cuda, ort-trt"
+            ShapecheckError, match="no backend is called 'cuda'; known: torch, torch-cuda, torch-compile, ort, "
         ):
             ask_for("cuda")
 
@@ -484,6 +484,36 @@ def test_torch_that_cannot_compute_on_the_gpu_still_runs_on_the_cpu(machine):
     assert doctor.backend("torch-cuda").gaps == (gap,)
     machine(torch=facts | {"cuda": True}, driver=H100)
     assert doctor.backend("torch-cuda") == Backend("torch-cuda", True, "torch 2.13.0, CUDA 13.0")
+
+
+@pytest.mark.parametrize(
+    ("said", "problem", "fix"),
+    [
+        ("InvalidCxxCompiler: No working C++ compiler found in …", "no C.. compiler is found, .* on a CPU", "apt install g++"),
+        ("TritonMissing: Cannot find a working triton installation", "Triton is not installed", "pip install triton"),
+        ("Failed to find C compiler. Please specify via CC", "no C compiler is found, .* on a GPU", "apt install gcc"),
+        ("Found a GPU which is too old to be supported by the triton GPU compiler", "too old for Triton", "nothing to install"),
+        ("LLVM ERROR: out of range", "cannot compile for the GPU: LLVM ERROR: out of range", "force-reinstall torch"),
+    ],
+)
+def test_what_torch_compile_lacks_is_said_with_what_brings_it(machine, said, problem, fix):
+    facts = {"version": "2.13.0", "place": "the GPU", "stage": "compile for the GPU"}
+    machine({"torch_compile": ProbeAnswer(facts, said)}, torch={"version": "2.13.0", "cpu": True})
+    backend = doctor.backend("torch-compile")
+    (gap,) = backend.gaps
+    assert not backend.runs
+    assert re.search(problem, gap.problem)
+    assert fix in gap.fix
+    machine(torch={"version": "2.13.0", "cpu": True}, torch_compile=facts | {"compiled": True})
+    assert doctor.backend("torch-compile") == Backend("torch-compile", True, "torch 2.13.0: compiles for the GPU")
+
+
+@no_gpu
+@pytest.mark.full
+def test_torch_compile_without_a_compiler_is_told(monkeypatch):
+    monkeypatch.setenv("CXX", "/no/compiler")
+    (gap,) = doctor.backend("torch-compile").gaps
+    assert gap == Gap("no C++ compiler is found, and torch.compile needs one on a CPU", "apt install g++")
 
 
 def test_tensorrt_11_and_the_provider_of_onnx_runtime_exclude_each_other(machine):

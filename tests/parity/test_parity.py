@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import engines
@@ -26,9 +27,10 @@ from onnx_files import bake, exchange, planted, unconsume
 from parity_runs import NAMES, SLOTS, failed, kinds
 from peak import peak_of
 
-from shapecheck import Geometry, ShapecheckError, presets
+from shapecheck import Geometry, ShapecheckError, doctor, presets
+from shapecheck.models.forward_call import build_arguments
 from shapecheck.observe.subject import TorchModel
-from shapecheck.parity import reference, run
+from shapecheck.parity import reference, run, runners
 from shapecheck.parity.artefacts import read_files
 from shapecheck.parity.cases import ForwardCase, InputGenerator, refuse_zeros
 from shapecheck.parity.plan import choose_geometries
@@ -36,6 +38,8 @@ from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import KINDS
 from shapecheck.parity.run import ParityRun
 from shapecheck.parity.search import search_file
+from shapecheck.runtime import compiled_session
+from shapecheck.runtime.compiled_session import CompiledSession
 from shapecheck.runtime.onnx_session import OnnxSession
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Range, profile_of
@@ -113,6 +117,30 @@ def test_a_healthy_file_passes_in_all(model, healthy):
         assert all(each.seconds > 0 for each in acting)
     assert report.sides[0].ran.provider == "CPUExecutionProvider"
     assert {each.batch for each in report.geometries} == {1, 2, 3}
+
+
+def exchange_downs(contract, values):
+    arguments = build_arguments(contract, values)
+    arguments["down_block_additional_residuals"].reverse()
+    return arguments
+
+
+@pytest.mark.parametrize("build", [build_arguments, exchange_downs])
+def test_a_compiled_model_is_proven_slot_by_slot(build, monkeypatch):
+    monkeypatch.setattr(runners, "CompiledSession", partial(CompiledSession, compiler="eager"))
+    monkeypatch.setattr(compiled_session, "build_arguments", build)
+    monkeypatch.setattr(doctor, "backend", lambda name: doctor.Backend(name, True, ""))
+    found = ParityRun(ParityRequest(small.unet(**small.TINY), backends=("torch-compile",)), ranges=ONE_SIZE).side(
+        "torch-compile"
+    )
+    assert found.ran.provider == "torch.compile"
+    assert found.ran.device.partition(" ")[0] == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    if build is build_arguments:
+        assert {each.status for each in found.results} == {"passed"}, found.results
+        assert {each.check.kind for each in found.results} >= {"case", "slot", "input", "switch"}
+    else:
+        wrong = failed(found)[f"torch-compile/{SLOTS[0]}"]
+        assert wrong.startswith("down_block_residual_00 acts where down_block_residual_01 belongs")
 
 
 def test_slots_exchanged(model, healthy, folder):

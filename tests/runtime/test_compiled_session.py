@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -189,7 +190,7 @@ def test_the_given_module_is_left_as_it_was_and_shares_its_weights():
 @pytest.fixture
 def compiled(monkeypatch):
     """Count what is compiled, from nothing compiled on."""
-    monkeypatch.setattr(compiled_session, "_compiled", {})
+    monkeypatch.setattr(compiled_session, "compiled_code", {})
     before = counters["stats"]["unique_graphs"]
     return lambda: counters["stats"]["unique_graphs"] - before
 
@@ -255,7 +256,7 @@ def test_what_was_compiled_is_found_again_in_its_folder(compiled, unet, inputs, 
     open_session(unet, cache=tmp_path)(inputs)
     (file,) = tmp_path.iterdir()
     assert written == [file]  # under its name only when it is whole
-    monkeypatch.setattr(compiled_session, "_compiled", {})
+    monkeypatch.setattr(compiled_session, "compiled_code", {})
     other = other_weights(unet)
     found = open_session(other, cache=tmp_path)(inputs)
     assert are_close(found.values(), compute(other, contract_of(unet), inputs))
@@ -263,7 +264,7 @@ def test_what_was_compiled_is_found_again_in_its_folder(compiled, unet, inputs, 
 
     kept = file.read_bytes()
     file.write_bytes(kept[: len(kept) // 2])
-    monkeypatch.setattr(compiled_session, "_compiled", {})
+    monkeypatch.setattr(compiled_session, "compiled_code", {})
     with caplog.at_level(logging.WARNING):
         found = open_session(unet, cache=tmp_path)(inputs)
     assert are_close(found.values(), compute(unet, contract_of(unet), inputs))
@@ -273,15 +274,24 @@ def test_what_was_compiled_is_found_again_in_its_folder(compiled, unet, inputs, 
     assert file.stat().st_size > len(kept) // 2
 
 
+def test_code_that_cannot_be_kept_runs_all_the_same(compiled, unet, inputs, tmp_path, caplog):
+    for _ in range(2):
+        found = open_session(unet, cache=tmp_path / "lost")(inputs)
+        assert are_close(found.values(), compute(unet, contract_of(unet), inputs))
+    (told,) = [record.getMessage() for record in caplog.records if record.name.startswith("shapecheck")]
+    assert re.match(r".*lost.compiled-\w{16}\.bin cannot be written, and is compiled again in the next process: .*lost", told)
+    assert compiled() == 1
+
+
 def name_file(module, contract, folder, monkeypatch, geometry=AT, compiler="eager"):
     """Return the name under which a model's code is kept. Nothing is compiled: an empty file is written."""
-    monkeypatch.setattr(compiled_session, "_compiled", {})
+    monkeypatch.setattr(compiled_session, "compiled_code", {})
 
     def pretend(forward, tensors, file, compiler):
         file.touch()
         return lambda forward, *tensors: (tensors[0],) * len(output_names(contract))
 
-    monkeypatch.setattr(compiled_session, "_compile_forward", pretend)
+    monkeypatch.setattr(compiled_session, "compile_forward", pretend)
     for file in folder.iterdir():
         file.unlink()
     with CompiledSession(module, contract, cache=folder, compiler=compiler) as session:
@@ -314,7 +324,7 @@ def test_only_the_same_computation_has_the_same_file(unet, tmp_path, monkeypatch
     nets[1].register_to_config(controlnet_conditioning_channel_order="bgr")
     others += [name(net, contract_of(nets[0])) for net in nets]
     with monkeypatch.context() as patch:
-        patch.setattr(compiled_session, "_OPTIONS", {"conv_1x1_as_mm": False})
+        patch.setattr(compiled_session, "OPTIONS", {"conv_1x1_as_mm": False})
         others.append(name(unet))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.99.0")
@@ -374,7 +384,7 @@ def test_two_threads_at_once_are_refused(unet, inputs, monkeypatch):
         assert go.wait(20)
         return tensors[:1]
 
-    monkeypatch.setattr(compiled_session, "_compiled", dict.fromkeys(compiled_session._compiled, wait))
+    monkeypatch.setattr(compiled_session, "compiled_code", dict.fromkeys(compiled_session.compiled_code, wait))
     thread = threading.Thread(target=session, args=[inputs])
     thread.start()
     assert inside.wait(20)
@@ -440,7 +450,7 @@ import small, shapecheck
 from shapecheck.runtime import compiled_session
 logging.basicConfig()
 if not {may_compile}:
-    del compiled_session._compile_forward
+    del compiled_session.compile_forward
 unet = small.unet(**small.TINY, mid_block_type=None)
 with torch.no_grad():
     for value in unet.parameters():

@@ -1,6 +1,6 @@
 """Every session on a GPU computes from what its tensors hold at the call: whatever was there before, on whatever stream.
 
-`pytest -m gpu` skips the backends that cannot run; `--shapecheck-backends ort-cuda,ort-trt,trt` fails there, with the reason.
+`pytest -m gpu` skips the backends that cannot run; with `--shapecheck-backends ort-cuda,trt` it fails there, with the reason.
 Nothing here waits for the GPU between two calls, so that work which is not put in order is done in the wrong one.
 """
 
@@ -19,6 +19,8 @@ import torch
 import shapecheck
 from shapecheck import BuildOptions, EngineSession, Geometry, ShapecheckError
 from shapecheck.models.forward_call import build_arguments
+from shapecheck.runtime import compiled_session
+from shapecheck.runtime.compiled_session import CompiledSession
 from shapecheck.runtime.contract_session import ContractSession
 from shapecheck.runtime.dropin_unet import DropInUNet
 from shapecheck.runtime.onnx_session import OnnxSession
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.gpu
 
 AT, OTHER = Geometry(2, 16, 24), Geometry(1, 24, 16)
 SIZES = Range(Geometry(1, 16, 16), AT, Geometry(2, 24, 24))
-KINDS = ("torch", "ort-cuda", "ort-cuda+graphs", "ort-trt", "ort-trt+graphs", "trt", "trt+graphs")
+KINDS = ("torch", "torch-compile", "ort-cuda", "ort-cuda+graphs", "ort-trt", "ort-trt+graphs", "trt", "trt+graphs")
 ALLOWED = 1e-2
 """Of the largest value: TF32 passes, the values of another call do not."""
 
@@ -71,6 +73,8 @@ def open_kind(tmp_path_factory, file, contract):
         backend, _, graphs = kind.partition("+")
         if backend == "torch":
             return ContractSession.of_module(small.unet(**small.TINY).cuda(), contract)
+        if backend == "torch-compile":
+            return CompiledSession(small.unet(**small.TINY).cuda(), contract, cache=folder, exactly=True)
         if backend == "trt":
             plan = folder / "unet.plan"
             if not plan.exists():
@@ -169,7 +173,7 @@ def test_streams_in_turns_do_not_disturb_each_other(make_session, contract, refe
 
 
 def test_an_image_may_go_in_again_and_control_off_is_zeros(make_session, contract, reference):
-    """A loop as a pipeline's, through the drop-in, with control on and off."""
+    """A loop as a pipeline's, through the drop-in, with control on and off. Images that the caller keeps stay as they were."""
     unet, generator, pairs = DropInUNet(make_session(), finite=False), torch.Generator("cuda").manual_seed(2), []
     inputs = draw(contract, AT, generator)
     zeros = {slot.name: torch.zeros_like(inputs[slot.name]) for slot in contract.slots}
@@ -180,7 +184,7 @@ def test_an_image_may_go_in_again_and_control_off_is_zeros(make_session, contrac
         *downs, mid = (call[slot.name] for slot in contract.slots)
         control = {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid} if on else {}
         found = unet(sample, call["timestep"], call["encoder_hidden_states"], **control).sample
-        pairs.append((found, reference(call)))
+        pairs.append((found, reference(call)))  # no copy: later calls must not write over it
         sample = found / found.std()
     assert worst(pairs) <= ALLOWED
 
@@ -235,6 +239,64 @@ def test_a_call_of_an_engine_in_a_graph_that_pytorch_captures(graphs, shapecheck
         assert worst(pairs) <= ALLOWED
         torch.cuda.synchronize()
         del graph
+
+
+def test_a_compiled_call_in_a_graph_that_pytorch_captures(shapecheck_require, open_kind, contract, reference):
+    """The caller's graph reads the caller's tensors, in whatever layout, and the session goes on beside it."""
+    shapecheck_require("torch-compile")
+    generator, pairs = torch.Generator("cuda").manual_seed(8), []
+    inputs, other = draw(contract, AT, generator), draw(contract, OTHER, generator)
+    inputs["mid_block_residual"] = inputs["mid_block_residual"].mT.contiguous().mT
+    with open_kind("torch-compile") as session:
+        session(inputs)
+        torch.cuda.synchronize()
+        graph, refused = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            image = session(inputs)["out_sample"]
+        with torch.cuda.graph(refused):
+            other["sample"].add_(0)
+            with pytest.raises(ShapecheckError, match="was not called before this capture"):
+                session(other)
+        for call in (partial(session, other), partial(session, inputs), graph.replay) * 4:
+            for tensors in (inputs, other):
+                tensors["mid_block_residual"].add_(1)
+            results = call()
+            found = image if results is None else results["out_sample"]
+            pairs.append((found.clone(), reference(other if len(found) == OTHER.batch else inputs)))
+        assert worst(pairs) <= ALLOWED
+        torch.cuda.synchronize()
+        del graph
+
+
+def test_a_frame_with_both_compiled_is_pytorchs(shapecheck_require, tmp_path):
+    """ControlNet and UNet as drop-ins, every picture and residual kept; the second pair finds what the first compiled."""
+    shapecheck_require("torch-compile")
+    unet = small.unet(**small.TINY).to("cuda", torch.float16)
+    net = small.controlnet(small.unet(**small.TINY)).to("cuda", torch.float16)
+    draw_half = partial(torch.randn, generator=torch.Generator("cuda").manual_seed(7), device="cuda", dtype=torch.float16)
+    pairs = []
+    for turn in range(2):
+        began = time.perf_counter()
+        pair = [shapecheck.load(model, "torch-compile", cache=tmp_path) for model in (unet, net)]
+        for number in range(6):
+            height, width = (16, 24) if number % 2 else (17, 11)
+            sample, text = draw_half(2, 4, height, width), draw_half(2, 7, 12)
+            image = draw_half(2, 3, 8 * height, 8 * width)
+            for compute in (tuple(pair), (unet, net)):
+                with torch.no_grad():
+                    downs, mid = compute[1](sample, 400, text, image, conditioning_scale=0.2 * number, return_dict=False)
+                    control = {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid}
+                    control = control if number % 3 else {}
+                    picture = compute[0](sample, 400, text, **control).sample
+                pairs.append([picture, *downs, mid])
+        print(f"turn {turn}: {time.perf_counter() - began:.1f} s", flush=True)
+        compiled_session.compiled_code.clear()  # as in another process
+    ours, theirs = pairs[::2], pairs[1::2]
+    kept = [(one, other) for mine, own in zip(ours, theirs, strict=True) for one, other in zip(mine, own, strict=True)]
+    assert worst([(found, expected) for found, expected in kept if expected.any()]) <= 3 * ALLOWED
+    assert len(list(tmp_path.glob("compiled-*.bin"))) == 4
+    for model in pair:
+        model.close()
 
 
 def test_onnx_runtime_refuses_to_be_captured_by_pytorch(shapecheck_require, open_kind, contract, reference):
