@@ -1,29 +1,23 @@
-"""Time frames of one UNet on several backends, in turns."""
+"""Time frames of one UNet on several backends, in turns, and what a picture takes besides."""
 
 from __future__ import annotations
 
-import gc
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from shapecheck import doctor, extras
-from shapecheck.artefact import resolve_contract
+from shapecheck.artefact import read_contract, resolve_contract
 from shapecheck.contract import Contract, Geometry, ShapecheckError
-from shapecheck.contract.errors import one_line
-from shapecheck.doctor.environment import BACKENDS
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.file import OnnxFile
-from shapecheck.pipelines.bench_record import BENCH_BACKENDS, TORCH_BACKENDS, Bench, Frame, Timing
-from shapecheck.pipelines.frame import Clock, FrameMaker, PlayFrame
+from shapecheck.pipelines.bench_record import BENCH_BACKENDS, COMPILED, TORCH_BACKENDS, Bench
+from shapecheck.pipelines.frame_loading import Loader
+from shapecheck.pipelines.frame_timing import time_candidates
+from shapecheck.pipelines.picture_parts import find_picture_models, time_parts
 from shapecheck.progress import Progress, silent
-from shapecheck.runtime.load import load
-from shapecheck.tensorrt import profile_formats
-from shapecheck.tensorrt.profiles import Range, profile_of
 from shapecheck.tensorrt.record import is_engine
 
 _PACKAGES = ("torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13")
@@ -37,8 +31,10 @@ def time_frames(
     size_px: tuple[int, int] | None = None,
     batch: int = 1,
     controlnets: int | None = None,
+    controlnet_files: Sequence[str] = (),
     frames: int = 20,
     warm_up: int = 3,
+    steps: int = 20,
     offline: bool = False,
     progress: Progress = silent,
 ) -> Bench:
@@ -46,71 +42,49 @@ def time_frames(
 
     So what disturbs the machine disturbs all backends. `model` is the UNet of an ONNX file that holds no contract; `backends`
     are of `BENCH_BACKENDS`, by default PyTorch, torch.compile and what the artefact is for; `size_px` is by default the model's
-    own; `controlnets` run in every frame, by default one if the UNet takes residuals.
+    own. `controlnets` run in every frame, in PyTorch, by default one if the UNet takes residuals; or `controlnet_files`, each
+    an ONNX file or an engine, do so with every backend that runs files, and their likes in PyTorch with the others. `steps`
+    is how many frames a picture has, whose other parts are timed once.
 
-    A backend that does not run is reported with its reason. Raises ShapecheckError if nothing can be timed, or if backends of
-    CPU and GPU are requested at once.
+    A backend that does not run is reported with its reason. Raises ShapecheckError if nothing can be timed, if backends of
+    CPU and GPU are requested at once, or if a ControlNet does not fit the UNet.
     """
     progress("reading the contract")
     contract, path = _read_contract(artefact, model, offline, progress), Path(artefact)
     names, optional = _choose_backends(path, backends)
     device = _choose_device(names)
-    if controlnets and not contract.slots:
+    if (controlnets or controlnet_files) and not contract.slots:
         raise ShapecheckError(f"{artefact} takes no residuals: --controlnets 0")
-    nets = (1 if contract.slots else 0) if controlnets is None else controlnets
+    if controlnets is not None and controlnet_files:
+        raise ShapecheckError("--controlnet names those that run, --controlnets how many others do: give one of both")
     header = contract.header
     geometry = Geometry.from_px(*(size_px or header.usual_px), batch=batch, vae_factor=header.vae_factor)
     contract.require(geometry)
-
-    clock = Clock(device)
-    plays: dict[str, PlayFrame] = {}
-
-    def make_frame(name: str) -> PlayFrame:
-        if name in TORCH_BACKENDS:
-            return maker.make_frame(torch.compile(maker.torch_unet) if name == "torch-compile" else maker.torch_unet)
-        # A profile of this one size: without one ONNX Runtime builds its own engine again and again for whatever comes.
-        profiles = [profile_of(contract, Range(geometry, geometry, geometry))] if name == "ort-trt" else []
-        options = profile_formats.make_provider_options(profiles) if profiles else None
-        backend: Any = name
-        known = None if is_engine(path) else contract
-        return maker.make_frame(load(artefact, backend, contract=known, device=device, options=options))
-
-    def prepare(name: str) -> Timing:
-        """Load a backend and play frames that do not count. Return its timing, still without frames."""
-        progress("compiling with torch.compile: minutes" if name == "torch-compile" else f"loading {name}")
-        gc.collect()
-        before, requested = measure_memory(device), name not in optional
-        # A compiler may raise anything.
-        caught = Exception if name == "torch-compile" else (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)
-        try:
-            play = make_frame(name)
-            for _ in range(warm_up):
-                clock.begin()
-                play(clock)
-        except caught as error:
-            problem = extras.explain_missing(error, name) if isinstance(error, ModuleNotFoundError) else error
-            return Timing(name, "", reason=one_line(str(problem) or type(problem).__name__, longest=300), asked=requested)
-        plays[name], after = play, measure_memory(device)
-        memory = None if before is None or after is None else max(0, after - before)
-        return Timing(name, f"{TORCH_BACKENDS.get(name) or BACKENDS[name]}, {contract.dtype}", (), memory, asked=requested)
-
+    count = (1 if contract.slots else 0) if controlnets is None else controlnets
+    nets = _read_controlnets(controlnet_files, contract, geometry) or [None] * count
+    loader = Loader(artefact, contract, geometry, device, controlnet_files, nets)
+    candidates = [replace(loader.make_candidate(name), asked=name not in optional) for name in names]
+    models = find_picture_models(contract, (model, artefact))
     progress("making models with random weights")
     with torch.no_grad():
-        maker = FrameMaker(contract, geometry, device, nets)
-        timings = [prepare(name) for name in names]
-        measured: dict[str, list[Frame]] = {name: [] for name in names}
-        for number in range(frames):
-            progress(f"timing frame {number + 1} of {frames}")
-            for name, play in plays.items():
-                # The second is timed: ONNX Runtime's threads go on spinning after a call, and slow down another backend.
-                for _ in range(2):
-                    clock.begin()
-                    play(clock)
-                controlnet, before, unet, after = clock.measure_parts()
-                measured[name].append(Frame(controlnet, before + after, unet))
+        timings = time_candidates(candidates, device, frames=frames, warm_up=warm_up, progress=progress)
+        compiled = any(timing.backend in COMPILED and timing.frames for timing in timings)
+        parts = time_parts(models, contract, geometry, device, compiled=compiled, progress=progress)
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    timed = tuple(replace(timing, frames=tuple(measured[timing.backend])) for timing in timings)
-    return Bench(artefact, contract.digest, geometry, nets, place, timed, extras.list_versions(_PACKAGES))
+    versions = extras.list_versions(_PACKAGES)
+    return Bench(artefact, contract.digest, geometry, len(nets), place, timings, versions, steps, parts)
+
+
+def _read_controlnets(files: Sequence[str], unet: Contract, geometry: Geometry) -> list[Contract | None]:
+    """Return the contracts in files of ControlNets. Raises ShapecheckError if one is of another model or does not fit."""
+    contracts: list[Contract | None] = []
+    for file in files:
+        contract = read_contract(file)
+        if contract.role != "controlnet":
+            raise ShapecheckError(f"{file} is a UNet: --controlnet takes a ControlNet's ONNX file or engine")
+        unet.verify(contract.shapes(geometry), geometry)
+        contracts.append(contract)
+    return contracts
 
 
 def _read_contract(artefact: str, model: str | None, offline: bool, progress: Progress) -> Contract:
@@ -129,11 +103,12 @@ def _choose_backends(path: Path, requested: Sequence[str]) -> tuple[tuple[str, .
         raise ShapecheckError(f"no backend {unknown[0]!r} to time; known: {', '.join(BENCH_BACKENDS)}")
     if requested:
         return tuple(dict.fromkeys(requested)), ()
+    usual = ("torch", "torch-compile")
     if is_engine(path):
-        return (*TORCH_BACKENDS, "trt"), tuple(TORCH_BACKENDS)
+        return (*usual, "trt"), usual
     if path.suffix.lower() == ".onnx":
-        return (*TORCH_BACKENDS, "ort-cuda" if torch.cuda.is_available() else "ort"), tuple(TORCH_BACKENDS)
-    return tuple(TORCH_BACKENDS), ("torch-compile",)
+        return (*usual, "ort-cuda" if torch.cuda.is_available() else "ort"), usual
+    return usual, ("torch-compile",)
 
 
 def _choose_device(names: Sequence[str]) -> torch.device:
@@ -145,15 +120,3 @@ def _choose_device(names: Sequence[str]) -> torch.device:
         problems = "; ".join(gap.problem for gap in doctor.backend(on_gpu[0]).gaps)
         raise ShapecheckError(f"{on_gpu[0]} cannot run here: {problems or 'PyTorch sees no GPU'}")
     return torch.device("cuda" if on_gpu or ("ort" not in names and torch.cuda.is_available()) else "cpu")
-
-
-def measure_memory(device: torch.device) -> int | None:
-    """Return the bytes in use, on a GPU by everybody, else by this process; None if the system does not say."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return total - free
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 from shapecheck.contract.geometry import Geometry
 
-TORCH_BACKENDS = {"torch": "PyTorch, eager", "torch-compile": "PyTorch, torch.compile"}
+TORCH_BACKENDS = {
+    "torch": "PyTorch, eager",
+    "torch-compile": "PyTorch, torch.compile",
+    "torch-reduce-overhead": "PyTorch, torch.compile as a user types it: mode reduce-overhead, fullgraph, channels_last",
+}
+COMPILED = ("torch-compile", "torch-reduce-overhead")
 BENCH_BACKENDS = (*TORCH_BACKENDS, "ort", "ort-cuda", "ort-trt", "trt")
 
 
@@ -37,6 +42,10 @@ class Timing:
     reason: str = ""
     asked: bool = True
     """Somebody named it, or the artefact is for it; else it is there for comparison."""
+    controlnets: str = ""
+    """Who runs the ControlNets of its frames; empty if there are none."""
+    seconds: float | None = None
+    """From loading or compiling it to the end of the frames that do not count."""
 
     @property
     def median(self) -> float:
@@ -60,6 +69,38 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class PicturePart:
+    """A part of a picture that no frame has, for one picture: medians in milliseconds, None if it was not timed."""
+
+    name: str
+    """`VAE decode`, `VAE encode` or `text`."""
+    ran: str
+    """The models that were timed, and their precision."""
+    eager: float | None = None
+    compiled: float | None = None
+    reason: str = ""
+    """Why one of both was not timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Milliseconds of one picture. What was not timed is None and counts nothing."""
+
+    frames: float
+    decode: float | None
+    text: float | None
+
+    @property
+    def total(self) -> float:
+        return self.frames + (self.decode or 0) + (self.text or 0)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Return the share of the total that each part, a field, takes: 0 to 1."""
+        return {part: (getattr(self, part) or 0) / self.total for part in Picture.__dataclass_fields__}
+
+
+@dataclass(frozen=True, slots=True)
 class Bench:
     """A whole run: one UNet, one size, backends whose frames took turns. `contract` is the digest."""
 
@@ -70,6 +111,16 @@ class Bench:
     device: str
     timings: tuple[Timing, ...]
     versions: tuple[tuple[str, str], ...]
+    steps: int = 20
+    parts: tuple[PicturePart, ...] = ()
+
+    def compose_picture(self, timing: Timing, *, compiled: bool = False) -> Picture:
+        """Return a picture of as many steps, decoded by the VAE in eager PyTorch or, if it was timed, `compiled`."""
+        parts = {part.name: part for part in self.parts}
+        decode, text = parts.get("VAE decode"), parts.get("text")
+        fast = decode.compiled if decode and compiled else None
+        slow = decode.eager if decode else None
+        return Picture(self.steps * timing.median, slow if fast is None else fast, text.eager if text else None)
 
     @property
     def ran(self) -> bool:

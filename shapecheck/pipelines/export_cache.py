@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from shapecheck import extras
 from shapecheck.contract import Role, ShapecheckError
 from shapecheck.files import lock_folder, make_folder
 from shapecheck.models import weights
@@ -98,9 +99,8 @@ class ExportCache:
         return self._locate_provider_engine(options).is_dir()
 
     def _locate_provider_engine(self, options: Mapping[str, str]) -> Path:
-        import onnxruntime
-
-        made_for = json.dumps([onnxruntime.__version__, sorted(options.items())])
+        makers = extras.list_versions(("onnxruntime", "onnxruntime-gpu"))
+        made_for = json.dumps([makers, sorted(options.items())])
         return self.path.with_name(f"{self.path.stem}-{hashlib.sha256(made_for.encode()).hexdigest()[:16]}.ort-trt")
 
     @cached_property

@@ -6,7 +6,7 @@ Models in PyTorch have random weights, which take as much time as any.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -22,6 +22,7 @@ from shapecheck.models.config_file import ModelSource
 from shapecheck.models.forward_call import build_arguments
 from shapecheck.runtime.combine import combined
 from shapecheck.runtime.dropin import DropIn
+from shapecheck.runtime.load import load
 
 
 class Clock:
@@ -76,12 +77,50 @@ class _MarkedCall:
         return outputs
 
 
-class FrameMaker:
-    """Makes the frames of a UNet at one size on one device."""
+def compile_module(module: nn.Module, backend: str, settings: Mapping[str, Any] | None = None) -> Any:
+    """Return a UNet, a ControlNet or a half of a VAE that this one of `COMPILED` compiles at its first call.
 
-    def __init__(self, contract: Contract, geometry: Geometry, device: torch.device, controlnets: int) -> None:
-        """Build the models. Raises ShapecheckError if diffusers cannot build the UNet, or the ControlNet it implies."""
-        self._contract, self._device = contract, device
+    The module itself may be changed. `settings` are those of `load`.
+    """
+    if backend == "torch-compile":
+        return load(module, "torch-compile", **(settings or {}))
+    laid_out: Any = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return torch.compile(laid_out, mode="reduce-overhead", fullgraph=True)
+
+
+def mark_step_begin() -> None:
+    """Tell torch.compile that what its CUDA graphs returned before is no longer read."""
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+
+def fill_randomly(module: nn.Module, dtype: torch.dtype, device: torch.device, *, seed: int) -> nn.Module:
+    """Give a module that is on the meta device weights as it would have before training, the same for the same seed.
+
+    A ControlNet's zero convolutions are filled too, so that it emits something.
+    """
+    with silence_logger("diffusers"):
+        module.to(dtype).to_empty(device=device)
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        drawn = set()
+        for layer in module.modules():
+            if callable(reset := getattr(layer, "reset_parameters", None)):
+                reset()
+                drawn |= {id(tensor) for tensor in layer.parameters(recurse=False)}
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point() and id(tensor) not in drawn:
+                nn.init.normal_(tensor, std=0.02)
+    return module.requires_grad_(False)
+
+
+class FrameMaker:
+    """Makes models in PyTorch, and frames of a UNet at one size on one device."""
+
+    def __init__(
+        self, contract: Contract, geometry: Geometry, device: torch.device, controlnets: Sequence[Contract | None]
+    ) -> None:
+        """Make the inputs; models are built when they are needed. None is the ControlNet that the UNet implies."""
+        self._contract, self._device, self._controlnets = contract, device, controlnets
         generator, dtypes = torch.Generator().manual_seed(0), contract.input_dtypes
         self._dtype: torch.dtype = getattr(torch, dtypes["sample"])
         tensors = {
@@ -92,22 +131,44 @@ class FrameMaker:
         factor = contract.header.vae_factor
         pixels = (geometry.batch, 3, geometry.height * factor, geometry.width * factor)
         self._image = torch.rand(pixels, generator=generator).to(device, self._dtype)
-        self._nets = [self._fill(diffusers_models.derive_controlnet(self._build_unet())) for _ in range(controlnets)]
 
     @cached_property
     def torch_unet(self) -> nn.Module:
-        """Return the UNet in PyTorch, made when a backend first needs it."""
-        return self._fill(self._build_unet())
+        """Return the UNet that eager PyTorch runs."""
+        return self.build_unet()
 
-    def make_frame(self, unet: Any) -> PlayFrame:
-        """Return a frame of a UNet in PyTorch, or of a session in its place."""
+    @cached_property
+    def torch_controlnets(self) -> list[nn.Module]:
+        """Return the ControlNets that eager PyTorch runs, beside its UNet or another backend's."""
+        return self.build_controlnets()
+
+    def build_unet(self) -> nn.Module:
+        """Return a new UNet. Raises ShapecheckError if diffusers cannot build it."""
+        return fill_randomly(_build_on_meta(self._contract), self._dtype, self._device, seed=0)
+
+    def build_controlnets(self) -> list[nn.Module]:
+        """Return new ControlNets. Raises ShapecheckError if diffusers cannot build one."""
+        nets = [
+            diffusers_models.derive_controlnet(_build_on_meta(self._contract)) if known is None else _build_on_meta(known)
+            for known in self._controlnets
+        ]
+        return [fill_randomly(net, self._dtype, self._device, seed=number) for number, net in enumerate(nets, start=1)]
+
+    def make_frame(self, unet: Any, controlnets: Sequence[Any] = (), *, graphs: bool = False) -> PlayFrame:
+        """Return a frame of a UNet and ControlNets: in PyTorch, or sessions in their places.
+
+        With `graphs` torch.compile replays CUDA graphs, whose outputs live until the next frame begins.
+        """
         session = unet.engine if isinstance(unet, DropIn) else None
 
         def play(clock: Clock) -> None:
+            if graphs:
+                mark_step_begin()
             clock.mark()
-            emitted = [net(**self._base, controlnet_cond=self._image, return_dict=False) for net in self._nets]
+            emitted = [net(**self._base, controlnet_cond=self._image, return_dict=False) for net in controlnets]
             clock.mark()
-            downs, mid = combined(emitted) if emitted else (None, None)
+            # Pipelines hand over a single ControlNet's residuals as they are.
+            downs, mid = (emitted[0] if len(emitted) == 1 else combined(emitted)) if emitted else (None, None)
             residuals = {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid} if emitted else {}
             called = unet
             # What a session's call does around its engine, such as checks, belongs to the hand-over.
@@ -120,15 +181,7 @@ class FrameMaker:
 
         return play
 
-    def _build_unet(self) -> nn.Module:
-        name = self._contract.class_name
-        return diffusers_models.build(ModelSource(name, "the contract", name, self._contract.config.to_json()))
 
-    def _fill(self, module: nn.Module) -> nn.Module:
-        with silence_logger("diffusers"):
-            module.to(self._dtype).to_empty(device=self._device)
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():
-                # So small that nothing overflows in half precision.
-                nn.init.normal_(tensor, std=0.02)
-        return module.requires_grad_(False)
+def _build_on_meta(contract: Contract) -> nn.Module:
+    name = contract.class_name
+    return diffusers_models.build(ModelSource(name, "the contract", name, contract.config.to_json()))

@@ -1,4 +1,4 @@
-"""Call a file in ONNX Runtime, or a live UNet, with torch tensors: every call is checked before it runs."""
+"""Call a file in ONNX Runtime, or a live model, with torch tensors: every call is checked before it runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from shapecheck.contract.mismatch import Port
 from shapecheck.runtime.binding import Binding
 from shapecheck.runtime.call_gate import Gate
 from shapecheck.runtime.onnx_session import OnnxSession
-from shapecheck.runtime.torch_session import OUTPUT, TorchSession
+from shapecheck.runtime.torch_session import TorchSession, output_names
 from shapecheck.tensorrt.profile_formats import choose_precision
 
 
 class ContractSession:
-    """A model on one device. `open_onnx` and `of_unet` make one.
+    """A model on one device. `open_onnx` and `of_module` make one.
 
     Call it with a tensor for every input of the contract, by the contract's names; it returns a tensor for every output.
     Nothing is filled in, converted or moved: for ControlNet off pass zeros for every slot. With `reuse`, and with `graphs`,
@@ -65,10 +65,12 @@ class ContractSession:
         return cls(Gate(str(path), binding), session, output_dtypes, reuse=reuse or graphs)
 
     @classmethod
-    def of_unet(cls, module: nn.Module, contract: Contract, name: str = "") -> Self:
-        """Serve a live UNet, on the device of its weights and in their precision."""
+    def of_module(cls, module: nn.Module, contract: Contract, name: str = "") -> Self:
+        """Serve a live UNet or ControlNet, on the device of its weights and in their precision."""
         runner = TorchSession(module, contract, exactly=False)
-        binding = Binding(contract, tuple((rule, rule) for rule in contract.input_rules), (OUTPUT,), str(runner.device))
+        binding = Binding(
+            contract, tuple((rule, rule) for rule in contract.input_rules), output_names(contract), str(runner.device)
+        )
         return cls(Gate(name or type(module).__name__, binding), runner, {})
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,10 +12,12 @@ from torch import nn
 
 from shapecheck.artefact import resolve_contract
 from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.files import make_folder
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.progress import silent
 from shapecheck.runtime.call_gate import name_dtype
+from shapecheck.runtime.compiled_session import CompiledSession
 from shapecheck.runtime.contract_session import ContractSession
 from shapecheck.runtime.dropin import DropIn, DropInSession
 from shapecheck.runtime.dropin_controlnet import DropInControlNet
@@ -27,11 +29,11 @@ from shapecheck.tensorrt.profiles import profile_of
 from shapecheck.tensorrt.record import is_engine
 from shapecheck.tensorrt.size_ranges import parse_ranges
 
-Backend = Literal["auto", "ort", "ort-cuda", "ort-trt", "trt", "torch"]
+Backend = Literal["auto", "ort", "ort-cuda", "ort-trt", "trt", "torch", "torch-compile"]
 _KINDS = {
     "onnx": ("an ONNX file", tuple(PROVIDERS)),
     "engine": ("an engine", ("trt",)),
-    "model": ("a model in PyTorch", ("torch",)),
+    "model": ("a model in PyTorch", ("torch", "torch-compile")),
 }
 _log = logging.getLogger(__name__)
 
@@ -51,19 +53,22 @@ def load(
     finite: bool = True,
     own_outputs: bool = True,
     variant: str | None = None,
+    cache: str | Path | None = None,
 ) -> DropIn:
     """Return a UNet or ControlNet for diffusers' pipelines and StreamDiffusion: `pipe.unet = shapecheck.load("unet.onnx")`.
 
-    `artefact` is an ONNX file, an engine, or for `torch` a model: a diffusers folder, a hub id in the local
-    cache, a live UNet2DConditionModel. `auto` runs an engine in TensorRT, an ONNX file on the GPU if ONNX Runtime can and
-    else on the CPU, which is logged, a model in PyTorch. Any other backend runs, or raises.
+    `artefact` is an ONNX file, an engine, or for `torch` and `torch-compile` a model: a diffusers folder, a hub id in the local
+    cache, a live UNet2DConditionModel or ControlNetModel. `auto` runs an engine in TensorRT, a model in PyTorch, an ONNX file
+    on the GPU if ONNX Runtime can, else on the CPU, which is logged. Any other backend runs, or raises.
 
     `contract`, or the name or folder of its `model`, is needed for an ONNX file that holds none, and for an engine without a
     record, which anybody may have built and under any names. `device` is `cpu`, `cuda`, `cuda:1`. `dtype` and `variant` are for
-    `torch`. `sizes` and `batch`, as for `shapecheck build`, and `options` for the provider are for `ort-trt` and `ort-cuda`;
-    `graphs` replays calls as CUDA graphs, in TensorRT and ONNX Runtime on a GPU. `finite=False` lets NaN through, and on a GPU
-    saves waiting for each image. With `own_outputs=False` a call writes over what the last one of that size returned: one
-    allocation a size, for loops that keep no output (schedulers such as PNDM do).
+    a model in PyTorch. `torch-compile` compiles each size at its first call, in minutes; `cache` is a folder that keeps
+    what was compiled, for the next start (it is run as a program is: let nobody else write there). `sizes` and `batch`, as for
+    `shapecheck build`, and `options` for the provider are for `ort-trt` and `ort-cuda`; `graphs` replays calls as CUDA graphs,
+    in TensorRT and ONNX Runtime on a GPU. `finite=False` lets NaN through, and on a GPU saves waiting for each image. With
+    `own_outputs=False` a call writes over what the last one of that size returned: one allocation a size, for loops that keep
+    no output (schedulers such as PNDM do).
 
     Raises ShapecheckError if the file, the contract or the backend is missing or does not run; ContractError if the file is
     not what its contract says.
@@ -82,19 +87,9 @@ def load(
     if backend != "auto" and backend not in backends:
         raise ShapecheckError(f"backend {backend} does not run {name}, {artefact!s:.200}: use {' or '.join(backends)}")
     if kind == "model":
-        from shapecheck.observe.subject import TorchModel, resolve_subject
-
-        if isinstance(artefact, nn.Module):
-            module = artefact.to(device, dtype) if device is not None or dtype is not None else artefact
-            known = resolve_subject(module).contract(name_dtype(next(module.parameters()).dtype), control=True)
-            return DropInUNet(ContractSession.of_unet(module, known), finite=finite)
-        named = TorchModel(artefact, variant=variant)
-        precision = name_dtype(dtype) if dtype is not None else named.dtype()
-        module = named.load(precision).to(device or "cpu")
-        known = named.contract(precision, control=True)
-        return DropInUNet(ContractSession.of_unet(module, known, named.name), finite=finite)
-    if kind == "engine":
-        session: DropInSession = EngineSession.open(path, contract=contract, device=device, graphs=graphs)
+        session: DropInSession = _open_module(artefact, backend, device, dtype, variant, cache)
+    elif kind == "engine":
+        session = EngineSession.open(path, contract=contract, device=device, graphs=graphs)
     else:
         session = _open_onnx(
             path,
@@ -110,6 +105,29 @@ def load(
         )
     drop_in = DropInUNet if session.contract.role == "unet" else DropInControlNet
     return drop_in(session, finite=finite, own_outputs=own_outputs)
+
+
+def _open_module(
+    artefact: str | Path | nn.Module,
+    backend: Backend,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    variant: str | None,
+    cache: str | Path | None,
+) -> ContractSession | CompiledSession:
+    from shapecheck.observe.subject import TorchModel, resolve_subject
+
+    if isinstance(artefact, nn.Module):
+        module, name = artefact.to(device, dtype) if device is not None or dtype is not None else artefact, ""
+        contract = resolve_subject(module).contract(name_dtype(next(module.parameters()).dtype), control=True)
+    else:
+        named = TorchModel(artefact, variant=variant)
+        precision = name_dtype(dtype) if dtype is not None else named.dtype()
+        module, name = named.load(precision).to(device or "cpu"), named.name
+        contract = named.contract(precision, control=True)
+    if backend != "torch-compile":
+        return ContractSession.of_module(module, contract, name)
+    return CompiledSession(module, contract, name, cache=make_folder(Path(cache)) if cache is not None else None)
 
 
 def _open_onnx(

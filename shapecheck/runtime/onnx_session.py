@@ -101,12 +101,13 @@ class OnnxSession:
         settings.log_severity_level = 4  # what goes wrong is raised; its log would say it twice
         # else its threads slow down what PyTorch computes after a call
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if folder is not None:
-            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
-        source = model if isinstance(model, bytes) else str(model)
         gpu = Gpu(f"cuda:{device}") if backend != "ort" and torch.cuda.is_available() else None
         chosen = _choose_options(backend, device, options or {}, gpu, graphs=graphs)
         try:
+            source, folder = _read_source(model, folder, backend)
+            if folder is not None:
+                key = "session.model_external_initializers_file_folder_path"
+                settings.add_session_config_entry(key, str(folder.absolute()))
             session = onnxruntime.InferenceSession(source, settings, providers=[(PROVIDERS[backend], chosen)])
         except Exception as error:  # its classes of errors are not public
             name, reason = "the model" if isinstance(model, bytes) else model, _shorten(error)
@@ -120,6 +121,7 @@ class OnnxSession:
                 f"`shapecheck doctor --require {backend}` says why"
             )
         detail = f"onnxruntime {onnxruntime.__version__}" + (", TF32 off" if chosen.get("use_tf32") == "0" else "")
+        detail += ", attention fused" if isinstance(source, bytes) and not isinstance(model, bytes) else ""
         if provider == PROVIDERS["ort"]:
             return cls(session, backend, torch.device("cpu"), detail)
         gpu = gpu or Gpu(None)  # which says that PyTorch sees none
@@ -220,6 +222,18 @@ class OnnxSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _read_source(model: Path | bytes, folder: Path | None, backend: str) -> tuple[str | bytes, Path | None]:
+    """Return what ONNX Runtime opens, and the folder of its weights if it does not know that."""
+    if isinstance(model, bytes):
+        return model, folder
+    if backend == "ort-cuda":
+        from shapecheck.onnx.attention import read_fused
+
+        if (fused := read_fused(model)) is not None:
+            return fused, model.parent
+    return str(model), folder
 
 
 def _choose_options(backend: str, device: int, options: Mapping[str, str], gpu: Gpu | None, *, graphs: bool) -> dict[str, str]:

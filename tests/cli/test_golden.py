@@ -47,7 +47,7 @@ from shapecheck.parity import report as parity_report
 from shapecheck.parity.results import Parity
 from shapecheck.pipelines import bench_report, demo_report
 from shapecheck.pipelines.accelerate import Accelerated, AccelerationError
-from shapecheck.pipelines.bench_record import Bench, Frame, Timing
+from shapecheck.pipelines.bench_record import Bench, Frame, PicturePart, Timing
 from shapecheck.pipelines.demo_record import Change, Demo, Picture
 from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.dropin import DropIn
@@ -263,9 +263,11 @@ def make_engine_checks() -> list[str]:
 
 def make_benches() -> list[str]:
     frame = Frame(5.0, 1.25, 3.75)
-    ran = Timing("torch", "torch, float32", (frame, frame), 3 << 20), Timing("ort", "ort, float32", (frame,))
+    ran = Timing("torch", "torch, float32", (frame, frame), 3 << 20, seconds=2.5), Timing("ort", "ort, float32", (frame,))
     timings = (*ran, Timing("trt", "", reason="no GPU"))
-    return [bench_report.render_json(Bench("u.onnx", SD15.digest, AT, 2, "cpu, 2 threads", timings, (("torch", "2.13"),)))]
+    bench = Bench("u.onnx", SD15.digest, AT, 2, "cpu, 2 threads", timings, (("torch", "2.13"),))
+    parts = PicturePart("VAE decode", "AutoencoderKL", 9.5, 4.5), PicturePart("text", "CLIPTextModel", 1.5)
+    return [bench_report.render_json(made) for made in (bench, replace(bench, parts=parts))]
 
 
 def make_demos() -> list[str]:

@@ -277,7 +277,7 @@ def computing() -> UNet2DConditionModel:
 @pytest.fixture(scope="module")
 def session(computing, contract) -> DropInUNet:
     """The same checks as of a file, in PyTorch."""
-    return DropInUNet(ContractSession.of_unet(computing, contract))
+    return DropInUNet(ContractSession.of_module(computing, contract))
 
 
 @pytest.fixture(scope="module")

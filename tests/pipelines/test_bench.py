@@ -7,22 +7,27 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import engines
+import onnx_files
 import pytest
 import small
 import torch
 from click.testing import CliRunner
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 
 import shapecheck
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.cli import main
 from shapecheck.doctor.environment import Backend, Gap
-from shapecheck.pipelines import bench, frame
+from shapecheck.observe.probe import probe_controlnet
+from shapecheck.pipelines import bench, frame, frame_loading, frame_timing
 from shapecheck.pipelines import bench_report as report
 from shapecheck.pipelines.bench import time_frames
-from shapecheck.pipelines.bench_record import Bench, Frame, Timing
+from shapecheck.pipelines.bench_record import Bench, Frame, Picture, PicturePart, Timing
+from shapecheck.pipelines.picture_parts import find_picture_models, time_parts
+from shapecheck.progress import silent
 from shapecheck.runtime.load import load
 
 SIZE = "136x72"
@@ -72,20 +77,62 @@ def test_numbers_are_those_of_the_frames():
 
 def test_the_report_compares_with_the_first_that_ran():
     result = make_bench(
-        Timing("torch", "", reason="out of memory", asked=False), timing("torch-compile", 40, memory=3 << 20), timing("ort", 10)
+        Timing("torch", "", reason="out of memory", asked=False),
+        timing("torch-compile", 40, memory=3 << 20, seconds=61.3, controlnets="2, compiled likewise"),
+        timing("ort", 10, controlnets="canny.onnx on ort, depth.onnx on ort"),
     )
     text = report.render_text(result)
     rows = [re.split(r"  +", line.strip()) for line in text.splitlines() if "×" in line and "%" in line]
     assert rows == [
-        ["torch-compile", "40.00", "40.00", "25.00", "1.00×", "3", "50.0%", "12.5%", "37.5%"],
-        ["ort", "10.00", "10.00", "100.00", "0.25×", "not known", "50.0%", "12.5%", "37.5%"],
+        ["torch-compile", "40.00", "40.00", "25.00", "1.00×", "3", "61.3", "50.0%", "12.5%", "37.5%"],
+        ["ort", "10.00", "10.00", "100.00", "0.25×", "not known", "not known", "50.0%", "12.5%", "37.5%"],
     ]
     assert "note: torch did not run: out of memory" in text
-    assert "ControlNets    2, in PyTorch" in text
+    assert re.search(r"(?m)^torch-compile +torch-compile, float32; ControlNets: 2, compiled likewise$", text)
+    assert re.search(r"(?m)^ort +ort, float32; ControlNets: canny.onnx on ort, depth.onnx on ort$", text)
     assert report.render_text(result, "markdown").startswith("# Frames of unet.onnx\n\n- device: cpu, 2 threads\n")
     assert result.ran
     assert not replace(result, timings=(*result.timings, Timing("trt", "", reason="no GPU"))).ran
     assert not make_bench(Timing("torch", "", reason="no memory", asked=False)).ran
+
+
+PARTS = (
+    PicturePart("VAE decode", "AutoencoderKL by the usual config, float16", 25.0, 10.0),
+    PicturePart("VAE encode", "AutoencoderKL by the usual config, float16", 14.0, reason="no compiler"),
+    PicturePart("text", "CLIPTextModel by the usual config, float16", 5.0),
+)
+
+
+def test_a_picture_is_its_steps_and_what_surrounds_them():
+    result = make_bench(timing("ort", 10, 30), steps=1, parts=PARTS)
+    picture = result.compose_picture(result.timings[0])
+    assert (picture, picture.total) == (Picture(20, 25, 5), 50)
+    assert picture.shares == {"frames": 0.4, "decode": 0.5, "text": 0.1}
+    assert result.compose_picture(result.timings[0], compiled=True) == Picture(20, 10, 5)
+    twenty = replace(result, steps=20, parts=PARTS[:1])
+    assert twenty.compose_picture(twenty.timings[0]) == Picture(400, 25, None)
+    text = report.render_text(result)
+    assert re.search(r"(?m)^ort +20\.00 +25\.00 +5\.00 +50\.00 +35\.00 +40\.0% +50\.0% +10\.0%$", text)
+    assert re.search(r"(?m)^VAE decode +25\.00 ms eager, 10\.00 compiled: AutoencoderKL", text)
+    assert "## A picture of 1 step\n" in report.render_text(result, "markdown")
+    assert "note: VAE encode was not timed compiled: no compiler" in text
+    values = json.loads(report.render_json(result))["timings"][0]
+    assert values["picture"] == {
+        "frames": 20,
+        "decode": 25,
+        "text": 5,
+        "total": 50,
+        "shares": {"frames": 0.4, "decode": 0.5, "text": 0.1},
+    }
+    assert values["picture_vae_compiled"]["total"] == 35
+
+
+def test_a_part_that_was_not_timed_counts_nothing_and_says_why():
+    lone = (PARTS[0], PicturePart("text", "", reason="it needs the package transformers"))
+    text = report.render_text(make_bench(timing("ort", 10), steps=2, parts=(replace(lone[0], compiled=None), lone[1])))
+    assert re.search(r"(?m)^ort +20\.00 +25\.00 +not timed +45\.00 +44\.4% +55\.6% +0\.0%$", text)
+    assert "note: text was not timed: it needs the package transformers" in text
+    assert "with the VAE compiled" not in text
 
 
 def test_json_holds_every_frame():
@@ -125,7 +172,7 @@ def test_backends_take_turns_and_compute_the_same_call(file, monkeypatch):
         unet.register_forward_pre_hook(watch_session, with_kwargs=True)
         return unet
 
-    monkeypatch.setattr(bench, "load", load_watched)
+    monkeypatch.setattr(frame_loading, "load", load_watched)
     monkeypatch.setattr(UNet2DConditionModel, "forward", watch_torch)
     result = time_frames(str(file), backends=("torch", "ort"), size_px=(136, 72), batch=3, controlnets=2, frames=3, warm_up=2)
     slots = len(shapecheck.read_contract(file).slots)
@@ -138,11 +185,118 @@ def test_backends_take_turns_and_compute_the_same_call(file, monkeypatch):
     assert calls == [("ort", (1, 4, 9, 17), 0)] * 3
 
 
+@pytest.fixture(scope="module")
+def canny(tmp_path_factory):
+    net = small.controlnet(small.unet(**small.TINY))
+    return onnx_files.controlnet_written(tmp_path_factory.mktemp("bench") / "canny.onnx", net, latent=(9, 13))
+
+
+def test_exported_controlnets_run_in_every_frame_and_pytorch_runs_their_likes(file, canny, monkeypatch):
+    """Their residuals are what the UNet gets: with the file it is called as often as they are, and no ControlNet in PyTorch."""
+    calls = []
+    forward = ControlNetModel.forward
+
+    def watch_torch(self, sample, *given, **options):
+        calls.append("torch")
+        return forward(self, sample, *given, **options)
+
+    def load_watched(artefact, *given, **options):
+        loaded = load(artefact, *given, **options)
+        loaded.register_forward_hook(lambda *_: calls.append(Path(artefact).name))
+        return loaded
+
+    monkeypatch.setattr(frame_loading, "load", load_watched)
+    monkeypatch.setattr(ControlNetModel, "forward", watch_torch)
+    files = [str(canny), str(canny)]
+    result = time_frames(str(file), backends=("torch", "ort"), size_px=(136, 72), controlnet_files=files, frames=1, warm_up=1)
+    assert [timing.controlnets for timing in result.timings] == ["2, in PyTorch", "canny.onnx on ort, canny.onnx on ort"]
+    assert (result.controlnets, [timing.reason for timing in result.timings]) == (2, ["", ""])
+    assert (
+        calls
+        == ["torch"] * 2
+        + ["canny.onnx", "canny.onnx", "unet.onnx"]
+        + ["torch"] * 4
+        + ["canny.onnx", "canny.onnx", "unet.onnx"] * 2
+    )
+
+
+def test_a_controlnet_beside_an_engine_runs_on_the_gpu_and_an_engine_anywhere_in_tensorrt():
+    runners = [frame_loading.choose_runner("canny.onnx", backend) for backend in ("ort", "ort-trt", "trt")]
+    assert runners == ["ort", "ort-trt", "ort-cuda"]
+    assert [frame_loading.choose_runner("depth.plan", backend) for backend in ("ort-cuda", "trt")] == ["trt", "trt"]
+
+
+def test_reduce_overhead_is_the_line_a_user_types_and_marks_its_steps(file, monkeypatch):
+    """UNet and ControlNet are compiled, none of their weights being those of eager PyTorch, and each frame is a step."""
+    compiled, steps = [], []
+
+    def compile_nothing(module, **options):
+        compiled.append((module, options))
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = time_frames(str(file), backends=("torch", "torch-reduce-overhead"), size_px=(136, 72), frames=2, warm_up=1)
+    assert [type(module).__name__ for module, _ in compiled] == ["UNet2DConditionModel", "ControlNetModel"]
+    assert all(options == {"mode": "reduce-overhead", "fullgraph": True} for _, options in compiled)
+    assert all(next(module.parameters()).is_contiguous(memory_format=torch.channels_last) for module, _ in compiled)
+    assert len(steps) == 1 + 2 * 2
+    assert result.timings[1].controlnets == "1, compiled likewise"
+
+
+def test_a_folders_own_vae_and_text_encoder_are_timed(file, tmp_path):
+    """Of a folder's UNet those beside it: of widths that no family has."""
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+    configs = {
+        "vae": {"_class_name": "AutoencoderKL", "block_out_channels": [8], "norm_num_groups": 4, "latent_channels": 3},
+        "text_encoder": text | {"architectures": ["CLIPTextModel"]},
+        "text_encoder_2": text | {"architectures": ["T5EncoderModel"]},
+        "unet": {},
+    }
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    contract, device = shapecheck.read_contract(file), torch.device("cpu")
+    models = find_picture_models(contract, (None, str(tmp_path / "unet")))
+    with torch.no_grad():
+        parts = [
+            time_parts(known, contract, Geometry(1, 9, 17), device, compiled=False, progress=silent)
+            for known in (replace(models, text=models.text[:1]), replace(models, vae={"_class_name": "VQModel"}))
+        ]
+    assert [(part.name, part.reason) for part in parts[0]] == [("VAE decode", ""), ("VAE encode", ""), ("text", "")]
+    assert all(part.eager > 0 and part.compiled is None for part in parts[0])
+    assert parts[0][2].ran == "CLIPTextModel by the folder's own config, float32"
+    assert "a VAE of class VQModel is not timed" in parts[1][0].reason
+    assert "a text encoder of class T5EncoderModel is not timed" in parts[1][2].reason
+
+
+def test_the_usual_models_are_those_of_the_family():
+    widths = {}
+    for name in ("sd15", "sd-turbo", "sdxl"):
+        models = find_picture_models(shapecheck.presets.contract(name), (name,))
+        widths[name] = [config["hidden_size"] for config in models.text]
+        assert models.vae["block_out_channels"] == (128, 256, 512, 512)
+    assert widths == {"sd15": [768], "sd-turbo": [1024], "sdxl": [768, 1280]}  # SDXL's text is both, 2048 wide
+    assert find_picture_models(shapecheck.presets.contract("kandinsky-2.2"), ()).vae is None
+
+
+def test_without_transformers_the_line_of_the_text_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    contract = shapecheck.presets.contract("sd15")
+    models = replace(find_picture_models(contract, ()), vae=None)
+    parts = time_parts(models, contract, Geometry(1, 9, 17), torch.device("cpu"), compiled=False, progress=silent)
+    assert (
+        parts[2].reason == "timing the text encoder needs the package transformers: pip install 'shapecheck-controlnet[demo]'"
+    )
+    assert "no VAE is known for this UNet" in parts[0].reason
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="where it is read off /proc")
 def test_memory_is_what_is_taken():
-    before = bench.measure_memory(torch.device("cpu"))
+    before = frame_timing.measure_memory(torch.device("cpu"))
     kept = torch.ones(16, 2**20)  # 64 MiB
-    assert bench.measure_memory(torch.device("cpu")) - before >= kept.nbytes / 2
+    assert frame_timing.measure_memory(torch.device("cpu")) - before >= kept.nbytes / 2
 
 
 def test_the_command_prints_and_writes(file, tmp_path):
@@ -161,7 +315,7 @@ def test_a_backend_that_does_not_run_is_told_and_fails(file, monkeypatch):
     def refuses(*_, **__):
         raise ShapecheckError("out of file handles")
 
-    monkeypatch.setattr(bench, "load", refuses)
+    monkeypatch.setattr(frame_loading, "load", refuses)
     done = run(file, "--backends", "torch,ort", "--size", SIZE, "--frames", 1, "--warm-up", 1)
     assert done.exit_code == 2
     assert "note: ort did not run: out of file handles" in done.stdout
@@ -183,7 +337,7 @@ def test_what_a_compiler_raises_is_told_and_no_failure_where_nobody_asked(file, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--backends", "onnx"], "no backend 'onnx' to time; known: torch, torch-compile, ort, "),
+        (["--backends", "onnx"], "no backend 'onnx' to time; known: torch, torch-compile, torch-reduce-overhead, ort, "),
         (["--backends", "ort,trt"], "ort runs on the CPU and trt on a GPU: time them in two runs"),
         (["--size", "100x72"], "width 100 is not a multiple of 8"),
         (["--size", "big"], "'big' is not a size"),
@@ -216,6 +370,20 @@ def test_a_controlnet_or_a_unet_without_slots_says_what_to_give(file, tmp_path):
     done = run(tmp_path / "plain.json", "--controlnets", 1)
     assert done.exit_code == 2
     assert "takes no residuals: --controlnets 0" in done.stderr
+
+
+def test_a_controlnet_that_does_not_fit_is_refused_before_anything_runs(file, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(probe_controlnet(small.controlnet(small.unet(**small.SHALLOW))).to_json())
+    done = run(file, "--controlnet", other, "--size", SIZE)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "the residuals do not fit this UNet" in done.stderr
+    done = run(file, "--controlnet", file, "--size", SIZE)
+    assert done.exit_code == 2
+    assert "unet.onnx is a UNet: --controlnet takes a ControlNet's ONNX file or engine" in done.stderr
+    done = run(file, "--controlnet", other, "--controlnets", 2, "--size", SIZE)
+    assert done.exit_code == 2
+    assert "give one of both" in done.stderr
 
 
 @pytest.mark.full

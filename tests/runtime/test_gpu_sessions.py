@@ -70,7 +70,7 @@ def open_kind(tmp_path_factory, file, contract):
     def open_session(kind):
         backend, _, graphs = kind.partition("+")
         if backend == "torch":
-            return ContractSession.of_unet(small.unet(**small.TINY).cuda(), contract)
+            return ContractSession.of_module(small.unet(**small.TINY).cuda(), contract)
         if backend == "trt":
             plan = folder / "unet.plan"
             if not plan.exists():
