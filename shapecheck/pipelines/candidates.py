@@ -167,7 +167,9 @@ class CandidateMaker:
             original = unwrap_compiled(model)
             del options["graphs"]  # it replays CUDA graphs anyway
             options["cache"] = self.folder / "torch-compile"
-            return Running(backend, load(original, name, **options), model)
+            session = load(original, name, **options)
+            self._contracts.setdefault(model, session.contract)  # observing it again takes seconds
+            return Running(backend, session, model)
         cache = self.find_cache(model)
         # An export takes minutes: tell before it what cannot run.
         if not checked and not cache.is_exported:

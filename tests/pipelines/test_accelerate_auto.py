@@ -306,3 +306,28 @@ def test_frames_are_timed_in_turns_until_there_are_enough(pipe, tmp_path):
     assert all(0 < value < math.inf for value in times.values())
     assert played[:4] == [("torch", True)] * 2 + [("other", True)] * 2
     assert played[4:6] == [("torch", True), ("other", True)]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_fastest_is_right_and_the_next_start_measures_nothing(tmp_path, monkeypatch, caplog):
+    """With real compilers: a minute or two. `-s --log-cli-level INFO` shows what is measured."""
+    caplog.set_level(logging.INFO, "shapecheck")
+    unet = small.unet(**small.SHALLOW).half().to("cuda")
+    pipe = SimpleNamespace(unet=unet, controlnet=small.controlnet(unet).half().to("cuda"))
+    originals = pipe.unet, pipe.controlnet
+    inputs = measure.make_inputs(make_maker(tmp_path), *(originals[0], [originals[1]]), shapecheck.Geometry(2, 9, 13))
+    reference = measure.compute_reference((originals[0], originals[1:]), inputs)
+    options = SIZES | {"budget": 120.0}
+    with shapecheck.accelerate(pipe, tmp_path, **options) as done:
+        print(done)
+        (eager,) = [one.milliseconds for one in done.measured if one.backend == "torch"]
+        (winner,) = [one for one in done.measured if one.backend == done.backend]
+        assert winner.backend == "torch" or (winner.right and winner.milliseconds < eager)
+        with torch.no_grad():
+            right, verdict = measure.check_outputs(inputs.compute_outputs((pipe.unet, (pipe.controlnet,))), reference)
+        assert right, verdict
+    assert (pipe.unet, pipe.controlnet) == originals
+    assert {parameter.device.type for model in originals for parameter in model.parameters()} == {"cuda"}
+    forbid(monkeypatch, "compute_reference", "time_in_turns", "check_outputs")
+    with shapecheck.accelerate(pipe, tmp_path, **options) as again:
+        assert (again.backend, again.measured[0]) == (done.backend, done.measured[0])
