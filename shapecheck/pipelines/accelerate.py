@@ -13,8 +13,6 @@ from torch import nn
 
 from shapecheck.contract import Geometry, ShapecheckError
 from shapecheck.files import make_folder
-from shapecheck.observe.probe import probe
-from shapecheck.observe.subject import copy_to_meta
 from shapecheck.pipelines.candidates import (
     SHARES_WEIGHTS,
     Candidate,
@@ -26,6 +24,7 @@ from shapecheck.pipelines.candidates import (
 )
 from shapecheck.pipelines.choose import Choice, Refusals, choose_by_measuring, open_alone
 from shapecheck.pipelines.compiled_vae import compile_decoder, find_decoder
+from shapecheck.pipelines.kept_contracts import find_joint_contract
 from shapecheck.pipelines.measured_record import describe_choice, describe_measurements
 from shapecheck.pipelines.model_owners import ModelOwners
 from shapecheck.progress import Progress, silent
@@ -88,7 +87,7 @@ class Accelerated:
         """
         given = getattr(nets, "nets", [nets] if isinstance(nets, nn.Module) else nets)
         known = {part.torch: part for part in self.controlnets}
-        probe(copy_to_meta(self._candidate.unet.torch), [copy_to_meta(net) for net in given])
+        find_joint_contract(self._maker.folder, self._candidate.unet.torch, given)
         parts, device = list[Running](), getattr(self.unet, "device", None)
         try:
             for net in given:
@@ -181,8 +180,7 @@ def accelerate(
     owners, folder = ModelOwners(pipe_or_stream), make_folder(Path(engine_dir))
     if vae:
         find_decoder(owners.vae)
-    progress("observing the contract")
-    contract = probe(copy_to_meta(owners.unet), [copy_to_meta(net) for net in owners.controlnets] or None)
+    contract = find_joint_contract(folder, owners.unet, owners.controlnets, progress)
     (width, height), usual_batch = contract.header.usual_px, "1:2:2"
     if owners.frame is not None:
         width, height, number = owners.frame
@@ -236,10 +234,9 @@ def _install(owners: ModelOwners, candidate: Candidate) -> None:
     """Put a candidate into the pipeline; PyTorch modules that it does not compute with leave the GPU's memory to it."""
     if candidate.backend == "torch":
         return
-    for part in candidate.parts:
-        if part.backend not in SHARES_WEIGHTS:
-            part.torch.to("cpu")
-    free_memory()
+    moved = [part.torch.to("cpu") for part in candidate.parts if part.backend not in SHARES_WEIGHTS]
+    if moved:
+        free_memory()
     owners.replace_unet(candidate.unet.torch, candidate.unet.module)
     _log.info("%s runs the UNet%s", candidate.backend, f": {candidate.unet.artefact}" if candidate.unet.artefact else "")
     for number, part in enumerate(candidate.controlnets, 1):

@@ -30,7 +30,6 @@ from shapecheck.logs import silence_logger
 from shapecheck.models import diffusers_models
 from shapecheck.models.config_file import CLASSES, ModelSource
 from shapecheck.models.forward_call import unwrap_compiled
-from shapecheck.onnx.export import export
 from shapecheck.pipelines.candidates import CandidateMaker
 from shapecheck.pipelines.export_cache import ExportCache, describe_settings
 from shapecheck.tensorrt.build import build_engine
@@ -126,6 +125,8 @@ def _save_model(cache: ExportCache, module: Any) -> Path:
 
 def main() -> None:
     """Carry out one job: export what is not exported, and build the engines."""
+    from shapecheck.onnx.export import export
+
     job, failure = json.loads(sys.stdin.readline()), ""
     threading.Thread(target=_end_with_requester, daemon=True).start()
     if hasattr(os, "nice"):

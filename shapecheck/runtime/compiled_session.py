@@ -89,7 +89,7 @@ class CompiledSession:
         self.detail = f"torch {torch.__version__}" + (", TF32 off" if exactly and self.device.type != "cpu" else "")
         self._forward: _Forward | None = _Forward(CompiledModel(module), contract)
         self._cache, self._compiler, self._exactly = cache, compiler, exactly
-        self._identity = f"{_digest_structure(self._forward)} {_describe_makers(self.device, compiler)} exactly {exactly}"
+        self._identity = f"{digest_structure(self._forward)} {_describe_makers(self.device, compiler)} exactly {exactly}"
         self._names = output_names(contract)
         names = tuple((rule, rule) for rule in contract.input_rules)
         self._gate = Gate(name or type(module).__name__, Binding(contract, names, self._names, str(self.device)))
@@ -271,7 +271,7 @@ def _describe_makers(device: torch.device, compiler: str) -> str:
     return f"{makers}, {place}, {compiler} {sorted(map(str, OPTIONS.items()))}"
 
 
-def _digest_structure(module: nn.Module) -> str:
+def digest_structure(module: nn.Module) -> str:
     """Return a digest of everything but the weights: modules, their settings, and the forms of their parameters."""
     layers = []
     for name, layer in module.named_modules():

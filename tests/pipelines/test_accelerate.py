@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor
 import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.doctor.environment import Backend, Gap
+from shapecheck.onnx import export as exporter
 from shapecheck.pipelines import accelerate as acceleration
 from shapecheck.pipelines import candidates
 from shapecheck.pipelines import export_cache as files
@@ -81,7 +82,7 @@ def exports(monkeypatch):
         engines.exported_quickly(unet, path, **options)
         done.append(path)
 
-    monkeypatch.setattr(files, "export", export)
+    monkeypatch.setattr(exporter, "export", export)
     return done
 
 
@@ -151,7 +152,7 @@ def test_another_file_is_made_where_weights_or_settings_change(unet, tmp_path, m
     def take_file():
         return files.ExportCache(unet, tmp_path, lambda *_: None).export_onnx()
 
-    monkeypatch.setattr(files, "export", export)
+    monkeypatch.setattr(exporter, "export", export)
     found = [take_file(), take_file()]
     with torch.no_grad():
         unet.mid_block.resnets[0].norm1.weight[5] += 0.5
@@ -274,7 +275,7 @@ def build_for(tmp_path, monkeypatch):
         asked.append(profiles)
         raise ShapecheckError("no TensorRT")
 
-    monkeypatch.setattr(files, "export", lambda *_, **__: None)
+    monkeypatch.setattr(exporter, "export", lambda *_, **__: None)
     monkeypatch.setattr(files, "build_engine", build_engine)
     say_what_runs(monkeypatch, "trt")
 

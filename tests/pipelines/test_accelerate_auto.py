@@ -17,8 +17,8 @@ import torch
 import shapecheck
 from shapecheck import ShapecheckError, doctor
 from shapecheck.doctor.environment import Backend, Gap
-from shapecheck.pipelines import accelerate as acceleration
-from shapecheck.pipelines import candidates, export_cache, measure
+from shapecheck.onnx import export as exporter
+from shapecheck.pipelines import candidates, export_cache, kept_contracts, measure
 from shapecheck.pipelines.accelerate import AccelerationError
 from shapecheck.pipelines.contest import explain_not_begun
 from shapecheck.runtime.dropin import DropIn
@@ -74,8 +74,8 @@ class Bench:
 def bench(monkeypatch, caplog, observed):
     caplog.set_level(logging.INFO, "shapecheck")
     bench = Bench()
-    monkeypatch.setattr(export_cache, "export", engines.exported_quickly)
-    monkeypatch.setattr(acceleration, "probe", lambda *_: observed)
+    monkeypatch.setattr(exporter, "export", engines.exported_quickly)
+    monkeypatch.setattr(kept_contracts, "probe", lambda *_: observed)
     monkeypatch.setattr(doctor, "backend", lambda name: Backend(name, True, ""))
     monkeypatch.setattr(candidates, "load", bench.load)
     monkeypatch.setattr(measure, "time_in_turns", bench.time)

@@ -15,7 +15,8 @@ import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.doctor.environment import Backend
 from shapecheck.models import diffusers_models
-from shapecheck.pipelines import candidates, compiled_vae, export_cache
+from shapecheck.onnx import export as exporter
+from shapecheck.pipelines import candidates, compiled_vae
 from shapecheck.pipelines.accelerate import AccelerationError
 from shapecheck.pipelines.model_owners import ModelOwners
 from shapecheck.runtime.dropin_controlnet import DropInControlNet
@@ -28,7 +29,7 @@ SIZES = {"sizes": ["104x72"], "batch": ["1:2:2"]}
 def quick(monkeypatch, caplog):
     """The exporter is torch's older one, and doctor is not asked."""
     caplog.set_level(logging.INFO, "shapecheck")
-    monkeypatch.setattr(export_cache, "export", engines.exported_quickly)
+    monkeypatch.setattr(exporter, "export", engines.exported_quickly)
     monkeypatch.setattr(doctor, "backend", lambda name: Backend(name, True, ""))
 
 

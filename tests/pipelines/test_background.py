@@ -15,7 +15,8 @@ import torch
 
 import shapecheck
 from shapecheck import Geometry, Range, ShapecheckError
-from shapecheck.pipelines import background, candidates, choose, export_cache
+from shapecheck.onnx import export as exporter
+from shapecheck.pipelines import background, candidates, choose
 from shapecheck.pipelines.accelerate import Accelerated
 from shapecheck.pipelines.measured_record import MeasuredRecord, Measurement, read_record
 
@@ -53,7 +54,7 @@ def test_what_is_not_exported_is_saved_and_handed_over_with_its_profiles(unet, m
     monkeypatch.setattr(background.subprocess, "Popen", Process)
     monkeypatch.setattr(Process, "words", 'a library prints\n{"failure": ""}\n')
     monkeypatch.setattr(Process, "jobs", [])
-    monkeypatch.setattr(export_cache, "export", engines.exported_quickly)
+    monkeypatch.setattr(exporter, "export", engines.exported_quickly)
     exported = maker.find_cache(unet).export_onnx()
     failures = []
     background.BackgroundBuild(maker, (unet, controlnet), failures.append).wait()

@@ -30,8 +30,9 @@ import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.cli.demo import demo as command
 from shapecheck.cli.group import Commands
-from shapecheck.pipelines import accelerate, export_cache, pictures
+from shapecheck.onnx import export as exporter
 from shapecheck.pipelines import demo as drawing
+from shapecheck.pipelines import kept_contracts, pictures
 from shapecheck.pipelines.demo_record import Change, Demo, Picture
 from shapecheck.pipelines.demo_report import render_json, render_page, render_text
 from shapecheck.pipelines.tiny_pipeline import build_controlnet
@@ -59,8 +60,8 @@ def runs(_backend):
     return SimpleNamespace(runs=True)
 
 
-EXPORT = (export_cache, "export", engines.exported_quickly)
-QUICK = (EXPORT, (doctor, "backend", runs), (accelerate, "probe", observe), (drawing, "build_tiny_pipeline", build_shallow))
+EXPORT = (exporter, "export", engines.exported_quickly)
+QUICK = (EXPORT, (doctor, "backend", runs), (kept_contracts, "probe", observe), (drawing, "build_tiny_pipeline", build_shallow))
 """Stand-ins for what other tests are of."""
 
 
