@@ -189,6 +189,9 @@ class _Graph:
     def copy_inputs(self, tensors: list[Tensor]) -> None:
         by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for ours, given in zip(self._inputs, tensors, strict=True):
+            if ours.stride() != given.stride():
+                ours.copy_(given)  # among the others it would make each a kernel of its own
+                continue
             targets, sources = by_dtype.setdefault(given.dtype, ([], []))
             targets.append(ours)
             sources.append(given)
@@ -272,12 +275,12 @@ def _describe_makers(device: torch.device, compiler: str) -> str:
 
 
 def digest_structure(module: nn.Module) -> str:
-    """Return a digest of everything but the weights: modules, their settings, and the forms of their parameters."""
+    """Return a digest of everything but the weights and whether it is trained: modules, settings, forms of parameters."""
     layers = []
     for name, layer in module.named_modules():
         settings = [f"{key}={_describe(value)}" for key, value in vars(layer).items() if key not in _OF_EVERY_MODULE]
         hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
-        layers.append((name, type(layer).__qualname__, layer.training, sorted(settings), _describe(hooks)))
+        layers.append((name, type(layer).__qualname__, sorted(settings), _describe(hooks)))
     places: dict[int, int] = {}  # which of them are one tensor
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     forms = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import engines
@@ -125,6 +126,19 @@ def test_a_union_of_them_is_known_before_anything_is_made(unet, folder, monkeypa
     assert not maker.find_obstacle(net)
     monkeypatch.setattr(diffusers_models, "is_union", lambda _: True)
     assert "ControlNetUnionModel is not exported" in maker.find_obstacle(net)
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_the_unet_alone_looks_for_nan_and_names_the_slot(unet, folder, finite):
+    """Each that looks on a GPU waits, and the UNet sees what ControlNets give it."""
+    pipe = SimpleNamespace(unet=unet, controlnet=small.controlnet(unet))
+    with shapecheck.accelerate(pipe, folder, "ort", **SIZES, finite=finite), torch.no_grad():
+        sample, text, image = torch.randn(2, 4, 9, 13), torch.randn(2, 7, 12), torch.full((2, 3, 72, 104), torch.nan)
+        downs, mid = pipe.controlnet(sample, 11, text, image, return_dict=False)
+        assert downs[0].isnan().any()
+        residuals = {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid}
+        with pytest.raises(ContractError, match=r"down_block_residual_00 .*values: got \d+ NaN") if finite else nullcontext():
+            pipe.unet(sample, 11, text, **residuals)
 
 
 def test_they_are_exchanged_later_without_touching_the_unet(unet, folder):

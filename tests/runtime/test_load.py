@@ -17,9 +17,11 @@ import small
 import torch
 from diffusers import MultiControlNetModel
 from living import find_living_tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shapecheck
 from shapecheck import ContractError, ShapecheckError
+from shapecheck.observe import subject
 from shapecheck.runtime import combine, onnx_session
 from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.dropin_arguments import Arguments
@@ -299,6 +301,37 @@ def test_zeros_are_made_once_a_size_in_one_piece():
     assert len({zeros.untyped_storage().data_ptr() for zeros in first.values()}) == 1
     assert not any(zeros.any() for zeros in first.values())
     assert arguments.residuals(None, None, torch.zeros(2, 4, H, W)) is first
+
+
+def test_a_live_model_with_a_contract_is_not_observed(torch_unet, file, monkeypatch):
+    contract = shapecheck.read_contract(file)
+    monkeypatch.delattr(subject, "probe")
+    assert shapecheck.load(torch_unet, "torch", contract=contract).contract is contract
+    with pytest.raises(NameError):
+        shapecheck.load(torch_unet, "torch")
+
+
+class Operations(TorchDispatchMode):
+    """What PyTorch is told to do."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("value", [7, 7.0, torch.tensor(7), torch.tensor([7.0], dtype=torch.float64)])
+def test_a_number_is_made_on_the_device_and_never_copied_there(value):
+    """Copying one to a GPU waits for all that was queued before."""
+    arguments = Arguments(shallow(), torch.device("cpu"))
+    with Operations() as done:
+        (timestep,) = (arguments.place_number("timestep", value, 3),)
+    assert (timestep.tolist(), timestep.dtype) == ([7.0] * 3, torch.float32)
+    assert [name for name in done.names if "item" not in name and "scalar" not in name] == ["aten.full.default"]
+    assert arguments.place_number("timestep", torch.tensor([7, 5, 3]), 3).tolist() == [7.0, 5.0, 3.0]
 
 
 def test_a_stream_of_frames_keeps_nothing_of_the_last(file, torch_unet):
