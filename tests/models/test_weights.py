@@ -798,6 +798,14 @@ def test_threads_give_weights_in_memory_one_identity_whatever_their_layout_and_o
     assert digest_live(live) != found
 
 
+@pytest.mark.gpu
+def test_weights_on_a_gpu_have_the_identity_that_they_have_on_the_cpu():
+    shapes = [(3, 4, 5, 6), (0, 2), (), (2**22 + 3,), (64, 32, 3, 3)]
+    live = {f"layer{number}": torch.randn(shape).half() for number, shape in enumerate(shapes)}
+    live["layer4"] = live["layer4"].to(memory_format=torch.channels_last)
+    assert digest_live({name: value.cuda() for name, value in live.items()}) == digest_live(live)
+
+
 def test_one_bit_in_the_last_chunk_is_seen(tmp_path):
     tensor = larger_than_a_chunk()
     save_file({"a": tensor}, tmp_path / "m.safetensors")

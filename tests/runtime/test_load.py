@@ -311,6 +311,26 @@ def test_a_live_model_with_a_contract_is_not_observed(torch_unet, file, monkeypa
         shapecheck.load(torch_unet, "torch")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu_the_call_that_made_the_nan_raises(dtype):
+    unet = small.unet(**small.SHALLOW)
+    models = unet.to("cuda", dtype), small.controlnet(unet).to("cuda", dtype)
+    ours, net = (shapecheck.load(model, "torch") for model in models)
+    sample, text = torch.randn(2, 4, H, W).to("cuda", dtype), torch.randn(2, TOKENS, 12).to("cuda", dtype)
+    image = torch.rand(2, 3, 8 * H, 8 * W).to("cuda", dtype)
+    with torch.no_grad():
+        for value in (torch.nan, torch.inf, -torch.inf):
+            assert ours(sample, 7, text)[0].isfinite().all()
+            assert net(sample, 7.0, text, image, return_dict=False)[1].isfinite().all()
+            bad = sample.clone()
+            bad[1, 2, 3, 4] = value
+            with pytest.raises(ContractError, match="sample: values: got"):
+                ours(bad, 7, text)
+            with pytest.raises(ContractError, match="sample: values: got"):
+                net(bad, torch.tensor(7), text, image)
+
+
 class Operations(TorchDispatchMode):
     """What PyTorch is told to do."""
 
