@@ -793,7 +793,7 @@ def test_threads_give_weights_in_memory_one_identity_whatever_their_layout_and_o
     laid_out = {name: value.to(memory_format=torch.channels_last) for name, value in reversed(live.items())}
     assert digest_live(laid_out) == found
     swapped = live | {"layer3": live["layer4"], "layer4": live["layer3"]}
-    assert digest_live(swapped) != found != digest_live({f"{name}s": value for name, value in live.items()})
+    assert digest_live(swapped) != found != digest_live({f"net.{name}": value for name, value in live.items()})
     live["layer7"][2, 3, 4, 5] *= -1
     assert digest_live(live) != found
 

@@ -106,7 +106,7 @@ def again(shown, tmp_path):
 
 def test_all_files_are_there_and_the_pictures_are_of_that_size(shown):
     names = {path.name for path in shown.folder.iterdir()}
-    (artefact,) = shown.folder.glob("*.onnx")
+    ((artefact,), (contract,)) = (shown.folder.glob(pattern) for pattern in ("*.onnx", "contract-*.json"))
     assert names == {
         *PICTURES,
         "index.html",
@@ -114,6 +114,7 @@ def test_all_files_are_there_and_the_pictures_are_of_that_size(shown):
         "demo.md",
         artefact.name,
         f"{artefact.name}.data",
+        contract.name,
         ".shapecheck.lock",
     }
     seen = {}
