@@ -214,8 +214,8 @@ def digest_live(tensors: Mapping[str, Tensor], progress: Callable[[int, int], ob
     """Return another identity of weights in memory, made by several threads: sha256 over the `digest` of each tensor."""
     import torch
 
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()  # the threads read on streams of their own
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)  # the threads read on streams of their own
     names, done, total = sorted(tensors), 0, sum(tensor.nbytes for tensor in tensors.values())
     state = hashlib.sha256()
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
