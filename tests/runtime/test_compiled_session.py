@@ -44,6 +44,8 @@ MIXED = {
     "layers_per_block": 1,
 }
 """Cross-attention in some blocks, of two widths."""
+COMPILES_AHEAD = hasattr(torch.compiler, "load_compiled_function")
+"""PyTorch before 2.9 keeps nothing, and guards what it compiled by the model: each compiles anew."""
 UNETS = {
     "sd15": {},
     "some blocks": MIXED,
@@ -222,7 +224,7 @@ def serve_sizes_and_models(compiled):
             assert are_close(session(off).values(), compute(model, contract, off))
             assert are_close(on, compute(model, contract, inputs))  # an output is the caller's
     assert not are_close(sessions[0](inputs).values(), sessions[1](inputs).values())
-    assert compiled() == 2
+    assert compiled() == (2 if COMPILES_AHEAD else 4)
 
 
 def test_each_size_is_compiled_once_for_all_models_of_a_structure(compiled):
@@ -234,8 +236,9 @@ def test_a_pytorch_that_cannot_compile_ahead_serves_the_same(compiled, monkeypat
     serve_sizes_and_models(compiled)
     session = open_session(small.unet(**LEAST), cache=tmp_path)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = compiled()
         assert session(draw(session.contract))["out_sample"].dtype == torch.float32
-    assert compiled() == 2
+    assert compiled() - before == (0 if COMPILES_AHEAD else 1)
     assert not list(tmp_path.iterdir())  # it keeps nothing
 
 
@@ -249,6 +252,7 @@ def inputs(unet):
     return draw(contract_of(unet))
 
 
+@pytest.mark.skipif(not COMPILES_AHEAD, reason="this PyTorch keeps nothing")
 def test_what_was_compiled_is_found_again_in_its_folder(compiled, unet, inputs, tmp_path, monkeypatch, caplog):
     written = []
     whole = compiled_session.atomic_write
@@ -274,6 +278,7 @@ def test_what_was_compiled_is_found_again_in_its_folder(compiled, unet, inputs, 
     assert file.stat().st_size > len(kept) // 2
 
 
+@pytest.mark.skipif(not COMPILES_AHEAD, reason="this PyTorch keeps nothing")
 def test_code_that_cannot_be_kept_runs_all_the_same(compiled, unet, inputs, tmp_path, caplog):
     for _ in range(2):
         found = open_session(unet, cache=tmp_path / "lost")(inputs)
@@ -430,7 +435,7 @@ def test_a_pipeline_with_both_compiled_draws_pytorchs_pictures(compile_quickly, 
         assert pipe.unet.engine.provider == pipe.controlnet.engine.provider == "torch.compile"
         found = [small.generate(pipe, controlnet_conditioning_scale=scale).images for scale in (1.0, 0.3)]
         assert are_close(found, expected)
-    assert compiled() == len(list((tmp_path / "compiled").iterdir())) == 2
+    assert (compiled(), len(list((tmp_path / "compiled").iterdir()))) == ((2, 2) if COMPILES_AHEAD else (4, 0))
 
 
 def test_a_controlnet_in_pytorch_takes_the_place_of_itself():
@@ -467,6 +472,7 @@ print(json.dumps(worst))
 """
 
 
+@pytest.mark.skipif(not COMPILES_AHEAD, reason="this PyTorch keeps nothing")
 @pytest.mark.full
 def test_inductor_serves_another_process_from_the_folder(tmp_path):
     """The second one has other weights, and may not compile. Tensors in odd layouts: compiled code takes one alone."""
