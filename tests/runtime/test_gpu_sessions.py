@@ -19,7 +19,7 @@ import torch
 import shapecheck
 from shapecheck import BuildOptions, EngineSession, Geometry, ShapecheckError
 from shapecheck.models.forward_call import build_arguments
-from shapecheck.runtime import compiled_session
+from shapecheck.runtime import compiled_code
 from shapecheck.runtime.compiled_session import CompiledSession
 from shapecheck.runtime.contract_session import ContractSession
 from shapecheck.runtime.dropin_unet import DropInUNet
@@ -290,7 +290,7 @@ def test_a_frame_with_both_compiled_is_pytorchs(shapecheck_require, tmp_path):
                     picture = compute[0](sample, 400, text, **control).sample
                 pairs.append([picture, *downs, mid])
         print(f"turn {turn}: {time.perf_counter() - began:.1f} s", flush=True)
-        compiled_session.compiled_code.clear()  # as in another process
+        compiled_code.compiled_code.clear()  # as in another process
     ours, theirs = pairs[::2], pairs[1::2]
     kept = [(one, other) for mine, own in zip(ours, theirs, strict=True) for one, other in zip(mine, own, strict=True)]
     assert worst([(found, expected) for found, expected in kept if expected.any()]) <= 3 * ALLOWED
