@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import compress
 from typing import Any
 
@@ -13,14 +14,35 @@ from torch import Tensor
 
 from shapecheck.runtime.compiled_model import at_residuals
 
+Launch = Callable[[], tuple[Tensor, ...]]
+
+
+def reads_late(launch: Launch, residuals: Sequence[Tensor]) -> bool:
+    """Run code once, and return whether it reads no residual before it says that it comes to them.
+
+    A compiler may read them earlier, or copy them. They are NaN until then, so that it would show in the outputs.
+    """
+    kept = [residual.clone() for residual in residuals]
+    for residual in residuals:
+        residual.fill_(math.nan)
+
+    def arrive() -> None:
+        for residual, value in zip(residuals, kept, strict=True):
+            residual.copy_(value)
+
+    with at_residuals(arrive):
+        outputs = launch()
+    arrive()  # if it never came to them
+    return bool(residuals) and all(bool(output.isfinite().all()) for output in outputs)
+
 
 class CapturedCall:
     """The graphs of one size, and the tensors that they read and write.
 
-    `late` says for each input whether only the second graph reads it. If the code never comes to residuals, there is one graph.
+    `late` says for each input whether only the second graph reads it; if it is true for none, there is one graph.
     """
 
-    def __init__(self, launch: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor], late: Sequence[bool], pool: Any) -> None:
+    def __init__(self, launch: Launch, inputs: list[Tensor], late: Sequence[bool], pool: Any) -> None:
         """Capture what `launch` queues on torch's current stream, which is not the default one."""
         self._graphs = [torch.cuda.CUDAGraph()]
 
@@ -38,14 +60,13 @@ class CapturedCall:
         torch.cuda.empty_cache()
         begin()
         try:
-            with at_residuals(split):
+            with at_residuals(split) if any(late) else nullcontext():
                 self.outputs = launch()
         except BaseException:
             with suppress(RuntimeError):  # that what was begun cannot be ended
                 self._graphs[-1].capture_end()
             raise
         self._graphs[-1].capture_end()
-        late = late if len(self._graphs) > 1 else [False] * len(inputs)
         self._late, self._early = list(late), [not is_late for is_late in late]
         self._inputs = inputs
 

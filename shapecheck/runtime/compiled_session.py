@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,10 +19,12 @@ from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.runtime.binding import Binding, BoundCall
 from shapecheck.runtime.call_gate import Gate
 from shapecheck.runtime.compiled_code import Compiler, Forward
-from shapecheck.runtime.compiled_graphs import CapturedCall, choose_order
+from shapecheck.runtime.compiled_graphs import CapturedCall, choose_order, reads_late
 from shapecheck.runtime.compiled_model import CompiledModel
 from shapecheck.runtime.gpu import Gpu
 from shapecheck.runtime.torch_session import forbid_tf32, output_names
+
+_log = logging.getLogger(__name__)
 
 
 class CompiledSession:
@@ -120,13 +125,20 @@ class CompiledSession:
             for ours, given in zip(inputs, tensors, strict=True):
                 ours.copy_(given)
             run = self._compiler.compile(inputs)
-            run(self._forward, *inputs)  # kernels are chosen and loaded now, which a capture does not allow
+            launch = partial(run, self._forward, *inputs)
+            # this chooses and loads the kernels too, which a capture does not allow
+            is_late = reads_late(launch, list(compress(inputs, self._late)))
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
+            if is_late:
+                try:
+                    return CapturedCall(launch, inputs, self._late, self._pool)
+                except RuntimeError as error:
+                    _log.warning("a UNet that does not begin before its residuals are there: %s", one_line(str(error), 200))
             try:
-                return CapturedCall(lambda: run(self._forward, *inputs), inputs, self._late, self._pool)
+                return CapturedCall(launch, inputs, [False] * len(inputs), self._pool)
             except RuntimeError as error:
-                raise ShapecheckError(f"cannot capture a CUDA graph: {one_line(str(error), longest=400)}") from error
+                raise ShapecheckError(f"cannot capture a CUDA graph: {one_line(str(error), 400)}") from error
 
     def _run_captured(self, call: BoundCall, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """Run within a graph that the caller captures, whose own memory the outputs then are in."""

@@ -60,7 +60,7 @@ def find_ready(values: Iterable[Any], device: torch.device) -> torch.cuda.Event 
 
 
 def _look(values: Iterable[Any]) -> _Seen | None:
-    """Return the tensors among these, but for those on the CPU, which are read when they are passed; None if one hides changes."""
+    """Return the tensors on a GPU among these (others are read when they are passed); None if one hides its changes."""
     tensors = [value for value in values if isinstance(value, Tensor) and value.device.type != "cpu"]
     if any(tensor.is_inference() for tensor in tensors):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 
 import pytest
 import small
@@ -12,19 +13,27 @@ from shapecheck import Geometry
 from shapecheck.models.forward_call import build_arguments
 from shapecheck.observe.subject import resolve_subject
 from shapecheck.runtime.compiled_code import Compiler, Forward
+from shapecheck.runtime.compiled_graphs import reads_late
 from shapecheck.runtime.compiled_model import CompiledModel, at_residuals
 from shapecheck.runtime.readiness import ReadyInputs
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-def test_residuals_are_read_only_once_a_unet_has_come_to_them(compiler):
-    """They are written when the mark is reached, as by a ControlNet that is late: what was read before would be seen."""
-    unet = small.unet(**small.SHALLOW)
-    contract = resolve_subject(unet).contract("float32", control=True)
+def make(module):
+    """Return a model's contract, its forward that marks residuals, and inputs."""
+    contract = resolve_subject(module).contract("float32", control=True)
     generator = torch.Generator().manual_seed(0)
     shapes = contract.input_shapes(Geometry(2, 9, 13, 7))
     inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    late = {slot.name: torch.randn(shapes[slot.name], generator=generator) for slot in contract.slots}
+    return contract, Forward(CompiledModel(module, marks_residuals=True), contract), inputs
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_residuals_are_read_only_once_a_unet_has_come_to_them(compiler):
+    """They are written when the mark is reached, as by a ControlNet that is late: what was read before would be seen."""
+    unet = small.unet(**small.SHALLOW)
+    contract, forward, inputs = make(unet)
+    late = {slot.name: torch.randn_like(inputs[slot.name]) for slot in contract.slots}
     with torch.no_grad():
         early_image, late_image = (
             unet(**build_arguments(contract, values), return_dict=False)[0] for values in (inputs, inputs | late)
@@ -37,16 +46,30 @@ def test_residuals_are_read_only_once_a_unet_has_come_to_them(compiler):
         for name, value in late.items():
             given[name].copy_(value)
 
-    forward = Forward(CompiledModel(unet, marks_residuals=True), contract)
-    run = Compiler(forward, torch.device("cpu"), compiler, None, "").compile(list(given.values()))
-    marks.clear()
     with torch.no_grad():
+        run = Compiler(forward, torch.device("cpu"), compiler, None, "").compile(list(given.values()))
         (unmarked,) = run(forward, *given.values())
         with at_residuals(arrive):
             (found,) = run(forward, *given.values())
+        assert reads_late(partial(run, forward, *given.values()), [given[name] for name in late])
     assert marks == [1]
     assert ((unmarked - early_image).abs().max() <= 1e-5 * early_image.abs().max()).item()
     assert ((found - late_image).abs().max() <= 1e-5 * late_image.abs().max()).item()
+    assert all(torch.equal(given[name], value) for name, value in (inputs | late).items())
+
+
+def test_code_that_reads_residuals_before_is_noticed():
+    """The compiler `aot_eager` copies them first; other code never says where it comes to them."""
+    contract, forward, inputs = make(small.unet(**small.SHALLOW))
+    residuals = [inputs[slot.name] for slot in contract.slots]
+    before = [residual.clone() for residual in residuals]
+    with torch.no_grad():
+        run = Compiler(forward, torch.device("cpu"), "aot_eager", None, "").compile(list(inputs.values()))
+        assert not reads_late(partial(run, forward, *inputs.values()), residuals)
+        silent = Forward(CompiledModel(small.unet(**small.SHALLOW)), contract)
+        assert not reads_late(partial(silent, *inputs.values()), residuals)
+        assert not reads_late(partial(silent, *inputs.values()), [])
+    assert all(torch.equal(residual, value) for residual, value in zip(residuals, before, strict=True))
 
 
 def test_a_controlnet_and_a_unet_without_residuals_come_to_no_mark():
