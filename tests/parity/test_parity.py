@@ -38,7 +38,7 @@ from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import KINDS
 from shapecheck.parity.run import ParityRun
 from shapecheck.parity.search import search_file
-from shapecheck.runtime import compiled_session
+from shapecheck.runtime import compiled_code
 from shapecheck.runtime.compiled_session import CompiledSession
 from shapecheck.runtime.onnx_session import OnnxSession
 from shapecheck.tensorrt.build import build_engine
@@ -128,7 +128,7 @@ def exchange_downs(contract, values):
 @pytest.mark.parametrize("build", [build_arguments, exchange_downs])
 def test_a_compiled_model_is_proven_slot_by_slot(build, monkeypatch):
     monkeypatch.setattr(runners, "CompiledSession", partial(CompiledSession, compiler="eager"))
-    monkeypatch.setattr(compiled_session, "build_arguments", build)
+    monkeypatch.setattr(compiled_code, "build_arguments", build)
     monkeypatch.setattr(doctor, "backend", lambda name: doctor.Backend(name, True, ""))
     found = ParityRun(ParityRequest(small.unet(**small.TINY), backends=("torch-compile",)), ranges=ONE_SIZE).side(
         "torch-compile"

@@ -28,7 +28,7 @@ import shapecheck
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.models.forward_call import build_arguments
 from shapecheck.observe.subject import resolve_subject
-from shapecheck.runtime import compiled_session
+from shapecheck.runtime import compiled_code
 from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.compiled_model import CompiledModel
 from shapecheck.runtime.compiled_session import CompiledSession
@@ -192,7 +192,7 @@ def test_the_given_module_is_left_as_it_was_and_shares_its_weights():
 @pytest.fixture
 def compiled(monkeypatch):
     """Count what is compiled, from nothing compiled on."""
-    monkeypatch.setattr(compiled_session, "compiled_code", {})
+    monkeypatch.setattr(compiled_code, "compiled_code", {})
     before = counters["stats"]["unique_graphs"]
     return lambda: counters["stats"]["unique_graphs"] - before
 
@@ -255,12 +255,12 @@ def inputs(unet):
 @pytest.mark.skipif(not COMPILES_AHEAD, reason="this PyTorch keeps nothing")
 def test_what_was_compiled_is_found_again_in_its_folder(compiled, unet, inputs, tmp_path, monkeypatch, caplog):
     written = []
-    whole = compiled_session.atomic_write
-    monkeypatch.setattr(compiled_session, "atomic_write", lambda path: written.append(path) or whole(path))
+    whole = compiled_code.atomic_write
+    monkeypatch.setattr(compiled_code, "atomic_write", lambda path: written.append(path) or whole(path))
     open_session(unet, cache=tmp_path)(inputs)
     (file,) = tmp_path.iterdir()
     assert written == [file]  # under its name only when it is whole
-    monkeypatch.setattr(compiled_session, "compiled_code", {})
+    monkeypatch.setattr(compiled_code, "compiled_code", {})
     other = other_weights(unet)
     found = open_session(other, cache=tmp_path)(inputs)
     assert are_close(found.values(), compute(other, contract_of(unet), inputs))
@@ -268,7 +268,7 @@ def test_what_was_compiled_is_found_again_in_its_folder(compiled, unet, inputs, 
 
     kept = file.read_bytes()
     file.write_bytes(kept[: len(kept) // 2])
-    monkeypatch.setattr(compiled_session, "compiled_code", {})
+    monkeypatch.setattr(compiled_code, "compiled_code", {})
     with caplog.at_level(logging.WARNING):
         found = open_session(unet, cache=tmp_path)(inputs)
     assert are_close(found.values(), compute(unet, contract_of(unet), inputs))
@@ -290,13 +290,13 @@ def test_code_that_cannot_be_kept_runs_all_the_same(compiled, unet, inputs, tmp_
 
 def name_file(module, contract, folder, monkeypatch, geometry=AT, compiler="eager"):
     """Return the name under which a model's code is kept. Nothing is compiled: an empty file is written."""
-    monkeypatch.setattr(compiled_session, "compiled_code", {})
+    monkeypatch.setattr(compiled_code, "compiled_code", {})
 
     def pretend(forward, tensors, file, compiler):
         file.touch()
         return lambda forward, *tensors: (tensors[0],) * len(output_names(contract))
 
-    monkeypatch.setattr(compiled_session, "compile_forward", pretend)
+    monkeypatch.setattr(compiled_code, "compile_forward", pretend)
     for file in folder.iterdir():
         file.unlink()
     with CompiledSession(module, contract, cache=folder, compiler=compiler) as session:
@@ -329,13 +329,13 @@ def test_only_the_same_computation_has_the_same_file(unet, tmp_path, monkeypatch
     nets[1].register_to_config(controlnet_conditioning_channel_order="bgr")
     others += [name(net, contract_of(nets[0])) for net in nets]
     with monkeypatch.context() as patch:
-        patch.setattr(compiled_session, "OPTIONS", {"conv_1x1_as_mm": False})
+        patch.setattr(compiled_code, "OPTIONS", {"conv_1x1_as_mm": False})
         others.append(name(unet))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.99.0")
         others.append(name(unet))
     with monkeypatch.context() as patch:
-        patch.setattr(compiled_session, "version", lambda package: "0.99.0")
+        patch.setattr(compiled_code, "version", lambda package: "0.99.0")
         others.append(name(unet))
     assert len({first, *others}) == 1 + len(others)
 
@@ -389,7 +389,7 @@ def test_two_threads_at_once_are_refused(unet, inputs, monkeypatch):
         assert go.wait(20)
         return tensors[:1]
 
-    monkeypatch.setattr(compiled_session, "compiled_code", dict.fromkeys(compiled_session.compiled_code, wait))
+    monkeypatch.setattr(compiled_code, "compiled_code", dict.fromkeys(compiled_code.compiled_code, wait))
     thread = threading.Thread(target=session, args=[inputs])
     thread.start()
     assert inside.wait(20)
@@ -452,10 +452,10 @@ IN_A_PROCESS = """
 import json, logging, sys, torch
 sys.path.insert(0, {support!r})
 import small, shapecheck
-from shapecheck.runtime import compiled_session
+from shapecheck.runtime import compiled_code
 logging.basicConfig()
 if not {may_compile}:
-    del compiled_session.compile_forward
+    del compiled_code.compile_forward
 unet = small.unet(**small.TINY, mid_block_type=None)
 with torch.no_grad():
     for value in unet.parameters():
