@@ -54,6 +54,8 @@ class CapturedCall:
             self._graphs.append(torch.cuda.CUDAGraph())
             begin()
 
+        # outside of the graphs' memory, where an earlier part of the next call, or a graph of another size, writes anything
+        self.outputs = launch()
         # nothing may be freed on the GPU in between
         torch.cuda.synchronize()
         gc.collect()
@@ -61,7 +63,7 @@ class CapturedCall:
         begin()
         try:
             with at_residuals(split) if any(late) else nullcontext():
-                self.outputs = launch()
+                _copy(self.outputs, launch())
         except BaseException:
             with suppress(RuntimeError):  # that what was begun cannot be ended
                 self._graphs[-1].capture_end()
