@@ -74,8 +74,10 @@ class CapturedCall:
 
     def replay(self, tensors: Sequence[Tensor], wait_for_residuals: Callable[[], object]) -> tuple[Tensor, ...]:
         """Queue the graphs on torch's current stream. `wait_for_residuals` is called before any late input is read."""
-        _copy(list(compress(self._inputs, self._early)), list(compress(tensors, self._early)))
         first, *rest = self._graphs
+        if not rest:  # it reads residuals at once
+            wait_for_residuals()
+        _copy(list(compress(self._inputs, self._early)), list(compress(tensors, self._early)))
         first.replay()
         for graph in rest:
             wait_for_residuals()

@@ -13,8 +13,8 @@ from shapecheck import Geometry
 from shapecheck.models.forward_call import build_arguments
 from shapecheck.observe.subject import resolve_subject
 from shapecheck.runtime.compiled_code import Compiler, Forward
-from shapecheck.runtime.compiled_graphs import reads_late
-from shapecheck.runtime.compiled_model import CompiledModel, at_residuals
+from shapecheck.runtime.compiled_graphs import CapturedCall, reads_late
+from shapecheck.runtime.compiled_model import CompiledModel, at_residuals, await_residuals
 from shapecheck.runtime.readiness import ReadyInputs
 
 
@@ -81,6 +81,41 @@ def test_a_controlnet_and_a_unet_without_residuals_come_to_no_mark():
         with torch.no_grad(), at_residuals(lambda marks=marks: marks.append(1)):
             Forward(CompiledModel(module, marks_residuals=True), contract)(*tensors)
         assert not marks
+
+
+class Graph:
+    """In place of a CUDA graph, which replays nothing: what is shown is what is copied, and when."""
+
+    def capture_begin(self, **_):
+        pass
+
+    capture_end = replay = capture_begin
+
+
+@pytest.mark.parametrize("begins_early", [True, False])
+def test_no_residual_is_copied_before_it_is_there(begins_early, monkeypatch):
+    """A compiler that reads residuals early leaves one graph, which then waits for all; outputs are nobody else's memory."""
+    for name, stand_in in (("CUDAGraph", Graph), ("synchronize", lambda: None), ("empty_cache", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    inputs, made, seen = [torch.zeros(2), torch.zeros(2)], [], []
+
+    def launch():
+        await_residuals(inputs[1:], inputs[0])
+        made.append((inputs[0] + inputs[1],))
+        return made[-1]
+
+    captured = CapturedCall(launch, inputs, [False, begins_early], None)
+    given, residual = [torch.ones(2), torch.zeros(2)], torch.full((2,), 7.0)
+
+    def arrive():
+        seen.append(inputs[0].clone())
+        given[1].copy_(residual)
+
+    outputs = captured.replay(given, arrive)
+    assert torch.equal(inputs[1], residual)
+    assert [bool(value.all()) for value in seen] == [begins_early]
+    assert outputs is made[0]
+    assert outputs[0].data_ptr() != made[1][0].data_ptr()
 
 
 def tensors(count=3):
