@@ -41,6 +41,7 @@ from shapecheck.parity.search import search_file
 from shapecheck.runtime import compiled_session
 from shapecheck.runtime.compiled_session import CompiledSession
 from shapecheck.runtime.onnx_session import OnnxSession
+from shapecheck.runtime.torch_session import TorchSession
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Range, profile_of
 from shapecheck.tensorrt.record import BuildOptions, BuildRequest
@@ -297,6 +298,35 @@ def test_residuals_of_an_earlier_call_kept(model, healthy, always):
     found = side(model, healthy, opener=opener)
     told = "step 2, control off: the image is that of step 1, control on with frame 0: residuals of an earlier call are kept"
     assert failed(found)["switch"] == told
+
+
+def test_a_size_for_which_the_gpu_has_no_memory_is_a_failure_of_that_size():
+    class Small(TorchSession):
+        def __call__(self, inputs):
+            if len(inputs["sample"]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(inputs)
+
+    def opener(_backend, file):
+        return Small(unet, file.contract)
+
+    unet = small.unet(**small.TINY)
+    ranges = tuple(Range(*[Geometry(batch, 9, 9, 7)] * 3) for batch in (1, 2))
+    (found,) = ParityRun(ParityRequest(unet, backends=("torch",)), ranges=ranges, opener=opener).report().sides
+    assert {name: reason for name, reason in failed(found).items() if "CUDA" in reason} == {
+        f"torch/case[batch 2, latent 9×9, control {control}]": "CUDA out of memory" for control in ("off", "on")
+    }
+    assert {each.status for each in found.results if each.check.kind in ("input", "slot", "switch")} == {"passed"}
+
+
+def test_a_model_for_which_the_gpu_has_no_memory_is_told_with_what_takes_less(monkeypatch):
+    def load(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(TorchModel, "load", load)
+    told = "does not suffice for PyTorch's side; smaller sizes take less, .*: CUDA out of memory. Tried to allocate 2.00 GiB"
+    with pytest.raises(ShapecheckError, match=told):
+        ParityRun(ParityRequest(small.unet(**small.TINY), backends=("torch",)), ranges=ONE_SIZE).report()
 
 
 @pytest.mark.full
