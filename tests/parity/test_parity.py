@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -585,6 +586,20 @@ def test_nothing_is_left_unjudged_in_a_half_precision(dtype):
     report = ParityRun(ParityRequest(small.unet(**small.TINY).to(dtype), backends=("torch",)), ranges=ONE_SIZE).report()
     assert {each.status for each in report.sides[0].results} == {"passed"}, report.sides[0].results
     assert report.reference.startswith("PyTorch float32 on ")
+
+
+def test_text_is_judged_as_loud_as_it_shows():
+    """At its usual size attention is at random, and PyTorch's own rounding hides what the text does."""
+    unet = small.unet(**small.TINY)
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if "attn2.to_q" in name or "attn2.to_k" in name:
+                weight.mul_(30)
+    steps = []
+    request = ParityRequest(unet.half(), backends=("torch",))
+    report = ParityRun(request, ranges=ONE_SIZE, progress=lambda step, *_: steps.append(step)).report()
+    assert {each.status for each in report.sides[0].results} == {"passed"}, report.sides[0].results
+    assert any(re.search("computing with torch, .*encoder_hidden_states perturbed 0.* times as much", step) for step in steps)
 
 
 @pytest.mark.gpu
