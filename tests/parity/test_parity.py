@@ -620,6 +620,17 @@ def test_nothing_is_left_unjudged_on_a_gpu(make, dtype):
     assert report.reference.endswith(" on cuda")
 
 
+@pytest.mark.gpu
+def test_on_cuda_a_dropped_slot_is_where_the_first_value_differs(model, healthy, folder, shapecheck_require):
+    """In TF32 the first convolution would be."""
+    shapecheck_require("ort-cuda")
+    path = planted(healthy, folder / "dropped on cuda.onnx", unconsume(NAMES[5]))
+    (found,) = ParityRun(ParityRequest(model, path, backends=("ort-cuda",)), ranges=ONE_SIZE).report().sides
+    print(found.ran, failed(found), found.divergence, found.notes)
+    assert failed(found)[f"ort-cuda/{SLOTS[5]}"].startswith(f"{NAMES[5]} changes nothing")
+    assert found.divergence.slot == NAMES[5]
+
+
 def statuses(found) -> set[str]:
     return {each.status for each in found.results}
 
