@@ -21,7 +21,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from shapecheck.contract import ShapecheckError
@@ -54,8 +53,7 @@ class BackgroundBuild:
         """
         entries: list[dict[str, Any]] = []
         try:
-            for model in models:
-                entries.append(_describe_model(maker, model))
+            entries.extend(_describe_model(maker, model) for model in models)  # those before one that fails are there too
             self._process = _start_process()
         except BaseException:
             _remove_saved(entries)
@@ -107,7 +105,7 @@ def _start_process() -> subprocess.Popen[str]:
     # what Windows calls the lowest priority; elsewhere the process sets it by itself
     flags = getattr(subprocess, "IDLE_PRIORITY_CLASS", 0) | getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     try:
-        return subprocess.Popen(  # noqa: S603  # our own module, by our own interpreter
+        return subprocess.Popen(  # our own module, by our own interpreter
             [sys.executable, "-P", "-m", "shapecheck.pipelines.background"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -145,7 +143,7 @@ def _save_model(cache: ExportCache, module: Any) -> Path:
     try:
         with silence_logger("diffusers"):
             module.save_pretrained(make_folder(folder) / cache.role)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # of the system, or of safetensors
         shutil.rmtree(folder, ignore_errors=True)
         raise ShapecheckError(f"cannot write into {folder}: {one_line(error, longest=200)}") from None
     return folder

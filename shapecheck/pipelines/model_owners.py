@@ -34,7 +34,9 @@ def refuse_repeated(controlnets: Iterable[nn.Module]) -> None:
     """Raise ShapecheckError if one is there twice: its second call in a frame would write over the residuals of the first."""
     given = list(controlnets)
     if len(set(given)) != len(given):
-        raise ShapecheckError("own_outputs=False: one ControlNet is there twice, and writes over its own residuals: load it twice")
+        raise ShapecheckError(
+            "own_outputs=False: one ControlNet is there twice, and writes over its own residuals: load it twice"
+        )
 
 
 class ModelOwners:

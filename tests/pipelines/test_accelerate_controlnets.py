@@ -99,7 +99,9 @@ def test_one_that_cannot_be_exchanged_stays_in_pytorch_and_is_named(unet, folder
     pipe.controlnet = [hooked, adapted]
     shapecheck.accelerate(pipe, folder, "ort", **SIZES)()
     assert "fuse_lora" in caplog.text, "all of them are told, and not the first alone"
-    with pytest.raises(AccelerationError, match=r"a ControlNet stays in PyTorch\n  ort: .*remove_all_hooks.*\n  ort: .*fuse_lora"):
+    with pytest.raises(
+        AccelerationError, match=r"a ControlNet stays in PyTorch\n  ort: .*remove_all_hooks.*\n  ort: .*fuse_lora"
+    ):
         shapecheck.accelerate(pipe, folder, "ort", **SIZES, fallback="error")
     assert pipe.unet is unet
 
@@ -173,9 +175,10 @@ def test_one_that_is_there_twice_keeps_its_residuals_or_is_refused(unet, folder)
         shapecheck.accelerate(pipe, folder, "ort", **SIZES, own_outputs=False)
     assert list(pipe.controlnet.nets) == [net, net]
     pipe.controlnet = net
-    with shapecheck.accelerate(pipe, folder, "ort", **SIZES, own_outputs=False) as done:
-        with pytest.raises(ShapecheckError, match="there twice"):
-            done.replace_controlnets(MultiControlNetModel([net, net]))
+    done = shapecheck.accelerate(pipe, folder, "ort", **SIZES, own_outputs=False)
+    with pytest.raises(ShapecheckError, match="there twice"):
+        done.replace_controlnets(MultiControlNetModel([net, net]))
+    done()
 
 
 def test_one_that_the_user_puts_there_in_pytorch_stays(unet, folder, caplog):
