@@ -71,10 +71,6 @@ class Candidate:
     def parts(self) -> tuple[Running, ...]:
         return (self.unet, *self.controlnets)
 
-    def close(self) -> None:
-        for part in self.parts:
-            part.close()
-
 
 def keep_in_torch(unet: nn.Module, controlnets: Sequence[nn.Module]) -> Candidate:
     """Return PyTorch as it is."""
@@ -239,7 +235,7 @@ def require_running(backend: str) -> None:
 
 
 def close_all(parts: Sequence[Running]) -> None:
-    """Close sessions of an attempt that failed, and put their PyTorch modules back where the others are."""
+    """Close sessions, and put their PyTorch modules on the device where these ran."""
     for part in parts:
         if isinstance(part.module, DropIn):
             device = part.module.device

@@ -72,8 +72,10 @@ class ExportCache:
         for path in self._folder.glob(f"{self.path.stem}-*.plan"):
             with suppress(ShapecheckError, OSError):
                 request = read_engine(path).request
-                if request.options == BuildOptions(target=target) and request.profiles == tuple(profiles):
-                    return request.tensorrt.startswith(release)
+                # an engine of another TensorRT may lie beside it
+                same = request.options == BuildOptions(target=target) and request.profiles == tuple(profiles)
+                if same and request.tensorrt.startswith(release):
+                    return True
         return False
 
     @contextmanager

@@ -17,7 +17,7 @@ from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.observe.probe import probe
 from shapecheck.observe.subject import copy_to_meta, resolve_subject
 from shapecheck.progress import Progress, silent
-from shapecheck.runtime.compiled_session import digest_structure
+from shapecheck.runtime.compiled_code import digest_structure
 from shapecheck.version import __version__
 
 _LARGEST = 2**22

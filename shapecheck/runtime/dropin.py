@@ -93,8 +93,8 @@ class DropIn(nn.Module):
         """Free the memory; a call afterwards is an error."""
         self.engine.close()
 
-    def _run(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        outputs = self.engine(inputs)
+    def _run(self, inputs: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
+        outputs = self.engine(inputs, **options)
         if self._copies:
             outputs = _copy(outputs)  # queued before anybody waits
         if self._finite and not _are_finite(list(outputs.values())):

@@ -195,6 +195,20 @@ def test_an_engine_of_onnx_runtime_is_kept_for_its_weights_and_sizes_and_only_wh
     assert open_as_onnx_runtime_does(cache, SMALL_SIZES) == open_as_onnx_runtime_does(cache, LARGE_SIZES) == (True, True)
 
 
+def test_an_engine_is_there_though_one_of_another_tensorrt_lies_beside_it(unet, tmp_path, monkeypatch):
+    cache, profiles, records = files.ExportCache(unet, tmp_path, lambda *_: None), (object(),), {}
+    for release, made_for in {"10.13.3": profiles, "10.6.0": (), "10.7.0": profiles}.items():
+        (tmp_path / f"{cache.path.stem}-{release}.plan").touch()
+        request = SimpleNamespace(options=files.BuildOptions(target="trt"), profiles=made_for, tensorrt=release)
+        records[release] = SimpleNamespace(request=request)
+    monkeypatch.setattr(files, "read_engine", lambda path: records[path.stem.rpartition("-")[2]])
+    found = []
+    for release in ("10.13.9", "10.7.0", "10.6.0", "10.8.0"):
+        monkeypatch.setattr(files, "version", lambda name, release=release: release if name == "tensorrt" else "1")
+        found.append(cache.has_engine("trt", profiles))
+    assert found == [True, True, False, False]
+
+
 def test_accelerate_opens_onnx_runtimes_tensorrt_with_the_engine_that_it_kept(gpu_pipe, folder, monkeypatch):
     opened = []
 

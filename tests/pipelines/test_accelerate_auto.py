@@ -151,8 +151,23 @@ def test_pytorch_stays_where_it_is_the_fastest(pipe, bench, tmp_path, caplog):
         "nothing faster runs here: the UNet stays in PyTorch, where a frame takes 9.00 ms, 20.00 in ort, 10.00 in torch-compile"
     )
     assert shapecheck.accelerate(pipe, tmp_path, **SIZES).backend == "torch"
-    with pytest.raises(AccelerationError):
+    with pytest.raises(AccelerationError, match=r"stays in PyTorch, where a frame takes 9\.00 ms, 20\.00 in ort"):
         shapecheck.accelerate(pipe, tmp_path, **SIZES, fallback="error")
+
+
+def test_a_controlnet_that_failed_under_fallback_error_does_not_count_under_fallback_log(pipe, bench, tmp_path, monkeypatch):
+    opened = candidates.CandidateMaker.open
+
+    def open_unet(self, backend, model, noun, **options):
+        if noun == "ControlNet":
+            raise ShapecheckError("out of file handles")
+        return opened(self, backend, model, noun, **options)
+
+    monkeypatch.setattr(candidates.CandidateMaker, "open", open_unet)
+    with pytest.raises(AccelerationError, match="ort: out of file handles"):
+        shapecheck.accelerate(pipe, tmp_path, **SIZES, fallback="error")
+    with shapecheck.accelerate(pipe, tmp_path, **SIZES) as done:
+        assert (done.backend, done.controlnets[0].backend) == ("torch-compile", "torch")
 
 
 def test_memory_that_does_not_suffice_and_a_compiler_that_fails_are_refusals(pipe, bench, tmp_path, monkeypatch):
