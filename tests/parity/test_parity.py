@@ -30,7 +30,7 @@ from peak import peak_of
 from shapecheck import Geometry, ShapecheckError, doctor, presets
 from shapecheck.models.forward_call import build_arguments
 from shapecheck.observe.subject import TorchModel
-from shapecheck.parity import reference, run, runners
+from shapecheck.parity import runners
 from shapecheck.parity.artefacts import read_files
 from shapecheck.parity.cases import ForwardCase, InputGenerator, refuse_zeros
 from shapecheck.parity.plan import choose_geometries
