@@ -26,6 +26,8 @@ _ELEMENTS = {getattr(torch, name): number for name, number in ONNX_NUMBERS.items
 _GRAPH_OPTIONS = {"ort-cuda": "enable_cuda_graph", "ort-trt": "trt_cuda_graph_enable"}
 _OWN_OPTIONS = frozenset(("user_compute_stream", "has_user_compute_stream", *_GRAPH_OPTIONS.values()))
 """Options of providers that decide how a session has to call them."""
+_ALIGNMENT = 256
+"""The addresses of ONNX Runtime's own memory on a GPU are multiples of this: its kernels may read several numbers at once."""
 _SERIES = 64
 """The length of a series of calls in which one waits for the GPU: only then are buffers in pinned memory given back."""
 
@@ -44,7 +46,8 @@ class OnnxSession:
 
     Call it with a tensor for every input, by the file's names; it returns a tensor for every output, by the file's names.
     Every call reads the inputs as they are then: at their own addresses, or copies of those that lie on another device, are
-    not contiguous, or lie in an output. Outputs go into the tensors that the caller passes, or into new ones on the CPU.
+    not contiguous, do not begin at a multiple of 256 bytes on a GPU, or lie in an output. Outputs go into the tensors that the
+    caller passes, or into new ones on the CPU.
 
     On a GPU it runs on a stream of its own, in step with torch's current one: what that does next sees the results, and may
     change or free the inputs. With `graphs` the first call of a size is captured into a CUDA graph, which the next ones of
@@ -193,11 +196,12 @@ class OnnxSession:
         return dict(written)
 
     def _place(self, name: str, tensor: Tensor, written: Iterable[Tensor]) -> Tensor:
-        """Return the tensor where it is read, in one piece, and apart from what the call writes."""
+        """Return the tensor where it is read, in one piece, where a kernel may begin, and apart from what the call writes."""
         placed = tensor.to(self._places.get(name, self.device)).contiguous()
         start, end = placed.data_ptr(), placed.data_ptr() + placed.nbytes
         inside = any(start < output.data_ptr() + output.nbytes and output.data_ptr() < end for output in written)
-        return placed.clone() if inside else placed
+        is_odd = self.backend != "ort" and start % _ALIGNMENT != 0
+        return placed.clone() if inside or is_odd else placed
 
     def _bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Any:
         """Return a new binding: one of an earlier call holds what that call was given."""

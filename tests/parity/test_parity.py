@@ -25,13 +25,13 @@ import pytest
 import small
 import torch
 from onnx_files import bake, exchange, planted, unconsume
-from parity_runs import NAMES, SLOTS, failed, kinds
+from parity_runs import NAMES, SLOTS, failed, kinds, run_side
 from peak import peak_of
 
 from shapecheck import Geometry, ShapecheckError, doctor, presets
 from shapecheck.models.forward_call import build_arguments
 from shapecheck.observe.subject import TorchModel
-from shapecheck.parity import reference, run, runners
+from shapecheck.parity import runners
 from shapecheck.parity.artefacts import read_files
 from shapecheck.parity.cases import ForwardCase, InputGenerator, refuse_zeros
 from shapecheck.parity.plan import choose_geometries
@@ -84,23 +84,8 @@ def xl(folder):
     return small.unet(**onnx_files.XL), engines.exported(folder / "xl.onnx", onnx_files.XL)[0]
 
 
-_KNOWN: dict = {}
-
-
 def side(model, path, ranges=ONE_SIZE, *, seed=0, **given):
-    """Run one file; PyTorch's side, which is the same whatever is wrong with a file, is computed once."""
-
-    def once(subject, contract, cases, generate, wanted, look, progress):
-        key = (id(model), ranges, seed, given.get("emit"), contract, tuple(cases))
-        if key not in _KNOWN:
-            _KNOWN[key] = reference.compute_reference(subject, contract, cases, generate, wanted, look, progress)
-        look(subject.load(contract.dtype))
-        return _KNOWN[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "compute_reference", once)
-        (found,) = ParityRun(ParityRequest(model, path, seed=seed), ranges=ranges, **given).report().sides
-    return found
+    return run_side(ParityRequest(model, path, seed=seed), ranges, **given)
 
 
 def test_a_healthy_file_passes_in_all(model, healthy):

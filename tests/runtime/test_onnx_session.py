@@ -53,6 +53,8 @@ class StandIn:
     def __init__(self, place="Cuda", *, graphs=False):
         self.place, self.graphs = place, {} if graphs else None
         self.provider = "CUDAExecutionProvider"
+        self.addresses = {}
+        """Where each input was bound last."""
 
     def get_inputs(self):
         return [SimpleNamespace(name=name) for name in NAMES]
@@ -67,7 +69,7 @@ class StandIn:
         return [self.provider]
 
     def io_binding(self):
-        return StandInBinding(in_place=self.graphs is not None)
+        return StandInBinding(self.graphs is not None, self.addresses)
 
     def run_with_iobinding(self, binding, options=None):
         if self.graphs is not None:
@@ -78,10 +80,11 @@ class StandIn:
 
 
 class StandInBinding:
-    def __init__(self, in_place):
-        self.in_place, self.inputs, self.output = in_place, {}, None
+    def __init__(self, in_place, addresses):
+        self.in_place, self.addresses, self.inputs, self.output = in_place, addresses, {}, None
 
     def bind_input(self, name, device, number, element, shape, address):
+        self.addresses[name] = address
         copy = None if self.in_place else memory(address, shape).clone()
         self.inputs[name] = lambda: memory(address, shape) if copy is None else copy
 
@@ -197,6 +200,19 @@ def test_an_empty_tensor_is_served_or_refused_and_never_read(tmp_path):
 
 
 # on a GPU: how ONNX Runtime is called
+
+
+def test_an_input_that_begins_where_no_kernel_may_is_copied_on_a_gpu_and_no_other():
+    """cuDNN reads several numbers at once. `inputs` has two that begin at multiples of 256 bytes, and one that does not."""
+    room = torch.rand(400)
+    first = -room.data_ptr() % 256 // room.element_size()
+    inputs = {name: room[first + at :][:6].view(2, 3) for name, at in zip(NAMES, (0, 65, 128), strict=True)}
+    for backend, odd in (("ort", False), ("ort-cuda", True), ("ort-trt", True)):
+        model = StandIn()
+        session = OnnxSession(model, backend, torch.device("cpu"), gpu=OneStream())
+        torch.testing.assert_close(session(inputs)["image"], computed(inputs))
+        copied = {name for name, tensor in inputs.items() if model.addresses[name] != tensor.data_ptr()}
+        assert copied == ({"timestep"} if odd else set())
 
 
 class Noting(StandIn):
