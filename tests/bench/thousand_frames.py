@@ -1,7 +1,7 @@
 """A thousand frames as a real-time program makes them, held to PyTorch's: python tests/bench/thousand_frames.py FOLDER.
 
-Two loops run what `accelerate` made with --backend: one shaped as StreamDiffusion's (SD-Turbo, every call takes two pictures one
-step on, AutoencoderTiny), and diffusers' ControlNet pipeline (SD1.5, 20 steps, guidance). Control is switched on and off, its
+Two loops run what `accelerate` made with --backend: one shaped as StreamDiffusion's (SD-Turbo, every call takes two pictures
+one step on, AutoencoderTiny), and diffusers' ControlNet pipeline (SD1.5, 20 steps, guidance). Control is switched on and off, its
 strength and the prompt change, two sizes come in turn; ControlNets are exchanged, by `replace_controlnets` and by assigning a
 PyTorch one to the pipeline. Weights are random.
 

@@ -104,6 +104,7 @@ def machine(monkeypatch):
     return put
 
 
+@pytest.mark.full
 def test_what_runs_here_was_run(here):
     assert [each.name for each in here.backends] == list(BACKENDS)
     for name, version in (("torch", "torch 2"), ("torch-compile", "torch 2"), ("ort", "onnxruntime 1")):

@@ -112,7 +112,7 @@ def exchange_downs(contract, values):
     return arguments
 
 
-@pytest.mark.parametrize("build", [build_arguments, exchange_downs])
+@pytest.mark.parametrize("build", [pytest.param(build_arguments, marks=pytest.mark.full), exchange_downs])
 def test_a_compiled_model_is_proven_slot_by_slot(build, monkeypatch):
     monkeypatch.setattr(runners, "CompiledSession", partial(CompiledSession, compiler="eager"))
     monkeypatch.setattr(compiled_code, "build_arguments", build)

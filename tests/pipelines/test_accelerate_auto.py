@@ -117,6 +117,7 @@ def test_the_fastest_that_is_right_is_installed_and_the_next_start_measures_noth
     again()
 
 
+@pytest.mark.full
 def test_other_weights_are_measured_anew(pipe, bench, tmp_path):
     shapecheck.accelerate(pipe, tmp_path, **SIZES)()
     bench.times["torch"] = 5.0
@@ -155,6 +156,7 @@ def test_pytorch_stays_where_it_is_the_fastest(pipe, bench, tmp_path, caplog):
         shapecheck.accelerate(pipe, tmp_path, **SIZES, fallback="error")
 
 
+@pytest.mark.full
 def test_a_controlnet_that_failed_under_fallback_error_does_not_count_under_fallback_log(pipe, bench, tmp_path, monkeypatch):
     opened = candidates.CandidateMaker.open
 
@@ -228,6 +230,7 @@ def test_what_has_come_since_is_measured_alone_against_the_winner(pipe, bench, t
     ]  # fmt: skip
 
 
+@pytest.mark.full
 def test_a_winner_that_does_not_run_any_longer_is_measured_again(pipe, bench, tmp_path, caplog):
     shapecheck.accelerate(pipe, tmp_path, **SIZES)()
     bench.failures["torch-compile"] = ShapecheckError("the compiler is gone")

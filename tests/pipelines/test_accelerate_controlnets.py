@@ -147,6 +147,7 @@ def test_the_unet_alone_looks_for_nan_and_names_the_slot(unet, folder, finite):
             pipe.unet(sample, 11, text, **residuals)
 
 
+@pytest.mark.full
 def test_they_are_exchanged_later_without_touching_the_unet(unet, folder):
     first, second, third = (small.controlnet(unet, seed=seed) for seed in (1, 2, 3))
     pipe = SimpleNamespace(unet=unet, controlnet=first)
@@ -178,6 +179,7 @@ def test_they_are_exchanged_later_without_touching_the_unet(unet, folder):
     assert list(pipe.controlnet.nets) == [first]
 
 
+@pytest.mark.full
 def test_one_that_is_there_twice_keeps_its_residuals_or_is_refused(unet, folder):
     net = small.controlnet(unet)
     pipe = SimpleNamespace(unet=unet, controlnet=MultiControlNetModel([net, net]))

@@ -268,6 +268,7 @@ def test_reduce_overhead_is_the_line_a_user_types_and_marks_its_steps(file, monk
     assert result.timings[1].controlnets == "1, compiled likewise"
 
 
+@pytest.mark.full
 def test_a_folders_own_vae_and_text_encoder_are_timed(file, tmp_path):
     """Of a folder's UNet those beside it: of widths that no family has."""
     text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}

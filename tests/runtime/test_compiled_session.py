@@ -231,6 +231,7 @@ def test_each_size_is_compiled_once_for_all_models_of_a_structure(compiled):
     serve_sizes_and_models(compiled, codes=2 if COMPILES_AHEAD else 4)
 
 
+@pytest.mark.full
 def test_a_pytorch_that_cannot_compile_ahead_serves_the_same(compiled, monkeypatch, tmp_path):
     monkeypatch.delattr(torch.compiler, "load_compiled_function", raising=False)
     serve_sizes_and_models(compiled, codes=4)
@@ -261,6 +262,7 @@ def inputs(unet):
     return draw(contract_of(unet))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not COMPILES_AHEAD, reason="this PyTorch keeps nothing")
 def test_what_was_compiled_is_found_again_in_its_folder(compiled, unet, inputs, tmp_path, monkeypatch, caplog):
     written = []

@@ -58,6 +58,7 @@ def test_residuals_are_read_only_once_a_unet_has_come_to_them(compiler):
     assert all(torch.equal(given[name], value) for name, value in (inputs | late).items())
 
 
+@pytest.mark.full
 def test_code_that_reads_residuals_before_is_noticed():
     """The compiler `aot_eager` copies them first; other code never says where it comes to them."""
     contract, forward, inputs = make(small.unet(**small.SHALLOW))
