@@ -43,7 +43,7 @@ def draw_demo(
     offline: bool,
     progress: Progress = silent,
 ) -> Demo:
-    """Draw a picture with both, compare them, and write all pictures into the folder, beside the ONNX file or engine.
+    """Draw a picture with both, compare them, and write all pictures into the folder, beside what was made to run the UNet.
 
     Without `model` and `controlnet` the pipeline is small and random; without `image` a depth map is drawn. The pipeline has
     its own UNet again afterwards. Raises ShapecheckError if a model, the image or the backend cannot be had, ContractError if
