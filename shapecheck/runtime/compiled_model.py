@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,36 @@ _KNOWN_BLOCKS = frozenset(
     ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 )
 """Blocks known to use text and time only in projections that may be computed before them."""
+
+
+class _Interruption(threading.local):
+    call: Callable[[], None] | None = None
+
+
+_interruption = _Interruption()
+
+
+# Declared to change the residuals, so that no compiler reads them before it; `after` is what it must not come before.
+@torch.library.custom_op(
+    "shapecheck::await_residuals", mutates_args=("residuals",), schema="(Tensor(a!)[] residuals, Tensor after) -> ()"
+)
+def await_residuals(residuals: Sequence[Tensor], after: Tensor) -> None:
+    """Mark where a UNet has done all that it can do without residuals."""
+    if _interruption.call is not None:
+        _interruption.call()
+
+
+await_residuals.register_fake(lambda residuals, after: None)
+
+
+@contextmanager
+def at_residuals(call: Callable[[], None]) -> Iterator[None]:
+    """Call a function whenever a UNet comes to where it reads its residuals, for the length of a `with`."""
+    _interruption.call = call
+    try:
+        yield
+    finally:
+        _interruption.call = None
 
 
 class _Slice(nn.Module):
@@ -48,9 +80,10 @@ class CompiledModel(nn.Module):
 
     `forward` takes diffusers' keyword arguments. Its weights are the storage of the given module's, but for those that are
     joined and, on a GPU, those of convolutions, which are kept in the order that its kernels read (channels last).
+    With `marks_residuals` a UNet says where it comes to them: see `at_residuals`.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, marks_residuals: bool = False) -> None:
         super().__init__()
         on_gpu = next(module.parameters()).is_cuda
         memo: dict[int, Any] = {}
@@ -64,11 +97,22 @@ class CompiledModel(nn.Module):
             self._join_attention()
             if hasattr(self.model, "time_embed_act"):
                 self._join_time()
+        self._residuals: list[Tensor] | None = None
+        if marks_residuals and hasattr(self.model, "up_blocks"):
+            self.model.down_blocks[-1].register_forward_hook(self._mark_residuals)
 
     def forward(self, **arguments: Any) -> Any:
         if self.text is not None:
             arguments["encoder_hidden_states"] = self.text(arguments["encoder_hidden_states"])
-        return self.model(**arguments, return_dict=False)
+        if (mid := arguments.get("mid_block_additional_residual")) is not None:
+            self._residuals = [*arguments["down_block_additional_residuals"], mid]
+        outputs = self.model(**arguments, return_dict=False)
+        self._residuals = None
+        return outputs
+
+    def _mark_residuals(self, _block: nn.Module, _arguments: Any, outputs: tuple[Tensor, Any]) -> None:
+        if self._residuals is not None:
+            await_residuals(self._residuals, outputs[0])
 
     def _join_attention(self) -> None:
         """Compute keys and values of the text for all layers at once, and query, key and value of each other layer."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shapecheck.runtime.combine import combined
 from shapecheck.runtime.dropin import DropIn, DropInSession
+from shapecheck.runtime.readiness import note_ready
 
 
 class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
@@ -57,10 +58,11 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
             "attention_mask": attention_mask,
             "cross_attention_kwargs": cross_attention_kwargs or None,
         }
-        inputs = self._arguments.base(arguments, {**(added_cond_kwargs or {}), **added}, timestep)
+        conditions = {**(added_cond_kwargs or {}), **added}
+        note_ready([sample, timestep, encoder_hidden_states, *conditions.values()], self.device)  # a UNet may begin with these
+        inputs = self._arguments.base(arguments, conditions, timestep)
         weighted = guess_mode and not self.config.get("global_pool_conditions")
-        dtype = next(base.dtype for base in self.contract.inputs if base.name == "conditioning_scale")
-        scale = torch.as_tensor(1.0 if weighted else conditioning_scale, dtype=getattr(torch, dtype), device=self.device)
+        scale = self._arguments.place_number("conditioning_scale", 1.0 if weighted else conditioning_scale, 1)
         inputs["conditioning_scale"] = scale.reshape(1)
         outputs = self._run(inputs)
         # a file may call its outputs otherwise, but has them in the order of the slots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from shapecheck.runtime.dropin import UNSUPPORTED, DropIn, DropInSession, UnsupportedError
+from shapecheck.runtime.readiness import find_ready
 
 
 class DropInUNet(DropIn):
@@ -61,10 +63,16 @@ class DropInUNet(DropIn):
             "cross_attention_kwargs": cross_attention_kwargs or None,
             "encoder_attention_mask": encoder_attention_mask,
         }
-        inputs = self._arguments.base(arguments, {**(added_cond_kwargs or {}), **added}, timestep)
+        conditions = {**(added_cond_kwargs or {}), **added}
+        ready = None
+        if getattr(self.engine, "begins_early", False):
+            ready = find_ready([*arguments.values(), *conditions.values(), timestep], self.device)
+        engine: Any = self.engine
+        with engine.begin_after(ready) if ready is not None else nullcontext():
+            inputs = self._arguments.base(arguments, conditions, timestep)
         inputs |= self._arguments.residuals(down_block_additional_residuals, mid_block_additional_residual, sample)
         inputs |= self._arguments.features(down_intrablock_additional_residuals, sample)
-        (image,) = self._run(inputs).values()
+        (image,) = self._run(inputs, **({"ready": ready} if ready is not None else {})).values()
         return UNet2DConditionOutput(sample=image) if return_dict else (image,)
 
     def disable_freeu(self) -> None:

@@ -40,11 +40,24 @@ class Gpu:
             return torch.cuda.is_current_stream_capturing()
 
     @contextmanager
-    def stream(self, *, own: bool = False) -> Iterator[int]:
+    def begin_after(self, ready: torch.cuda.Event) -> Iterator[None]:
+        """Compute on its own stream for the length of a `with`, after an event alone."""
+        with self.activate(), torch.cuda.stream(self._own):
+            self._own.wait_event(ready)
+            yield
+
+    def wait_for_caller(self) -> None:
+        """Let its own stream wait for what torch's current stream had queued when `stream` was entered."""
+        if self._caller is not None:
+            self._own.wait_stream(self._caller)
+
+    @contextmanager
+    def stream(self, *, own: bool = False, ready: torch.cuda.Event | None = None) -> Iterator[int]:
         """Yield the handle of the stream to run on: torch's current one, or its own in place of the default one.
 
         TensorRT would wait on the default stream. With `own` it is always its own, on which PyTorch then computes too. What
-        was queued before on torch's current stream comes first, and so does all that the caller before has queued on his.
+        was queued before on torch's current stream comes first, or from `ready` on no more than that, until `wait_for_caller`;
+        and so does all that the caller before has queued on his.
         """
         with self.activate():
             current = torch.cuda.current_stream()
@@ -53,7 +66,9 @@ class Gpu:
             if self._caller not in (None, current) and not torch.cuda.is_current_stream_capturing():
                 stream.wait_stream(self._caller)
             self._running, self._caller = stream, current
-            if stream is self._own:
+            if ready is not None:
+                stream.wait_event(ready)
+            elif stream is self._own:
                 stream.wait_stream(current)
             try:
                 with torch.cuda.stream(stream) if own else nullcontext():

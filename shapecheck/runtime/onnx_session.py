@@ -66,9 +66,7 @@ class OnnxSession:
         self._session, self._gpu, self._graphs = session, gpu, graphs
         self.inputs = tuple(port.name for port in session.get_inputs())
         self.outputs = tuple(port.name for port in session.get_outputs())
-        # ONNX Runtime copies an input that it reads elsewhere when it is bound, on no stream that we know
-        places = [device if memory.name == "Cuda" else torch.device("cpu") for memory in session.get_input_memory_infos()]
-        self._places = dict(zip(self.inputs, places, strict=True))
+        self._places = _find_places(session, device) if device.type != "cpu" else dict.fromkeys(self.inputs, device)
         self._calls, self._static = count(1), dict[object, _Static]()
         self._unsynchronized = _make_options("disable_synchronize_execution_providers", "1") if gpu is not None else None
         if graphs and (read := [name for name, place in self._places.items() if place != device]):
@@ -145,7 +143,8 @@ class OnnxSession:
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the outputs for these inputs; those named in `outputs` are written there.
 
-        Raises ShapecheckError with ONNX Runtime's own words if it cannot run, or if PyTorch is capturing a CUDA graph.
+        Raises ShapecheckError with ONNX Runtime's own words if it cannot run, if an output is not contiguous, or if PyTorch is
+        capturing a CUDA graph.
         """
         if self._gpu is not None and self._gpu.is_capturing():
             raise ShapecheckError(
@@ -153,6 +152,8 @@ class OnnxSession:
                 "or capture an engine"
             )
         written = dict(outputs or {})
+        if apart := [name for name, tensor in written.items() if not tensor.is_contiguous()]:
+            raise ShapecheckError(f"{', '.join(apart)}: ONNX Runtime writes in one piece; pass contiguous tensors for outputs")
         try:
             with self._gpu.stream(own=True) if self._gpu is not None else nullcontext():
                 return self._replay(inputs, written) if self._graphs else self._run(inputs, written)
@@ -238,6 +239,14 @@ def _read_source(model: Path | bytes, folder: Path | None, backend: str) -> tupl
         if (fused := read_fused(model)) is not None:
             return fused, model.parent
     return str(model), folder
+
+
+def _find_places(session: Any, device: torch.device) -> dict[str, torch.device]:
+    """Return where a session on a GPU reads each input: it copies one from elsewhere when it is bound, on no stream we know."""
+    if not hasattr(session, "get_input_memory_infos"):
+        raise ShapecheckError("this ONNX Runtime does not say where it reads inputs on a GPU: install 1.23.2 or later")
+    places = [device if memory.name == "Cuda" else torch.device("cpu") for memory in session.get_input_memory_infos()]
+    return dict(zip((port.name for port in session.get_inputs()), places, strict=True))
 
 
 def _choose_options(backend: str, device: int, options: Mapping[str, str], gpu: Gpu | None, *, graphs: bool) -> dict[str, str]:

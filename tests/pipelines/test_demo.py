@@ -30,7 +30,8 @@ import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.cli.demo import demo as command
 from shapecheck.cli.group import Commands
-from shapecheck.pipelines import accelerate, candidates, export_cache, pictures
+from shapecheck.onnx import export as exporter
+from shapecheck.pipelines import candidates, kept_contracts, pictures
 from shapecheck.pipelines import demo as drawing
 from shapecheck.pipelines.demo_record import Change, Demo, Picture
 from shapecheck.pipelines.demo_report import render_json, render_page, render_text
@@ -59,8 +60,8 @@ def runs(_backend):
     return SimpleNamespace(runs=True)
 
 
-EXPORT = (export_cache, "export", engines.exported_quickly)
-QUICK = (EXPORT, (doctor, "backend", runs), (accelerate, "probe", observe), (drawing, "build_tiny_pipeline", build_shallow))
+EXPORT = (exporter, "export", engines.exported_quickly)
+QUICK = (EXPORT, (doctor, "backend", runs), (kept_contracts, "probe", observe), (drawing, "build_tiny_pipeline", build_shallow))
 """Stand-ins for what other tests are of."""
 
 
@@ -105,7 +106,7 @@ def again(shown, tmp_path):
 
 def test_all_files_are_there_and_the_pictures_are_of_that_size(shown):
     names = {path.name for path in shown.folder.iterdir()}
-    (artefact,) = shown.folder.glob("*.onnx")
+    ((artefact,), (contract,)) = (shown.folder.glob(pattern) for pattern in ("*.onnx", "contract-*.json"))
     assert names == {
         *PICTURES,
         "index.html",
@@ -113,6 +114,7 @@ def test_all_files_are_there_and_the_pictures_are_of_that_size(shown):
         "demo.md",
         artefact.name,
         f"{artefact.name}.data",
+        contract.name,
         ".shapecheck.lock",
     }
     seen = {}

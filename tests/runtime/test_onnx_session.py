@@ -182,6 +182,13 @@ def test_an_input_that_lies_in_an_output_is_read_before_it_is_written(tmp_path):
         torch.testing.assert_close(session(inputs, {"early": output, "late": torch.empty(2, 3)}), expected)
 
 
+def test_an_output_in_another_order_is_refused_and_not_filled_in_the_wrong_one(tmp_path):
+    session, inputs = open_real(tmp_path), dict.fromkeys(NAMES, torch.rand(2, 3))
+    with pytest.raises(ShapecheckError, match="image: ONNX Runtime writes in one piece; pass contiguous tensors for outputs"):
+        session(inputs, {"image": torch.empty(3, 2).T})
+    torch.testing.assert_close(session(inputs, {"image": torch.empty(2, 3)})["image"], computed(inputs))
+
+
 def test_an_empty_tensor_is_served_or_refused_and_never_read(tmp_path):
     session, empty = open_real(tmp_path), dict.fromkeys(NAMES, torch.empty(0, 3))
     try:
@@ -287,6 +294,14 @@ def test_what_no_graph_can_serve_is_refused():
     session = OnnxSession(Noting(graphs=True), "ort-cuda", torch.device("cpu"), gpu=OneStream(), graphs=True)
     with pytest.raises(ShapecheckError, match="image: its size is not known before the call; open the file without graphs"):
         session(dict.fromkeys(NAMES, torch.ones(2, 3)))
+
+
+def test_an_onnx_runtime_that_does_not_say_where_it_reads_serves_the_cpu_alone(monkeypatch):
+    monkeypatch.delattr(StandIn, "get_input_memory_infos")
+    with pytest.raises(ShapecheckError, match=r"does not say where it reads inputs on a GPU: install 1\.23\.2 or later"):
+        OnnxSession(StandIn(), "ort-cuda", torch.device("cuda", 0), gpu=OneStream())
+    inputs = dict.fromkeys(NAMES, torch.ones(2, 3))
+    torch.testing.assert_close(OnnxSession(StandIn(), "ort", torch.device("cpu"))(inputs)["image"], computed(inputs))
 
 
 # opening
