@@ -31,8 +31,8 @@ from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.cli.demo import demo as command
 from shapecheck.cli.group import Commands
 from shapecheck.onnx import export as exporter
+from shapecheck.pipelines import candidates, kept_contracts, pictures
 from shapecheck.pipelines import demo as drawing
-from shapecheck.pipelines import kept_contracts, pictures
 from shapecheck.pipelines.demo_record import Change, Demo, Picture
 from shapecheck.pipelines.demo_report import render_json, render_page, render_text
 from shapecheck.pipelines.tiny_pipeline import build_controlnet
@@ -260,7 +260,7 @@ def test_two_that_do_not_fit_are_told_before_weights_are_read(saved, tmp_path):
         (["--model", "sd15", "--controlnet", "sd15"], "sd15 is a preset, which has no weights: give a diffusers folder"),
         (["--steps", "1"], "1 is not in the range"),
         (["--seed", "-1"], "-1 is not in the range"),
-        (["--backend", "torch"], "'torch' is not one of 'ort', 'ort-cuda'"),
+        (["--backend", "torch"], "'torch' is not one of 'ort', 'torch-compile', 'ort-cuda'"),
     ],
 )
 def test_what_cannot_be_shown_is_told(tmp_path, arguments, message):
@@ -268,6 +268,25 @@ def test_what_cannot_be_shown_is_told(tmp_path, arguments, message):
     assert (result.exit_code, result.stdout) == (2, "")
     assert re.search(message, " ".join(result.stderr.split()))
     assert not any(tmp_path.iterdir())
+
+
+def test_a_compiled_unet_has_no_artefact(tmp_path):
+    """In place of the compiled UNet its file is run. Without a GPU that is on the CPU, and judged."""
+    asked = []
+
+    def load(_model, backend, **_options):
+        asked.append(backend)
+        return shapecheck.load(real_pipelines.export_unet("shallow"), "ort")
+
+    with patched(*QUICK, (candidates, "load", load), (torch.cuda, "is_available", lambda: False)):
+        result = demo("--out", str(tmp_path), *SHORT, "--backend", "torch-compile", "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert asked == ["torch-compile"]
+    read = json.loads(result.stdout)
+    assert (read["verdict"], read["backend"], read["precision"], read["artefact"]) == ("parity", "torch-compile", "float32", "")
+    assert (tmp_path / "torch-compile.png").is_file()
+    assert "none: compiled in this process" in (tmp_path / "demo.md").read_text(encoding="utf-8")
+    assert "on the CPU. Leaving the block" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
