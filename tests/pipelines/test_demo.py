@@ -28,8 +28,7 @@ from PIL import Image
 
 import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
-from shapecheck.cli.demo import demo as command
-from shapecheck.cli.group import Commands
+from shapecheck.cli import main
 from shapecheck.onnx import export as exporter
 from shapecheck.pipelines import candidates, kept_contracts, pictures
 from shapecheck.pipelines import demo as drawing
@@ -74,7 +73,7 @@ def patched(*changes):
 
 
 def demo(*arguments: str) -> Result:
-    return CliRunner().invoke(Commands(commands=[command]), ["demo", *arguments])
+    return CliRunner().invoke(main, ["demo", *arguments])
 
 
 @dataclass(frozen=True)
