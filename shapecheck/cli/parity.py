@@ -52,6 +52,12 @@ from shapecheck.terminal import progress, write
     show_default=True,
     help="PyTorch's precision; auto is float64 if memory allows it, float32 for half precision.",
 )
+@click.option(
+    "--fp8",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="CALIBRATION.json",
+    help="The calibration that the file was exported with: PyTorch's own error is then that of the same layers in fp8.",
+)
 @variant_option
 @offline_option
 @click.option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -24,6 +25,9 @@ _TELLING = 2.5
 _FULL, _BLURRED = 0.02, 0.25
 """An effect's strength may be this far from 1, or as far as PyTorch's own rounding may make it; if that is further than the
 second, none cannot be told from a whole one."""
+FP8_PSNR = 30.0
+"""The least PSNR of every whole output of a file in fp8, in dB beside the reference: an error of 3 % of the largest value.
+What fp8 costs is no fault of a file, and a multiple of float16's error cannot judge it: it is a hundred of those."""
 _CANNOT_RUN = "not judged: calls of this size cannot be run"
 _TOO_SMALL = "not judged: the effect of the residuals in PyTorch is too small beside the tolerance"
 
@@ -44,6 +48,8 @@ class Evaluator:
     """Its outputs for the calls of the `switch` check, in one session, before any other."""
     siblings: Mapping[str, ReferenceOutputs] = field(default_factory=dict)
     """PyTorch's other outputs, whose place this one may have taken."""
+    least_psnr: float = -math.inf
+    """Of the output of a call, in dB."""
 
     def evaluate(self, plan: PlannedCheck, names: Container[str]) -> Result:
         """Return the result of a check, for a file that has the inputs of these names."""
@@ -75,8 +81,11 @@ class Evaluator:
         if isinstance(actual, str):
             return Result(plan.check, "failed", self._explain_by_square(case) + actual, case.geometry)
         verdict = self._compare(case, actual)
-        if verdict.passes:
+        if verdict.passes and verdict.psnr >= self.least_psnr:
             return Result(plan.check, "passed", "", case.geometry, verdict)
+        if verdict.passes:
+            reason = f"fp8 costs too much: the {self._noun} has {verdict.psnr:.1f} dB PSNR, {self.least_psnr:g} are needed"
+            return Result(plan.check, "failed", reason, case.geometry, verdict)
         why = "" if _is_bad(actual) or self.compute is None else self._explain(case, actual)
         return Result(plan.check, "failed", _describe(verdict, actual, why), case.geometry, verdict)
 

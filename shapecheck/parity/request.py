@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from shapecheck.contract import ContractError, ShapecheckError
 from shapecheck.contract.geometry import USUAL_TOKENS
+from shapecheck.models.calibration_record import Calibration, read_calibration
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.profiles import Range
 from shapecheck.tensorrt.record import Engine, read_engine
@@ -39,10 +40,17 @@ class ParityRequest:
     times_own: float = 4.0
     """The tolerance factor: a backend may be this many times as far from the reference as PyTorch itself."""
     reference: Precision = "auto"
+    fp8: Calibration | str | Path | None = None
+    """The calibration by which layers of the files are in fp8, or a file of it; None if none are."""
     variant: str | None = None
     offline: bool = False
     folder: Path | None = None
     """The folder for files that reproduce a difference without shapecheck; None for nowhere."""
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """Return the calibration, read once."""
+        return read_calibration(self.fp8) if self.fp8 is not None else None
 
     @cached_property
     def record(self) -> Engine | None:

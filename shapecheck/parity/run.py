@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from shapecheck.doctor.environment import check_known
 from shapecheck.observe.subject import TorchModel
 from shapecheck.parity.artefacts import ParityFile, evaluate_file, read_files
 from shapecheck.parity.cases import EmitResiduals, ForwardCase, InputGenerator
-from shapecheck.parity.evaluate import Evaluator, combine_results, square_of
+from shapecheck.parity.evaluate import FP8_PSNR, Evaluator, combine_results, square_of
 from shapecheck.parity.metrics import reference_device
 from shapecheck.parity.plan import FILE_KINDS, PlannedCheck, list_cases, plan_checks
 from shapecheck.parity.reference import LazyReference, Outputs, ReferenceOutputs, choose_call, compute_reference
@@ -56,10 +57,15 @@ class ParityRun:
         self.request, self._ranges, self._emit, self._progress = request, ranges, emit, progress
         self._opener, self._plan, self._explain = opener, plan, explain
         progress(f"reading {request.model if isinstance(request.model, str | Path) else 'the model'}")
-        self._model = TorchModel(request.model, variant=request.variant, offline=request.offline)
+        self._model = TorchModel(
+            request.model, calibration=request.calibration, variant=request.variant, offline=request.offline
+        )
         if emit is not None and self._model.role == "controlnet":
             raise ShapecheckError(f"{self._model.name} is a ControlNet and takes no residuals: --controlnet is for UNets")
         self._files = read_files(request, self._model)
+        self._least_psnr = None if request.calibration is None else FP8_PSNR
+        for file in self._files.values() if request.calibration is not None else ():
+            request.calibration.find_model(file.contract)  # or it says that the calibration is of another model
         self._references: dict[tuple[Contract, tuple[Geometry, ...]], _Reference] = {}
         self._weights: dict[str, str | None] = {}
         self._sides: dict[str, Side] = {}
@@ -109,7 +115,7 @@ class ParityRun:
         sizes = tuple(dict.fromkeys(size for name in self._files for size in self._geometries(name)))
         return Parity(
             self._model.name, self.contract, self.reference, self.request.times_own, self.request.seed, sizes, sides,
-            self.contract.header.versions,
+            self.contract.header.versions, self._least_psnr,
         )  # fmt: skip
 
     def _geometries(self, backend: str) -> tuple[Geometry, ...]:
@@ -133,7 +139,7 @@ class ParityRun:
             if self._opener is not None:
                 session = self._opener(backend, file)
             else:
-                session = open_session(backend, file, self._geometries(backend), self._model.load)
+                session = open_session(backend, file, self._geometries(backend), self._model)
             ran = describe_session(backend, session, file)
         except ShapecheckError as error:
             return Side(backend, artefact, None, _fail_all(plans, str(error)))
@@ -158,6 +164,7 @@ class ParityRun:
                 {case: outputs if isinstance(outputs, str) else outputs[name] for case, outputs in actual.items()},
                 [outputs if isinstance(outputs, str) else outputs[name] for outputs in switched],
                 {other: sibling for other, sibling in references.items() if other != name},
+                -math.inf if self._least_psnr is None else self._least_psnr,
             )
 
         evaluators = {name: create_evaluator(name) for name in file.outputs}
