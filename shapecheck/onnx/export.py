@@ -165,9 +165,8 @@ def _quantize(model: ir.Model, subject: Subject, calibrated: CalibratedModel, pr
     """Put the calibrated layers in fp8, the scales of their weights measured where these lie; return how many there are."""
     if subject.live is None and subject.stored is None:
         raise ShapecheckError(f"fp8 needs the weights of {subject.name}, whose magnitudes it measures: {subject.absent}")
-    shapes = {str(value.name): tuple(value.shape or ()) for value in model.graph.inputs}
-    products = {module: shapes[f"{module}.weight"] for module in fp8_graph.find_weights(model)}
-    inputs = calibrated.choose_scales(products)
+    shapes = {name: tuple(tensor.shape) for name, tensor in subject.module.state_dict().items()}
+    inputs = calibrated.choose_scales({module: shapes[f"{module}.weight"] for module in fp8_graph.find_weights(model)})
     if not inputs:
         raise ShapecheckError(
             f"no layer of this {subject.name} can be in fp8: each is delicate, narrower than the GPU's kernels, or never called"

@@ -64,8 +64,9 @@ class ParityRun:
             raise ShapecheckError(f"{self._model.name} is a ControlNet and takes no residuals: --controlnet is for UNets")
         self._files = read_files(request, self._model)
         self._least_psnr = None if request.calibration is None else FP8_PSNR
-        for file in self._files.values() if request.calibration is not None else ():
-            request.calibration.find_model(file.contract)  # or it says that the calibration is of another model
+        if request.calibration is not None:
+            for file in self._files.values():
+                request.calibration.find_model(file.contract)  # or it says that the calibration is of another model
         self._references: dict[tuple[Contract, tuple[Geometry, ...]], _Reference] = {}
         self._weights: dict[str, str | None] = {}
         self._sides: dict[str, Side] = {}

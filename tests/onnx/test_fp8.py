@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import engines
@@ -18,7 +17,7 @@ from exports import LEAST
 from onnx_files import check
 from torch import nn
 
-from shapecheck import Calibration, Geometry, ShapecheckError, export, parity, read_contract
+from shapecheck import Calibration, Geometry, ShapecheckError, export, parity, probe, read_contract
 from shapecheck.cli import main
 from shapecheck.models.calibration_record import CalibratedModel, digest_model
 from shapecheck.onnx.file import OnnxFile
@@ -44,7 +43,8 @@ def write_products(path: Path) -> dict[str, torch.Tensor]:
     text = """
     <ir_version: 9, opset_import: ["" : 20]>
     products (float[n, 16, h, w] image, float[n, k, 16] tokens, float[n, 16] vector, float[16, 16, 3, 3] conv.weight,
-              float[16, 16] linear.weight, float[16, 16] gemm.weight) => (float[n, 16, h, w] a, float[n, k, 16] b, float[n, 16] c)
+              float[16, 16] linear.weight, float[16, 16] gemm.weight)
+        => (float[n, 16, h, w] a, float[n, k, 16] b, float[n, 16] c)
     {
         a = Conv<pads = [1, 1, 1, 1]> (image, conv.weight)
         swapped = Transpose<perm = [0, 2, 1]> (tokens)
@@ -94,7 +94,8 @@ def test_a_value_that_goes_into_several_products_is_rounded_once():
         onnx.parser.parse_model(
             """
             <ir_version: 9, opset_import: ["" : 20]>
-            shared (float16[n, 16] x, float16[16, 16] one_weight, float16[16, 16] two_weight) => (float16[n, 16] a, float16[n, 16] b)
+            shared (float16[n, 16] x, float16[16, 16] one_weight, float16[16, 16] two_weight)
+                => (float16[n, 16] a, float16[n, 16] b)
             {
                 a = Gemm<transB = 1> (x, one_weight)
                 b = Gemm<transB = 1> (x, two_weight)
@@ -132,8 +133,6 @@ def exported(tmp_path_factory):
     unet = small.unet(**IN_FP8)
     unet.save_pretrained(folder / "unet")
     layers = tuple((name, 3.0) for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d))
-    from shapecheck import probe
-
     model = CalibratedModel("unet", "UNet2DConditionModel", digest_model(probe(unet)), layers)
     (folder / "calibration.json").write_text(Calibration((model,), 1, 1, ()).to_json(), encoding="utf-8")
     done = export(folder / "unet", folder / "unet.onnx", fp8=folder / "calibration.json")
@@ -190,25 +189,8 @@ def test_parity_judges_it_by_its_own_rule_and_only_if_asked(exported):
     assert judged.least_psnr == 30
     verdicts = [result.verdict for result in judged.sides[0].results if result.check.kind == "case"]
     assert all(verdict.psnr >= 30 and verdict.own > 0 for verdict in verdicts)
-    output = (
-        CliRunner()
-        .invoke(
-            main,
-            [
-                "parity",
-                str(folder / "unet"),
-                "--backends",
-                "torch",
-                "--fp8",
-                str(calibration),
-                "--sizes",
-                "112x72:112x72:112x72",
-                "--batch",
-                "2",
-            ],
-        )
-        .output
-    )
+    options = ["--backends", "torch", "--fp8", str(calibration), "--sizes", "112x72:112x72:112x72", "--batch", "2"]
+    output = CliRunner().invoke(main, ["parity", str(folder / "unet"), *options]).output
     assert "with the same layers in fp8, and every output has at least 30 dB PSNR" in " ".join(output.split())
 
 
@@ -216,7 +198,7 @@ def test_parity_judges_it_by_its_own_rule_and_only_if_asked(exported):
 def test_tensorrt_parses_it_and_builds(exported, tmp_path):
     folder, _, _ = exported
     done = export(folder / "unet", tmp_path / "half.onnx", dtype="float16", fp8=folder / "calibration.json")
-    assert json.loads(json.dumps(done.fp8)) == exported[1].fp8
+    assert done.fp8 == exported[1].fp8
     sizes = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(3, 33, 41))
     built = build_engine(done.path, tmp_path / "unet.plan", profiles=sizes, options=engines.RTX)
     assert built.path.stat().st_size > 0

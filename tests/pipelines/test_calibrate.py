@@ -49,6 +49,10 @@ class Recorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def layers_of(module):
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+
+
 def hooks_of(*modules):
     return [hook for module in modules for layer in module.modules() for hook in layer._forward_pre_hooks.values()]
 
@@ -63,8 +67,7 @@ def test_each_layer_has_the_largest_magnitude_that_went_into_it():
     assert (calibration.prompts, calibration.calls) == (2, 6)
     assert [model.role for model in calibration.models] == ["unet", "controlnet"]
     for model, module in zip(calibration.models, (pipe.unet, *pipe.controlnet), strict=True):
-        weights = {name: layer.weight for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-        expected = {name: recorder.seen[id(weight)] for name, weight in weights.items()}
+        expected = {name: recorder.seen[id(layer.weight)] for name, layer in layers_of(module)}
         assert dict(model.layers) == pytest.approx(expected, rel=1e-6)
         assert not hooks_of(module)
     assert calibration.models[0].contract == digest_model(shapecheck.probe(pipe.unet))
@@ -86,14 +89,7 @@ def test_controlnets_of_one_architecture_share_the_larger_magnitudes():
     nets = [small.controlnet(small.unet(**small.TINY), seed=seed) for seed in (1, 2)]
     with Recorder() as recorder:
         (_, joined) = shapecheck.calibrate(Pipeline(*nets), "a cat", steps=1, image=0.5).models
-    apart = [
-        {
-            name: recorder.seen[id(layer.weight)]
-            for name, layer in net.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d)
-        }
-        for net in nets
-    ]
+    apart = [{name: recorder.seen[id(layer.weight)] for name, layer in layers_of(net)} for net in nets]
     expected = {name: max(apart[0][name], apart[1][name]) for name in apart[0]}
     assert dict(joined.layers) == pytest.approx(expected, rel=1e-6)
     assert all(expected != pytest.approx(one, rel=1e-6) for one in apart)
@@ -110,9 +106,7 @@ def test_a_pipeline_that_fails_passes_its_error_on_and_keeps_no_hook():
 @pytest.mark.usefixtures("one_thread")
 def test_what_is_not_finite_is_no_calibration():
     pipe = Pipeline()
-    with pytest.raises(
-        ShapecheckError, match=r"what goes into conv_in of the UNet2DConditionModel and of \d+ more layers is not finite"
-    ):
+    with pytest.raises(ShapecheckError, match=r"into conv_in of the UNet2DConditionModel and of \d+ more layers is not finite"):
         shapecheck.calibrate(pipe, "a cat", steps=1, loud=float("nan"))
     assert not hooks_of(pipe.unet)
 
