@@ -43,7 +43,7 @@ from shapecheck.terminal import progress, write
     type=float,
     default=4.0,
     show_default=True,
-    help="How many times as far from the reference as PyTorch itself, in the file's precision, a backend may be.",
+    help="How many times as far from the reference as PyTorch itself, in that precision, a backend may be; half with --fp8.",
 )
 @click.option(
     "--reference",

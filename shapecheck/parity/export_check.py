@@ -66,7 +66,7 @@ def verify_export(
         "onnx": str(exported.path),
         # Of float32 the error is assumed: 1e-5 is ten times the largest difference measured at full size, and a hundredth of a
         # scale wrong by 0.1 %. Of a half precision it is measured.
-        "factor": 10 if exported.dtype == "float32" and fp8 is None else 2,
+        "factor": 4 if fp8 is not None else 10 if exported.dtype == "float32" else 2,
         "sizes": [astuple(geometry) for geometry in sizes],
         "fp8": str(fp8) if fp8 is not None else None,
         "variant": variant,

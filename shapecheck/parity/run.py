@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -63,7 +62,6 @@ class ParityRun:
         if emit is not None and self._model.role == "controlnet":
             raise ShapecheckError(f"{self._model.name} is a ControlNet and takes no residuals: --controlnet is for UNets")
         self._files = read_files(request, self._model)
-        self._least_psnr = None if request.calibration is None else FP8_PSNR
         if request.calibration is not None:
             for file in self._files.values():
                 request.calibration.find_model(file.contract)  # or it says that the calibration is of another model
@@ -115,8 +113,8 @@ class ParityRun:
         sides = tuple(self.side(name) for name in self._files)
         sizes = tuple(dict.fromkeys(size for name in self._files for size in self._geometries(name)))
         return Parity(
-            self._model.name, self.contract, self.reference, self.request.times_own, self.request.seed, sizes, sides,
-            self.contract.header.versions, self._least_psnr,
+            self._model.name, self.contract, self.reference, self.request.tolerance_factor, self.request.seed, sizes, sides,
+            self.contract.header.versions, FP8_PSNR if self.request.calibration is not None else None,
         )  # fmt: skip
 
     def _geometries(self, backend: str) -> tuple[Geometry, ...]:
@@ -160,12 +158,12 @@ class ParityRun:
                 file.contract,
                 generate,
                 replace(known, reference={**known.reference, **{case: outputs[name] for case, outputs in squares.items()}}),
-                self.request.times_own,
+                self.request.tolerance_factor,
                 (lambda inputs: compute(inputs)[name]) if self._explain else None,
                 {case: outputs if isinstance(outputs, str) else outputs[name] for case, outputs in actual.items()},
                 [outputs if isinstance(outputs, str) else outputs[name] for outputs in switched],
                 {other: sibling for other, sibling in references.items() if other != name},
-                -math.inf if self._least_psnr is None else self._least_psnr,
+                self.request.calibration is not None,
             )
 
         evaluators = {name: create_evaluator(name) for name in file.outputs}
@@ -259,7 +257,7 @@ class ParityRun:
         self._progress("looking for the first value that is not PyTorch's")
         return search_file(
             self._model, file, generate, cases[0], backend, references[OUTPUT].precision,
-            tolerance_factor=self.request.times_own, folder=self.request.folder,
+            tolerance_factor=self.request.tolerance_factor, folder=self.request.folder,
         )  # fmt: skip
 
 
