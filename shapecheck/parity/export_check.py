@@ -101,7 +101,7 @@ def compare_outputs(job: Mapping[str, Any]) -> Iterator[tuple[str, Geometry, flo
         job["onnx"],
         times_own=job["factor"],
         reference="float32",  # float64 would take twice the memory
-        fp8=job["fp8"],
+        fp8=job.get("fp8"),
         variant=job["variant"],
         offline=job["offline"],
     )

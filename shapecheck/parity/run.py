@@ -114,7 +114,7 @@ class ParityRun:
         sizes = tuple(dict.fromkeys(size for name in self._files for size in self._geometries(name)))
         return Parity(
             self._model.name, self.contract, self.reference, self.request.tolerance_factor, self.request.seed, sizes, sides,
-            self.contract.header.versions, FP8_PSNR if self.request.calibration is not None else None,
+            self.contract.header.versions, FP8_PSNR[self.contract.role] if self.request.calibration is not None else None,
         )  # fmt: skip
 
     def _geometries(self, backend: str) -> tuple[Geometry, ...]:

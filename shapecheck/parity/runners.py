@@ -63,6 +63,8 @@ def open_session(
             profile = profile_of(file.contract, sizes).renamed(file.names)
             options = {key: str(value) for key, value in profile_formats.make_provider_options([profile]).items()}
         return OnnxSession.open(file.path, backend=backend, options=options)
+    if backend == "torch-compile" and model.calibration is not None:
+        raise ShapecheckError("torch-compile computes nothing in fp8: compare it without --fp8")
     if backend == "torch-compile":
         module = model.load(file.contract.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
         return CompiledSession(module, file.contract, exactly=True)

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from comparison import difference, given_to, inputs_for
 from exports import LEAST
-from onnx_files import check
+from onnx_files import check, exchange, planted
 from torch import nn
 
 from shapecheck import Calibration, Geometry, ShapecheckError, export, parity, probe, read_contract
@@ -195,6 +195,19 @@ def test_parity_judges_it_by_its_own_rule_and_only_if_asked(exported):
 
 
 @pytest.mark.full
+def test_exchanged_slots_of_a_file_in_fp8_are_named(exported):
+    folder, done, _ = exported
+    names = ("down_block_residual_00", "down_block_residual_01")
+    wrong = planted(done.path, folder / "exchanged.onnx", exchange(*names))
+    sizes = {"sizes": ("112x72:112x72:112x72",), "batch": ("2",), "tokens": "7"}
+    broken = parity(folder / "unet", onnx=wrong, fp8=folder / "calibration.json", **sizes)
+    failed = {result.check.where: result.reason for result in broken.sides[0].failed if result.check.kind == "slot"}
+    assert list(failed) == list(names)
+    for name, other in (names, names[::-1]):
+        assert f"{name} acts where {other} belongs" in failed[name]
+
+
+@pytest.mark.full
 def test_tensorrt_parses_it_and_builds(exported, tmp_path):
     folder, _, _ = exported
     done = export(folder / "unet", tmp_path / "half.onnx", dtype="float16", fp8=folder / "calibration.json")
@@ -202,6 +215,19 @@ def test_tensorrt_parses_it_and_builds(exported, tmp_path):
     sizes = Range(Geometry(1, 8, 9), Geometry(2, 17, 25), Geometry(3, 33, 41))
     built = build_engine(done.path, tmp_path / "unet.plan", profiles=sizes, options=engines.RTX)
     assert built.path.stat().st_size > 0
+
+
+@pytest.mark.gpu
+def test_tensorrt_computes_what_pytorch_rounds(exported, tmp_path, shapecheck_require):
+    shapecheck_require("trt")
+    folder, _, _ = exported
+    calibration = folder / "calibration.json"
+    done = export(folder / "unet", tmp_path / "half.onnx", dtype="float16", fp8=calibration)
+    size = Range(*[Geometry(2, 64, 64, 77)] * 3)
+    built = build_engine(done.path, tmp_path / "unet.plan", profiles=size)
+    judged = parity(folder / "unet", engine=built.path, onnx=done.path, backends=("trt", "ort-cuda"), fp8=calibration)
+    print(*(f"{side.backend} {result.check}: {result.verdict}" for side in judged.sides for result in side.results), sep="\n")
+    assert judged.passes, str(judged)
 
 
 @pytest.mark.full
@@ -221,4 +247,6 @@ def test_what_cannot_be_in_fp8_is_said(exported, tmp_path):
     onnx.save(model, folder / "plain.onnx")
     with pytest.raises(ShapecheckError, match="computes nothing in fp8"):
         parity(folder / "unet", onnx=folder / "plain.onnx", fp8=calibration)
+    compiled = parity(folder / "unet", backends=("torch-compile",), fp8=calibration)
+    assert "torch-compile computes nothing in fp8" in str(compiled)
     assert read_contract(done.path) == done.contract
