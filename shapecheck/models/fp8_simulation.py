@@ -13,7 +13,7 @@ from shapecheck.models.calibration_record import LARGEST_CODE, CalibratedModel, 
 
 def quantize(values: Tensor, scale: float) -> Tensor:
     """Return the nearest codes of values divided by a scale; what is larger than the largest code becomes that."""
-    # PyTorch's cast makes NaN of what does not fit
+    # PyTorch's cast makes NaN of what does not fit, or the largest code, depending on its release and device
     return (values.float() / scale).clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.float8_e4m3fn)
 
 
