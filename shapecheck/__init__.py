@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from shapecheck.artefact import read_contract
     from shapecheck.explain.explained import explained
     from shapecheck.explain.explained_error import ExplainedError
+    from shapecheck.models.calibration_record import Calibration
     from shapecheck.observe.probe import probe
     from shapecheck.observe.record import record
     from shapecheck.onnx.export import export
     from shapecheck.pipelines.accelerate import accelerate
+    from shapecheck.pipelines.calibrate import calibrate
     from shapecheck.runtime.combine import combined
     from shapecheck.runtime.engine_session import EngineSession
     from shapecheck.runtime.guard import guard
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BuildOptions",
+    "Calibration",
     "Contract",
     "ContractError",
     "EngineSession",
@@ -45,6 +48,7 @@ __all__ = [
     "Slot",
     "accelerate",
     "build_engine",
+    "calibrate",
     "combined",
     "explained",
     "export",
@@ -58,10 +62,12 @@ __all__ = [
     "record",
 ]
 _LAZY = {
+    "Calibration": "shapecheck.models.calibration_record",
     "EngineSession": "shapecheck.runtime.engine_session",
     "ExplainedError": "shapecheck.explain.explained_error",
     "accelerate": "shapecheck.pipelines.accelerate",
     "build_engine": "shapecheck.tensorrt.build",
+    "calibrate": "shapecheck.pipelines.calibrate",
     "combined": "shapecheck.runtime.combine",
     "explained": "shapecheck.explain.explained",
     "export": "shapecheck.onnx.export",

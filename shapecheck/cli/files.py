@@ -57,6 +57,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Whose names for the slots.",
 )
+@click.option(
+    "--fp8",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="CALIBRATION.json",
+    help="Let TensorRT compute the layers of this calibration in fp8, which is less exact: `shapecheck.calibrate` makes one.",
+)
 @variant_option
 @click.option(
     "--verify/--no-verify",
@@ -80,6 +86,7 @@ def export(model: str, output: Path, verify: bool, form: str, **options: Any) ->
       shapecheck export ./sd15 -o unet.onnx --adapter
       shapecheck export ./my-controlnet -o controlnet.onnx --weights copy
       shapecheck export sdxl -o sdxl.onnx --weights none
+      shapecheck export ./sd15 -o ./sd15/unet_fp8.onnx --dtype float16 --fp8 calibration.json
     """
     from shapecheck.onnx import export as exporter
     from shapecheck.onnx import export_report as report
@@ -94,7 +101,7 @@ def export(model: str, output: Path, verify: bool, form: str, **options: Any) ->
         if verify:
             needed = export_check.estimate_memory(done) / 1e9
             click.echo(f"verifying: up to {needed:.1f} GB of memory, PyTorch and ONNX Runtime one after the other", err=True)
-            choices = {key: options[key] for key in ("variant", "offline")}
+            choices = {key: options[key] for key in ("fp8", "variant", "offline")}
             with progress() as tell:
                 agreements = export_check.verify_export(done, model, **choices, progress=tell)
     except ShapecheckError:  # the file is written all the same

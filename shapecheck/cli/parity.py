@@ -43,7 +43,7 @@ from shapecheck.terminal import progress, write
     type=float,
     default=4.0,
     show_default=True,
-    help="How many times as far from the reference as PyTorch itself, in the file's precision, a backend may be.",
+    help="How many times as far from the reference as PyTorch itself, in that precision, a backend may be; half with --fp8.",
 )
 @click.option(
     "--reference",
@@ -51,6 +51,12 @@ from shapecheck.terminal import progress, write
     default="auto",
     show_default=True,
     help="PyTorch's precision; auto is float64 if memory allows it, float32 for half precision.",
+)
+@click.option(
+    "--fp8",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="CALIBRATION.json",
+    help="The calibration that the file was exported with: PyTorch's own error is then that of the same layers in fp8.",
 )
 @variant_option
 @offline_option

@@ -20,7 +20,7 @@ OPTIONAL = {"optional": True}
 POSITIVE = {"limits": (1, math.inf)}
 """Metadata of a field whose whole numbers are read from 1 on; otherwise they are from 0 on."""
 _NOT_NEGATIVE = (0, math.inf)
-_EXPECTED = {str: "text", bool: "true or false", dict: "an object", list: "a list"}
+_EXPECTED = {str: "text", bool: "true or false", float: "a number", dict: "an object", list: "a list"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,7 @@ def copy_tensors(
                 progress(done, total)
                 for name, value in source.items():
                     output.write(bytes(placed[name].offset - output.tell()))
-                    for chunk in _chunks(value):
+                    for chunk in read_chunks(value):
                         done += output.write(_raw(chunk.to(_parse_dtype(placed[name].dtype))))
                         progress(done, total)
             if outdated is not None:
@@ -203,7 +203,7 @@ def digest(
     for name in sorted(weights):
         value = weights[name]
         state.update(json.dumps([name, _dtype_name(value), list(value.shape)]).encode() + b"\n")
-        for chunk in _read(value) if isinstance(value, (TensorLocation, Embedded)) else map(_raw, _chunks(value)):
+        for chunk in _read(value) if isinstance(value, (TensorLocation, Embedded)) else map(_raw, read_chunks(value)):
             state.update(chunk)
             done += chunk.nbytes
             progress(done, total)
@@ -242,11 +242,11 @@ def is_equal(stored: TensorLocation | Embedded, live: Tensor) -> bool:
     by_value = isinstance(stored, Embedded)  # exporters that rewrite values may turn -0.0 into 0.0
     return all(
         torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) or (by_value and torch.equal(ours, theirs))
-        for ours, theirs in zip(_chunks(stored), _chunks(live), strict=True)
+        for ours, theirs in zip(read_chunks(stored), read_chunks(live), strict=True)
     )
 
 
-def _chunks(value: TensorLocation | Embedded | Tensor) -> Iterator[Tensor]:
+def read_chunks(value: TensorLocation | Embedded | Tensor) -> Iterator[Tensor]:
     """Yield the elements in order, flat, on the CPU, at most 8 MiB at a time. A chunk lives until the next is yielded."""
     import torch
 

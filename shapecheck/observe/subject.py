@@ -16,7 +16,9 @@ from shapecheck.contract import Contract, Role, ShapecheckError
 from shapecheck.files import report_unreadable
 from shapecheck.logs import silence_logger
 from shapecheck.models import diffusers_models, lookup
+from shapecheck.models.calibration_record import Calibration
 from shapecheck.models.forward_call import unwrap_compiled
+from shapecheck.models.fp8_simulation import simulate_fp8
 from shapecheck.models.safetensors import TensorLocation, checkpoint_files, read_table
 from shapecheck.models.weights import find_differing, match_tensors, require_linkable
 from shapecheck.observe.probe import probe, probe_controlnet
@@ -190,11 +192,18 @@ def copy_to_meta(module: nn.Module) -> nn.Module:
 class TorchModel:
     """A model with its weights: a named one is loaded from its files each time, a live module stays as it is."""
 
-    def __init__(self, model: str | Path | nn.Module, *, variant: str | None = None, offline: bool = False) -> None:
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        *,
+        calibration: Calibration | None = None,
+        variant: str | None = None,
+        offline: bool = False,
+    ) -> None:
         subject = resolve_subject(model, variant=variant, offline=offline)
         if subject.stored is None and subject.live is None:
             raise ShapecheckError(f"no weights for {subject.name}: {subject.absent}; give a folder that holds them")
-        self.name, self.role = subject.origin, subject.role
+        self.name, self.role, self.calibration = subject.origin, subject.role, calibration
         self._model, self._variant, self._subject = model, variant, subject
 
     def contract(self, dtype: str, *, control: bool, adapter: bool = False) -> Contract:
@@ -212,6 +221,11 @@ class TorchModel:
                 return copy.deepcopy(unwrap_compiled(self._model)).to("cpu", dtype).eval()
         assert self._subject.source is not None
         return diffusers_models.load(self._subject.source, self._variant, dtype)
+
+    def round(self, module: nn.Module, contract: Contract) -> None:
+        """Turn a model in that precision into what a file of this contract computes: its calibrated layers are in fp8."""
+        if self.calibration is not None:
+            simulate_fp8(module, self.calibration.find_model(contract))
 
     def choose_reference(self, requested: Precision, parameters: int) -> str:
         """Return the precision to compute a reference in: float64 if twice the memory of float32 is free, else float32."""

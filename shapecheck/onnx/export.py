@@ -14,10 +14,12 @@ from shapecheck.contract import ShapecheckError
 from shapecheck.contract.naming import ONNX_NUMBERS, find_scheme
 from shapecheck.files import atomic_write, ensure_writable
 from shapecheck.models import weights as checkpoints
+from shapecheck.models.calibration_record import CalibratedModel, Calibration, choose_scale, read_calibration
+from shapecheck.models.fp8_simulation import measure_magnitude
 from shapecheck.models.safetensors import TensorLocation
 from shapecheck.observe.subject import Subject, resolve_subject
-from shapecheck.onnx import postconditions, trace_graph
-from shapecheck.onnx.file import CONTRACT_KEY, WEIGHTS_KEY
+from shapecheck.onnx import fp8_graph, postconditions, trace_graph
+from shapecheck.onnx.file import CONTRACT_KEY, FP8_KEY, WEIGHTS_KEY
 from shapecheck.onnx.records import Exported, Weights
 from shapecheck.progress import Progress, silent
 from shapecheck.version import __version__
@@ -37,6 +39,7 @@ def export(
     control: bool = True,
     adapter: bool = False,
     naming: str = "shapecheck",
+    fp8: Calibration | str | Path | None = None,
     variant: str | None = None,
     offline: bool = False,
     progress: Progress = silent,
@@ -50,6 +53,8 @@ def export(
     `dtype` is by default the checkpoint's. `opset` is by default 20, for bfloat16 22.
     `control=False` exports a UNet without slots. With `adapter` it has an input for each feature of the T2I-Adapter that it
     implies, beside the slots or without them; zeros there mean no adapter. `naming` is a key of `contract.naming.SCHEMES`.
+    `fp8` is what `calibrate` returned, or a file of it: products of the calibrated layers are then computed in fp8 by TensorRT,
+    in a file of at least opset 19 whose weights are as before; `parity` shows what that costs.
     `variant` chooses among a checkpoint's files, such as fp16.
 
     Raises ShapecheckError if the model, the weights or the output cannot be used; nothing is left behind then.
@@ -62,13 +67,8 @@ def export(
         raise ShapecheckError(f"--adapter is for UNets, which then take features, and {subject.name} is a ControlNet")
     if subject.role == "controlnet" and not control:
         raise ShapecheckError(f"--no-control is for UNets, which then take no residuals, and {subject.name} is a ControlNet")
-    dtype = subject.dtype(dtype)
-    if dtype not in _OPSETS:
-        raise ShapecheckError(f"no dtype {dtype!r}; known: {', '.join(_OPSETS)}")
-    oldest, usual = _OPSETS[dtype]
-    opset = usual if opset is None else opset
-    if not oldest <= opset <= _NEWEST_OPSET:
-        raise ShapecheckError(f"opset {opset} with {dtype}: expected {oldest} to {_NEWEST_OPSET}")
+    dtype, calibration = subject.dtype(dtype), read_calibration(fp8) if fp8 is not None else None
+    opset = _choose_opset(opset, dtype, with_fp8=calibration is not None)
     mode, reason = _choose_weights(weights, dtype, subject, target)
     if mode == "copy":
         ensure_writable(data)
@@ -77,8 +77,10 @@ def export(
 
     progress("observing the contract")
     contract = subject.contract(dtype, control=control, adapter=adapter)
+    calibrated = calibration and calibration.find_model(contract)
     progress("tracing the graph: half a minute for SD1.5, two minutes for SDXL")
     traced = trace_graph.trace(subject.module, contract, opset)
+    in_fp8 = _quantize(traced, subject, calibrated, progress) if calibrated else 0
     postconditions.check_graph(traced, contract)
     traced.graph.name = "shapecheck"
     for owner in (*traced.graph, *(value for node in traced.graph for value in node.outputs)):
@@ -106,6 +108,7 @@ def export(
         WEIGHTS_KEY: identity,
         "shapecheck.versions": json.dumps({"shapecheck": __version__} | {name: version(name) for name in libraries}),
     }
+    metadata |= {FP8_KEY: str(in_fp8)} if in_fp8 else {}
     traced.metadata_props.update(metadata)
 
     with atomic_write(target) as partial:
@@ -115,7 +118,7 @@ def export(
             copied = lambda *bytes_: progress("copying the weights", *bytes_)  # noqa: E731
             checkpoints.copy_tensors(tensors, dtype, data, copied, outdated=target)
     files = (Path(output), *dict.fromkeys(stored.file for stored in placed.values()))
-    return Exported(Path(output), contract, mode, reason, files, dtype, opset, naming)
+    return Exported(Path(output), contract, mode, reason, files, dtype, opset, naming, in_fp8)
 
 
 def _find_target(output: Path) -> Path:
@@ -143,6 +146,40 @@ def _choose_weights(requested: Weights | None, dtype: str, subject: Subject, tar
     if requested == "copy":
         return "copy", ""
     return ("copy", hindrance) if hindrance else ("link", "")
+
+
+def _choose_opset(requested: int | None, dtype: str, *, with_fp8: bool) -> int:
+    """Return the requested opset, else the usual one. Raises ShapecheckError if it has not what the graph needs."""
+    if dtype not in _OPSETS:
+        raise ShapecheckError(f"no dtype {dtype!r}; known: {', '.join(_OPSETS)}")
+    oldest, usual = _OPSETS[dtype]
+    opset = usual if requested is None else requested
+    if with_fp8:
+        oldest = max(oldest, fp8_graph.FIRST_OPSET)
+    if not oldest <= opset <= _NEWEST_OPSET:
+        raise ShapecheckError(f"opset {opset} with {dtype}{' and fp8' * with_fp8}: expected {oldest} to {_NEWEST_OPSET}")
+    return opset
+
+
+def _quantize(model: ir.Model, subject: Subject, calibrated: CalibratedModel, progress: Progress) -> int:
+    """Put the calibrated layers in fp8, the scales of their weights measured where these lie; return how many there are."""
+    if subject.live is None and subject.stored is None:
+        raise ShapecheckError(f"fp8 needs the weights of {subject.name}, whose magnitudes it measures: {subject.absent}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in subject.module.state_dict().items()}
+    inputs = calibrated.choose_scales({module: shapes[f"{module}.weight"] for module in fp8_graph.find_weights(model)})
+    if not inputs:
+        raise ShapecheckError(
+            f"no layer of this {subject.name} can be in fp8: each is delicate, narrower than the GPU's kernels, or never called"
+        )
+    weights = {}
+    progress("measuring the weights that are to be in fp8")
+    for name, tensor in subject.tensors([f"{module}.weight" for module in inputs], linked=False).items():
+        magnitude = measure_magnitude(checkpoints.read_chunks(tensor))
+        if not magnitude < float("inf"):
+            raise ShapecheckError(f"{name} of {subject.name} is not finite: it cannot be in fp8")
+        weights[name.removesuffix(".weight")] = choose_scale(magnitude)
+    fp8_graph.quantize_products(model, inputs, weights)
+    return len(inputs)
 
 
 def _bind(model: ir.Model, parameters: list[ir.Value], placed: Mapping[str, TensorLocation], folder: Path) -> None:

@@ -25,6 +25,8 @@ CONTRACT_KEY = "shapecheck.contract"
 """Key of the contract in the metadata_props of an exported file."""
 WEIGHTS_KEY = "shapecheck.weights"
 """Key of `sha256:…` over the checkpoint that was exported; empty if it has no weights."""
+FP8_KEY = "shapecheck.fp8"
+"""Key of the number of layers in fp8, in a file that has some."""
 LARGEST = 2**31
 """Bytes of one protobuf message at most."""
 _DTYPES = {number: dtype for dtype, number in ONNX_NUMBERS.items()}

@@ -77,6 +77,8 @@ class Exported:
     dtype: str
     opset: int
     naming: str
+    fp8: int = 0
+    """The number of layers in fp8."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shapecheck.models import weights
 from shapecheck.onnx.file import OnnxFile
+from shapecheck.onnx.fp8_graph import find_fp8_nodes
 
 _WIDTHS = {TensorProto.DOUBLE: 64, TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16}
 _QUANTIZING = frozenset(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"))
@@ -45,12 +46,14 @@ def compare_weights(file: OnnxFile, state: Mapping[str, Tensor]) -> Compared:
     return Compared(same, tuple(different))
 
 
-def find_narrower(file: OnnxFile, dtype: str) -> tuple[str, ...]:
+def find_narrower(file: OnnxFile, dtype: str, *, with_fp8: bool = False) -> tuple[str, ...]:
     """Return what computes in fewer bits than `dtype`, by name: weights of a narrower type, casts to one, quantized operators.
 
-    A half-precision graph that casts up now and then is fine. Raises ShapecheckError if the file cannot be read.
+    A half-precision graph that casts up now and then is fine; so `with_fp8` is what rounds to float8 and back. Raises
+    ShapecheckError if the file cannot be read.
     """
     graph, least = file.proto.graph, torch.finfo(getattr(torch, dtype)).bits
+    in_fp8 = find_fp8_nodes(graph) if with_fp8 else frozenset()
     narrower = [
         f"weight {weight.name} is {TensorProto.DataType.Name(weight.data_type).lower()}"
         for weight in graph.initializer
@@ -59,7 +62,7 @@ def find_narrower(file: OnnxFile, dtype: str) -> tuple[str, ...]:
     for node in graph.node:
         name = node.name or (node.output[0] if node.output else node.op_type)
         to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), TensorProto.FLOAT)
-        if node.op_type in _QUANTIZING:
+        if node.op_type in _QUANTIZING and not in_fp8.issuperset(node.output):
             narrower.append(f"{node.op_type} at {name}")
         elif node.op_type == "Cast" and _WIDTHS.get(to, least) < least:
             narrower.append(f"cast to {TensorProto.DataType.Name(to).lower()} at {name}")

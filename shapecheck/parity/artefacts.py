@@ -15,6 +15,7 @@ from shapecheck.observe.subject import TorchModel
 from shapecheck.onnx import weight_comparison
 from shapecheck.onnx.check import check
 from shapecheck.onnx.file import OnnxFile
+from shapecheck.onnx.fp8_graph import is_in_fp8
 from shapecheck.onnx.input_roles import assign_roles, match_inputs
 from shapecheck.parity.plan import choose_geometries
 from shapecheck.parity.request import ParityRequest
@@ -71,6 +72,8 @@ class ParityFile:
 def read_files(request: ParityRequest, model: TorchModel) -> dict[str, ParityFile]:
     """Return what each backend runs, every file read once. Raises ShapecheckError if one is missing or cannot be read."""
     graph = OnnxFile(request.onnx) if request.onnx is not None else None
+    if graph is not None and request.calibration is not None and not is_in_fp8(graph):
+        raise ShapecheckError(f"{graph} computes nothing in fp8: compare it without --fp8, or export it with that")
     read: dict[str, ParityFile] = {}
     files: dict[str, ParityFile] = {}
     for backend in request.what_runs:
@@ -120,7 +123,7 @@ def _read_onnx(file: OnnxFile, model: TorchModel) -> ParityFile:
         fixed={symbol: size for symbol, size in axes if symbol and isinstance(size, int)},
         find_mismatches=cache(lambda: check(file, contract).mismatches),
         compare_weights=compare_weights,
-        find_narrower=cache(lambda: weight_comparison.find_narrower(file, image.dtype)),
+        find_narrower=cache(lambda: weight_comparison.find_narrower(file, image.dtype, with_fp8=model.calibration is not None)),
     )
 
 

@@ -48,14 +48,15 @@ def verify_export(
     model: str | Path,
     *,
     geometries: Sequence[Geometry] = (),
+    fp8: Path | None = None,
     variant: str | None = None,
     offline: bool = False,
     progress: Progress = silent,
 ) -> tuple[Agreement, ...]:
     """Compare a file with the model it was made from: every output, at the given sizes or at two, one of them odd.
 
-    In float32 a difference of 1e-5 of the largest value is allowed, in a half precision twice PyTorch's own error. Raises
-    ShapecheckError if a side cannot run.
+    In float32 a difference of 1e-5 of the largest value is allowed, in a half precision or with layers in fp8 twice PyTorch's
+    own error. Raises ShapecheckError if a side cannot run.
     """
     refuse_unverifiable(exported.dtype, exported.weights)
     step = exported.contract.divisor
@@ -65,8 +66,9 @@ def verify_export(
         "onnx": str(exported.path),
         # Of float32 the error is assumed: 1e-5 is ten times the largest difference measured at full size, and a hundredth of a
         # scale wrong by 0.1 %. Of a half precision it is measured.
-        "factor": 10 if exported.dtype == "float32" else 2,
+        "factor": 4 if fp8 is not None else 10 if exported.dtype == "float32" else 2,
         "sizes": [astuple(geometry) for geometry in sizes],
+        "fp8": str(fp8) if fp8 is not None else None,
         "variant": variant,
         "offline": offline,
     }
@@ -99,6 +101,7 @@ def compare_outputs(job: Mapping[str, Any]) -> Iterator[tuple[str, Geometry, flo
         job["onnx"],
         times_own=job["factor"],
         reference="float32",  # float64 would take twice the memory
+        fp8=job.get("fp8"),
         variant=job["variant"],
         offline=job["offline"],
     )

@@ -23,6 +23,7 @@ def record_parity(parity: Parity) -> dict[str, Any]:
         "contract_digest": parity.contract.digest,
         "reference": parity.reference,
         "times_own": parity.times_own,
+        **({"fp8_least_psnr": parity.least_psnr} if parity.least_psnr is not None else {}),
         "seed": parity.seed,
         "geometries": [asdict(geometry) for geometry in parity.geometries],
         "sides": [_record_side(side) for side in parity.sides],

@@ -96,8 +96,6 @@ def compute_reference(
     unusable: dict[ForwardCase, str] = {}
 
     def compute(module: nn.Module, dtype: str, calls: Sequence[ForwardCase], computed: dict[ForwardCase, Outputs]) -> None:
-        if dtype == contract.dtype:
-            look(module)
         session = TorchSession(module, contract)
         for number, case in enumerate(calls, 1):
             progress(f"computing with PyTorch in {dtype}, call {number} of {len(calls)}: {case}")
@@ -112,11 +110,15 @@ def compute_reference(
         progress(f"loading the model in {precision}")
         module = model.load(precision).to(reference_device())
         compute(module, precision, calls, exact)
-        if precision != contract.dtype:
+        if precision != contract.dtype or model.calibration is not None:
             progress(f"casting the model to {contract.dtype}")
             with silence_logger("diffusers"):
                 module.to(getattr(torch, contract.dtype))  # the weights as if loaded so, and never two models in memory
+            look(module)
+            model.round(module, contract)
             compute(module, contract.dtype, calls, rounded)
+        else:
+            look(module)
         del module
         _free_memory()
         least = torch.finfo(getattr(torch, contract.dtype)).eps if rounded else ASSUMED_ERROR
@@ -188,7 +190,9 @@ class LazyReference:
         """Return the outputs for these inputs, in float64."""
         if self._session is None:
             self._progress(f"loading the model in {self._contract.dtype}")
-            self._session = TorchSession(self._model.load(self._contract.dtype).to(reference_device()), self._contract)
+            module = self._model.load(self._contract.dtype).to(reference_device())
+            self._model.round(module, self._contract)
+            self._session = TorchSession(module, self._contract)
         return {name: widen(value) for name, value in self._session(inputs).items()}
 
     def close(self) -> None:

@@ -8,7 +8,15 @@ from shapecheck.files import atomic_write
 from shapecheck.parity import page
 from shapecheck.parity.json_record import OUTPUTS, compare_with_torch, record_parity
 from shapecheck.parity.results import Parity, Result, Side, Verdict
-from shapecheck.parity.summary import count_statuses, describe_reason, describe_subject, list_unrun, name_backend, summarize
+from shapecheck.parity.summary import (
+    count_statuses,
+    describe_fp8,
+    describe_reason,
+    describe_subject,
+    list_unrun,
+    name_backend,
+    summarize,
+)
 from shapecheck.report.document import Document, Facts, Format, Heading, Lines, Part, Points, Table
 from shapecheck.report.numbers import dump_json, format_number
 
@@ -18,7 +26,7 @@ def render_text(parity: Parity, form: Format = "human") -> str:
     first, *others = [str(geometry) for geometry in parity.geometries] or [""]
     facts = [
         ("reference", parity.reference),
-        ("tolerance", f"at most {parity.times_own:g} times PyTorch's own error in that precision"),
+        ("tolerance", f"at most {parity.times_own:g} times PyTorch's own error in that precision{describe_fp8(parity)}"),
         ("sizes", first),
         *(("", geometry) for geometry in others),
         ("seed", str(parity.seed)),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from shapecheck.contract import ContractError, ShapecheckError
 from shapecheck.contract.geometry import USUAL_TOKENS
+from shapecheck.models.calibration_record import Calibration, read_calibration
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.profiles import Range
 from shapecheck.tensorrt.record import Engine, read_engine
@@ -37,12 +38,24 @@ class ParityRequest:
     tokens: str | None = None
     seed: int = 0
     times_own: float = 4.0
-    """The tolerance factor: a backend may be this many times as far from the reference as PyTorch itself."""
+    """A backend may be this many times as far from the reference as PyTorch itself, and half as many times in fp8."""
     reference: Precision = "auto"
+    fp8: Calibration | str | Path | None = None
+    """The calibration by which layers of the files are in fp8, or a file of it; None if none are."""
     variant: str | None = None
     offline: bool = False
     folder: Path | None = None
     """The folder for files that reproduce a difference without shapecheck; None for nowhere."""
+
+    @property
+    def tolerance_factor(self) -> float:
+        """Return `times_own`, halved in fp8, whose own error is so large that twice of it is all that still shows a fault."""
+        return self.times_own if self.fp8 is None else self.times_own / 2
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """Return the calibration, read once."""
+        return read_calibration(self.fp8) if self.fp8 is not None else None
 
     @cached_property
     def record(self) -> Engine | None:

@@ -191,6 +191,8 @@ class Parity:
     geometries: tuple[Geometry, ...]
     sides: tuple[Side, ...]
     versions: tuple[tuple[str, str], ...]
+    least_psnr: float | None = None
+    """With layers in fp8: the least PSNR of an output in dB, and PyTorch's own error is that of the same layers in fp8."""
 
     @property
     def passes(self) -> bool:

@@ -18,7 +18,7 @@ from shapecheck.doctor.environment import check_known
 from shapecheck.observe.subject import TorchModel
 from shapecheck.parity.artefacts import ParityFile, evaluate_file, read_files
 from shapecheck.parity.cases import EmitResiduals, ForwardCase, InputGenerator
-from shapecheck.parity.evaluate import Evaluator, combine_results, square_of
+from shapecheck.parity.evaluate import FP8_PSNR, Evaluator, combine_results, square_of
 from shapecheck.parity.metrics import reference_device
 from shapecheck.parity.plan import FILE_KINDS, PlannedCheck, list_cases, plan_checks
 from shapecheck.parity.reference import LazyReference, Outputs, ReferenceOutputs, choose_call, compute_reference
@@ -57,10 +57,15 @@ class ParityRun:
         self.request, self._ranges, self._emit, self._progress = request, ranges, emit, progress
         self._opener, self._plan, self._explain = opener, plan, explain
         progress(f"reading {request.model if isinstance(request.model, str | Path) else 'the model'}")
-        self._model = TorchModel(request.model, variant=request.variant, offline=request.offline)
+        self._model = TorchModel(
+            request.model, calibration=request.calibration, variant=request.variant, offline=request.offline
+        )
         if emit is not None and self._model.role == "controlnet":
             raise ShapecheckError(f"{self._model.name} is a ControlNet and takes no residuals: --controlnet is for UNets")
         self._files = read_files(request, self._model)
+        if request.calibration is not None:
+            for file in self._files.values():
+                request.calibration.find_model(file.contract)  # or it says that the calibration is of another model
         self._references: dict[tuple[Contract, tuple[Geometry, ...]], _Reference] = {}
         self._weights: dict[str, str | None] = {}
         self._sides: dict[str, Side] = {}
@@ -109,8 +114,8 @@ class ParityRun:
         sides = tuple(self.side(name) for name in self._files)
         sizes = tuple(dict.fromkeys(size for name in self._files for size in self._geometries(name)))
         return Parity(
-            self._model.name, self.contract, self.reference, self.request.times_own, self.request.seed, sizes, sides,
-            self.contract.header.versions,
+            self._model.name, self.contract, self.reference, self.request.tolerance_factor, self.request.seed, sizes, sides,
+            self.contract.header.versions, FP8_PSNR[self.contract.role] if self.request.calibration is not None else None,
         )  # fmt: skip
 
     def _geometries(self, backend: str) -> tuple[Geometry, ...]:
@@ -134,7 +139,7 @@ class ParityRun:
             if self._opener is not None:
                 session = self._opener(backend, file)
             else:
-                session = open_session(backend, file, self._geometries(backend), self._model.load)
+                session = open_session(backend, file, self._geometries(backend), self._model)
             ran = describe_session(backend, session, file)
         except (ShapecheckError, torch.OutOfMemoryError) as error:
             return Side(backend, artefact, None, _fail_all(plans, str(error)))
@@ -154,11 +159,12 @@ class ParityRun:
                 file.contract,
                 generate,
                 replace(known, reference={**known.reference, **{case: outputs[name] for case, outputs in squares.items()}}),
-                self.request.times_own,
+                self.request.tolerance_factor,
                 (lambda inputs: compute(inputs)[name]) if self._explain else None,
                 {case: outputs if isinstance(outputs, str) else outputs[name] for case, outputs in actual.items()},
                 [outputs if isinstance(outputs, str) else outputs[name] for outputs in switched],
                 {other: sibling for other, sibling in references.items() if other != name},
+                self.request.calibration is not None,
             )
 
         evaluators = {name: create_evaluator(name) for name in file.outputs}
@@ -256,7 +262,7 @@ class ParityRun:
         self._progress("looking for the first value that is not PyTorch's")
         return search_file(
             self._model, file, generate, cases[0], backend, references[OUTPUT].precision,
-            tolerance_factor=self.request.times_own, folder=self.request.folder,
+            tolerance_factor=self.request.tolerance_factor, folder=self.request.folder,
         )  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shapecheck.contract import Geometry, ShapecheckError
+from shapecheck.observe.subject import TorchModel
 from shapecheck.parity.artefacts import ENGINE_BACKENDS, ParityFile
 from shapecheck.parity.results import Ran
 from shapecheck.runtime.compiled_session import CompiledSession
@@ -42,9 +43,9 @@ class BackendSession(Protocol):
 
 
 def open_session(
-    backend: str, file: ParityFile, geometries: Sequence[Geometry], load: Callable[[str], nn.Module]
+    backend: str, file: ParityFile, geometries: Sequence[Geometry], model: TorchModel
 ) -> BackendSession | EngineSession:
-    """Return the backend with its file loaded; for PyTorch `load` returns the model in a precision.
+    """Return the backend with its file loaded; for PyTorch the model itself, with layers in fp8 if it was calibrated.
 
     Raises ShapecheckError if it cannot run here, an ONNX Runtime that fell back to another provider included.
     """
@@ -65,12 +66,16 @@ def open_session(
             profile = profile_of(file.contract, sizes).renamed(file.names)
             options = {key: str(value) for key, value in profile_formats.make_provider_options([profile]).items()}
         return OnnxSession.open(file.path, backend=backend, options=options)
+    if backend == "torch-compile" and model.calibration is not None:
+        raise ShapecheckError("torch-compile computes nothing in fp8: compare it without --fp8")
     if backend == "torch-compile":
-        module = load(file.contract.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+        module = model.load(file.contract.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
         return CompiledSession(module, file.contract, exactly=True)
     if backend == "torch-cuda" and not torch.cuda.is_available():
         raise ShapecheckError("PyTorch sees no GPU here; `shapecheck doctor --require torch-cuda` says why")
-    return TorchSession(load(file.contract.dtype).to("cuda" if backend == "torch-cuda" else "cpu"), file.contract)
+    module = model.load(file.contract.dtype).to("cuda" if backend == "torch-cuda" else "cpu")
+    model.round(module, file.contract)
+    return TorchSession(module, file.contract)
 
 
 def describe_session(backend: str, session: BackendSession | EngineSession, file: ParityFile) -> Ran:

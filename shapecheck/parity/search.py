@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shapecheck.contract import ShapecheckError
 from shapecheck.observe.subject import TorchModel
+from shapecheck.onnx.intermediate_values import Inner
 from shapecheck.parity.artefacts import ParityFile
 from shapecheck.parity.cases import ForwardCase, InputGenerator
 from shapecheck.parity.divergence import RunMarked, Source, compute_inner, find_divergence
@@ -49,11 +50,17 @@ def search_file(
     contract, graph = file.contract, file.graph
     assert graph is not None
     inputs = generate(case, expanded=False)
-    if precision == contract.dtype:
+    if precision == contract.dtype and model.calibration is None:
         tolerance_factor *= ASSUMED_ERROR / torch.finfo(torch.float32).eps
 
-    def load_source(dtype: str) -> Source:
-        return lambda values: compute_inner(model.load(dtype).to(reference_device()), contract, inputs, values)
+    def load_source(dtype: str, *, rounds: bool) -> Source:
+        def compute(values: Sequence[Inner]) -> Mapping[str, Tensor]:
+            module = model.load(dtype).to(reference_device())
+            if rounds:
+                model.round(module, contract)
+            return compute_inner(module, contract, inputs, values)
+
+        return compute
 
     # Each way to search, best first: the provider, what runs, and what to say of a find and of none.
     fused = "every value inside agrees when it is an output too: what is computed differently then is at fault"
@@ -77,8 +84,8 @@ def search_file(
                 contract,
                 file.names_in_graph,
                 generate(case),
-                load_source(precision),
-                load_source(contract.dtype),
+                load_source(precision, rounds=False),
+                load_source(contract.dtype, rounds=True),
                 tolerance_factor=tolerance_factor,
                 dtype=getattr(torch, contract.dtype),
                 backend=provider,

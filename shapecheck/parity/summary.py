@@ -28,7 +28,14 @@ def summarize(parity: Parity) -> str:
 def describe_tolerance(parity: Parity) -> str:
     """Return the rule that every number has to keep."""
     times = f"{parity.times_own:g} times as far from {parity.reference}"
-    return f"a backend may be at most {times} as PyTorch itself is in that precision"
+    return f"a backend may be at most {times} as PyTorch itself is in that precision{describe_fp8(parity)}"
+
+
+def describe_fp8(parity: Parity) -> str:
+    """Return the rule that is added if layers are in fp8, as the end of a sentence."""
+    if parity.least_psnr is None:
+        return ""
+    return f" with the same layers in fp8, and every output has at least {parity.least_psnr:g} dB PSNR"
 
 
 def judge_backend(side: Side) -> Status:

@@ -42,6 +42,7 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
             "help": "PyTorch's precision [float64 if it fits, float32 for half precision]",
         },
     ),
+    ("fp8", {"metavar": "FILE", "help": "the calibration by which layers of the files are in fp8 [none are]"}),
     ("variant", {"metavar": "NAME", "help": "which of a checkpoint's files, such as fp16"}),
     ("offline", {"action": "store_true", "help": "never ask the hub"}),
     ("report", {"metavar": "FOLDER", "help": "write parity.html, parity.md and parity.json there"}),
@@ -65,7 +66,7 @@ def build_request(config: pytest.Config, model: str | None = None) -> ParityRequ
     """Return the request of the options, for that model or for the one that they name."""
     from shapecheck.parity.request import ParityRequest
 
-    fields = ("onnx", "engine", "controlnet", "tokens", "seed", "reference", "variant", "offline")
+    fields = ("onnx", "engine", "controlnet", "tokens", "seed", "reference", "fp8", "variant", "offline")
     return ParityRequest(
         model or option(config, "model") or "",
         backends=list_backends(config),

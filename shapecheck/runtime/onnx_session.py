@@ -109,7 +109,15 @@ class OnnxSession:
             if folder is not None:
                 key = "session.model_external_initializers_file_folder_path"
                 settings.add_session_config_entry(key, str(folder.absolute()))
-            session = onnxruntime.InferenceSession(source, settings, providers=[(PROVIDERS[backend], chosen)])
+            providers = [(PROVIDERS[backend], chosen)]
+            try:
+                session = onnxruntime.InferenceSession(source, settings, providers=providers)
+            except Exception as error:
+                if "float8" not in str(error):
+                    raise
+                # it moves a rounding to float8 across nodes that do not take float8, unless it leaves all roundings in place
+                settings.add_session_config_entry("session.disable_quant_qdq", "1")
+                session = onnxruntime.InferenceSession(source, settings, providers=providers)
         except Exception as error:  # its classes of errors are not public
             name, reason = "the model" if isinstance(model, bytes) else model, _shorten(error)
             if graphs and "graph capture" in reason:

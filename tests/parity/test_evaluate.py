@@ -74,12 +74,12 @@ def known_sides() -> ReferenceOutputs:
     return ReferenceOutputs("float64", reference, images, shares, 6e-8)
 
 
-def judge(fault=lambda given: given, *, spoil=lambda call, image: image, switched=None, sides=None, has=()):
+def judge(fault=lambda given: given, *, spoil=lambda call, image: image, switched=None, sides=None, has=(), in_fp8=False):
     """Return every result by its check, for a backend with a fault in what it makes of its inputs, or in its images."""
     sides = sides or known_sides()
     found = {call: spoil(call, SUMS(fault(GENERATE(call)))) for call in sides.reference}
     steps = [found[call] for call in SWITCH.cases] if switched is None else switched
-    judging = Evaluator(CONTRACT, GENERATE, sides, 4.0, SUMS, found, steps)
+    judging = Evaluator(CONTRACT, GENERATE, sides, 4.0, SUMS, found, steps, in_fp8=in_fp8)
     names = set(has) or {each.name for each in (*CONTRACT.inputs, *CONTRACT.slots)}
     results = [judging.evaluate(plan, names) for plan in PLANS]
     return {str(result.check).removeprefix("ort/"): result for result in results}
@@ -420,3 +420,18 @@ def test_what_an_engine_cannot_show_is_not_asked():
     assert ParityFile(CONTRACT, contract, {}).unshown == ()
     engine = ParityFile(CONTRACT, contract, {}, find_narrower=None, compare_weights=None)
     assert engine.unshown == ("weights", "precision")
+
+
+@pytest.mark.parametrize(("share", "decibels"), [(0.01, 40), (0.05, 26)])
+def test_what_fp8_costs_is_held_to_a_psnr_whatever_its_own_error_is(share, decibels):
+    sides = replace(known_sides(), shares=dict.fromkeys(known_sides().reference, 0.2))
+
+    def spoil(call, image):
+        return image + share * sides.reference[call].abs().max()  # 20 log10 of the share, below the largest value
+
+    cases = {name: result for name, result in judge(spoil=spoil, sides=sides, in_fp8=True).items() if name.startswith("case")}
+    assert all(result.verdict.psnr == pytest.approx(decibels, abs=0.1) for result in cases.values())
+    assert {result.status for result in cases.values()} == {"passed" if decibels > 30 else "failed"}
+    if decibels < 30:
+        assert cases[ON].reason == "fp8 costs too much: the image has 26.0 dB PSNR, 30 are needed"
+    assert judge(spoil=spoil, sides=sides)[ON].status == "passed"
