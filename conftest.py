@@ -16,6 +16,7 @@ from artefacts import FOLDER
 for _variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT"):
     os.environ.pop(_variable, None)  # a test that means one of them sets it
 
+collect_ignore_glob = ["tests/bench/*"]  # programs to be run by hand, which import each other
 _PROBES = {"sd15", "sd15-with-two-controlnets", "sd15-with-t2iadapter", "sd15-with-sd21-controlnet"}
 """A UNet alone, with ControlNets, with an adapter, and with a ControlNet that does not fit."""
 _DEFAULT, _FULL = 3, 60

@@ -31,20 +31,20 @@ class ProgressLine:
         self._step = ""
         self._bar: tqdm[Never] | None = None
         self._log, self._over = sys.stderr, threading.Event()
-        if math.isfinite(log_every) and not self._log.isatty():
+        if math.isfinite(log_every) and self._log is not None and not _is_watched():
             threading.Thread(target=self._write_log, args=(log_every,), daemon=True).start()
 
     def _write_log(self, every: float) -> None:
         began, written = time.monotonic(), ""
         while not self._over.wait(every):
-            if self._step != written:
-                written = self._step
+            if (step := self._step) not in ("", written):  # empty once the work is over
+                written = step
                 with suppress(OSError, ValueError):  # a log that is full, or closed
                     self._log.write(f"{time.monotonic() - began:.0f} s: {written}\n")
                     self._log.flush()
 
     def __call__(self, step: str, done: int = 0, total: int = 0, /) -> None:
-        if not sys.stderr.isatty():
+        if not _is_watched():
             self._step = step
             return
         if step != self._step:
@@ -66,6 +66,10 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.close()
         self._step, self._bar = "", None
+
+
+def _is_watched() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # there is none if it is closed
 
 
 @contextmanager

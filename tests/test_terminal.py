@@ -38,6 +38,12 @@ def test_nobody_watches_a_pipe(monkeypatch):
     assert pipe.getvalue() == ""
 
 
+def test_a_closed_stderr_stops_no_work(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress(log_every=0.001) as steps:
+        steps("reading the model")
+
+
 def test_a_log_has_a_line_now_and_then_if_it_is_asked_for(monkeypatch):
     written = threading.Event()
 

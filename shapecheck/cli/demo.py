@@ -27,7 +27,7 @@ from shapecheck.terminal import progress, write
     type=click.Choice(get_args(DemoBackend)),
     default="ort",
     show_default=True,
-    help="What runs the UNet; all but ort on a GPU, in float16.",
+    help="What runs the UNet; on a GPU in float16, and ort, or torch-compile without one, on the CPU.",
 )
 @click.option(
     "--size",
@@ -46,7 +46,7 @@ def demo(folder: Path, form: Form, **options: Any) -> int:
 
     Nothing is downloaded: a small model with random weights and a depth map are made here, and the pictures are textures.
     --model and --controlnet take real checkpoints. FOLDER then holds index.html, demo.json, demo.md, every picture, and the
-    ONNX file or engine, which the next demo finds again. Exporting takes most of the time, about a minute or two.
+    ONNX file, engine or compiled code, which the next demo finds again. Making that takes most of the time, a minute or two.
 
     Exit status 0 if the pictures are the same and the ControlNet acts, 1 if not. In float16 the difference is reported and
     not judged.

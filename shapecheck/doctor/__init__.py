@@ -32,6 +32,12 @@ _CURES = (
 _COMPILER_LACKS = (
     ("No working C\\+\\+ compiler", "no C++ compiler is found, and torch.compile needs one on a CPU", "apt install g++"),
     ("working triton|TritonMissing", "Triton is not installed, and torch.compile needs it on a GPU", "pip install triton"),
+    ("No module named 'setuptools'", "setuptools is not installed, and this torch.compile needs it", "pip install setuptools"),
+    (
+        "Command '\\[.*?/(gcc|clang|cc)'|Python\\.h",
+        "the C compiler fails, as it does without Python's headers, which torch.compile needs",
+        "apt install python3-dev",
+    ),
     ("Failed to find C compiler", "no C compiler is found, and Triton needs one on a GPU", "apt install gcc"),
     ("too old to be supported by the triton", "this GPU is too old for Triton", "nothing to install: use ort-cuda or trt here"),
 )

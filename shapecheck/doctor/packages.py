@@ -35,7 +35,7 @@ REQUIREMENTS = {
     "onnx": Requirement("importing onnx", "1.21", "onnx"),
     "onnx_ir": Requirement("importing onnx_ir", "0.1.15", "onnx"),
     "onnxscript": Requirement("importing onnxscript", "0.5", "onnx"),
-    "onnxruntime": Requirement(CPU, "1.23", "onnx"),
+    "onnxruntime": Requirement(CPU, "1.23.2", "onnx"),
     "tensorrt": Requirement("tensorrt tensorrt", "10.6", "gpu"),
     "tensorrt_rtx": Requirement("tensorrt tensorrt_rtx", "1.4", "rtx"),
     "polygraphy": Requirement("importing polygraphy", "0.49.26"),

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _ALIGNMENT = 64
 _CHUNK = 2**23  # bytes held at a time
 _MOST_SHOWN = 10
+_MOST_THREADS = 8
 _ORIGINAL = "this is an original checkpoint: convert it with diffusers' from_single_file and save_pretrained"
 _ADVICE: Mapping[str, str] = {
     "lora": "this is a LoRA: give the model it was made for, or that model with the LoRA fused",
@@ -208,6 +210,22 @@ def digest(
     return f"sha256:{state.hexdigest()}"
 
 
+def digest_live(tensors: Mapping[str, Tensor], progress: Callable[[int, int], object] = lambda done, total: None) -> str:
+    """Return another identity of weights in memory, made by several threads: sha256 over the `digest` of each tensor."""
+    import torch
+
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)  # the threads read on streams of their own
+    names, done, total = sorted(tensors), 0, sum(tensor.nbytes for tensor in tensors.values())
+    state = hashlib.sha256()
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        for name, part in zip(names, pool.map(lambda name: digest({name: tensors[name]}), names), strict=True):
+            state.update(part.encode())
+            done += tensors[name].nbytes
+            progress(done, total)
+    return f"sha256:{state.hexdigest()}"
+
+
 def find_differing(stored: Mapping[str, TensorLocation], live: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Return the names whose live tensor is not the file's, bit by bit, dtype and shape included, or is on one side only."""
     names = dict.fromkeys((*live, *stored))
@@ -240,7 +258,10 @@ def read_chunks(value: TensorLocation | Embedded | Tensor) -> Iterator[Tensor]:
         raise ShapecheckError("the module is on the meta device: its tensors have no values to write or compare")
     flat = value.detach().reshape(-1)
     step = _CHUNK // flat.element_size()
-    yield from (flat[start : start + step].cpu() for start in range(0, flat.numel(), step))
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step]
+        # from a GPU several times faster into memory that is pinned, which PyTorch keeps for the next chunk
+        yield torch.empty_like(part, device="cpu", pin_memory=True).copy_(part) if part.is_cuda else part.cpu()
 
 
 def _read(stored: TensorLocation | Embedded) -> Iterator[memoryview]:

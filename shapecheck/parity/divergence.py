@@ -16,6 +16,7 @@ from shapecheck.onnx.intermediate_values import Inner, add_outputs, find_values,
 from shapecheck.parity.metrics import compare
 from shapecheck.parity.polygraphy_repro import reproduce
 from shapecheck.parity.results import Divergence
+from shapecheck.parity.runners import EXACT_OPTIONS
 from shapecheck.runtime.onnx_session import OnnxSession
 from shapecheck.runtime.torch_session import TorchSession
 
@@ -107,7 +108,7 @@ def in_onnx_runtime(path: Path, names: Mapping[str, str], backend: str) -> RunMa
     """Return a function that runs a marked copy of the file at `path`, whose weights stay where they are."""
 
     def run(model: bytes, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        with OnnxSession.open(model, backend=backend, folder=path.parent) as session:
+        with OnnxSession.open(model, backend=backend, folder=path.parent, options=EXACT_OPTIONS.get(backend)) as session:
             known = {names[name]: value for name, value in inputs.items() if names.get(name) in session.inputs}
             return session({name: value.to(session.device) for name, value in known.items()})
 

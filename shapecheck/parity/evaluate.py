@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -174,14 +175,15 @@ class Evaluator:
     ) -> tuple[Status, str]:
         base, case = plan.cases
         name, allowed = case.perturbed, self._allow(case)
-        # Over all values together an effect shows that drowns in the rounding of the worst one.
-        spread = self._allow_strength(case)
-        is_telling = effect.size * self.reference.scale(base) >= _TELLING * allowed or spread <= self._blurred
+        # Over all values together an effect shows that drowns in the rounding of the worst one, if that rounding is known.
+        spread = max(_FULL, self.tolerance_factor * self.reference.blur(case))
+        is_clear = case in self.reference.rounded and spread <= self._blurred
+        is_telling = effect.size * self.reference.scale(base) >= _TELLING * allowed or is_clear
         # Less than a fiftieth of PyTorch's effect is none.
         if abs(effect.strength) <= 0.02 and is_telling:
             return "failed", self._explain_no_effect(name, base, before)
         is_sound = self._compare(base, before).passes
-        if is_sound and not is_telling:
+        if is_sound and verdict.passes and not is_telling:
             size = f"({effect.size:.1e} of the {self._noun})"
             return "not run", f"not judged: the effect of {name} in PyTorch {size} is too small beside the tolerance"
         if is_sound and verdict.passes and abs(effect.strength - 1) <= spread:
@@ -191,17 +193,13 @@ class Evaluator:
         strength = f"strength {effect.strength:.3f}, cosine {effect.cosine:.4f}"
         if not is_sound:
             return "not run", f"not judged: the {self._noun} is wrong even without it; its effect has {strength}"
+        if math.isnan(effect.strength):
+            return "failed", f"{name} changes the {self._noun}, which it does not in PyTorch: {verdict}"
         if effect.cosine >= 0.9 and self.compute is not None:
             share = hypotheses.find_share(self.generate, case, self.compute, widen(actual), effect.strength, allowed)
             if share is not None:
                 return "failed", f"{name} acts as if {share:.3f} of it were given"
         return "failed", f"{name} acts otherwise than in PyTorch: {strength}"
-
-    def _allow_strength(self, case: ForwardCase) -> float:
-        """Return how far the strength of an effect may be from 1."""
-        blur = self.reference.blur(case)
-        # Without a rounded call an effect is judged by its size, and its strength held to the least that is allowed.
-        return max(_FULL, self.tolerance_factor * blur) if case in self.reference.rounded else _FULL
 
     def _explain_by_place(self, plan: PlannedCheck, actual: Tensor, before: Tensor, effect: Effect) -> str:
         """Say where a slot acts that does not act as itself; empty if that is not known."""

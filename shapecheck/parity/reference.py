@@ -58,13 +58,15 @@ class ReferenceOutputs:
         return widen(self.reference[case]) - widen(self.reference[case.unperturbed])
 
     def blur(self, case: ForwardCase) -> float:
-        """Return by how much PyTorch's own rounding may change the strength of an effect; infinity if that is not known.
+        """Return by how much PyTorch's own rounding may change the strength of an effect; infinity if there is no effect.
 
         It is the change that was seen, or what rounding of this length can be expected to make, whichever is more.
         """
-        if case not in self.rounded or case.unperturbed not in self.rounded:
-            return math.inf
         expected = self.effect(case)
+        if case not in self.rounded or case.unperturbed not in self.rounded:
+            # Of the rounding no more than its worst value is known: it is taken to be as long as that is large.
+            largest = float(expected.abs().max())
+            return _BLUR * self.torch_error(case) / largest if largest > 0 else math.inf
         found = widen(self.rounded[case]) - widen(self.rounded[case.unperturbed])
         length = float((found - expected).norm() / expected.norm())
         changes = _BLUR * length, abs(compute_strength(found, expected) - 1)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from shapecheck import doctor
@@ -140,7 +141,7 @@ class ParityRun:
             else:
                 session = open_session(backend, file, self._geometries(backend), self._model)
             ran = describe_session(backend, session, file)
-        except ShapecheckError as error:
+        except (ShapecheckError, torch.OutOfMemoryError) as error:
             return Side(backend, artefact, None, _fail_all(plans, str(error)))
         try:
             actual, switched, seconds = self._compute(backend, session, plans, generate)
@@ -191,7 +192,11 @@ class ParityRun:
                         self._weights[name] = compare(module)
 
             precision = self.request.reference
-            outputs = compute_reference(self._model, contract, cases, generate, precision, look, self._progress)
+            try:
+                outputs = compute_reference(self._model, contract, cases, generate, precision, look, self._progress)
+            except torch.OutOfMemoryError as error:
+                less = "smaller sizes take less, and so does float32 as the reference"
+                raise ShapecheckError(f"the GPU's memory does not suffice for PyTorch's side; {less}: {error}") from None
             self._references[key] = generate, outputs
         return self._references[key]
 
@@ -211,7 +216,7 @@ class ParityRun:
                 outputs = session({own: values[name].to(session.device) for name, own in file.names.items()})
                 # a session may write into the same memory in the next call
                 return {name: outputs[own].cpu().clone() for name, own in file.outputs.items()}
-            except ShapecheckError as error:
+            except (ShapecheckError, torch.OutOfMemoryError) as error:
                 return str(error)
             finally:
                 seconds[case] = time.perf_counter() - began

@@ -20,6 +20,9 @@ from shapecheck.tensorrt import profile_formats
 from shapecheck.tensorrt.profiles import Range, profile_of
 from shapecheck.tensorrt.record import MODULES
 
+EXACT_OPTIONS: Mapping[str, Mapping[str, str]] = {"ort-cuda": {"use_tf32": "0"}}
+"""Options of ONNX Runtime's providers without which they would compute float32 less exactly."""
+
 
 class BackendSession(Protocol):
     """A backend with a model loaded, called with tensors on its device by the file's names of its inputs."""
@@ -54,7 +57,7 @@ def open_session(
             raise ShapecheckError(f"{file.path} was built by {MODULES[target]}: request {target}, not {backend}")
         return session
     if backend in PROVIDERS:
-        options = {"use_tf32": "0"} if backend == "ort-cuda" else {}
+        options = EXACT_OPTIONS.get(backend, {})
         if backend == "ort-trt":
             # one profile that holds every size of the run
             sizes = Range(geometries[0], geometries[0], geometries[0])

@@ -13,8 +13,6 @@ from torch import nn
 
 from shapecheck.contract import Geometry, ShapecheckError
 from shapecheck.files import make_folder
-from shapecheck.observe.probe import probe
-from shapecheck.observe.subject import copy_to_meta
 from shapecheck.pipelines.candidates import (
     SHARES_WEIGHTS,
     Candidate,
@@ -26,8 +24,9 @@ from shapecheck.pipelines.candidates import (
 )
 from shapecheck.pipelines.choose import Choice, Refusals, choose_by_measuring, open_alone
 from shapecheck.pipelines.compiled_vae import compile_decoder, find_decoder
+from shapecheck.pipelines.kept_contracts import find_joint_contract
 from shapecheck.pipelines.measured_record import describe_choice, describe_measurements
-from shapecheck.pipelines.model_owners import ModelOwners
+from shapecheck.pipelines.model_owners import ModelOwners, refuse_repeated
 from shapecheck.progress import Progress, silent
 from shapecheck.runtime.dropin import DropIn
 from shapecheck.tensorrt.size_ranges import parse_ranges
@@ -37,11 +36,11 @@ _log = logging.getLogger(__name__)
 
 
 class AccelerationError(ShapecheckError):
-    """None of the requested backends runs the models. `refusals` holds each backend with its reason."""
+    """Something would stay in PyTorch. `refusals` holds each backend that does not run it, with its reason."""
 
-    def __init__(self, refusals: Refusals) -> None:
+    def __init__(self, refusals: Refusals, what: str) -> None:
         self.refusals = refusals
-        super().__init__("\n".join(["the UNet stays in PyTorch", *(f"  {name}: {reason}" for name, reason in refusals)]))
+        super().__init__("\n".join([what, *(f"  {name}: {reason}" for name, reason in refusals)]))
 
 
 class Accelerated:
@@ -87,8 +86,10 @@ class Accelerated:
         as it was. Undoing puts the new ones back in PyTorch.
         """
         given = getattr(nets, "nets", [nets] if isinstance(nets, nn.Module) else nets)
+        if not self._maker.options["own_outputs"]:
+            refuse_repeated(given)
         known = {part.torch: part for part in self.controlnets}
-        probe(copy_to_meta(self._candidate.unet.torch), [copy_to_meta(net) for net in given])
+        find_joint_contract(self._maker.folder, self._candidate.unet.torch, given)
         parts, device = list[Running](), getattr(self.unet, "device", None)
         try:
             for net in given:
@@ -179,10 +180,11 @@ def accelerate(
         raise ShapecheckError(f"budget is in seconds, from 0 on, or None: got {budget!r}")
     start = time.monotonic()
     owners, folder = ModelOwners(pipe_or_stream), make_folder(Path(engine_dir))
+    if controlnets and not own_outputs:
+        owners.refuse_repeated_controlnets()
     if vae:
         find_decoder(owners.vae)
-    progress("observing the contract")
-    contract = probe(copy_to_meta(owners.unet), [copy_to_meta(net) for net in owners.controlnets] or None)
+    contract = find_joint_contract(folder, owners.unet, owners.controlnets, progress)
     (width, height), usual_batch = contract.header.usual_px, "1:2:2"
     if owners.frame is not None:
         width, height, number = owners.frame
@@ -197,7 +199,7 @@ def accelerate(
     choice = _choose(owners, maker, backend, geometry, (budget, start), controlnets=controlnets)
     if choice.candidate.backend == "torch":
         if fallback == "error":
-            raise AccelerationError(choice.refusals)
+            raise AccelerationError(choice.refusals, describe_choice(choice.measured))
         _log.warning("%s", describe_choice(choice.measured))
     _install(owners, choice.candidate)
     done = Accelerated(owners, maker, choice)
@@ -221,8 +223,9 @@ def _choose(
     if controlnets and kept:
         reasons = tuple((backend, part.reason) for part in kept.values())
         if maker.strict:
-            raise AccelerationError(reasons)
-        _log.warning("a ControlNet stays in PyTorch: %s", reasons[0][1])
+            raise AccelerationError(reasons, "a ControlNet stays in PyTorch")
+        for _, reason in reasons:
+            _log.warning("a ControlNet stays in PyTorch: %s", reason)
     nets = [net for net in obstacles if net not in kept]
     if backend == "auto":
         choice = choose_by_measuring(maker, owners.unet, nets, geometry, *limits)
@@ -236,10 +239,9 @@ def _install(owners: ModelOwners, candidate: Candidate) -> None:
     """Put a candidate into the pipeline; PyTorch modules that it does not compute with leave the GPU's memory to it."""
     if candidate.backend == "torch":
         return
-    for part in candidate.parts:
-        if part.backend not in SHARES_WEIGHTS:
-            part.torch.to("cpu")
-    free_memory()
+    moved = [part.torch.to("cpu") for part in candidate.parts if part.backend not in SHARES_WEIGHTS]
+    if moved:
+        free_memory()
     owners.replace_unet(candidate.unet.torch, candidate.unet.module)
     _log.info("%s runs the UNet%s", candidate.backend, f": {candidate.unet.artefact}" if candidate.unet.artefact else "")
     for number, part in enumerate(candidate.controlnets, 1):

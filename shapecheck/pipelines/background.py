@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +31,6 @@ from shapecheck.logs import silence_logger
 from shapecheck.models import diffusers_models
 from shapecheck.models.config_file import CLASSES, ModelSource
 from shapecheck.models.forward_call import unwrap_compiled
-from shapecheck.onnx.export import export
 from shapecheck.pipelines.candidates import CandidateMaker
 from shapecheck.pipelines.export_cache import ExportCache, describe_settings
 from shapecheck.tensorrt.build import build_engine
@@ -50,24 +50,18 @@ class BackgroundBuild:
         Raises ShapecheckError if a model cannot be made again from its config, which holds no FreeU nor attention processors,
         or the process does not start.
         """
-        job = {"cache": str(maker.folder.absolute()), "models": [_describe_model(maker, model) for model in models]}
-        # what Windows calls the lowest priority; elsewhere the process sets it by itself
-        flags = getattr(subprocess, "IDLE_PRIORITY_CLASS", 0)
-        command = [sys.executable, "-P", "-m", "shapecheck.pipelines.background"]
+        entries: list[dict[str, Any]] = []
         try:
-            self._process = subprocess.Popen(  # noqa: S603  # our own module, by our own interpreter
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                encoding="utf-8",
-                creationflags=flags,
-            )
-        except OSError as error:
-            raise ShapecheckError(f"cannot start {sys.executable}: {error.strerror or error}") from None
+            entries.extend(_describe_model(maker, model) for model in models)  # those before one that fails are there too
+            self._process = _start_process()
+        except BaseException:
+            _remove_saved(entries)
+            raise
+        self._is_told_to_end = False
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
+        with suppress(OSError):  # it is gone already, which is told below
+            self._process.stdin.write(json.dumps({"cache": str(maker.folder.absolute()), "models": entries}) + "\n")
+            self._process.stdin.flush()
         self._thread = threading.Thread(target=self._wait, args=(on_failure,), daemon=True)
         self._thread.start()
 
@@ -78,6 +72,7 @@ class BackgroundBuild:
     def end(self) -> None:
         """Tell it to end, as the end of this process does."""
         assert self._process.stdin is not None
+        self._is_told_to_end = True
         with suppress(OSError):  # flushing to a process that is gone
             self._process.stdin.close()
 
@@ -87,18 +82,39 @@ class BackgroundBuild:
 
     def _wait(self, on_failure: Callable[[str], object]) -> None:
         assert self._process.stdout is not None
-        failure = "the building process ended without a word"
+        failure = None
         for line in self._process.stdout:  # libraries print there too
             if line.startswith('{"failure": '):
                 failure = json.loads(line)["failure"]
-        self._process.wait()
+        status = self._process.wait()
         self._process.stdout.close()
+        is_stopped = self._is_told_to_end or status in (-signal.SIGINT, -signal.SIGTERM)
         self.end()
-        if failure:
+        if failure is None and is_stopped:  # as when somebody stops the whole program: it says nothing of the engines
+            _log.info("trt was being built in the background and was stopped: the next start goes on")
+        elif failure or failure is None:
+            failure = failure or f"the building process ended without a word (exit status {status})"
             _log.warning("trt cannot be built in the background: %s", failure)
             on_failure(failure)
         else:
             _log.info("trt has been built in the background: the next start measures it")
+
+
+def _start_process() -> subprocess.Popen[str]:
+    # what Windows calls the lowest priority; elsewhere the process sets it by itself
+    flags = getattr(subprocess, "IDLE_PRIORITY_CLASS", 0) | getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    try:
+        return subprocess.Popen(  # our own module, by our own interpreter
+            [sys.executable, "-P", "-m", "shapecheck.pipelines.background"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            creationflags=flags,
+            start_new_session=True,  # Ctrl-C is for the requesting process, which may go on after it
+        )
+    except OSError as error:
+        raise ShapecheckError(f"cannot start {sys.executable}: {error.strerror or error}") from None
 
 
 def _describe_model(maker: CandidateMaker, model: nn.Module) -> dict[str, Any]:
@@ -111,21 +127,37 @@ def _describe_model(maker: CandidateMaker, model: nn.Module) -> dict[str, Any]:
 
 
 def _save_model(cache: ExportCache, module: Any) -> Path:
-    """Save a model as diffusers does, where the next attempt overwrites it should nobody remove it."""
+    """Save a model as diffusers does, into a folder of its own: two processes may do so at the same time."""
     name = type(module).__name__
     if name not in CLASSES:
         raise ShapecheckError(f"a {name} is not exported in the background")
     again = diffusers_models.build(ModelSource(name, "its config", name, dict(module.config)))
     if describe_settings(again) != describe_settings(module):
         raise ShapecheckError(f"the {name} has settings that its config does not hold, such as FreeU or attention processors")
-    folder = make_folder(cache.path.absolute().with_suffix(".saved"))
-    with silence_logger("diffusers"):
-        module.save_pretrained(folder / cache.role)
+    folder = cache.path.absolute().with_suffix(f".{os.getpid()}.saved")
+    for leftover in folder.parent.glob("*.saved"):  # of processes that were killed; no build takes three days
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 3 * 24 * 3600:
+                shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        with silence_logger("diffusers"):
+            module.save_pretrained(make_folder(folder) / cache.role)
+    except Exception as error:  # of the system, or of safetensors
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ShapecheckError(f"cannot write into {folder}: {one_line(error, longest=200)}") from None
     return folder
+
+
+def _remove_saved(entries: Sequence[dict[str, Any]]) -> None:
+    for entry in entries:
+        if entry["folder"]:
+            shutil.rmtree(entry["folder"], ignore_errors=True)
 
 
 def main() -> None:
     """Carry out one job: export what is not exported, and build the engines."""
+    from shapecheck.onnx.export import export
+
     job, failure = json.loads(sys.stdin.readline()), ""
     threading.Thread(target=_end_with_requester, daemon=True).start()
     if hasattr(os, "nice"):
@@ -140,9 +172,7 @@ def main() -> None:
     except (ShapecheckError, ModuleNotFoundError, MemoryError) as error:
         failure = one_line(str(error) or type(error).__name__, longest=500)
     finally:
-        for entry in job["models"]:
-            if entry["folder"]:
-                shutil.rmtree(entry["folder"], ignore_errors=True)
+        _remove_saved(job["models"])
     sys.stdout.write(json.dumps({"failure": failure}) + "\n")
 
 

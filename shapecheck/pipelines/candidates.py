@@ -19,6 +19,7 @@ from shapecheck.contract.errors import one_line
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.observe.subject import resolve_subject
 from shapecheck.pipelines.export_cache import ExportCache
+from shapecheck.pipelines.kept_contracts import find_own_contract
 from shapecheck.pipelines.model_owners import require_exchangeable
 from shapecheck.progress import Progress
 from shapecheck.runtime.dropin import DropIn
@@ -70,10 +71,6 @@ class Candidate:
     def parts(self) -> tuple[Running, ...]:
         return (self.unet, *self.controlnets)
 
-    def close(self) -> None:
-        for part in self.parts:
-            part.close()
-
 
 def keep_in_torch(unet: nn.Module, controlnets: Sequence[nn.Module]) -> Candidate:
     """Return PyTorch as it is."""
@@ -107,10 +104,9 @@ class CandidateMaker:
         return self._caches[model]
 
     def find_contract(self, model: nn.Module) -> Contract:
-        """Return the contract that a file of the model has to keep; it is observed once."""
+        """Return the contract that a file of the model has to keep."""
         if model not in self._contracts:
-            subject = resolve_subject(model)
-            self._contracts[model] = subject.contract(subject.dtype(None), control=True)
+            self._contracts[model] = find_own_contract(self.folder, model)
         return self._contracts[model]
 
     def find_obstacle(self, net: nn.Module) -> str:
@@ -146,7 +142,8 @@ class CandidateMaker:
         """Return a ControlNet in that backend, or in PyTorch with the reason, which is logged."""
         caught = Exception if backend == "torch-compile" else (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)
         try:
-            return self.open(backend, net, "ControlNet", aside=aside, checked=checked)
+            # The UNet that takes the residuals finds what is not finite, if anybody should, and names the slot.
+            return self.open(backend, net, "ControlNet", aside=aside, checked=checked, finite=False)
         except caught as error:
             if self.strict:
                 raise
@@ -154,22 +151,20 @@ class CandidateMaker:
         _log.warning("a ControlNet stays in PyTorch, %s does not run it: %s", backend, reason)
         return Running("torch", net, net, reason=reason)
 
-    def open(self, backend: str, model: nn.Module, noun: str, *, aside: bool, checked: bool = False) -> Running:
-        """Return a model in that backend. If this raises, the PyTorch module is back on its device."""
+    def open(self, backend: str, model: nn.Module, noun: str, *, aside: bool, checked: bool = False, **given: Any) -> Running:
+        """Return a model in that backend, with these options beside its own. If this raises, PyTorch's is back where it was."""
         device = next(model.parameters()).device
         if backend != "torch-compile" and (device.type == "cuda") != (backend != "ort"):
             place = "the CPU" if backend == "ort" else "a GPU"
             raise ShapecheckError(f"it runs on {place} and the {noun} is on {device}: move the pipeline first, with pipe.to(…)")
         require_exchangeable(model, noun)
-        options: dict[str, Any] = {"device": device, **self.options}
+        options: dict[str, Any] = {"device": device, **self.options, **given}
         name: Any = backend
         if backend in SHARES_WEIGHTS:
             original = unwrap_compiled(model)
             del options["graphs"]  # it replays CUDA graphs anyway
             options["cache"] = self.folder / "torch-compile"
-            session = load(original, name, **options)
-            self._contracts.setdefault(model, session.contract)  # observing it again takes seconds
-            return Running(backend, session, model)
+            return Running(backend, load(original, name, contract=self.find_contract(model), **options), model)
         cache = self.find_cache(model)
         # An export takes minutes: tell before it what cannot run.
         if not checked and not cache.is_exported:
@@ -240,7 +235,7 @@ def require_running(backend: str) -> None:
 
 
 def close_all(parts: Sequence[Running]) -> None:
-    """Close sessions of an attempt that failed, and put their PyTorch modules back where the others are."""
+    """Close sessions, and put their PyTorch modules on the device where these ran."""
     for part in parts:
         if isinstance(part.module, DropIn):
             device = part.module.device

@@ -74,7 +74,8 @@ def open_alone(
             # It is compiled now, and not while the first picture is drawn, where an error would be the user's.
             maker.progress("compiling")
             with torch.no_grad():
-                measure.make_inputs(maker, unet, controlnets, geometry).play_frame(measure.get_models(candidate))
+                inputs = measure.make_inputs(maker, unet, controlnets, geometry, drawn=False)
+                inputs.play_frame(measure.get_models(candidate))
     except caught as error:
         if candidate is not None:
             close_all(candidate.parts)
@@ -99,8 +100,8 @@ def choose_by_measuring(
     models = (unet, *controlnets)
     device, key = next(unet.parameters()).device, describe_surroundings(maker, models, geometry)
     deadline = math.inf if budget is None else start + budget
-    record, backends = read_record(maker.folder, key), maker.order_candidates(device, models)
-    contest = Contest(maker, unet, controlnets, geometry)
+    record = read_record(maker.folder, key)
+    contest, waiting = Contest(maker, unet, controlnets, geometry), tuple[str, ...]()
     if record is not None:
         _log.info("measured before: %s", describe_choice(record.measurements))
         waiting = select_waiting(record, budget, lambda name: maker.is_made(name, models))
@@ -112,8 +113,8 @@ def choose_by_measuring(
             _log.warning("%s does not run any longer: all is measured again", record.winner)
             record = None
         else:
-            backends = waiting
             contest = Contest(maker, unet, controlnets, geometry, record.measurements, choice.candidate)
+    backends = maker.order_candidates(device, models) if record is None else waiting
     if backends:
         given = [budget] if record is None else [budget, record.budget]
         contest.run(backends, deadline)
@@ -148,6 +149,8 @@ def describe_surroundings(maker: CandidateMaker, models: Sequence[nn.Module], ge
         "dtype": str(first.dtype).removeprefix("torch."),
         "device": one_line(place),
         "driver": one_line(f"{driver.get('version', '')}"),
+        # with "error" a ControlNet that cannot be exchanged is the candidate's failure
+        "fallback": "error" if maker.strict else "log",
         "options": ", ".join(f"{name} {value}" for name, value in sorted(maker.options.items())),
         "versions": ", ".join(f"{name} {version}" for name, version in extras.list_versions(_LIBRARIES)),
         "shapecheck": __version__,

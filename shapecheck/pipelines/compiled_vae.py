@@ -29,10 +29,9 @@ def compile_decoder(vae: Any, geometry: Geometry) -> Callable[[], None]:
     """
     decoder = find_decoder(vae)
     compiled: Any = torch.compile(decoder)
-    weight = next(decoder.parameters())
-    channels = int(vae.config.latent_channels)
-    latents = torch.zeros(1, channels, geometry.height, geometry.width, device=weight.device, dtype=weight.dtype)
     try:
+        weight, channels = next(decoder.parameters()), int(vae.config.latent_channels)
+        latents = torch.zeros(1, channels, geometry.height, geometry.width, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             compiled(latents)
     except Exception as error:  # a compiler may raise anything

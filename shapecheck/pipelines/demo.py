@@ -43,13 +43,14 @@ def draw_demo(
     offline: bool,
     progress: Progress = silent,
 ) -> Demo:
-    """Draw a picture with both, compare them, and write all pictures into the folder, beside the ONNX file or engine.
+    """Draw a picture with both, compare them, and write all pictures into the folder, beside what was made to run the UNet.
 
     Without `model` and `controlnet` the pipeline is small and random; without `image` a depth map is drawn. The pipeline has
     its own UNet again afterwards. Raises ShapecheckError if a model, the image or the backend cannot be had, ContractError if
     UNet and ControlNet do not fit each other.
     """
-    device, dtype = ("cpu", torch.float32) if backend == "ort" else ("cuda", torch.float16)
+    runs_on_cpu = backend == "ort" or (backend == "torch-compile" and not torch.cuda.is_available())
+    device, dtype = ("cpu", torch.float32) if runs_on_cpu else ("cuda", torch.float16)
     if device == "cuda" and not torch.cuda.is_available():
         raise ShapecheckError(f"{backend} runs on a GPU, and PyTorch sees none here: `shapecheck doctor` says what is missing")
     control_image = pictures.read_image(image) if image is not None else None
@@ -103,8 +104,8 @@ def draw_demo(
         progress=progress,
     )
     with exchanged:
-        assert isinstance(exchanged.unet, DropIn) and exchanged.artefact is not None
-        contract, artefact = exchanged.unet.contract, exchanged.artefact.name
+        assert isinstance(exchanged.unet, DropIn)
+        contract, artefact = exchanged.unet.contract, exchanged.artefact.name if exchanged.artefact is not None else ""
         backend_picture, backend_seconds = draw(backend)
     torch_picture, torch_seconds = draw("PyTorch")
     uncontrolled, _ = draw("PyTorch, no ControlNet", scale=0.0)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-DemoBackend = Literal["ort", "ort-cuda", "ort-trt", "trt", "rtx"]
+DemoBackend = Literal["ort", "torch-compile", "ort-cuda", "ort-trt", "trt", "rtx"]
 """The backends of `doctor.environment.BACKENDS` that run what `accelerate` makes."""
 
 
@@ -31,7 +31,8 @@ class Demo:
     """A whole run: one picture in PyTorch, and the same one with another backend in the UNet's place.
 
     `size_px` is width and height, `backend` a key of `doctor.environment.BACKENDS`, `artefact` the name in the demo's folder of
-    the ONNX file or engine that ran, `contract` a digest. With `random` weights the pictures are textures.
+    the ONNX file or engine that ran, empty if the UNet was compiled, `contract` a digest. With `random` weights the pictures
+    are textures.
     """
 
     model: str

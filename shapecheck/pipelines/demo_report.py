@@ -114,7 +114,7 @@ def _list_facts(demo: Demo) -> list[tuple[str, str]]:
         ("prompt", demo.prompt or "(empty)"),
         ("picture", f"{width}x{height} pixels, {demo.steps} steps, seed {demo.seed}"),
         ("ran", f"{BACKENDS[demo.backend]} ({demo.device}), {demo.precision}"),
-        ("artefact", demo.artefact),
+        ("artefact", demo.artefact or "none: compiled in this process"),
         ("contract", f"{demo.contract}, {demo.slots} slots"),
         ("versions", ", ".join(f"{name} {release}" for name, release in demo.versions)),
     ]

@@ -21,7 +21,6 @@ from shapecheck.models.diffusers_models import is_controlnet
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.observe.subject import resolve_subject
 from shapecheck.onnx.contract_metadata import contract_inside
-from shapecheck.onnx.export import export
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.progress import Progress
 from shapecheck.tensorrt.build import build_engine
@@ -52,6 +51,9 @@ class ExportCache:
 
     def export_onnx(self) -> Path:
         """Return the ONNX file, its weights beside it. Raises ShapecheckError if the model cannot be exported."""
+        # Imported now, with the exporter's libraries: compiled models never need them.
+        from shapecheck.onnx.export import export
+
         with lock_folder(self._folder):
             if not self.is_exported:
                 export(self._model, self.path, weights="copy", progress=self._progress)
@@ -70,8 +72,10 @@ class ExportCache:
         for path in self._folder.glob(f"{self.path.stem}-*.plan"):
             with suppress(ShapecheckError, OSError):
                 request = read_engine(path).request
-                if request.options == BuildOptions(target=target) and request.profiles == tuple(profiles):
-                    return request.tensorrt.startswith(release)
+                # an engine of another TensorRT may lie beside it
+                same = request.options == BuildOptions(target=target) and request.profiles == tuple(profiles)
+                if same and request.tensorrt.startswith(release):
+                    return True
         return False
 
     @contextmanager
@@ -107,7 +111,7 @@ class ExportCache:
     def path(self) -> Path:
         """Name the file after all that it depends on: the modules and their settings, the weights, and what exports it."""
         subject = resolve_subject(self._model)
-        weights_digest = weights.digest(subject.live or {}, lambda *sizes: self._progress("hashing the weights", *sizes))
+        weights_digest = weights.digest_live(subject.live or {}, lambda *sizes: self._progress("hashing the weights", *sizes))
         # Another release of any of these may export another graph.
         makers = [f"shapecheck {__version__}", *(f"{name} {version(name)}" for name in ("torch", "diffusers", "onnxscript"))]
         text = "\n".join([describe_settings(subject.module), weights_digest, *makers])

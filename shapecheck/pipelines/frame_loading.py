@@ -13,11 +13,9 @@ from shapecheck.contract import Contract, Geometry
 from shapecheck.doctor.environment import BACKENDS
 from shapecheck.pipelines.bench_record import COMPILED, TORCH_BACKENDS
 from shapecheck.pipelines.frame import FrameMaker, PlayFrame, compile_module
-from shapecheck.pipelines.frame_timing import Candidate
+from shapecheck.pipelines.frame_timing import TimedBackend
 from shapecheck.runtime.dropin import DropIn
 from shapecheck.runtime.load import load
-from shapecheck.tensorrt import profile_formats
-from shapecheck.tensorrt.profiles import Range, profile_of
 from shapecheck.tensorrt.record import is_engine
 
 
@@ -42,10 +40,10 @@ class Loader:
         self._files, self._controlnets, self._settings = files, controlnets, dict(settings or {})
         self._maker = FrameMaker(contract, geometry, device, controlnets)
 
-    def make_candidate(self, backend: str) -> Candidate:
+    def make_candidate(self, backend: str) -> TimedBackend:
         """Return the backend as it is to be timed."""
         ran = f"{TORCH_BACKENDS.get(backend) or BACKENDS[backend]}, {self._contract.dtype}"
-        return Candidate(backend, ran, self._describe_controlnets(backend), partial(self._make_frame, backend))
+        return TimedBackend(backend, ran, self._describe_controlnets(backend), partial(self._make_frame, backend))
 
     def _make_frame(self, backend: str) -> PlayFrame:
         maker = self._maker
@@ -71,13 +69,11 @@ class Loader:
 
     def open_file(self, file: str, backend: Any, known: Contract | None) -> DropIn:
         """Return an ONNX file or an engine in the place of a model. Raises ShapecheckError if it does not run."""
-        options = None
-        if backend == "ort-trt" and known is not None:
-            # A profile of this one size: without one ONNX Runtime builds its own engine again and again for whatever comes.
-            profile = profile_of(known, Range(self._geometry, self._geometry, self._geometry))
-            options = profile_formats.make_provider_options([profile])
-        contract = None if is_engine(Path(file)) else known
-        return load(file, backend, contract=contract, device=self._device, options=options, **self._settings)
+        contract, geometry = None if is_engine(Path(file)) else known, self._geometry
+        width, height = (side * self._contract.header.vae_factor for side in (geometry.width, geometry.height))
+        # Without a profile of this one size ort-trt builds its engine again and again for whatever comes.
+        one_size: dict[str, Any] = {"sizes": [f"{width}x{height}"], "batch": [str(geometry.batch)]}
+        return load(file, backend, contract=contract, device=self._device, **one_size, **self._settings)
 
 
 def choose_runner(file: str, backend: str) -> str:

@@ -22,7 +22,7 @@ Caught = type[Exception] | tuple[type[Exception], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class TimedBackend:
     """A backend to be timed. `make_frame` loads it; the other fields are those of its `Timing`."""
 
     backend: str
@@ -33,7 +33,7 @@ class Candidate:
 
 
 def time_candidates(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[TimedBackend],
     device: torch.device,
     *,
     frames: int,
@@ -69,7 +69,7 @@ def time_candidates(
 
 
 def _prepare(
-    candidate: Candidate, clock: Clock, device: torch.device, warm_up: int, caught: Caught
+    candidate: TimedBackend, clock: Clock, device: torch.device, warm_up: int, caught: Caught
 ) -> tuple[Timing, PlayFrame | None]:
     """Load a backend and play frames that do not count. Return its timing, still without frames, and its frame."""
     timing = Timing(candidate.backend, "", asked=candidate.asked)

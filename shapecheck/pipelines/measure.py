@@ -50,11 +50,18 @@ class FrameInputs:
     """The inputs of one frame, which all candidates get: no two residuals and no two rows of a batch are the same."""
 
     def __init__(
-        self, unet: Contract, controlnets: Sequence[Contract], geometry: Geometry, device: torch.device, dtype: torch.dtype
+        self,
+        unet: Contract,
+        controlnets: Sequence[Contract],
+        geometry: Geometry,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        drawn: bool = True,
     ) -> None:
         self._device, self._dtype = device, dtype
         self._unet, self._plain = unet, replace(unet, slots=())
-        self._values = self._draw(unet, ForwardCase(geometry, 0 if unet.slots else None), seed=0)
+        self._values = self._draw(unet, ForwardCase(geometry, 0 if unet.slots and drawn else None), seed=0)
         self._nets = [(net, self._draw(net, ForwardCase(geometry), seed=at)) for at, net in enumerate(controlnets, 1)]
 
     def compute_outputs(self, models: Models, dtype: torch.dtype | None = None) -> Outputs:
@@ -99,10 +106,12 @@ class FrameInputs:
         return module(**build_arguments(contract, cast), return_dict=False)
 
 
-def make_inputs(maker: CandidateMaker, unet: nn.Module, controlnets: Sequence[nn.Module], geometry: Geometry) -> FrameInputs:
-    """Return the inputs of a frame of these models."""
+def make_inputs(
+    maker: CandidateMaker, unet: nn.Module, controlnets: Sequence[nn.Module], geometry: Geometry, *, drawn: bool = True
+) -> FrameInputs:
+    """Return the inputs of a frame of these models; unless `drawn`, with zeros for residuals, where nobody looks at images."""
     first, contracts = next(unet.parameters()), [maker.find_contract(net) for net in controlnets]
-    return FrameInputs(maker.find_contract(unet), contracts, geometry, first.device, first.dtype)
+    return FrameInputs(maker.find_contract(unet), contracts, geometry, first.device, first.dtype, drawn=drawn)
 
 
 def get_models(candidate: Candidate) -> Models:

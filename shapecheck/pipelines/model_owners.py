@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,15 @@ def require_exchangeable(model: nn.Module, noun: str) -> None:
             raise ShapecheckError(f"the {noun} {advice}")
 
 
+def refuse_repeated(controlnets: Iterable[nn.Module]) -> None:
+    """Raise ShapecheckError if one is there twice: its second call in a frame would write over the residuals of the first."""
+    given = list(controlnets)
+    if len(set(given)) != len(given):
+        raise ShapecheckError(
+            "own_outputs=False: one ControlNet is there twice, and writes over its own residuals: load it twice"
+        )
+
+
 class ModelOwners:
     """Everything that holds one UNet: a pipeline; a StreamDiffusion and the pipeline in it; a wrapper around those."""
 
@@ -55,6 +64,11 @@ class ModelOwners:
         """Return the ControlNets that run in PyTorch now, in the order of their residuals."""
         held = (net for owner in self._everybody for net, _ in _walk_controlnets(owner))
         return tuple(dict.fromkeys(net for net in held if is_controlnet(unwrap_compiled(net)) and not isinstance(net, DropIn)))
+
+    def refuse_repeated_controlnets(self) -> None:
+        """Raise ShapecheckError if somebody holds one ControlNet twice."""
+        for owner in self._everybody:
+            refuse_repeated(net for net, _ in _walk_controlnets(owner))
 
     @property
     def frame(self) -> tuple[int, int, int] | None:

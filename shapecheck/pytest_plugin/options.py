@@ -36,7 +36,11 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("times-own", {"type": float, "default": 4.0, "metavar": "N", "help": "how many times PyTorch's own error may be [4]"}),
     (
         "reference",
-        {"choices": ("auto", "float64", "float32"), "default": "auto", "help": "PyTorch's precision [float64 if it fits]"},
+        {
+            "choices": ("auto", "float64", "float32"),
+            "default": "auto",
+            "help": "PyTorch's precision [float64 if it fits, float32 for half precision]",
+        },
     ),
     ("fp8", {"metavar": "FILE", "help": "the calibration by which layers of the files are in fp8 [none are]"}),
     ("variant", {"metavar": "NAME", "help": "which of a checkpoint's files, such as fp16"}),

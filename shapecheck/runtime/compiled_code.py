@@ -60,16 +60,23 @@ class Compiler:
 
     def __init__(self, forward: Forward, device: torch.device, backend: str, cache: Path | None, settings: str) -> None:
         self._forward, self._backend, self._cache = forward, backend, cache
-        self._identity = f"{_digest_structure(forward)} {_describe_makers(device, backend)} {settings}"
+        # code that is guarded by its model is compiled for each that shares it, and PyTorch refuses the ninth
+        self._code: dict[str, Run] = compiled_code if _compiles_ahead() else {}
+        self._identity = f"{digest_structure(forward)} {_describe_makers(device, backend)} {settings}"
 
     def compile(self, tensors: list[Tensor]) -> Run:
         """Return the code for tensors of these shapes, dtypes and layouts. Raises ShapecheckError if PyTorch cannot make it."""
         forms = [(tuple(tensor.shape), tensor.stride(), str(tensor.dtype)) for tensor in tensors]
         key = hashlib.sha256(f"{self._identity} {forms}".encode()).hexdigest()
-        if key not in compiled_code:
+        if key not in self._code:
             file = self._cache / f"compiled-{key[:16]}.bin" if self._cache is not None else None
-            compiled_code[key] = _load(file) or compile_forward(self._forward, tensors, file, self._backend)
-        return compiled_code[key]
+            self._code[key] = _load(file) or compile_forward(self._forward, tensors, file, self._backend)
+        return self._code[key]
+
+
+def _compiles_ahead() -> bool:
+    """Return whether this PyTorch compiles without guards, into what can be kept: it does from 2.9 on."""
+    return hasattr(torch.compiler, "load_compiled_function")
 
 
 def compile_forward(forward: nn.Module | None, tensors: list[Tensor], file: Path | None, compiler: str) -> Run:
@@ -78,7 +85,7 @@ def compile_forward(forward: nn.Module | None, tensors: list[Tensor], file: Path
     function = FunctionType(Forward.forward.__code__.replace(), globals())
     options = dict(OPTIONS) if compiler == "inductor" else {}
     try:
-        if hasattr(torch.compiler, "load_compiled_function"):  # since PyTorch 2.9
+        if _compiles_ahead():
             try:
                 return _compile_ahead(function, forward, tensors, file, compiler, options)
             except Exception as error:
@@ -138,13 +145,13 @@ def _describe_makers(device: torch.device, compiler: str) -> str:
     return f"{makers}, {place}, {compiler} {sorted(map(str, OPTIONS.items()))}"
 
 
-def _digest_structure(module: nn.Module) -> str:
-    """Return a digest of everything but the weights: modules, their settings, and the forms of their parameters."""
+def digest_structure(module: nn.Module) -> str:
+    """Return a digest of everything but the weights and whether it is trained: modules, settings, forms of parameters."""
     layers = []
     for name, layer in module.named_modules():
         settings = [f"{key}={_describe(value)}" for key, value in vars(layer).items() if key not in _OF_EVERY_MODULE]
         hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
-        layers.append((name, type(layer).__qualname__, layer.training, sorted(settings), _describe(hooks)))
+        layers.append((name, type(layer).__qualname__, sorted(settings), _describe(hooks)))
     places: dict[int, int] = {}  # which of them are one tensor
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     forms = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import compress
 from typing import Any
 
@@ -54,14 +54,15 @@ class CapturedCall:
             self._graphs.append(torch.cuda.CUDAGraph())
             begin()
 
-        # nothing may be freed on the GPU in between
+        # outside of the graphs' memory, where an earlier part of the next call, or a graph of another size, writes anything
+        self.outputs = launch()
+        # nothing may be freed on the GPU in between; collecting garbage before takes as long as half of a start
         torch.cuda.synchronize()
-        gc.collect()
         torch.cuda.empty_cache()
         begin()
         try:
-            with at_residuals(split) if any(late) else nullcontext():
-                self.outputs = launch()
+            with _keep_garbage(), at_residuals(split) if any(late) else nullcontext():
+                _copy(self.outputs, launch())
         except BaseException:
             with suppress(RuntimeError):  # that what was begun cannot be ended
                 self._graphs[-1].capture_end()
@@ -72,14 +73,28 @@ class CapturedCall:
 
     def replay(self, tensors: Sequence[Tensor], wait_for_residuals: Callable[[], object]) -> tuple[Tensor, ...]:
         """Queue the graphs on torch's current stream. `wait_for_residuals` is called before any late input is read."""
-        _copy(list(compress(self._inputs, self._early)), list(compress(tensors, self._early)))
         first, *rest = self._graphs
+        if not rest:  # it reads residuals at once
+            wait_for_residuals()
+        _copy(list(compress(self._inputs, self._early)), list(compress(tensors, self._early)))
         first.replay()
         for graph in rest:
             wait_for_residuals()
             _copy(list(compress(self._inputs, self._late)), list(compress(tensors, self._late)))
             graph.replay()
         return self.outputs
+
+
+@contextmanager
+def _keep_garbage() -> Iterator[None]:
+    """Let Python collect no garbage: there may be CUDA graphs and engines among it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def choose_order(tensor: Tensor) -> torch.memory_format:
@@ -89,10 +104,11 @@ def choose_order(tensor: Tensor) -> torch.memory_format:
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy tensors of the same shapes, those of one dtype at once."""
-    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    groups: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
-        ours, theirs = by_dtype.setdefault(target.dtype, ([], []))
+        # one that lies otherwise would make each of its group a kernel of its own
+        ours, theirs = groups.setdefault((target.dtype, target.stride() == source.stride()), ([], []))
         ours.append(target)
         theirs.append(source)
-    for ours, theirs in by_dtype.values():
+    for ours, theirs in groups.values():
         torch._foreach_copy_(ours, theirs)

@@ -95,9 +95,11 @@ class DropIn(nn.Module):
 
     def _run(self, inputs: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
         outputs = self.engine(inputs, **options)
+        if self._copies:
+            outputs = _copy(outputs)  # queued before anybody waits
         if self._finite and not _are_finite(list(outputs.values())):
             self._refuse_infinite(inputs, outputs)
-        return _copy(outputs) if self._copies else outputs
+        return outputs
 
     def _refuse_infinite(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> NoReturn:
         """Raise ContractError naming the inputs with values that are not finite, or the outputs if all inputs are finite."""
@@ -136,17 +138,19 @@ class DropIn(nn.Module):
 
 
 def _are_finite(tensors: list[Tensor]) -> bool:
-    if tensors[0].is_cuda:
+    if len(tensors) > 1 and tensors[0].is_cuda:
         # the largest magnitudes in one go, and one number to wait for
-        norms = torch._foreach_norm(tensors, math.inf)
-        return bool(torch.stack(norms).isfinite().all())
+        tensors = [torch.stack(torch._foreach_norm(tensors, math.inf))]
     return all(_is_finite(tensor) for tensor in tensors)
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # one number over all values shows it at a fraction of what looking at each costs
-    flat = tensor.reshape(-1)
-    total = torch.dot(flat, flat) if flat.dtype == torch.float32 else flat.sum(dtype=torch.float32)
+    # one number over all values shows it at a fraction of what looking at each costs: on a GPU one kernel, and one wait
+    if tensor.dtype == torch.float32 and not tensor.is_cuda:
+        flat = tensor.reshape(-1)
+        total = torch.dot(flat, flat)
+    else:
+        total = tensor.sum(dtype=torch.float32)
     return math.isfinite(total.item()) or bool(tensor.isfinite().all())
 
 

@@ -56,12 +56,18 @@ class Arguments:
             raise self._refuse(*surplus, unknown=unknown)
         sample = arguments["sample"]
         batch = len(sample) if isinstance(sample, Tensor) and sample.dim() else 1
-        if not isinstance(timestep, Tensor):
-            timestep = torch.as_tensor(timestep)
-        timestep = timestep.to(self._device, self._dtypes["timestep"])
-        if timestep.numel() == 1 and timestep.dim() < 2:
-            timestep = timestep.expand(batch).contiguous()
-        return {self._names[name]: value for name, value in values.items()} | {"timestep": timestep}
+        placed = self.place_number("timestep", timestep, batch)
+        return {self._names[name]: value for name, value in values.items()} | {"timestep": placed}
+
+    def place_number(self, name: str, value: Any, length: int) -> Tensor:
+        """Return an input that may be one number for `length` rows, or a tensor of all of them, on the session's device."""
+        if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1 and value.dim() < 2:
+            value = value.item()
+        if isinstance(value, (int, float)):
+            # Made there: copying it to a GPU would wait for all that was queued before.
+            return torch.full((length,), value, dtype=self._dtypes[name], device=self._device)
+        placed = torch.as_tensor(value).to(self._device, self._dtypes[name])
+        return placed.expand(length).contiguous() if placed.numel() == 1 and placed.dim() < 2 else placed
 
     def residuals(self, downs: Any, mid: Any, sample: Any) -> dict[str, Any]:
         """Return one residual a slot. Raises CallError if only one of both is passed, or the model has no slots."""

@@ -62,8 +62,7 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
         note_ready([sample, timestep, encoder_hidden_states, *conditions.values()], self.device)  # a UNet may begin with these
         inputs = self._arguments.base(arguments, conditions, timestep)
         weighted = guess_mode and not self.config.get("global_pool_conditions")
-        dtype = next(base.dtype for base in self.contract.inputs if base.name == "conditioning_scale")
-        scale = torch.as_tensor(1.0 if weighted else conditioning_scale, dtype=getattr(torch, dtype), device=self.device)
+        scale = self._arguments.place_number("conditioning_scale", 1.0 if weighted else conditioning_scale, 1)
         inputs["conditioning_scale"] = scale.reshape(1)
         outputs = self._run(inputs)
         # a file may call its outputs otherwise, but has them in the order of the slots

@@ -18,7 +18,6 @@ from shapecheck.runtime.call_gate import Gate
 from shapecheck.runtime.engine_loading import Executor, Loaded, build_refusal, import_tensorrt, load_engine, map_engine
 from shapecheck.runtime.gpu import Gpu
 from shapecheck.tensorrt.engine_tensors import DYNAMIC, DeclaredEngine, compare_model
-from shapecheck.tensorrt.foreign_engine import match_engine
 from shapecheck.tensorrt.record import EngineInterface, find_record, read_engine
 
 _log = logging.getLogger(__name__)
@@ -209,6 +208,9 @@ class EngineSession:
 
 def _find_interface(path: Path, declared: DeclaredEngine, contract: Contract) -> EngineInterface:
     """Return how an engine without a record is called. Raises ContractError if it cannot be called as the model is."""
+    # Imported now, with onnx and onnxscript behind it: models in PyTorch and engines with a record never need them.
+    from shapecheck.tensorrt.foreign_engine import match_engine
+
     found = match_engine(declared, contract)
     if contract.role == "unet" and contract.slots and not found.has_slots:
         found = match_engine(declared, replace(contract, slots=()))

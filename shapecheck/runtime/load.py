@@ -62,13 +62,13 @@ def load(
     on the GPU if ONNX Runtime can, else on the CPU, which is logged. Any other backend runs, or raises.
 
     `contract`, or the name or folder of its `model`, is needed for an ONNX file that holds none, and for an engine without a
-    record, which anybody may have built and under any names. `device` is `cpu`, `cuda`, `cuda:1`. `dtype` and `variant` are for
-    a model in PyTorch. `torch-compile` compiles each size at its first call, in minutes; `cache` is a folder that keeps
-    what was compiled, for the next start (it is run as a program is: let nobody else write there). `sizes` and `batch`, as for
-    `shapecheck build`, and `options` for the provider are for `ort-trt` and `ort-cuda`; `graphs` replays calls as CUDA graphs,
-    in TensorRT and ONNX Runtime on a GPU. `finite=False` lets NaN through, and on a GPU saves waiting for each image. With
-    `own_outputs=False` a call writes over what the last one of that size returned: one allocation a size, for loops that keep
-    no output (schedulers such as PNDM do).
+    record, which anybody may have built and under any names; of a model in PyTorch it saves observing it. `device` is `cpu`,
+    `cuda`, `cuda:1`. `dtype` and `variant` are for a model in PyTorch. `torch-compile` compiles each size at its first call, in
+    minutes; `cache` is a folder that keeps what was compiled, for the next start (it is run as a program is: let nobody else
+    write there). `sizes` and `batch`, as for `shapecheck build`, and `options` for the provider are for `ort-trt` and
+    `ort-cuda`; `graphs` replays calls as CUDA graphs, in TensorRT and ONNX Runtime on a GPU. `finite=False` lets NaN through,
+    and on a GPU saves waiting for each image. With `own_outputs=False` a call writes over what the last one of that size
+    returned: one allocation a size, for loops that keep no output (schedulers such as PNDM do).
 
     Raises ShapecheckError if the file, the contract or the backend is missing or does not run; ContractError if the file is
     not what its contract says.
@@ -87,7 +87,7 @@ def load(
     if backend != "auto" and backend not in backends:
         raise ShapecheckError(f"backend {backend} does not run {name}, {artefact!s:.200}: use {' or '.join(backends)}")
     if kind == "model":
-        session: DropInSession = _open_module(artefact, backend, device, dtype, variant, cache)
+        session: DropInSession = _open_module(artefact, backend, contract, device, dtype, variant, cache)
     elif kind == "engine":
         session = EngineSession.open(path, contract=contract, device=device, graphs=graphs)
     else:
@@ -110,6 +110,7 @@ def load(
 def _open_module(
     artefact: str | Path | nn.Module,
     backend: Backend,
+    contract: Contract | None,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     variant: str | None,
@@ -119,12 +120,14 @@ def _open_module(
 
     if isinstance(artefact, nn.Module):
         module, name = artefact.to(device, dtype) if device is not None or dtype is not None else artefact, ""
-        contract = resolve_subject(module).contract(name_dtype(next(module.parameters()).dtype), control=True)
+        if contract is None:
+            contract = resolve_subject(module).contract(name_dtype(next(module.parameters()).dtype), control=True)
     else:
         named = TorchModel(artefact, variant=variant)
         precision = name_dtype(dtype) if dtype is not None else named.dtype()
         module, name = named.load(precision).to(device or "cpu"), named.name
-        contract = named.contract(precision, control=True)
+        if contract is None:
+            contract = named.contract(precision, control=True)
     if backend != "torch-compile":
         return ContractSession.of_module(module, contract, name)
     return CompiledSession(module, contract, name, cache=make_folder(Path(cache)) if cache is not None else None)

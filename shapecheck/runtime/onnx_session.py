@@ -26,6 +26,8 @@ _ELEMENTS = {getattr(torch, name): number for name, number in ONNX_NUMBERS.items
 _GRAPH_OPTIONS = {"ort-cuda": "enable_cuda_graph", "ort-trt": "trt_cuda_graph_enable"}
 _OWN_OPTIONS = frozenset(("user_compute_stream", "has_user_compute_stream", *_GRAPH_OPTIONS.values()))
 """Options of providers that decide how a session has to call them."""
+_ALIGNMENT = 256
+"""The addresses of ONNX Runtime's own memory on a GPU are multiples of this: its kernels may read several numbers at once."""
 _SERIES = 64
 """The length of a series of calls in which one waits for the GPU: only then are buffers in pinned memory given back."""
 
@@ -44,7 +46,8 @@ class OnnxSession:
 
     Call it with a tensor for every input, by the file's names; it returns a tensor for every output, by the file's names.
     Every call reads the inputs as they are then: at their own addresses, or copies of those that lie on another device, are
-    not contiguous, or lie in an output. Outputs go into the tensors that the caller passes, or into new ones on the CPU.
+    not contiguous, do not begin at a multiple of 256 bytes on a GPU, or lie in an output. Outputs go into the tensors that the
+    caller passes, or into new ones on the CPU.
 
     On a GPU it runs on a stream of its own, in step with torch's current one: what that does next sees the results, and may
     change or free the inputs. With `graphs` the first call of a size is captured into a CUDA graph, which the next ones of
@@ -63,9 +66,7 @@ class OnnxSession:
         self._session, self._gpu, self._graphs = session, gpu, graphs
         self.inputs = tuple(port.name for port in session.get_inputs())
         self.outputs = tuple(port.name for port in session.get_outputs())
-        # ONNX Runtime copies an input that it reads elsewhere when it is bound, on no stream that we know
-        places = [device if memory.name == "Cuda" else torch.device("cpu") for memory in session.get_input_memory_infos()]
-        self._places = dict(zip(self.inputs, places, strict=True))
+        self._places = _find_places(session, device) if device.type != "cpu" else dict.fromkeys(self.inputs, device)
         self._calls, self._static = count(1), dict[object, _Static]()
         self._unsynchronized = _make_options("disable_synchronize_execution_providers", "1") if gpu is not None else None
         if graphs and (read := [name for name, place in self._places.items() if place != device]):
@@ -150,7 +151,8 @@ class OnnxSession:
     def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the outputs for these inputs; those named in `outputs` are written there.
 
-        Raises ShapecheckError with ONNX Runtime's own words if it cannot run, or if PyTorch is capturing a CUDA graph.
+        Raises ShapecheckError with ONNX Runtime's own words if it cannot run, if an output is not contiguous, or if PyTorch is
+        capturing a CUDA graph.
         """
         if self._gpu is not None and self._gpu.is_capturing():
             raise ShapecheckError(
@@ -158,6 +160,8 @@ class OnnxSession:
                 "or capture an engine"
             )
         written = dict(outputs or {})
+        if apart := [name for name, tensor in written.items() if not tensor.is_contiguous()]:
+            raise ShapecheckError(f"{', '.join(apart)}: ONNX Runtime writes in one piece; pass contiguous tensors for outputs")
         try:
             with self._gpu.stream(own=True) if self._gpu is not None else nullcontext():
                 return self._replay(inputs, written) if self._graphs else self._run(inputs, written)
@@ -200,11 +204,12 @@ class OnnxSession:
         return dict(written)
 
     def _place(self, name: str, tensor: Tensor, written: Iterable[Tensor]) -> Tensor:
-        """Return the tensor where it is read, in one piece, and apart from what the call writes."""
+        """Return the tensor where it is read, in one piece, where a kernel may begin, and apart from what the call writes."""
         placed = tensor.to(self._places.get(name, self.device)).contiguous()
         start, end = placed.data_ptr(), placed.data_ptr() + placed.nbytes
         inside = any(start < output.data_ptr() + output.nbytes and output.data_ptr() < end for output in written)
-        return placed.clone() if inside else placed
+        is_odd = self.backend != "ort" and start % _ALIGNMENT != 0
+        return placed.clone() if inside or is_odd else placed
 
     def _bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Any:
         """Return a new binding: one of an earlier call holds what that call was given."""
@@ -242,6 +247,14 @@ def _read_source(model: Path | bytes, folder: Path | None, backend: str) -> tupl
         if (fused := read_fused(model)) is not None:
             return fused, model.parent
     return str(model), folder
+
+
+def _find_places(session: Any, device: torch.device) -> dict[str, torch.device]:
+    """Return where a session on a GPU reads each input: it copies one from elsewhere when it is bound, on no stream we know."""
+    if not hasattr(session, "get_input_memory_infos"):
+        raise ShapecheckError("this ONNX Runtime does not say where it reads inputs on a GPU: install 1.23.2 or later")
+    places = [device if memory.name == "Cuda" else torch.device("cpu") for memory in session.get_input_memory_infos()]
+    return dict(zip((port.name for port in session.get_inputs()), places, strict=True))
 
 
 def _choose_options(backend: str, device: int, options: Mapping[str, str], gpu: Gpu | None, *, graphs: bool) -> dict[str, str]:

@@ -35,10 +35,14 @@ class ReadyInputs(threading.local):
             self._seen, self._stream, self._event = seen, stream, record()
 
     def find(self, values: Iterable[Any], stream: Any) -> Any:
-        """Return the event at which all of these were ready, if they were noted on this stream and have not been changed."""
-        seen = _look(values)
-        is_ready = self._event is not None and self._stream == stream and bool(seen) and _is_within(seen or {}, self._seen)
-        return self._event if is_ready else None
+        """Return the event at which all of these were ready, if they were noted on this stream and have not been changed.
+
+        It is forgotten then: what has been queued up to the next ControlNet, such as a reader of the image, comes before it.
+        """
+        seen, event = _look(values), self._event
+        is_ready = event is not None and self._stream == stream and bool(seen) and _is_within(seen or {}, self._seen)
+        self._event = None
+        return event if is_ready else None
 
 
 READY = ReadyInputs()

@@ -11,6 +11,7 @@ import argparse
 import logging
 import statistics
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -18,6 +19,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 
 import shapecheck
 from shapecheck import Geometry, presets
+from shapecheck.files import make_folder
 from shapecheck.pipelines import measure
 from shapecheck.pipelines.candidates import CandidateMaker
 
@@ -60,7 +62,7 @@ def main() -> None:
     tell("models made")
     nets = tuple(getattr(pipe.controlnet, "nets", [pipe.controlnet] if pipe.controlnet is not None else []))
     device, (width, height) = torch.device("cuda"), (int(side) for side in given.size.split("x"))
-    maker = CandidateMaker(given.folder, (), {}, lambda *_: None, contracts={}, strict=False)
+    maker = CandidateMaker(make_folder(Path(given.folder)), (), {}, lambda *_: None, contracts={}, strict=False)
     inputs = measure.make_inputs(maker, pipe.unet, nets, Geometry.from_px(width, height, batch=given.batch))
     reference = measure.compute_reference((pipe.unet, nets), inputs)
     tell(f"reference in {reference.precision}")

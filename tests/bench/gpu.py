@@ -276,14 +276,14 @@ def measure_latency(lab: Lab, record: Callable[[dict[str, Any]], None], deadline
     from shapecheck import extras
     from shapecheck.pipelines import bench_report
     from shapecheck.pipelines.bench_record import COMPILED, Bench, Timing
-    from shapecheck.pipelines.frame_timing import Candidate, time_candidates
+    from shapecheck.pipelines.frame_timing import TimedBackend, time_candidates
     from shapecheck.pipelines.picture_parts import find_picture_models, time_parts
 
     options = lab.options
     first = compile_first(lab, [name for name in options.backends if name in COMPILED], deadline)
     record({"compiled_first": first})
     loaders = {suffix: lab.make_loader(suffix) for suffix in (".onnx", ".plan")}
-    candidates: list[Candidate] = []
+    candidates: list[TimedBackend] = []
     absent: list[Timing] = []
     for backend in options.backends:
         suffix = ".plan" if backend == "trt" else ".onnx"

@@ -104,6 +104,7 @@ def machine(monkeypatch):
     return put
 
 
+@pytest.mark.full
 def test_what_runs_here_was_run(here):
     assert [each.name for each in here.backends] == list(BACKENDS)
     for name, version in (("torch", "torch 2"), ("torch-compile", "torch 2"), ("ort", "onnxruntime 1")):
@@ -491,6 +492,12 @@ def test_torch_that_cannot_compute_on_the_gpu_still_runs_on_the_cpu(machine):
     [
         ("InvalidCxxCompiler: No working C++ compiler found in …", "no C.. compiler is found, .* on a CPU", "apt install g++"),
         ("TritonMissing: Cannot find a working triton installation", "Triton is not installed", "pip install triton"),
+        ("ModuleNotFoundError: No module named 'setuptools'", "setuptools is not installed", "pip install setuptools"),
+        (
+            "CalledProcessError: Command '['/usr/bin/gcc', '/tmp/main.c' …",
+            "the C compiler fails",
+            "apt install python3-dev",
+        ),
         ("Failed to find C compiler. Please specify via CC", "no C compiler is found, .* on a GPU", "apt install gcc"),
         ("Found a GPU which is too old to be supported by the triton GPU compiler", "too old for Triton", "nothing to install"),
         ("LLVM ERROR: out of range", "cannot compile for the GPU: LLVM ERROR: out of range", "force-reinstall torch"),

@@ -30,6 +30,7 @@ from shapecheck.models.weights import (
     Embedded,
     copy_tensors,
     digest,
+    digest_live,
     find_differing,
     format_location,
     is_equal,
@@ -781,6 +782,28 @@ def test_what_differs_from_the_file_is_named(tmp_path, change, names):
     assert find_differing(table, live) == names
     assert (digest(table) == digest(live)) == (not names)
     assert find_differing(table, {name: each for name, each in live.items() if name != "b"})[-1] == "b"
+    assert (digest_live(BASE) == digest_live(live)) == (not names)
+
+
+def test_threads_give_weights_in_memory_one_identity_whatever_their_layout_and_order():
+    live = {f"layer{number}": torch.randn(3, 4, 5, 6) for number in range(20)}
+    told = []
+    found = digest_live(live, lambda done, total: told.append((done, total)))
+    assert told[-1] == (20 * 360 * 4, 20 * 360 * 4) and len(told) == 20
+    laid_out = {name: value.to(memory_format=torch.channels_last) for name, value in reversed(live.items())}
+    assert digest_live(laid_out) == found
+    swapped = live | {"layer3": live["layer4"], "layer4": live["layer3"]}
+    assert digest_live(swapped) != found != digest_live({f"net.{name}": value for name, value in live.items()})
+    live["layer7"][2, 3, 4, 5] *= -1
+    assert digest_live(live) != found
+
+
+@pytest.mark.gpu
+def test_weights_on_a_gpu_have_the_identity_that_they_have_on_the_cpu():
+    shapes = [(3, 4, 5, 6), (0, 2), (), (2**22 + 3,), (64, 32, 3, 3)]
+    live = {f"layer{number}": torch.randn(shape).half() for number, shape in enumerate(shapes)}
+    live["layer4"] = live["layer4"].to(memory_format=torch.channels_last)
+    assert digest_live({name: value.cuda() for name, value in live.items()}) == digest_live(live)
 
 
 def test_one_bit_in_the_last_chunk_is_seen(tmp_path):

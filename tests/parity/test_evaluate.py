@@ -339,6 +339,29 @@ def test_what_is_too_small_beside_the_tolerance_is_not_judged(share):
     assert reason.endswith("of the image) is too small beside the tolerance")
 
 
+def without_effect(name: str, factor: float) -> ReferenceOutputs:
+    """PyTorch in which a slot has a part of its effect, in the precision of the file alone."""
+    calls = known_sides().reference
+    reference = {call: SUMS(scaled(factor, name)(GENERATE(call)), torch.float64) for call in calls}
+    return ReferenceOutputs("float32", reference, {}, {}, 1e-6)
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1, "passed"), (1e-4, "passed"), (1e-6, "not run"), (0, "not run")])
+def test_where_pytorchs_rounding_is_not_known_an_effect_is_judged_by_its_size(factor, status):
+    results = judge(scaled(factor, NAMES[0]), sides=without_effect(NAMES[0], factor))
+    assert {name: each.status for name, each in results.items() if each.status != "passed"} == (
+        {f"slot[{NAMES[0]}]": "not run"} if status == "not run" else {}
+    )
+    assert failed(judge(scaled(0.9, NAMES[1]), sides=without_effect(NAMES[0], factor))).keys() >= {f"slot[{NAMES[1]}]"}
+
+
+def test_a_slot_that_acts_where_pytorch_ignores_it_is_named():
+    results = judge(sides=without_effect(NAMES[0], 0))
+    assert of_slots(results, "failed") == {NAMES[0]}
+    told = f"{NAMES[0]} changes the image, which it does not in PyTorch"
+    assert results[f"slot[{NAMES[0]}]"].reason.startswith(told)
+
+
 def test_without_two_halves_there_is_no_guidance_to_judge():
     alone = plan_checks(CONTRACT, "ort", [replace(SIZE, batch=1)])
     assert {plan.check.kind for plan in PLANS} - {plan.check.kind for plan in alone} == {"cfg"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -24,13 +25,13 @@ import pytest
 import small
 import torch
 from onnx_files import bake, exchange, planted, unconsume
-from parity_runs import NAMES, SLOTS, failed, kinds
+from parity_runs import NAMES, SLOTS, failed, kinds, run_side
 from peak import peak_of
 
 from shapecheck import Geometry, ShapecheckError, doctor, presets
 from shapecheck.models.forward_call import build_arguments
 from shapecheck.observe.subject import TorchModel
-from shapecheck.parity import reference, run, runners
+from shapecheck.parity import runners
 from shapecheck.parity.artefacts import read_files
 from shapecheck.parity.cases import ForwardCase, InputGenerator, refuse_zeros
 from shapecheck.parity.plan import choose_geometries
@@ -41,6 +42,7 @@ from shapecheck.parity.search import search_file
 from shapecheck.runtime import compiled_code
 from shapecheck.runtime.compiled_session import CompiledSession
 from shapecheck.runtime.onnx_session import OnnxSession
+from shapecheck.runtime.torch_session import TorchSession
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Range, profile_of
 from shapecheck.tensorrt.record import BuildOptions, BuildRequest
@@ -82,23 +84,8 @@ def xl(folder):
     return small.unet(**onnx_files.XL), engines.exported(folder / "xl.onnx", onnx_files.XL)[0]
 
 
-_KNOWN: dict = {}
-
-
 def side(model, path, ranges=ONE_SIZE, *, seed=0, **given):
-    """Run one file; PyTorch's side, which is the same whatever is wrong with a file, is computed once."""
-
-    def once(subject, contract, cases, generate, wanted, look, progress):
-        key = (id(model), ranges, seed, given.get("emit"), contract, tuple(cases))
-        if key not in _KNOWN:
-            _KNOWN[key] = reference.compute_reference(subject, contract, cases, generate, wanted, look, progress)
-        look(subject.load(contract.dtype))
-        return _KNOWN[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "compute_reference", once)
-        (found,) = ParityRun(ParityRequest(model, path, seed=seed), ranges=ranges, **given).report().sides
-    return found
+    return run_side(ParityRequest(model, path, seed=seed), ranges, **given)
 
 
 def test_a_healthy_file_passes_in_all(model, healthy):
@@ -125,7 +112,7 @@ def exchange_downs(contract, values):
     return arguments
 
 
-@pytest.mark.parametrize("build", [build_arguments, exchange_downs])
+@pytest.mark.parametrize("build", [pytest.param(build_arguments, marks=pytest.mark.full), exchange_downs])
 def test_a_compiled_model_is_proven_slot_by_slot(build, monkeypatch):
     monkeypatch.setattr(runners, "CompiledSession", partial(CompiledSession, compiler="eager"))
     monkeypatch.setattr(compiled_code, "build_arguments", build)
@@ -297,6 +284,35 @@ def test_residuals_of_an_earlier_call_kept(model, healthy, always):
     found = side(model, healthy, opener=opener)
     told = "step 2, control off: the image is that of step 1, control on with frame 0: residuals of an earlier call are kept"
     assert failed(found)["switch"] == told
+
+
+def test_a_size_for_which_the_gpu_has_no_memory_is_a_failure_of_that_size():
+    class Small(TorchSession):
+        def __call__(self, inputs):
+            if len(inputs["sample"]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(inputs)
+
+    def opener(_backend, file):
+        return Small(unet, file.contract)
+
+    unet = small.unet(**small.TINY)
+    ranges = tuple(Range(*[Geometry(batch, 9, 9, 7)] * 3) for batch in (1, 2))
+    (found,) = ParityRun(ParityRequest(unet, backends=("torch",)), ranges=ranges, opener=opener).report().sides
+    assert {name: reason for name, reason in failed(found).items() if "CUDA" in reason} == {
+        f"torch/case[batch 2, latent 9×9, control {control}]": "CUDA out of memory" for control in ("off", "on")
+    }
+    assert {each.status for each in found.results if each.check.kind in ("input", "slot", "switch")} == {"passed"}
+
+
+def test_a_model_for_which_the_gpu_has_no_memory_is_told_with_what_takes_less(monkeypatch):
+    def load(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(TorchModel, "load", load)
+    told = "does not suffice for PyTorch's side; smaller sizes take less, .*: CUDA out of memory. Tried to allocate 2.00 GiB"
+    with pytest.raises(ShapecheckError, match=told):
+        ParityRun(ParityRequest(small.unet(**small.TINY), backends=("torch",)), ranges=ONE_SIZE).report()
 
 
 @pytest.mark.full
@@ -557,6 +573,20 @@ def test_nothing_is_left_unjudged_in_a_half_precision(dtype):
     assert report.reference.startswith("PyTorch float32 on ")
 
 
+def test_text_is_judged_as_loud_as_it_shows():
+    """At its usual size attention is at random, and PyTorch's own rounding hides what the text does."""
+    unet = small.unet(**small.TINY)
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if "attn2.to_q" in name or "attn2.to_k" in name:
+                weight.mul_(30)
+    steps = []
+    request = ParityRequest(unet.half(), backends=("torch",))
+    report = ParityRun(request, ranges=ONE_SIZE, progress=lambda step, *_: steps.append(step)).report()
+    assert {each.status for each in report.sides[0].results} == {"passed"}, report.sides[0].results
+    assert any(re.search("computing with torch, .*encoder_hidden_states perturbed 0.* times as much", step) for step in steps)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -573,6 +603,17 @@ def test_nothing_is_left_unjudged_on_a_gpu(make, dtype):
     report = ParityRun(ParityRequest(make().to(dtype), backends=("torch-cuda",))).report()
     assert {each.status for each in report.sides[0].results} == {"passed"}, report.sides[0].results
     assert report.reference.endswith(" on cuda")
+
+
+@pytest.mark.gpu
+def test_on_cuda_a_dropped_slot_is_where_the_first_value_differs(model, healthy, folder, shapecheck_require):
+    """In TF32 the first convolution would be."""
+    shapecheck_require("ort-cuda")
+    path = planted(healthy, folder / "dropped on cuda.onnx", unconsume(NAMES[5]))
+    (found,) = ParityRun(ParityRequest(model, path, backends=("ort-cuda",)), ranges=ONE_SIZE).report().sides
+    print(found.ran, failed(found), found.divergence, found.notes)
+    assert failed(found)[f"ort-cuda/{SLOTS[5]}"].startswith(f"{NAMES[5]} changes nothing")
+    assert found.divergence.slot == NAMES[5]
 
 
 def statuses(found) -> set[str]:

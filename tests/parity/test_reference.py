@@ -8,6 +8,7 @@ import torch
 
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.observe.subject import TorchModel
+from shapecheck.parity import reference
 from shapecheck.parity.cases import ForwardCase, InputGenerator
 from shapecheck.parity.reference import choose_call, compute_reference
 
@@ -60,6 +61,12 @@ def test_a_perturbation_that_overflows_is_given_more_quietly():
     assert chosen.times < 1
     assert ForwardCase(SIZE, perturbed="sample") not in side.reference
     assert side.blur(chosen) <= 0.025
+
+
+def test_a_perturbation_that_overflows_at_every_size_is_refused(monkeypatch):
+    monkeypatch.setattr(reference, "OTHER_TIMES", (2.0,))
+    with pytest.raises(ShapecheckError, match=r"PyTorch's own image is not finite at .*, sample perturbed, in float16"):
+        computed(multiplied(2500, "conv_in"), "sample")
 
 
 def test_an_image_that_overflows_by_itself_is_refused():

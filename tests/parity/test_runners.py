@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from unittest.mock import MagicMock
+
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
 
-from shapecheck import ShapecheckError
+from shapecheck import ShapecheckError, presets
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.weight_comparison import find_narrower
+from shapecheck.parity import runners
+from shapecheck.parity.artefacts import ParityFile
+from shapecheck.parity.divergence import in_onnx_runtime
 from shapecheck.runtime.onnx_session import OnnxSession
 
 
@@ -54,6 +60,15 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused_unless_it_is_asked_for(h
         OnnxSession.open(healthy, backend="ort-cuda")
     with OnnxSession.open(healthy, backend="ort-cuda", strict=False) as session:
         assert session.provider == "CPUExecutionProvider"
+
+
+def test_the_image_and_the_values_inside_are_computed_in_float32_and_not_in_tf32(monkeypatch):
+    asked = []
+    monkeypatch.setattr(OnnxSession, "open", lambda model, **given: asked.append(given["options"]) or MagicMock())
+    file = ParityFile(presets.contract("sd15"), {}, {}, Path("unet.onnx"))
+    runners.open_session("ort-cuda", file, (), model=None)
+    in_onnx_runtime(file.path, {}, "ort-cuda")(b"", {})
+    assert asked == [{"use_tf32": "0"}, {"use_tf32": "0"}]
 
 
 def test_what_computes_in_less_than_the_image_that_goes_in(tmp_path, healthy):

@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor
 import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.doctor.environment import Backend, Gap
+from shapecheck.onnx import export as exporter
 from shapecheck.pipelines import accelerate as acceleration
 from shapecheck.pipelines import candidates
 from shapecheck.pipelines import export_cache as files
@@ -81,7 +82,7 @@ def exports(monkeypatch):
         engines.exported_quickly(unet, path, **options)
         done.append(path)
 
-    monkeypatch.setattr(files, "export", export)
+    monkeypatch.setattr(exporter, "export", export)
     return done
 
 
@@ -151,7 +152,7 @@ def test_another_file_is_made_where_weights_or_settings_change(unet, tmp_path, m
     def take_file():
         return files.ExportCache(unet, tmp_path, lambda *_: None).export_onnx()
 
-    monkeypatch.setattr(files, "export", export)
+    monkeypatch.setattr(exporter, "export", export)
     found = [take_file(), take_file()]
     with torch.no_grad():
         unet.mid_block.resnets[0].norm1.weight[5] += 0.5
@@ -192,6 +193,20 @@ def test_an_engine_of_onnx_runtime_is_kept_for_its_weights_and_sizes_and_only_wh
     other = files.ExportCache(unet, tmp_path, lambda *_: None)
     assert open_as_onnx_runtime_does(other, SMALL_SIZES) == (False, True)
     assert open_as_onnx_runtime_does(cache, SMALL_SIZES) == open_as_onnx_runtime_does(cache, LARGE_SIZES) == (True, True)
+
+
+def test_an_engine_is_there_though_one_of_another_tensorrt_lies_beside_it(unet, tmp_path, monkeypatch):
+    cache, profiles, records = files.ExportCache(unet, tmp_path, lambda *_: None), (object(),), {}
+    for release, made_for in {"10.13.3": profiles, "10.6.0": (), "10.7.0": profiles}.items():
+        (tmp_path / f"{cache.path.stem}-{release}.plan").touch()
+        request = SimpleNamespace(options=files.BuildOptions(target="trt"), profiles=made_for, tensorrt=release)
+        records[release] = SimpleNamespace(request=request)
+    monkeypatch.setattr(files, "read_engine", lambda path: records[path.stem.rpartition("-")[2]])
+    found = []
+    for release in ("10.13.9", "10.7.0", "10.6.0", "10.8.0"):
+        monkeypatch.setattr(files, "version", lambda name, release=release: release if name == "tensorrt" else "1")
+        found.append(cache.has_engine("trt", profiles))
+    assert found == [True, True, False, False]
 
 
 def test_accelerate_opens_onnx_runtimes_tensorrt_with_the_engine_that_it_kept(gpu_pipe, folder, monkeypatch):
@@ -274,7 +289,7 @@ def build_for(tmp_path, monkeypatch):
         asked.append(profiles)
         raise ShapecheckError("no TensorRT")
 
-    monkeypatch.setattr(files, "export", lambda *_, **__: None)
+    monkeypatch.setattr(exporter, "export", lambda *_, **__: None)
     monkeypatch.setattr(files, "build_engine", build_engine)
     say_what_runs(monkeypatch, "trt")
 

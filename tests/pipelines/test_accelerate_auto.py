@@ -17,8 +17,8 @@ import torch
 import shapecheck
 from shapecheck import ShapecheckError, doctor
 from shapecheck.doctor.environment import Backend, Gap
-from shapecheck.pipelines import accelerate as acceleration
-from shapecheck.pipelines import candidates, export_cache, measure
+from shapecheck.onnx import export as exporter
+from shapecheck.pipelines import candidates, export_cache, kept_contracts, measure
 from shapecheck.pipelines.accelerate import AccelerationError
 from shapecheck.pipelines.contest import explain_not_begun
 from shapecheck.runtime.dropin import DropIn
@@ -74,8 +74,8 @@ class Bench:
 def bench(monkeypatch, caplog, observed):
     caplog.set_level(logging.INFO, "shapecheck")
     bench = Bench()
-    monkeypatch.setattr(export_cache, "export", engines.exported_quickly)
-    monkeypatch.setattr(acceleration, "probe", lambda *_: observed)
+    monkeypatch.setattr(exporter, "export", engines.exported_quickly)
+    monkeypatch.setattr(kept_contracts, "probe", lambda *_: observed)
     monkeypatch.setattr(doctor, "backend", lambda name: Backend(name, True, ""))
     monkeypatch.setattr(candidates, "load", bench.load)
     monkeypatch.setattr(measure, "time_in_turns", bench.time)
@@ -108,6 +108,8 @@ def test_the_fastest_that_is_right_is_installed_and_the_next_start_measures_noth
     assert "right: at most" in next(line for line in str(done).splitlines() if line.startswith("ort "))
 
     forbid(monkeypatch, "compute_reference", "time_in_turns", "check_outputs")
+    for name in ("probe", "resolve_subject"):
+        monkeypatch.delattr(kept_contracts, name)  # nor is anything observed
     bench.loaded.clear()
     again = shapecheck.accelerate(pipe, tmp_path, **SIZES)
     assert (again.backend, again.measured) == ("torch-compile", done.measured)
@@ -115,6 +117,7 @@ def test_the_fastest_that_is_right_is_installed_and_the_next_start_measures_noth
     again()
 
 
+@pytest.mark.full
 def test_other_weights_are_measured_anew(pipe, bench, tmp_path):
     shapecheck.accelerate(pipe, tmp_path, **SIZES)()
     bench.times["torch"] = 5.0
@@ -149,8 +152,24 @@ def test_pytorch_stays_where_it_is_the_fastest(pipe, bench, tmp_path, caplog):
         "nothing faster runs here: the UNet stays in PyTorch, where a frame takes 9.00 ms, 20.00 in ort, 10.00 in torch-compile"
     )
     assert shapecheck.accelerate(pipe, tmp_path, **SIZES).backend == "torch"
-    with pytest.raises(AccelerationError):
+    with pytest.raises(AccelerationError, match=r"stays in PyTorch, where a frame takes 9\.00 ms, 20\.00 in ort"):
         shapecheck.accelerate(pipe, tmp_path, **SIZES, fallback="error")
+
+
+@pytest.mark.full
+def test_a_controlnet_that_failed_under_fallback_error_does_not_count_under_fallback_log(pipe, bench, tmp_path, monkeypatch):
+    opened = candidates.CandidateMaker.open
+
+    def open_unet(self, backend, model, noun, **options):
+        if noun == "ControlNet":
+            raise ShapecheckError("out of file handles")
+        return opened(self, backend, model, noun, **options)
+
+    monkeypatch.setattr(candidates.CandidateMaker, "open", open_unet)
+    with pytest.raises(AccelerationError, match="ort: out of file handles"):
+        shapecheck.accelerate(pipe, tmp_path, **SIZES, fallback="error")
+    with shapecheck.accelerate(pipe, tmp_path, **SIZES) as done:
+        assert (done.backend, done.controlnets[0].backend) == ("torch-compile", "torch")
 
 
 def test_memory_that_does_not_suffice_and_a_compiler_that_fails_are_refusals(pipe, bench, tmp_path, monkeypatch):
@@ -211,6 +230,7 @@ def test_what_has_come_since_is_measured_alone_against_the_winner(pipe, bench, t
     ]  # fmt: skip
 
 
+@pytest.mark.full
 def test_a_winner_that_does_not_run_any_longer_is_measured_again(pipe, bench, tmp_path, caplog):
     shapecheck.accelerate(pipe, tmp_path, **SIZES)()
     bench.failures["torch-compile"] = ShapecheckError("the compiler is gone")

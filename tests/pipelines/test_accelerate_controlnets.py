@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import engines
@@ -15,7 +16,8 @@ import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
 from shapecheck.doctor.environment import Backend
 from shapecheck.models import diffusers_models
-from shapecheck.pipelines import candidates, compiled_vae, export_cache
+from shapecheck.onnx import export as exporter
+from shapecheck.pipelines import candidates, compiled_vae
 from shapecheck.pipelines.accelerate import AccelerationError
 from shapecheck.pipelines.model_owners import ModelOwners
 from shapecheck.runtime.dropin_controlnet import DropInControlNet
@@ -28,7 +30,7 @@ SIZES = {"sizes": ["104x72"], "batch": ["1:2:2"]}
 def quick(monkeypatch, caplog):
     """The exporter is torch's older one, and doctor is not asked."""
     caplog.set_level(logging.INFO, "shapecheck")
-    monkeypatch.setattr(export_cache, "export", engines.exported_quickly)
+    monkeypatch.setattr(exporter, "export", engines.exported_quickly)
     monkeypatch.setattr(doctor, "backend", lambda name: Backend(name, True, ""))
 
 
@@ -85,8 +87,9 @@ def test_a_stream_and_its_pipeline_change_together_with_a_list_of_them(unet, fol
 
 
 def test_one_that_cannot_be_exchanged_stays_in_pytorch_and_is_named(unet, folder, monkeypatch, caplog):
-    net, hooked = small.controlnet(unet), small.controlnet(unet, seed=2)
+    net, hooked, adapted = (small.controlnet(unet, seed=seed) for seed in (1, 2, 3))
     monkeypatch.setattr(hooked, "_hf_hook", object(), raising=False)
+    monkeypatch.setattr(adapted, "peft_config", {"default": 1}, raising=False)
     pipe = SimpleNamespace(unet=unet, controlnet=MultiControlNetModel([hooked, net]))
     with shapecheck.accelerate(pipe, folder, "ort", **SIZES) as done:
         stays, runs = done.controlnets
@@ -95,7 +98,12 @@ def test_one_that_cannot_be_exchanged_stays_in_pytorch_and_is_named(unet, folder
         assert "remove_all_hooks" in stays.reason
         assert f"a ControlNet stays in PyTorch: {stays.reason}" in caplog.messages
         assert str(done).splitlines()[0] == "UNet: ort; ControlNets: torch, ort"
-    with pytest.raises(AccelerationError, match="remove_all_hooks"):
+    pipe.controlnet = [hooked, adapted]
+    shapecheck.accelerate(pipe, folder, "ort", **SIZES)()
+    assert "fuse_lora" in caplog.text, "all of them are told, and not the first alone"
+    with pytest.raises(
+        AccelerationError, match=r"a ControlNet stays in PyTorch\n  ort: .*remove_all_hooks.*\n  ort: .*fuse_lora"
+    ):
         shapecheck.accelerate(pipe, folder, "ort", **SIZES, fallback="error")
     assert pipe.unet is unet
 
@@ -126,6 +134,20 @@ def test_a_union_of_them_is_known_before_anything_is_made(unet, folder, monkeypa
     assert "ControlNetUnionModel is not exported" in maker.find_obstacle(net)
 
 
+@pytest.mark.parametrize("finite", [True, False])
+def test_the_unet_alone_looks_for_nan_and_names_the_slot(unet, folder, finite):
+    """Each that looks on a GPU waits, and the UNet sees what ControlNets give it."""
+    pipe = SimpleNamespace(unet=unet, controlnet=small.controlnet(unet))
+    with shapecheck.accelerate(pipe, folder, "ort", **SIZES, finite=finite), torch.no_grad():
+        sample, text, image = torch.randn(2, 4, 9, 13), torch.randn(2, 7, 12), torch.full((2, 3, 72, 104), torch.nan)
+        downs, mid = pipe.controlnet(sample, 11, text, image, return_dict=False)
+        assert downs[0].isnan().any()
+        residuals = {"down_block_additional_residuals": downs, "mid_block_additional_residual": mid}
+        with pytest.raises(ContractError, match=r"down_block_residual_00 .*values: got \d+ NaN") if finite else nullcontext():
+            pipe.unet(sample, 11, text, **residuals)
+
+
+@pytest.mark.full
 def test_they_are_exchanged_later_without_touching_the_unet(unet, folder):
     first, second, third = (small.controlnet(unet, seed=seed) for seed in (1, 2, 3))
     pipe = SimpleNamespace(unet=unet, controlnet=first)
@@ -155,6 +177,25 @@ def test_they_are_exchanged_later_without_touching_the_unet(unet, folder):
     assert pipe.unet is unet
     done.replace_controlnets([first])
     assert list(pipe.controlnet.nets) == [first]
+
+
+@pytest.mark.full
+def test_one_that_is_there_twice_keeps_its_residuals_or_is_refused(unet, folder):
+    net = small.controlnet(unet)
+    pipe = SimpleNamespace(unet=unet, controlnet=MultiControlNetModel([net, net]))
+    with shapecheck.accelerate(pipe, folder, "ort", **SIZES) as done:
+        first, second = (compute(one, scale=scale) for one, scale in zip(pipe.controlnet.nets, (1.0, 0.5), strict=True))
+        assert_alike(first, compute(net))
+        assert_alike(second, compute(net, scale=0.5))
+    assert len(done.controlnets) == 1
+    with pytest.raises(ShapecheckError, match="own_outputs=False: one ControlNet is there twice"):
+        shapecheck.accelerate(pipe, folder, "ort", **SIZES, own_outputs=False)
+    assert list(pipe.controlnet.nets) == [net, net]
+    pipe.controlnet = net
+    done = shapecheck.accelerate(pipe, folder, "ort", **SIZES, own_outputs=False)
+    with pytest.raises(ShapecheckError, match="there twice"):
+        done.replace_controlnets(MultiControlNetModel([net, net]))
+    done()
 
 
 def test_one_that_the_user_puts_there_in_pytorch_stays(unet, folder, caplog):
@@ -193,10 +234,13 @@ def test_a_vaes_decoder_is_compiled_and_put_back(unet, folder, monkeypatch, capl
         assert compiled == [(1, 4, 9, 13)]
     assert pipe.vae.decoder is decoder
 
-    def fail(_):
+    def fail(*_):
         raise KeyError("no compiler")
 
     monkeypatch.setattr(Compiled, "forward", fail)
     compiled_vae.compile_decoder(pipe.vae, shapecheck.Geometry(1, 9, 13))()
     assert pipe.vae.decoder is decoder
-    assert "the VAE's decoder stays as it is: " in caplog.messages[-1]
+    assert "the VAE's decoder stays as it is: KeyError" in caplog.messages[-1]
+    strange = SimpleNamespace(decoder=decoder)  # somebody's own class, without a config
+    compiled_vae.compile_decoder(strange, shapecheck.Geometry(1, 9, 13))()
+    assert "the VAE's decoder stays as it is: AttributeError" in caplog.messages[-1]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -15,11 +18,13 @@ import torch
 
 import shapecheck
 from shapecheck import Geometry, Range, ShapecheckError
-from shapecheck.pipelines import background, candidates, choose, export_cache
+from shapecheck.onnx import export as exporter
+from shapecheck.pipelines import background, candidates, choose
 from shapecheck.pipelines.accelerate import Accelerated
 from shapecheck.pipelines.measured_record import MeasuredRecord, Measurement, read_record
 
 KEY = {"device": "a GPU"}
+WAITING = MeasuredRecord(tuple(KEY.items()), 120.0, (Measurement("torch", 30.0), Measurement("trt", waiting=True)))
 SIZES = Range(Geometry(1, 9, 13), Geometry(2, 9, 13), Geometry(2, 9, 13))
 
 
@@ -39,13 +44,16 @@ class Process:
 
     jobs: ClassVar = []
     words = ""
+    status = 0
+    options: ClassVar = {}
 
-    def __init__(self, *_, **__):
+    def __init__(self, *_, **options):
+        self.options.update(options)
         self.stdout = io.StringIO(self.words)
         self.stdin = SimpleNamespace(write=self.jobs.append, flush=lambda: None, close=lambda: None)
 
     def wait(self):
-        return 0
+        return self.status
 
 
 def test_what_is_not_exported_is_saved_and_handed_over_with_its_profiles(unet, maker, monkeypatch, caplog):
@@ -53,11 +61,12 @@ def test_what_is_not_exported_is_saved_and_handed_over_with_its_profiles(unet, m
     monkeypatch.setattr(background.subprocess, "Popen", Process)
     monkeypatch.setattr(Process, "words", 'a library prints\n{"failure": ""}\n')
     monkeypatch.setattr(Process, "jobs", [])
-    monkeypatch.setattr(export_cache, "export", engines.exported_quickly)
+    monkeypatch.setattr(exporter, "export", engines.exported_quickly)
     exported = maker.find_cache(unet).export_onnx()
     failures = []
     background.BackgroundBuild(maker, (unet, controlnet), failures.append).wait()
     first, second = json.loads(Process.jobs[0])["models"]
+    assert Process.options["start_new_session"], "Ctrl-C in the user's terminal is not for it"
     assert (first["onnx"], first["folder"]) == (str(exported), "")
     assert {path.name for path in (maker.folder / second["folder"] / "controlnet").iterdir()} == {
         "config.json", "diffusion_pytorch_model.safetensors"
@@ -69,19 +78,51 @@ def test_what_is_not_exported_is_saved_and_handed_over_with_its_profiles(unet, m
 def test_one_with_settings_beside_its_config_is_not_built_from_its_config(unet, maker):
     unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     with pytest.raises(ShapecheckError, match="settings that its config does not hold, such as FreeU"):
-        background.BackgroundBuild(maker, (unet,), print)
+        background.BackgroundBuild(maker, (small.controlnet(unet), unet), print)
+    assert not list(maker.folder.glob("*.saved")), "what was saved of the other model"
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(unet, maker, monkeypatch, caplog):
+    def save(folder, **_):
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(unet, "save_pretrained", save, raising=False)
+    monkeypatch.setattr(background, "describe_settings", lambda _: "")
+    assert choose.build_in_background(maker, (unet,), WAITING) is None
+    assert "No space left on device" in caplog.messages[-1]
+    assert not [path for path in maker.folder.iterdir() if not path.name.startswith("contract-")]
+
+
+def test_two_processes_save_into_two_folders_and_what_a_killed_one_left_is_removed(unet, maker, monkeypatch):
+    monkeypatch.setattr(background.subprocess, "Popen", Process)
+    monkeypatch.setattr(Process, "jobs", [])
+    others = [maker.find_cache(unet).path.with_suffix(f".{number}.saved") for number in (1, 2)]
+    for other in others:
+        other.mkdir()
+    os.utime(others[0], (0, 0))
+    background.BackgroundBuild(maker, (unet,), lambda _: None).wait()
+    (entry,) = json.loads(Process.jobs[0])["models"]
+    assert {path.name for path in maker.folder.glob("*.saved")} == {Path(entry["folder"]).name, others[1].name}
+
+
+def test_one_that_is_stopped_with_the_program_is_no_failure(unet, maker, monkeypatch, caplog):
+    monkeypatch.setattr(background.subprocess, "Popen", Process)
+    monkeypatch.setattr(Process, "status", -signal.SIGTERM)
+    choose.build_in_background(maker, (unet,), WAITING).wait()
+    assert "was stopped: the next start goes on" in caplog.text
+    assert read_record(maker.folder, KEY) is None
 
 
 @pytest.mark.parametrize("words", ['{"failure": "no TensorRT"}\n', ""])
 def test_a_failure_is_kept_so_that_no_later_start_begins_it_again(unet, maker, monkeypatch, caplog, words):
     monkeypatch.setattr(background.subprocess, "Popen", Process)
     monkeypatch.setattr(Process, "words", words)
-    record = MeasuredRecord(tuple(KEY.items()), 120.0, (Measurement("torch", 30.0), Measurement("trt", waiting=True)))
-    build = choose.build_in_background(maker, (unet,), record)
+    build = choose.build_in_background(maker, (unet,), WAITING)
     build.wait()
     assert not build.is_running
     kept = read_record(maker.folder, KEY)
-    refusal = "no TensorRT" if words else "the building process ended without a word"
+    refusal = "no TensorRT" if words else "the building process ended without a word (exit status 0)"
     assert kept.measurements[1] == Measurement("trt", refusal=refusal)
     assert f"trt cannot be built in the background: {refusal}" in caplog.messages
     assert choose.build_in_background(maker, (unet,), kept) is None
@@ -120,8 +161,9 @@ def test_a_real_process_exports_and_says_why_no_engine_is_built_here(maker):
 
 @pytest.mark.full
 def test_a_real_process_ends_with_the_one_that_asked_and_leaves_nothing_half_written(maker):
-    unet = small.unet()
-    build = background.BackgroundBuild(maker, (unet,), lambda _: None)
+    unet, failures = small.unet(), []
+    build = background.BackgroundBuild(maker, (unet,), failures.append)
     build.end()
     build.wait()
+    assert not failures
     assert not list(maker.folder.glob("*.saved")) + list(maker.folder.glob("*.partial")) + list(maker.folder.glob("*.onnx"))

@@ -20,6 +20,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 import shapecheck
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.cli import main
+from shapecheck.contract.naming import find_scheme
 from shapecheck.doctor.environment import Backend, Gap
 from shapecheck.observe.probe import probe_controlnet
 from shapecheck.pipelines import bench, frame, frame_loading, frame_timing
@@ -29,6 +30,7 @@ from shapecheck.pipelines.bench_record import Bench, Frame, Picture, PicturePart
 from shapecheck.pipelines.picture_parts import find_picture_models, time_parts
 from shapecheck.progress import silent
 from shapecheck.runtime.load import load
+from shapecheck.runtime.onnx_session import OnnxSession
 
 SIZE = "136x72"
 
@@ -226,6 +228,27 @@ def test_a_controlnet_beside_an_engine_runs_on_the_gpu_and_an_engine_anywhere_in
     assert [frame_loading.choose_runner("depth.plan", backend) for backend in ("ort-cuda", "trt")] == ["trt", "trt"]
 
 
+def test_onnx_runtimes_tensorrt_gets_the_one_size_under_the_names_of_the_file(file, tmp_path, monkeypatch):
+    contract = shapecheck.read_contract(file)
+    ours = [slot.name for slot in contract.slots]
+    names = dict(zip(ours, find_scheme("streamdiffusion").names(len(ours) - 1), strict=True))
+    theirs, opened = onnx_files.planted(file, tmp_path / "theirs.onnx", onnx_files.rename(**names)), []
+
+    def refuse(_path, *, options, **_others):
+        opened.append(options)
+        raise ShapecheckError("no GPU")
+
+    monkeypatch.setattr(OnnxSession, "open", refuse)
+    loader = frame_loading.Loader(str(theirs), contract, Geometry(2, 9, 17), torch.device("meta"), (), [])
+    with pytest.raises(ShapecheckError, match="no GPU"):
+        loader.open_file(str(theirs), "ort-trt", contract)
+    (options,) = opened
+    (shapes,) = {options[f"trt_profile_{bound}_shapes"] for bound in ("min", "opt", "max")}
+    sizes = dict(tensor.split(":") for tensor in shapes.split(","))
+    assert sizes["sample"] == "2x4x9x17"
+    assert sizes.keys() == contract.input_rules.keys() - set(ours) | set(names.values())
+
+
 def test_reduce_overhead_is_the_line_a_user_types_and_marks_its_steps(file, monkeypatch):
     """UNet and ControlNet are compiled, none of their weights being those of eager PyTorch, and each frame is a step."""
     compiled, steps = [], []
@@ -245,6 +268,7 @@ def test_reduce_overhead_is_the_line_a_user_types_and_marks_its_steps(file, monk
     assert result.timings[1].controlnets == "1, compiled likewise"
 
 
+@pytest.mark.full
 def test_a_folders_own_vae_and_text_encoder_are_timed(file, tmp_path):
     """Of a folder's UNet those beside it: of widths that no family has."""
     text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
@@ -323,7 +347,7 @@ def test_a_backend_that_does_not_run_is_told_and_fails(file, monkeypatch):
 
 
 def test_what_a_compiler_raises_is_told_and_no_failure_where_nobody_asked(file, monkeypatch):
-    def raises(_module):
+    def raises(*_, **__):
         raise AssertionError("no compiler\nis here")
 
     monkeypatch.setattr(torch, "compile", raises)

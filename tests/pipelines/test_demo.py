@@ -28,9 +28,9 @@ from PIL import Image
 
 import shapecheck
 from shapecheck import ContractError, ShapecheckError, doctor
-from shapecheck.cli.demo import demo as command
-from shapecheck.cli.group import Commands
-from shapecheck.pipelines import accelerate, export_cache, pictures
+from shapecheck.cli import main
+from shapecheck.onnx import export as exporter
+from shapecheck.pipelines import candidates, kept_contracts, pictures
 from shapecheck.pipelines import demo as drawing
 from shapecheck.pipelines.demo_record import Change, Demo, Picture
 from shapecheck.pipelines.demo_report import render_json, render_page, render_text
@@ -59,8 +59,8 @@ def runs(_backend):
     return SimpleNamespace(runs=True)
 
 
-EXPORT = (export_cache, "export", engines.exported_quickly)
-QUICK = (EXPORT, (doctor, "backend", runs), (accelerate, "probe", observe), (drawing, "build_tiny_pipeline", build_shallow))
+EXPORT = (exporter, "export", engines.exported_quickly)
+QUICK = (EXPORT, (doctor, "backend", runs), (kept_contracts, "probe", observe), (drawing, "build_tiny_pipeline", build_shallow))
 """Stand-ins for what other tests are of."""
 
 
@@ -73,7 +73,7 @@ def patched(*changes):
 
 
 def demo(*arguments: str) -> Result:
-    return CliRunner().invoke(Commands(commands=[command]), ["demo", *arguments])
+    return CliRunner().invoke(main, ["demo", *arguments])
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def again(shown, tmp_path):
 
 def test_all_files_are_there_and_the_pictures_are_of_that_size(shown):
     names = {path.name for path in shown.folder.iterdir()}
-    (artefact,) = shown.folder.glob("*.onnx")
+    ((artefact,), (contract,)) = (shown.folder.glob(pattern) for pattern in ("*.onnx", "contract-*.json"))
     assert names == {
         *PICTURES,
         "index.html",
@@ -113,6 +113,7 @@ def test_all_files_are_there_and_the_pictures_are_of_that_size(shown):
         "demo.md",
         artefact.name,
         f"{artefact.name}.data",
+        contract.name,
         ".shapecheck.lock",
     }
     seen = {}
@@ -258,7 +259,7 @@ def test_two_that_do_not_fit_are_told_before_weights_are_read(saved, tmp_path):
         (["--model", "sd15", "--controlnet", "sd15"], "sd15 is a preset, which has no weights: give a diffusers folder"),
         (["--steps", "1"], "1 is not in the range"),
         (["--seed", "-1"], "-1 is not in the range"),
-        (["--backend", "torch"], "'torch' is not one of 'ort', 'ort-cuda'"),
+        (["--backend", "torch"], "'torch' is not one of 'ort', 'torch-compile', 'ort-cuda'"),
     ],
 )
 def test_what_cannot_be_shown_is_told(tmp_path, arguments, message):
@@ -266,6 +267,25 @@ def test_what_cannot_be_shown_is_told(tmp_path, arguments, message):
     assert (result.exit_code, result.stdout) == (2, "")
     assert re.search(message, " ".join(result.stderr.split()))
     assert not any(tmp_path.iterdir())
+
+
+def test_a_compiled_unet_has_no_artefact(tmp_path):
+    """In place of the compiled UNet its file is run. Without a GPU that is on the CPU, and judged."""
+    asked = []
+
+    def load(_model, backend, **_options):
+        asked.append(backend)
+        return shapecheck.load(real_pipelines.export_unet("shallow"), "ort")
+
+    with patched(*QUICK, (candidates, "load", load), (torch.cuda, "is_available", lambda: False)):
+        result = demo("--out", str(tmp_path), *SHORT, "--backend", "torch-compile", "--format", "json")
+    assert result.exit_code == 0, result.output
+    assert asked == ["torch-compile"]
+    read = json.loads(result.stdout)
+    assert (read["verdict"], read["backend"], read["precision"], read["artefact"]) == ("parity", "torch-compile", "float32", "")
+    assert (tmp_path / "torch-compile.png").is_file()
+    assert "none: compiled in this process" in (tmp_path / "demo.md").read_text(encoding="utf-8")
+    assert "on the CPU. Leaving the block" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from graphlib import CycleError, TopologicalSorter
 from itertools import groupby
@@ -94,14 +94,14 @@ def read_first_imports(source: str) -> set[str]:
     return names
 
 
-def find_heavy(files: Names, start: str) -> str | None:
+def find_heavy(files: Names, start: str, heavy: Collection[str] = HEAVY) -> str | None:
     """Return the way from a file to a heavy library, over what is imported at the top of files; None if there is none."""
     ways = {start: start}
     todo = [start]
     while todo:
         file = todo.pop()
         for name in files[file]:
-            if name.partition(".")[0] in HEAVY:
+            if name.partition(".")[0] in heavy:
                 return f"{ways[file]} -> {name}"
             steps = name.split(".")[1:]
             places = ["/".join(steps[:end]) for end in range(1, len(steps) + 1)] if name.startswith("shapecheck.") else []
@@ -209,11 +209,22 @@ def test_contract_and_presets_need_the_standard_library_only(package):
     assert not [place for row in rows.values() for place in row.values()]
 
 
-def test_light_files_import_nothing_heavy_by_any_way(table):
-    files = {
+@pytest.fixture(scope="module")
+def first_imports():
+    return {
         path.relative_to(PACKAGE).as_posix(): read_first_imports(path.read_text(encoding="utf-8"))
         for path in sorted(PACKAGE.rglob("*.py"))
     }
+
+
+@pytest.mark.parametrize("file", ["pipelines/accelerate.py", "runtime/load.py"])
+def test_models_that_stay_in_pytorch_wait_for_no_onnx(first_imports, file):
+    """onnxscript alone takes half a second of a start that finds everything made."""
+    assert find_heavy(first_imports, file, {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "polygraphy"}) is None
+
+
+def test_light_files_import_nothing_heavy_by_any_way(table, first_imports):
+    files = first_imports
     patterns = table["light"]["files"]
     assert [pattern for pattern in patterns if not any(fnmatchcase(file, pattern) for file in files)] == []
     light = [file for file in files if any(fnmatchcase(file, pattern) for pattern in patterns)]

@@ -17,9 +17,11 @@ import small
 import torch
 from diffusers import MultiControlNetModel
 from living import find_living_tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shapecheck
 from shapecheck import ContractError, ShapecheckError
+from shapecheck.observe import subject
 from shapecheck.runtime import combine, onnx_session
 from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.dropin_arguments import Arguments
@@ -299,6 +301,57 @@ def test_zeros_are_made_once_a_size_in_one_piece():
     assert len({zeros.untyped_storage().data_ptr() for zeros in first.values()}) == 1
     assert not any(zeros.any() for zeros in first.values())
     assert arguments.residuals(None, None, torch.zeros(2, 4, H, W)) is first
+
+
+def test_a_live_model_with_a_contract_is_not_observed(torch_unet, file, monkeypatch):
+    contract = shapecheck.read_contract(file)
+    monkeypatch.delattr(subject, "probe")
+    assert shapecheck.load(torch_unet, "torch", contract=contract).contract is contract
+    with pytest.raises(NameError):
+        shapecheck.load(torch_unet, "torch")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu_the_call_that_made_the_nan_raises(dtype):
+    unet = small.unet(**small.SHALLOW)
+    models = unet.to("cuda", dtype), small.controlnet(unet).to("cuda", dtype)
+    ours, net = (shapecheck.load(model, "torch") for model in models)
+    sample, text = torch.randn(2, 4, H, W).to("cuda", dtype), torch.randn(2, TOKENS, 12).to("cuda", dtype)
+    image = torch.rand(2, 3, 8 * H, 8 * W).to("cuda", dtype)
+    with torch.no_grad():
+        for value in (torch.nan, torch.inf, -torch.inf):
+            assert ours(sample, 7, text)[0].isfinite().all()
+            assert net(sample, 7.0, text, image, return_dict=False)[1].isfinite().all()
+            bad = sample.clone()
+            bad[1, 2, 3, 4] = value
+            with pytest.raises(ContractError, match="sample: values: got"):
+                ours(bad, 7, text)
+            with pytest.raises(ContractError, match="sample: values: got"):
+                net(bad, torch.tensor(7), text, image)
+
+
+class Operations(TorchDispatchMode):
+    """What PyTorch is told to do."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("value", [7, 7.0, torch.tensor(7), torch.tensor([7.0], dtype=torch.float64)])
+def test_a_number_is_made_on_the_device_and_never_copied_there(value):
+    """Copying one to a GPU waits for all that was queued before."""
+    arguments = Arguments(shallow(), torch.device("cpu"))
+    with Operations() as done:
+        (timestep,) = (arguments.place_number("timestep", value, 3),)
+    assert (timestep.tolist(), timestep.dtype) == ([7.0] * 3, torch.float32)
+    assert [name for name in done.names if "item" not in name and "scalar" not in name] == ["aten.full.default"]
+    assert arguments.place_number("timestep", torch.tensor([7, 5, 3]), 3).tolist() == [7.0, 5.0, 3.0]
 
 
 def test_a_stream_of_frames_keeps_nothing_of_the_last(file, torch_unet):

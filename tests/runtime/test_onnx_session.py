@@ -53,6 +53,8 @@ class StandIn:
     def __init__(self, place="Cuda", *, graphs=False):
         self.place, self.graphs = place, {} if graphs else None
         self.provider = "CUDAExecutionProvider"
+        self.addresses = {}
+        """Where each input was bound last."""
 
     def get_inputs(self):
         return [SimpleNamespace(name=name) for name in NAMES]
@@ -67,7 +69,7 @@ class StandIn:
         return [self.provider]
 
     def io_binding(self):
-        return StandInBinding(in_place=self.graphs is not None)
+        return StandInBinding(self.graphs is not None, self.addresses)
 
     def run_with_iobinding(self, binding, options=None):
         if self.graphs is not None:
@@ -78,10 +80,11 @@ class StandIn:
 
 
 class StandInBinding:
-    def __init__(self, in_place):
-        self.in_place, self.inputs, self.output = in_place, {}, None
+    def __init__(self, in_place, addresses):
+        self.in_place, self.addresses, self.inputs, self.output = in_place, addresses, {}, None
 
     def bind_input(self, name, device, number, element, shape, address):
+        self.addresses[name] = address
         copy = None if self.in_place else memory(address, shape).clone()
         self.inputs[name] = lambda: memory(address, shape) if copy is None else copy
 
@@ -179,6 +182,13 @@ def test_an_input_that_lies_in_an_output_is_read_before_it_is_written(tmp_path):
         torch.testing.assert_close(session(inputs, {"early": output, "late": torch.empty(2, 3)}), expected)
 
 
+def test_an_output_in_another_order_is_refused_and_not_filled_in_the_wrong_one(tmp_path):
+    session, inputs = open_real(tmp_path), dict.fromkeys(NAMES, torch.rand(2, 3))
+    with pytest.raises(ShapecheckError, match="image: ONNX Runtime writes in one piece; pass contiguous tensors for outputs"):
+        session(inputs, {"image": torch.empty(3, 2).T})
+    torch.testing.assert_close(session(inputs, {"image": torch.empty(2, 3)})["image"], computed(inputs))
+
+
 def test_an_empty_tensor_is_served_or_refused_and_never_read(tmp_path):
     session, empty = open_real(tmp_path), dict.fromkeys(NAMES, torch.empty(0, 3))
     try:
@@ -190,6 +200,19 @@ def test_an_empty_tensor_is_served_or_refused_and_never_read(tmp_path):
 
 
 # on a GPU: how ONNX Runtime is called
+
+
+def test_an_input_that_begins_where_no_kernel_may_is_copied_on_a_gpu_and_no_other():
+    """cuDNN reads several numbers at once. `inputs` has two that begin at multiples of 256 bytes, and one that does not."""
+    room = torch.rand(400)
+    first = -room.data_ptr() % 256 // room.element_size()
+    inputs = {name: room[first + at :][:6].view(2, 3) for name, at in zip(NAMES, (0, 65, 128), strict=True)}
+    for backend, odd in (("ort", False), ("ort-cuda", True), ("ort-trt", True)):
+        model = StandIn()
+        session = OnnxSession(model, backend, torch.device("cpu"), gpu=OneStream())
+        torch.testing.assert_close(session(inputs)["image"], computed(inputs))
+        copied = {name for name, tensor in inputs.items() if model.addresses[name] != tensor.data_ptr()}
+        assert copied == ({"timestep"} if odd else set())
 
 
 class Noting(StandIn):
@@ -271,6 +294,14 @@ def test_what_no_graph_can_serve_is_refused():
     session = OnnxSession(Noting(graphs=True), "ort-cuda", torch.device("cpu"), gpu=OneStream(), graphs=True)
     with pytest.raises(ShapecheckError, match="image: its size is not known before the call; open the file without graphs"):
         session(dict.fromkeys(NAMES, torch.ones(2, 3)))
+
+
+def test_an_onnx_runtime_that_does_not_say_where_it_reads_serves_the_cpu_alone(monkeypatch):
+    monkeypatch.delattr(StandIn, "get_input_memory_infos")
+    with pytest.raises(ShapecheckError, match=r"does not say where it reads inputs on a GPU: install 1\.23\.2 or later"):
+        OnnxSession(StandIn(), "ort-cuda", torch.device("cuda", 0), gpu=OneStream())
+    inputs = dict.fromkeys(NAMES, torch.ones(2, 3))
+    torch.testing.assert_close(OnnxSession(StandIn(), "ort", torch.device("cpu"))(inputs)["image"], computed(inputs))
 
 
 # opening

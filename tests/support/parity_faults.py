@@ -101,7 +101,7 @@ def not_a_number(channel: int, channels: int):
 
     def edit(model: ir.Model) -> None:
         (output,) = model.graph.outputs
-        holes = np.zeros((1, channels, 1, 1), np.float32)
+        holes = np.zeros((1, channels, 1, 1), output.dtype.numpy())
         holes[0, channel] = np.nan
         inner = ir.Value(name="image without holes", shape=output.shape, type=output.type)
         maker = output.producer()
