@@ -66,7 +66,7 @@ def test_the_image_and_the_values_inside_are_computed_in_float32_and_not_in_tf32
     asked = []
     monkeypatch.setattr(OnnxSession, "open", lambda model, **given: asked.append(given["options"]) or MagicMock())
     file = ParityFile(presets.contract("sd15"), {}, {}, Path("unet.onnx"))
-    runners.open_session("ort-cuda", file, (), load=None)
+    runners.open_session("ort-cuda", file, (), model=None)
     in_onnx_runtime(file.path, {}, "ort-cuda")(b"", {})
     assert asked == [{"use_tf32": "0"}, {"use_tf32": "0"}]
 
