@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -17,6 +18,7 @@ from shapecheck.contract import ShapecheckError
 from shapecheck.contract.naming import ONNX_NUMBERS, torch_name
 from shapecheck.runtime.gpu import Gpu
 
+_log = logging.getLogger(__name__)
 PROVIDERS = {
     "ort": "CPUExecutionProvider",
     "ort-cuda": "CUDAExecutionProvider",
@@ -109,15 +111,7 @@ class OnnxSession:
             if folder is not None:
                 key = "session.model_external_initializers_file_folder_path"
                 settings.add_session_config_entry(key, str(folder.absolute()))
-            providers = [(PROVIDERS[backend], chosen)]
-            try:
-                session = onnxruntime.InferenceSession(source, settings, providers=providers)
-            except Exception as error:
-                if "float8" not in str(error):
-                    raise
-                # it moves a rounding to float8 across nodes that do not take float8, unless it leaves all roundings in place
-                settings.add_session_config_entry("session.disable_quant_qdq", "1")
-                session = onnxruntime.InferenceSession(source, settings, providers=providers)
+            session, is_fused = _create_session(model, source, settings, [(PROVIDERS[backend], chosen)])
         except Exception as error:  # its classes of errors are not public
             name, reason = "the model" if isinstance(model, bytes) else model, _shorten(error)
             if graphs and "graph capture" in reason:
@@ -130,7 +124,7 @@ class OnnxSession:
                 f"`shapecheck doctor --require {backend}` says why"
             )
         detail = f"onnxruntime {onnxruntime.__version__}" + (", TF32 off" if chosen.get("use_tf32") == "0" else "")
-        detail += ", attention fused" if isinstance(source, bytes) and not isinstance(model, bytes) else ""
+        detail += ", attention fused" if is_fused else ""
         if provider == PROVIDERS["ort"]:
             return cls(session, backend, torch.device("cpu"), detail)
         gpu = gpu or Gpu(None)  # which says that PyTorch sees none
@@ -247,6 +241,27 @@ def _read_source(model: Path | bytes, folder: Path | None, backend: str) -> tupl
         if (fused := read_fused(model)) is not None:
             return fused, model.parent
     return str(model), folder
+
+
+def _create_session(
+    model: Path | bytes, source: str | bytes, settings: Any, providers: Sequence[tuple[str, Mapping[str, str]]]
+) -> tuple[Any, bool]:
+    """Return a session, and whether it is of a file whose attention was fused: if that cannot be opened, the file itself is."""
+    from onnxruntime import InferenceSession
+
+    is_fused = isinstance(source, bytes) and not isinstance(model, bytes)
+    try:
+        return InferenceSession(source, settings, providers=providers), is_fused
+    except Exception as error:
+        if "float8" in str(error):
+            # it moves roundings to float8 across nodes that do not take it, unless it leaves all in place
+            settings.add_session_config_entry("session.disable_quant_qdq", "1")
+        elif is_fused:
+            _log.warning("%s is opened without fused attention: %s", model, _shorten(error))
+            source, is_fused = str(model), False
+        else:
+            raise
+    return InferenceSession(source, settings, providers=providers), is_fused
 
 
 def _find_places(session: Any, device: torch.device) -> dict[str, torch.device]:
