@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from shapecheck.observe.subject import Precision, TorchModel
 from shapecheck.parity.cases import OTHER_TIMES, ForwardCase, InputGenerator
 from shapecheck.parity.metrics import compute_strength, reference_device, widen
 from shapecheck.progress import Progress
+from shapecheck.runtime.gpu import free_memory
 from shapecheck.runtime.torch_session import OUTPUT, TorchSession, output_names
 
 Outputs = dict[str, Tensor]
@@ -120,7 +120,7 @@ def compute_reference(
         else:
             look(module)
         del module
-        _free_memory()
+        free_memory()
         least = torch.finfo(getattr(torch, contract.dtype)).eps if rounded else ASSUMED_ERROR
         usable = [case for case in exact if case not in unusable]
         return {name: _select(name, precision, exact, rounded, usable, least) for name in output_names(contract)}
@@ -197,10 +197,4 @@ class LazyReference:
 
     def close(self) -> None:
         self._session = None
-        _free_memory()
-
-
-def _free_memory() -> None:
-    """Give back what nothing refers to: ONNX Runtime and TensorRT cannot use what PyTorch keeps for itself."""
-    gc.collect()
-    torch.cuda.empty_cache()
+        free_memory()

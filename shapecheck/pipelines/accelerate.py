@@ -19,7 +19,6 @@ from shapecheck.pipelines.candidates import (
     CandidateMaker,
     Running,
     close_all,
-    free_memory,
     keep_in_torch,
 )
 from shapecheck.pipelines.choose import Choice, Refusals, choose_by_measuring, open_alone
@@ -29,6 +28,7 @@ from shapecheck.pipelines.measured_record import describe_choice, describe_measu
 from shapecheck.pipelines.model_owners import ModelOwners, refuse_repeated
 from shapecheck.progress import Progress, silent
 from shapecheck.runtime.dropin import DropIn
+from shapecheck.runtime.gpu import free_memory
 from shapecheck.tensorrt.size_ranges import parse_ranges
 
 Backend = Literal["auto", "torch-compile", "trt", "rtx", "ort-trt", "ort-cuda", "ort"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from shapecheck.pipelines.kept_contracts import find_own_contract
 from shapecheck.pipelines.model_owners import require_exchangeable
 from shapecheck.progress import Progress
 from shapecheck.runtime.dropin import DropIn
+from shapecheck.runtime.gpu import free_memory
 from shapecheck.runtime.load import load
 from shapecheck.tensorrt import profile_formats
 from shapecheck.tensorrt.profiles import Profile, Range, profile_of
@@ -140,11 +140,10 @@ class CandidateMaker:
 
     def open_controlnet(self, backend: str, net: nn.Module, *, aside: bool, checked: bool = False) -> Running:
         """Return a ControlNet in that backend, or in PyTorch with the reason, which is logged."""
-        caught = Exception if backend == "torch-compile" else (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)
         try:
             # The UNet that takes the residuals finds what is not finite, if anybody should, and names the slot.
             return self.open(backend, net, "ControlNet", aside=aside, checked=checked, finite=False)
-        except caught as error:
+        except list_refusals(backend) as error:
             if self.strict:
                 raise
             reason = explain_failure(error, next(net.parameters()).device)
@@ -260,8 +259,6 @@ def explain_failure(error: BaseException, device: torch.device) -> str:
     return one_line(f"{type(error).__name__}: {error}", longest=300)
 
 
-def free_memory() -> None:
-    """Return what nothing holds any longer to the GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def list_refusals(backend: str) -> tuple[type[Exception], ...]:
+    """Return the errors by which a backend refuses a model: a compiler may raise anything."""
+    return (Exception,) if backend == "torch-compile" else (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)

@@ -24,6 +24,7 @@ from shapecheck.pipelines.candidates import (
     close_all,
     explain_failure,
     keep_in_torch,
+    list_refusals,
 )
 from shapecheck.pipelines.contest import Contest
 from shapecheck.pipelines.measured_record import (
@@ -65,8 +66,6 @@ def open_alone(
     With `aside` PyTorch's modules make room on the GPU, unless the backend computes with their weights.
     """
     device = next(unet.parameters()).device
-    # A compiler may raise anything.
-    caught = Exception if backend == "torch-compile" else (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)
     candidate = None
     try:
         candidate = maker.prepare(backend, unet, controlnets, aside=aside and backend not in SHARES_WEIGHTS)
@@ -76,7 +75,7 @@ def open_alone(
             with torch.no_grad():
                 inputs = measure.make_inputs(maker, unet, controlnets, geometry, drawn=False)
                 inputs.play_frame(measure.get_models(candidate))
-    except caught as error:
+    except list_refusals(backend) as error:
         if candidate is not None:
             close_all(candidate.parts)
         refusal = (backend, explain_failure(error, device))

@@ -22,11 +22,12 @@ from shapecheck.pipelines.candidates import (
     CandidateMaker,
     close_all,
     explain_failure,
-    free_memory,
     keep_in_torch,
+    list_refusals,
     require_running,
 )
 from shapecheck.pipelines.measured_record import Measurement
+from shapecheck.runtime.gpu import free_memory
 
 _log = logging.getLogger(__name__)
 
@@ -97,8 +98,6 @@ class Contest:
     def _try_candidate(self, backend: str) -> Measurement:
         """Prepare, check and time a candidate; the faster one is the champion, and the other is closed."""
         start, candidate = time.monotonic(), None
-        # A compiler may raise anything.
-        caught = Exception if backend == "torch-compile" else (ShapecheckError, ModuleNotFoundError, torch.OutOfMemoryError)
         try:
             _ = self._reference  # before a compiler captures where the weights are
             self._maker.progress(f"preparing {backend}")
@@ -114,7 +113,7 @@ class Contest:
             self._maker.progress(f"timing {backend}")
             duel = {self.champion.backend: measure.get_models(self.champion), backend: models}
             times = measure.time_in_turns(duel, self._inputs, self._device)
-        except caught as error:
+        except list_refusals(backend) as error:
             refusal = one_line(explain_failure(error, self._device), longest=500)
             if candidate is not None:
                 close_all(candidate.parts)

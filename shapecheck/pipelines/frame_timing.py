@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from shapecheck.contract.errors import one_line
 from shapecheck.pipelines.bench_record import COMPILED, Frame, Timing
 from shapecheck.pipelines.frame import Clock, PlayFrame
 from shapecheck.progress import Progress
+from shapecheck.runtime.gpu import free_memory
 
 Caught = type[Exception] | tuple[type[Exception], ...]
 
@@ -73,7 +73,7 @@ def _prepare(
 ) -> tuple[Timing, PlayFrame | None]:
     """Load a backend and play frames that do not count. Return its timing, still without frames, and its frame."""
     timing = Timing(candidate.backend, "", asked=candidate.asked)
-    release_memory(device)
+    free_memory()
     before, start = measure_memory(device), time.monotonic()
     try:
         play = candidate.make_frame()
@@ -88,13 +88,6 @@ def _prepare(
     memory = None if before is None or after is None else max(0, after - before)
     known = replace(timing, ran=candidate.ran, controlnets=candidate.controlnets, memory=memory, seconds=seconds)
     return known, play
-
-
-def release_memory(device: torch.device) -> None:
-    """Give back what nothing refers to, a GPU's memory that PyTorch keeps for later included."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def measure_memory(device: torch.device) -> int | None:

@@ -19,8 +19,9 @@ from shapecheck.models.forward_call import build_arguments, unwrap_compiled
 from shapecheck.observe.subject import measure_free_memory
 from shapecheck.parity.cases import ForwardCase, InputGenerator
 from shapecheck.parity.metrics import compare
-from shapecheck.pipelines.candidates import Candidate, CandidateMaker, free_memory
+from shapecheck.pipelines.candidates import Candidate, CandidateMaker
 from shapecheck.pipelines.frame import Clock
+from shapecheck.runtime.gpu import free_memory
 from shapecheck.runtime.torch_session import forbid_tf32, output_names
 
 _TOLERANCE = 4.0

@@ -20,9 +20,9 @@ from shapecheck.logs import silence_logger
 from shapecheck.models.config_file import read_json, refuse_absurd
 from shapecheck.pipelines.bench_record import PicturePart
 from shapecheck.pipelines.frame import Clock, compile_module, fill_randomly, mark_step_begin
-from shapecheck.pipelines.frame_timing import release_memory
 from shapecheck.presets import picture_models
 from shapecheck.progress import Progress
+from shapecheck.runtime.gpu import free_memory
 
 _CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 _WARM_UP, _RUNS = 3, 5
@@ -82,10 +82,10 @@ def time_parts(
     size_px = tuple(side * contract.header.vae_factor for side in (geometry.height, geometry.width))
     for name, size in (("VAE decode", (geometry.height, geometry.width)), ("VAE encode", size_px)):
         parts.append(_time_vae(name, models, size, clock, vae_dtype, device, compiled=compiled))
-        release_memory(device)
+        free_memory()
     progress("timing the text encoder")
     parts.append(_time_text(models, clock, dtype, device))
-    release_memory(device)
+    free_memory()
     return tuple(parts)
 
 

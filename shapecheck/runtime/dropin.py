@@ -139,8 +139,10 @@ class DropIn(nn.Module):
 
 def _are_finite(tensors: list[Tensor]) -> bool:
     if len(tensors) > 1 and tensors[0].is_cuda:
-        # the largest magnitudes in one go, and one number to wait for
-        tensors = [torch.stack(torch._foreach_norm(tensors, math.inf))]
+        # one number to wait for; a sum, which no NaN is lost in
+        sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors])
+        if math.isfinite(sums.sum().item()):
+            return True
     return all(_is_finite(tensor) for tensor in tensors)
 
 

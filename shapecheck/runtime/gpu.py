@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -9,6 +10,12 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import Shape, ShapecheckError, show
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to: ONNX Runtime and TensorRT cannot use what PyTorch keeps for itself."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 class Gpu:

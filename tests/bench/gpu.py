@@ -445,7 +445,7 @@ def measure_parity(lab: Lab, record: Callable[[dict[str, Any]], None], deadline:
     """Compare every backend with PyTorch in float32: the image with each slot exchanged in turn, and every residual."""
     import torch
 
-    from shapecheck.pipelines.frame_timing import release_memory
+    from shapecheck.runtime.gpu import free_memory
     from shapecheck.runtime.torch_session import forbid_tf32
 
     rows: list[dict[str, Any]] = []
@@ -465,7 +465,7 @@ def measure_parity(lab: Lab, record: Callable[[dict[str, Any]], None], deadline:
             with forbid_tf32(), deadline.interrupt():
                 expected = call_all(lab, reference, contract)
             del reference
-            release_memory(lab.device)
+            free_memory()
             # at least half a unit in the last place, by which the result itself is rounded
             least = torch.finfo(dtype).eps / 2
             own = {name: max(error, least) for name, error in measure_errors(call_all(lab, module, contract), expected).items()}
@@ -484,7 +484,7 @@ def measure_parity(lab: Lab, record: Callable[[dict[str, Any]], None], deadline:
                     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                     row = {"backend": backend, "precision": precision, "role": contract.role, "reason": reason}
                 note(row)
-                release_memory(lab.device)
+                free_memory()
     return {"rows": rows}
 
 
