@@ -1,4 +1,4 @@
-"""What calibration saw of a pipeline's models: the largest magnitude that went into each layer, kept as JSON.
+"""Records of calibration: the largest magnitude that went into each layer of a pipeline's models, kept as JSON.
 
 float8 (e4m3fn) keeps three bits of every number whatever its size, down to a hundred-thousandth of the largest. So the largest
 magnitude is all that has to be known of a tensor, and one outlier costs the others nothing, as it would in int8. A scale is a
@@ -66,7 +66,7 @@ class CalibratedModel:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was seen of the UNet and the ControlNets of a pipeline while it drew pictures of these prompts."""
+    """The largest magnitudes in the UNet and the ControlNets of a pipeline while it drew pictures of these prompts."""
 
     models: tuple[CalibratedModel, ...]
     prompts: int = field(metadata=POSITIVE)

@@ -21,7 +21,7 @@ class _Attention(NamedTuple):
     """Queries, keys and values, (batch, tokens, heads × width) each."""
     heads: int
     output: ir.Value
-    """What it computes, of the queries' shape."""
+    """The output, which has the shape of the queries."""
 
 
 def read_fused(path: Path) -> bytes | None:
@@ -76,9 +76,10 @@ def _read_attention(node: ir.Node) -> _Attention | None:
 
 def _read_node(node: ir.Node) -> tuple[ir.Node, list[ir.Value | None], float | None] | None:
     """Return the node of the result, queries, keys and values with heads apart, and the scale if it is not the usual one."""
-    given = {key: attribute.value for key, attribute in node.attributes.items()}
-    without_mask = len(node.inputs) == 3 and len(node.outputs) == 1 and not given.get("is_causal") and not given.get("softcap")
-    return (node, list(node.inputs), given.get("scale")) if without_mask else None
+    attributes = {key: attribute.value for key, attribute in node.attributes.items()}
+    is_plain = not attributes.get("is_causal") and not attributes.get("softcap")
+    without_mask = len(node.inputs) == 3 and len(node.outputs) == 1 and is_plain
+    return (node, list(node.inputs), attributes.get("scale")) if without_mask else None
 
 
 def _read_products(softmax: ir.Node) -> tuple[ir.Node, list[ir.Value | None], float | None] | None:

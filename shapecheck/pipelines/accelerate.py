@@ -85,14 +85,14 @@ class Accelerated:
         kept. Raises ContractError if one does not fit the UNet, ShapecheckError if the pipeline cannot hold them; all is then
         as it was. Undoing puts the new ones back in PyTorch.
         """
-        given = getattr(nets, "nets", [nets] if isinstance(nets, nn.Module) else nets)
+        new_nets = getattr(nets, "nets", [nets] if isinstance(nets, nn.Module) else nets)
         if not self._maker.options["own_outputs"]:
-            refuse_repeated(given)
+            refuse_repeated(new_nets)
         known = {part.torch: part for part in self.controlnets}
-        find_joint_contract(self._maker.folder, self._candidate.unet.torch, given)
+        find_joint_contract(self._maker.folder, self._candidate.unet.torch, new_nets)
         parts, device = list[Running](), getattr(self.unet, "device", None)
         try:
-            for net in given:
+            for net in new_nets:
                 if net in known or self.backend == "torch":
                     parts.append(known.get(net, Running("torch", net, net)))
                     continue

@@ -47,9 +47,9 @@ def calibrate(
     nets = [net for net in owners.controlnets if not is_union(unwrap_compiled(net))]
     for net in nets:
         require_exchangeable(net, "ControlNet")
-    given = {"output_type": "latent"} | call
-    given |= {} if steps is None else {"num_inference_steps": steps}
-    given |= {} if image is None else {"image": image}
+    arguments = {"output_type": "latent"} | call
+    arguments |= {} if steps is None else {"num_inference_steps": steps}
+    arguments |= {} if image is None else {"image": image}
 
     modules = [unwrap_compiled(module) for module in (owners.unet, *nets)]
     calls, asked = 0, ""
@@ -65,8 +65,8 @@ def calibrate(
         seen = [_watch(module, watching) for module in modules]
         for number, prompt in enumerate(texts, 1):
             asked = f"prompt {number} of {len(texts)}"
-            seeded = {} if "generator" in given else {"generator": torch.Generator().manual_seed(number)}
-            pipe(prompt, **given, **seeded)
+            seeded = {} if "generator" in arguments else {"generator": torch.Generator().manual_seed(number)}
+            pipe(prompt, **arguments, **seeded)
     if not calls:
         raise ShapecheckError(f"{type(pipe).__name__} did not call its UNet")
 
