@@ -93,7 +93,7 @@ class ExportCache:
                 make_folder(place)
                 for timings in self._folder.glob("*.ort-trt/*.timing"):  # of other weights and sizes: much is the same
                     shutil.copy(timings, place)
-            enabled = {f"trt_{kind}_cache_enable": "1" for kind in ("engine", "timing")}
+            enabled = {f"trt_{kind}_cache_enable": "True" for kind in ("engine", "timing")}
             yield {**options, **enabled, "trt_engine_cache_path": str(place), "trt_timing_cache_path": str(place)}
             if place != kept:
                 place.rename(kept)

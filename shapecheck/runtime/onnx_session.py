@@ -246,12 +246,15 @@ def _read_source(model: Path | bytes, folder: Path | None, backend: str) -> tupl
 def _create_session(
     model: Path | bytes, source: str | bytes, settings: Any, providers: Sequence[tuple[str, Mapping[str, str]]]
 ) -> tuple[Any, bool]:
-    """Return a session, and whether it is of a file whose attention was fused: if that cannot be opened, the file itself is."""
+    """Return a session, and whether it is of a file whose attention was fused: if that cannot be opened, the file itself is.
+
+    Without ONNX Runtime's own fallback, which takes the CPU and only prints what a provider has refused.
+    """
     from onnxruntime import InferenceSession
 
     is_fused = isinstance(source, bytes) and not isinstance(model, bytes)
     try:
-        return InferenceSession(source, settings, providers=providers), is_fused
+        return InferenceSession(source, settings, providers=providers, enable_fallback=0), is_fused
     except Exception as error:
         if "float8" in str(error):
             # it moves roundings to float8 across nodes that do not take it, unless it leaves all in place
@@ -261,7 +264,7 @@ def _create_session(
             source, is_fused = str(model), False
         else:
             raise
-    return InferenceSession(source, settings, providers=providers), is_fused
+    return InferenceSession(source, settings, providers=providers, enable_fallback=0), is_fused
 
 
 def _find_places(session: Any, device: torch.device) -> dict[str, torch.device]:
@@ -282,7 +285,7 @@ def _choose_options(backend: str, device: int, options: Mapping[str, str], gpu: 
     if gpu is not None:
         chosen["user_compute_stream"] = str(gpu.handle)
     if graphs:
-        chosen[_GRAPH_OPTIONS[backend]] = "1"
+        chosen[_GRAPH_OPTIONS[backend]] = "True"
     return chosen
 
 

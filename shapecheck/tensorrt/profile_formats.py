@@ -77,7 +77,7 @@ def make_provider_options(profiles: Sequence[Profile]) -> Mapping[str, str]:
 
 def choose_precision(dtypes: Collection[str]) -> dict[str, str]:
     """Return the options without which that provider lets TensorRT compute in float32 alone, whatever the graph's dtypes."""
-    return {option: "1" for dtype, option in _PRECISIONS.items() if dtype in dtypes}
+    return {option: "True" for dtype, option in _PRECISIONS.items() if dtype in dtypes}
 
 
 def _join_shapes(profiles: Sequence[Profile], bound: str) -> str:

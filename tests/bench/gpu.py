@@ -51,6 +51,7 @@ PACKAGES = (
     "tensorrt-cu12-bindings",
     "triton",
 )
+FRAMES = 50
 TIMES_OWN = 4.0
 """As parity allows by default."""
 STARTED = time.monotonic()
@@ -179,7 +180,7 @@ def run_child(arguments: list[str], deadline: Deadline, **environment: str) -> d
 
 
 def prepare(lab: Lab, record: Callable[[dict[str, Any]], None], deadline: Deadline) -> dict[str, Any]:
-    """Save the models, export both side by side, build their engines one after the other, and find these again."""
+    """Save the models, export both side by side, build their engines one after the other or at once, and find these again."""
     from concurrent.futures import ThreadPoolExecutor
 
     folder, model = lab.folder, lab.model
@@ -210,14 +211,19 @@ def prepare(lab: Lab, record: Callable[[dict[str, Any]], None], deadline: Deadli
         for role, export in exports.items():
             note(f"export of the {role}, both side by side", export.result())
     if "trt" in lab.options.backends:
-        size = f"{model.size_px}x{model.size_px}"
-        for role in roles:
+        size, together = f"{model.size_px}x{model.size_px}", lab.options.together
+
+        def build(role: str) -> None:
             command = ["-m", "shapecheck", "build", str(folder / f"{role}.onnx"), "-o", str(folder / f"{role}.plan")]
             command += ["--sizes", size, "--batch", str(model.batch)]
             there = (folder / f"{role}.plan").exists()
             for again in [True] if there else [False, True]:
                 deadline.require()
-                note(f"engine of the {role}{', found again' if again else ''}", run_child(command, deadline))
+                how = ", found again" if again else ", both side by side" if together else ""
+                note(f"engine of the {role}{how}", run_child(command, deadline))
+
+        with ThreadPoolExecutor(len(roles) if together else 1) as threads:
+            list(threads.map(build, roles))
     return {"steps": rows}
 
 
@@ -302,10 +308,9 @@ def measure_latency(lab: Lab, record: Callable[[dict[str, Any]], None], deadline
         if not step.startswith("timing frame") or step.endswith(" of 1") or step.startswith("timing frame 1 "):
             say(step)
 
-    frames = 10 if options.quick else 50
     with torch.no_grad():
         with deadline.interrupt():
-            timings = time_candidates(candidates, lab.device, frames=frames, warm_up=5, progress=progress, caught=Exception)
+            timings = time_candidates(candidates, lab.device, frames=FRAMES, warm_up=5, progress=progress, caught=Exception)
         bench = Bench(
             lab.model.name,
             lab.contract.digest,
@@ -551,7 +556,8 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--commit", default=run_quietly("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD") or "not known"
     )
-    parser.add_argument("--quick", action="store_true", help="10 frames in place of 50, no bfloat16, the VAE not compiled")
+    parser.add_argument("--together", action="store_true", help="build both engines at once, which disturbs how they are tuned")
+    parser.add_argument("--quick", action="store_true", help="no bfloat16, the VAE not compiled")
     parser.add_argument("--render", type=Path, metavar="JSON", help="only make the page of what was measured")
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

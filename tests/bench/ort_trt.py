@@ -32,7 +32,7 @@ class Variant(NamedTuple):
     cached: bool = True
 
 
-HALF, SINGLE, QUICK = {"trt_fp16_enable": "1"}, {"trt_fp16_enable": "0"}, {"trt_builder_optimization_level": "2"}
+HALF, SINGLE, QUICK = {"trt_fp16_enable": "True"}, {"trt_fp16_enable": "False"}, {"trt_builder_optimization_level": "2"}
 VARIANTS = {
     "torch": Variant("torch", {}),
     "cuda": Variant("ort-cuda", {}, fused=False),
@@ -140,8 +140,8 @@ def cache_options(cache, variant):
     """Return where engines and timings are kept: a folder for each of the options, else ONNX Runtime takes one for another."""
     folder = cache / "-".join(f"{key.removeprefix('trt_')}{value}" for key, value in sorted(variant.options.items()))
     folder.mkdir(exist_ok=True)
-    paths = {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(folder)}
-    return paths | ({"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)} if variant.cached else {})
+    paths = {"trt_timing_cache_enable": "True", "trt_timing_cache_path": str(folder)}
+    return paths | ({"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(folder)} if variant.cached else {})
 
 
 def open_session(variant, onnx, options):

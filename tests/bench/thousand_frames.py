@@ -14,6 +14,7 @@ first tenth. Status 1 if anything is not as it should be, or not all was done in
     python tests/bench/thousand_frames.py FOLDER --backend torch-compile --loops stream
     python tests/bench/thousand_frames.py FOLDER --backend trt --loops pictures --frames 200
     python tests/bench/thousand_frames.py FOLDER --tiny --frames 100     # on the CPU, in a minute or two
+    python tests/bench/thousand_frames.py FOLDER --tiny --frames 200 --backend trt
 """
 
 from __future__ import annotations
@@ -423,13 +424,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of a picture  [default: 20]")
     parser.add_argument("--seconds", type=float, default=540.0, help="no frame is begun later")
     parser.add_argument("--budget", type=float, default=120.0, help="of accelerate")
-    parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
+    parser.add_argument("--tiny", action="store_true", help="small models in float32, on the CPU with the backend ort")
     given = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()  # it warns of every cast
     if given.tiny:
         torch.set_num_threads(1)  # threads that wait for each other cost more than models this small compute
-    device, dtype = ("cpu", torch.float32) if given.tiny else ("cuda", torch.float16)
     given.backend = given.backend or ("ort" if given.tiny else "torch-compile")
+    device = "cpu" if given.backend == "ort" else "cuda"
+    dtype = torch.float32 if given.tiny else torch.float16
     texts = (given.sizes or ("104x72,72x136" if given.tiny else "512x512,640x384")).split(",")
     sizes = [tuple(map(int, text.split("x"))) for text in texts]
     faults = []

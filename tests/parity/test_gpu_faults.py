@@ -84,7 +84,7 @@ def judge(request, expected):
     """Run it, print what it came to, and hold it to what is expected: images differ, and nothing else fails."""
     began = time.perf_counter()
     # the session that parity opens, without the search for where images differ, which takes most of the time
-    opener = partial(open_session, geometries=[SIZE], load=None)
+    opener = partial(open_session, geometries=[SIZE], model=None)
     found = run_side(request, (ONE_SIZE,), opener=opener)
     (backend,) = request.what_runs
     reasons = {str(each.check).removeprefix(f"{backend}/"): each.reason for each in found.failed}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import engines
 import numpy as np
+import onnxruntime
 import pytest
 import real_pipelines
 import small
@@ -25,6 +27,7 @@ from shapecheck.pipelines import candidates
 from shapecheck.pipelines import export_cache as files
 from shapecheck.runtime.dropin_controlnet import DropInControlNet
 from shapecheck.runtime.dropin_unet import DropInUNet
+from shapecheck.tensorrt.profile_formats import choose_precision
 
 ALLOWED = 1 / 255
 SHORT = {"num_inference_steps": 2}
@@ -170,8 +173,8 @@ def open_as_onnx_runtime_does(cache, options, *, fails=False):
     with cache.keep_engine(options) as given:
         assert given.items() >= options.items()
         place = Path(given["trt_engine_cache_path"])
-        assert given == {**options, "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(place),
-                         "trt_timing_cache_enable": "1", "trt_timing_cache_path": str(place)}  # fmt: skip
+        assert given == {**options, "trt_engine_cache_enable": "True", "trt_engine_cache_path": str(place),
+                         "trt_timing_cache_enable": "True", "trt_timing_cache_path": str(place)}  # fmt: skip
         found = (place / "graph.engine").exists(), (place / "sm90.timing").exists()
         (place / "graph.engine").touch()
         if fails:
@@ -193,6 +196,19 @@ def test_an_engine_of_onnx_runtime_is_kept_for_its_weights_and_sizes_and_only_wh
     other = files.ExportCache(unet, tmp_path, lambda *_: None)
     assert open_as_onnx_runtime_does(other, SMALL_SIZES) == (False, True)
     assert open_as_onnx_runtime_does(cache, SMALL_SIZES) == open_as_onnx_runtime_does(cache, LARGE_SIZES) == (True, True)
+
+
+def test_switches_of_onnx_runtimes_tensorrt_are_in_the_words_that_it_takes(unet, tmp_path):
+    """Its binding refuses any other word, but only where TensorRT is; which options are switches is in the binding's texts."""
+    binding = Path(onnxruntime.capi.onnxruntime_pybind11_state.__file__).read_bytes()
+    switches = {key.decode() for key in re.findall(rb"The value for the key '(\w+)' should be 'True' or 'False'", binding)}
+    if not switches:
+        pytest.skip("this ONNX Runtime has no TensorRT provider")
+    chosen = choose_precision(["float16", "bfloat16"])
+    with files.ExportCache(unet, tmp_path, lambda *_: None).keep_engine(chosen) as options:
+        ours = {key: value for key, value in options.items() if key in switches}
+    assert ours.keys() == {*chosen, "trt_engine_cache_enable", "trt_timing_cache_enable"}
+    assert set(ours.values()) == {"True"}
 
 
 def test_an_engine_is_there_though_one_of_another_tensorrt_lies_beside_it(unet, tmp_path, monkeypatch):
@@ -221,7 +237,7 @@ def test_accelerate_opens_onnx_runtimes_tensorrt_with_the_engine_that_it_kept(gp
     shapecheck.accelerate(gpu_pipe, folder, "ort-trt", sizes=["72x104"])
     ((suffix, backend, options),) = opened
     assert (suffix, backend) == (".onnx", "ort-trt")
-    assert options["trt_engine_cache_enable"] == "1"
+    assert options["trt_engine_cache_enable"] == "True"
     assert "sample:2x4x13x9" in options["trt_profile_max_shapes"]
 
 

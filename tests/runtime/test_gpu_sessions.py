@@ -86,7 +86,7 @@ def open_kind(tmp_path_factory, file, contract):
                 print(f"engine built in {time.perf_counter() - began:.1f} s", flush=True)
             return EngineSession.open(plan, graphs=bool(graphs))
         options = {"use_tf32": "0"} if backend == "ort-cuda" else {
-            "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder), "trt_builder_optimization_level": "1",
+            "trt_engine_cache_enable": "True", "trt_engine_cache_path": str(folder), "trt_builder_optimization_level": "1",
         }  # fmt: skip
         sizes = ["128x128:192x128:192x192"] if backend == "ort-trt" else ()
         return shapecheck.load(file, backend, sizes=sizes, batch=["1:2:2"], options=options, graphs=bool(graphs)).engine

@@ -193,7 +193,7 @@ def test_single_precision_for_a_half_precision_graph_is_refused():
     assert unet(sample.half(), 1, text.half()).sample.dtype == torch.float16
 
 
-@pytest.mark.parametrize(("half", "asked"), [(True, {}), (True, {"trt_fp16_enable": "0"}), (False, {})])
+@pytest.mark.parametrize(("half", "asked"), [(True, {}), (True, {"trt_fp16_enable": "False"}), (False, {})])
 def test_onnx_runtimes_tensorrt_computes_a_half_precision_graph_as_such(half, asked, monkeypatch):
     """By itself it would in float32. What the caller says stands."""
     opened = []
@@ -206,7 +206,7 @@ def test_onnx_runtimes_tensorrt_computes_a_half_precision_graph_as_such(half, as
     model = small.unet(**small.TINY)
     with pytest.raises(ShapecheckError, match="no GPU"):
         shapecheck.load(engines.export_sealed(model.half() if half else model), "ort-trt", options=asked)
-    assert opened == [asked or ({"trt_fp16_enable": "1"} if half else {})]
+    assert opened == [asked or ({"trt_fp16_enable": "True"} if half else {})]
 
 
 def test_a_closed_session_says_so(file, good):
@@ -431,10 +431,10 @@ def test_a_gpu_that_was_named_is_never_exchanged_for_the_cpu(file, monkeypatch, 
     """Only `auto` may do that, and says so."""
     plain = onnxruntime.InferenceSession
 
-    def open_session(source, settings, *, providers):
+    def open_session(source, settings, *, providers, enable_fallback):
         if providers[0][0] != "CPUExecutionProvider":
             raise RuntimeError("no CUDA on this machine")
-        return plain(source, settings, providers=providers)
+        return plain(source, settings, providers=providers, enable_fallback=enable_fallback)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

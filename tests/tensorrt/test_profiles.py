@@ -122,7 +122,7 @@ def test_onnx_runtimes_tensorrt_is_told_the_precision(dtype, option):
     profile = replace(MADE, inputs=tuple(replace(each, dtype=dtype) for each in MADE.inputs))
     options = profile_formats.make_provider_options([profile])
     assert [key for key in options if "shapes" not in key] == ([option] if option else [])
-    assert options.get(option) == ("1" if option else None)
+    assert options.get(option) == ("True" if option else None)
 
 
 def read_polygraphy(words: list[str]) -> list[dict]:
