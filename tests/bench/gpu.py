@@ -558,6 +558,7 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--together", action="store_true", help="build both engines at once, which disturbs how they are tuned")
     parser.add_argument("--quick", action="store_true", help="no bfloat16, the VAE not compiled")
+    parser.add_argument("--note", default="", help="what a reader has to know of this run, such as other work beside it")
     parser.add_argument("--render", type=Path, metavar="JSON", help="only make the page of what was measured")
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -617,6 +618,7 @@ def main(arguments: list[str] | None = None, build: Callable[[str, argparse.Name
 
             def save(values: dict[str, Any], key: str = f"{name}/{part}") -> None:
                 about = {"commit": options.commit, "date": date.today().isoformat(), "quick": options.quick}
+                about |= {"note": options.note} if options.note else {}
                 whole["parts"][key] = about | values
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(dump_json(whole))

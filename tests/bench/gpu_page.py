@@ -54,6 +54,12 @@ def describe_machine(record: Record) -> Iterator[str]:
     made = {(part["commit"], part["date"], part.get("quick", False)) for part in record["parts"].values()}
     for commit, date, quick in sorted(made):
         yield f"commit: {commit}, {date}" + (", --quick" if quick else "")
+    notes: dict[str, list[str]] = {}
+    for key, part in record["parts"].items():
+        if part.get("note"):
+            notes.setdefault(part["note"], []).append(key)
+    for note, keys in notes.items():
+        yield f"note ({', '.join(keys)}): {note}"
 
 
 def render_model(title: str, found: Mapping[str, Record]) -> list[Part]:
