@@ -29,10 +29,11 @@ from shapecheck.contract.json_codec import decode, encode
 from shapecheck.files import make_folder
 from shapecheck.logs import silence_logger
 from shapecheck.models import diffusers_models
+from shapecheck.models.computation import describe_computation
 from shapecheck.models.config_file import CLASSES, ModelSource
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.pipelines.candidates import CandidateMaker
-from shapecheck.pipelines.export_cache import ExportCache, describe_settings
+from shapecheck.pipelines.export_cache import ExportCache
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Profile
 
@@ -132,7 +133,8 @@ def _save_model(cache: ExportCache, module: Any) -> Path:
     if name not in CLASSES:
         raise ShapecheckError(f"a {name} is not exported in the background")
     again = diffusers_models.build(ModelSource(name, "its config", name, dict(module.config)))
-    if describe_settings(again) != describe_settings(module):
+    ours, theirs = describe_computation(module), describe_computation(again)
+    if ours.unseen or ours.settings != theirs.settings:
         raise ShapecheckError(f"the {name} has settings that its config does not hold, such as FreeU or attention processors")
     folder = cache.path.absolute().with_suffix(f".{os.getpid()}.saved")
     for leftover in folder.parent.glob("*.saved"):  # of processes that were killed; no build takes three days

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
+import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -15,8 +18,10 @@ from torch import nn
 
 from shapecheck import extras
 from shapecheck.contract import Role, ShapecheckError
+from shapecheck.contract.errors import one_line
 from shapecheck.files import lock_folder, make_folder
 from shapecheck.models import weights
+from shapecheck.models.computation import describe_computation
 from shapecheck.models.diffusers_models import is_controlnet
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.observe.subject import resolve_subject
@@ -27,6 +32,10 @@ from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Profile
 from shapecheck.tensorrt.record import BuildOptions, Target, read_engine
 from shapecheck.version import __version__
+
+_OPENED_AFTER = 3600.0
+"""Seconds after which what was exported for one time is open, or was given up."""
+_log = logging.getLogger(__name__)
 
 
 class ExportCache:
@@ -109,23 +118,28 @@ class ExportCache:
 
     @cached_property
     def path(self) -> Path:
-        """Name the file after all that it depends on: the modules and their settings, the weights, and what exports it."""
-        subject = resolve_subject(self._model)
+        """Name the file after all that it depends on: what the model computes, its weights, and what exports it.
+
+        If something of that cannot be described, the file is for this time alone, and is not found again.
+        """
+        subject, computation = resolve_subject(self._model), describe_computation(unwrap_compiled(self._model))
         weights_digest = weights.digest_live(subject.live or {}, lambda *sizes: self._progress("hashing the weights", *sizes))
         # Another release of any of these may export another graph.
         makers = [f"shapecheck {__version__}", *(f"{name} {version(name)}" for name in ("torch", "diffusers", "onnxscript"))]
-        text = "\n".join([describe_settings(subject.module), weights_digest, *makers])
-        return self._folder / f"{subject.role}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.onnx"
-
-
-def describe_settings(model: nn.Module) -> str:
-    """Return the settings of all modules as JSON: FreeU's factors or attention processors are attributes, and in no config."""
-    layers = [
-        (
-            name,
-            type(module).__qualname__,
-            {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"},
+        text = "\n".join([computation.digest, weights_digest, *makers])
+        if not computation.unseen:
+            return self._folder / f"{subject.role}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.onnx"
+        more = f" (and {len(computation.unseen) - 1} more)" if len(computation.unseen) > 1 else ""
+        reason = one_line(computation.unseen[0], longest=200) + more
+        _log.warning(
+            "the %s is exported for this time alone, for nobody knows what it computes next time: %s", subject.name, reason
         )
-        for name, module in model.named_modules()
-    ]
-    return json.dumps(layers, sort_keys=True, skipkeys=True, default=lambda value: type(value).__qualname__)
+        self._remove_used()
+        return self._folder / f"{subject.role}-{uuid.uuid4().hex[:16]}-once.onnx"
+
+    def _remove_used(self) -> None:
+        """Remove what was for one time alone, once nobody opens it any more."""
+        for leftover in self._folder.glob("*-once*"):
+            with suppress(OSError):
+                if time.time() - leftover.stat().st_mtime > _OPENED_AFTER:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

@@ -13,11 +13,11 @@ from torch import nn
 
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.files import atomic_write, read_text
+from shapecheck.models.computation import describe_computation
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.observe.probe import probe
 from shapecheck.observe.subject import copy_to_meta, resolve_subject
 from shapecheck.progress import Progress, silent
-from shapecheck.runtime.compiled_code import digest_structure
 from shapecheck.version import __version__
 
 _LARGEST = 2**22
@@ -50,9 +50,12 @@ def find_own_contract(folder: Path, model: nn.Module) -> Contract:
 
 
 def _find(folder: Path, how: str, models: Sequence[nn.Module], observe: Callable[[], Contract]) -> Contract:
-    """Return what models of the same structure were found to be before, or what is observed now, which is kept."""
+    """Return what models that compute the same were found to be before, or what is observed now, which is kept."""
+    computations = [describe_computation(unwrap_compiled(model)) for model in models]
+    if any(computation.unseen for computation in computations):
+        return observe()
     makers = [f"shapecheck {__version__}", *(f"{name} {version(name)}" for name in ("torch", "diffusers"))]
-    key = json.dumps([how, makers, [digest_structure(unwrap_compiled(model)) for model in models]])
+    key = json.dumps([how, makers, [computation.digest for computation in computations]])
     path = folder / f"contract-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if path.is_file():
         try:

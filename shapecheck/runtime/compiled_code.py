@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.files import atomic_write
+from shapecheck.models.computation import describe_computation
 from shapecheck.models.forward_call import build_arguments
 from shapecheck.runtime.compiled_model import CompiledModel
 from shapecheck.version import __version__
@@ -26,7 +27,6 @@ Run = Callable[..., tuple[Tensor, ...]]
 OPTIONS: Mapping[str, Any] = {
     "conv_1x1_as_mm": True,
 }
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
 _log = logging.getLogger(__name__)
 compiled_code: dict[str, Run] = {}
 """What was compiled in this process: a model of the same structure runs the same code with its own weights."""
@@ -61,8 +61,13 @@ class Compiler:
     def __init__(self, forward: Forward, device: torch.device, backend: str, cache: Path | None, settings: str) -> None:
         self._forward, self._backend, self._cache = forward, backend, cache
         # code that is guarded by its model is compiled for each that shares it, and PyTorch refuses the ninth
+        computation = describe_computation(forward)
         self._code: dict[str, Run] = compiled_code if _compiles_ahead() else {}
-        self._identity = f"{digest_structure(forward)} {_describe_makers(device, backend)} {settings}"
+        if computation.unseen:
+            _log.warning("what is compiled is for this model alone: %s", one_line(computation.unseen[0], longest=200))
+            self._cache, self._code = None, {}
+        orders = [value.stride() for value in (*forward.parameters(), *forward.buffers())]
+        self._identity = f"{computation.digest} {orders} {_describe_makers(device, backend)} {settings}"
 
     def compile(self, tensors: list[Tensor]) -> Run:
         """Return the code for tensors of these shapes, dtypes and layouts. Raises ShapecheckError if PyTorch cannot make it."""
@@ -143,34 +148,3 @@ def _describe_makers(device: torch.device, compiler: str) -> str:
         place = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)} cuda {torch.version.cuda}"
     makers = f"shapecheck {__version__}, torch {torch.__version__}, diffusers {version('diffusers')}"
     return f"{makers}, {place}, {compiler} {sorted(map(str, OPTIONS.items()))}"
-
-
-def digest_structure(module: nn.Module) -> str:
-    """Return a digest of everything but the weights and whether it is trained: modules, settings, forms of parameters."""
-    layers = []
-    for name, layer in module.named_modules():
-        settings = [f"{key}={_describe(value)}" for key, value in vars(layer).items() if key not in _OF_EVERY_MODULE]
-        hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
-        layers.append((name, type(layer).__qualname__, sorted(settings), _describe(hooks)))
-    places: dict[int, int] = {}  # which of them are one tensor
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    forms = [
-        (name, tuple(value.shape), value.stride(), str(value.dtype), places.setdefault(id(value), len(places)))
-        for name, value in tensors
-    ]
-    return hashlib.sha256(repr((layers, forms)).encode()).hexdigest()
-
-
-def _describe(value: Any, depth: int = 4) -> str:
-    """Return a text for a setting of a module that is the same in every process; of an object its class and attributes."""
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
-        return repr(value)
-    if isinstance(value, Mapping):
-        # names of folders and versions say nothing of the computation
-        return repr([(str(key), _describe(value[key], depth)) for key in value if not str(key).startswith("_")])
-    if isinstance(value, list | tuple):
-        return repr([_describe(entry, depth) for entry in value])
-    name = getattr(value, "__qualname__", type(value).__qualname__)
-    if isinstance(value, type | nn.Module | Tensor) or not hasattr(value, "__dict__") or not depth:
-        return name
-    return name + "".join(f" {key}={_describe(entry, depth - 1)}" for key, entry in sorted(vars(value).items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -166,6 +167,21 @@ def test_another_file_is_made_where_weights_or_settings_change(unet, tmp_path, m
     found.append(take_file())
     assert found == [asked[0], *asked]
     assert len(set(asked)) == len(asked) == 4
+
+
+def test_what_cannot_be_described_is_exported_each_time_and_removed_when_nobody_opens_it(unet, tmp_path, monkeypatch, caplog):
+    first = engines.export_sealed(unet)
+    monkeypatch.setattr(exporter, "export", lambda _unet, path, **_: shutil.copyfile(first, path))
+    unet.conv_out.register_forward_hook(lambda _module, _inputs, image: 2 * image)
+    took = [files.ExportCache(unet, tmp_path, lambda *_: None).export_onnx() for _ in range(2)]
+    assert len({*took}) == 2
+    assert "exported for this time alone" in caplog.text
+    assert "a forward hook of conv_out is a function of test_accelerate.py" in caplog.text
+    cache = files.ExportCache(unet, tmp_path, lambda *_: None)
+    assert cache.path == cache.path
+    os.utime(took[0], (0, 0))
+    last = files.ExportCache(unet, tmp_path, lambda *_: None).export_onnx()
+    assert {*tmp_path.glob("*.onnx")} == {took[1], last}
 
 
 def open_as_onnx_runtime_does(cache, options, *, fails=False):

@@ -18,6 +18,7 @@ import torch
 
 import shapecheck
 from shapecheck import Geometry, Range, ShapecheckError
+from shapecheck.models.computation import Computation
 from shapecheck.onnx import export as exporter
 from shapecheck.pipelines import background, candidates, choose
 from shapecheck.pipelines.accelerate import Accelerated
@@ -88,7 +89,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(unet, maker, monkeypatch, caplog
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(unet, "save_pretrained", save, raising=False)
-    monkeypatch.setattr(background, "describe_settings", lambda _: "")
+    monkeypatch.setattr(background, "describe_computation", lambda _: Computation("", "", ()))
     assert choose.build_in_background(maker, (unet,), WAITING) is None
     assert "No space left on device" in caplog.messages[-1]
     assert not [path for path in maker.folder.iterdir() if not path.name.startswith("contract-")]
