@@ -57,6 +57,13 @@ class Gate:
         self.is_open, self._last = False, None
 
 
+def copy_outputs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies, queued on torch's current stream. A session makes them before it lets another call in."""
+    copies = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    torch._foreach_copy_(list(copies.values()), list(tensors.values()))
+    return copies
+
+
 @cache
 def name_device(device: torch.device) -> str:
     """Return `cuda:0`; the text takes as long to make as the rest of a check."""

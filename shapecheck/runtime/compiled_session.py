@@ -17,7 +17,7 @@ from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.runtime.binding import Binding, BoundCall
-from shapecheck.runtime.call_gate import Gate
+from shapecheck.runtime.call_gate import Gate, copy_outputs
 from shapecheck.runtime.compiled_code import Compiler, Forward
 from shapecheck.runtime.compiled_graphs import CapturedCall, choose_order, reads_late
 from shapecheck.runtime.compiled_model import CompiledModel
@@ -70,8 +70,12 @@ class CompiledSession:
         self._captured: dict[Geometry, CapturedCall] = {}
         self._pool: Any = None
 
-    def __call__(self, inputs: Mapping[str, Tensor], *, ready: torch.cuda.Event | None = None) -> dict[str, Tensor]:
-        """Return the outputs for these inputs. What is not a residual was there at `ready`, and may be read from then on.
+    def __call__(
+        self, inputs: Mapping[str, Tensor], *, ready: torch.cuda.Event | None = None, own_outputs: bool = False
+    ) -> dict[str, Tensor]:
+        """Return the outputs for these inputs; with `own_outputs` no other call writes there.
+
+        What is not a residual was there at `ready`, and may be read from then on.
 
         Raises CallError, with all that is wrong, for a call that does not fit the contract; ShapecheckError if the session is
         closed or busy, or PyTorch cannot compile the model.
@@ -86,7 +90,8 @@ class CompiledSession:
                     outputs = self._run_captured(call, tensors)
                 else:
                     outputs = self._replay(self._gpu, call, tensors, ready)
-            return dict(zip(self._names, outputs, strict=True))
+            named = dict(zip(self._names, outputs, strict=True))
+            return copy_outputs(named) if own_outputs and self.reuses_outputs else named
 
     @contextmanager
     def begin_after(self, ready: torch.cuda.Event) -> Iterator[None]:

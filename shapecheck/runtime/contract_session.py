@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shapecheck.contract import Contract, ContractError, Geometry
 from shapecheck.contract.mismatch import Port
 from shapecheck.runtime.binding import Binding
-from shapecheck.runtime.call_gate import Gate
+from shapecheck.runtime.call_gate import Gate, copy_outputs
 from shapecheck.runtime.onnx_session import OnnxSession
 from shapecheck.runtime.torch_session import TorchSession, output_names
 from shapecheck.tensorrt.profile_formats import choose_precision
@@ -73,8 +73,8 @@ class ContractSession:
         )
         return cls(Gate(name or type(module).__name__, binding), runner, {})
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the outputs for these inputs, by the file's names.
+    def __call__(self, inputs: Mapping[str, Tensor], *, own_outputs: bool = False) -> dict[str, Tensor]:
+        """Return the outputs for these inputs, by the file's names; with `own_outputs` no other call writes there.
 
         Raises CallError, with all that is wrong, for a call that cannot be served; ShapecheckError if the session is closed
         or busy, or the backend refuses the call all the same, in its own words.
@@ -91,7 +91,8 @@ class ContractSession:
                 if self.reuses_outputs:
                     self._outputs[call.geometry] = outputs
             names = self._gate.binding.names
-            return dict(self._runner({names[name]: tensor for name, tensor in inputs.items()}, outputs))
+            results = self._runner({names[name]: tensor for name, tensor in inputs.items()}, outputs)
+            return copy_outputs(results) if own_outputs and self.reuses_outputs else dict(results)
 
     def __enter__(self) -> Self:
         return self

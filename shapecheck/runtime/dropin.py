@@ -58,7 +58,9 @@ class DropInSession(Protocol):
     def reuses_outputs(self) -> bool:
         """Return whether the next call writes over the outputs of this one."""
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def __call__(self, inputs: Mapping[str, Tensor], *, own_outputs: bool = False) -> dict[str, Tensor]:
+        """Return the outputs; with `own_outputs` copies, made before another call is let in."""
+        ...
 
     def close(self) -> None: ...
 
@@ -94,9 +96,13 @@ class DropIn(nn.Module):
         self.engine.close()
 
     def _run(self, inputs: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
-        outputs = self.engine(inputs, **options)
-        if self._copies:
-            outputs = _copy(outputs)  # queued before anybody waits
+        asked = [name for name, value in inputs.items() if getattr(value, "requires_grad", False)]
+        if asked and torch.is_grad_enabled():
+            raise ShapecheckError(
+                f"{', '.join(asked)}: requires a gradient, and none passes through an exported model: call it under "
+                "torch.no_grad(), or train the PyTorch model"
+            )
+        outputs = self.engine(inputs, **options, **({"own_outputs": True} if self._copies else {}))
         if self._finite and not _are_finite(list(outputs.values())):
             self._refuse_infinite(inputs, outputs)
         return outputs
@@ -154,9 +160,3 @@ def _is_finite(tensor: Tensor) -> bool:
     else:
         total = tensor.sum(dtype=torch.float32)
     return math.isfinite(total.item()) or bool(tensor.isfinite().all())
-
-
-def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    copies = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-    torch._foreach_copy_(list(copies.values()), list(tensors.values()))
-    return copies

@@ -44,13 +44,14 @@ class Arguments:
         self._pool = torch.zeros(0, dtype=self._dtypes.get("sample", torch.float32), device=device)
 
     def base(self, arguments: Mapping[str, Any], added: Mapping[str, Any], timestep: Any) -> dict[str, Any]:
-        """Return the base inputs from a forward's own arguments and those of `added_cond_kwargs`; None is left out.
+        """Return the base inputs from a forward's own arguments and those of `added_cond_kwargs`; what is empty is left out.
 
         `timestep`, a number, a tensor of one, or a tensor of all, becomes (batch,) on the session's device. Raises CallError
         for an argument that is not an input of the contract.
         """
         values = {**arguments, **{f"added_cond_kwargs.{name}": value for name, value in added.items()}}
-        values = {name: value for name, value in values.items() if value is not None}
+        # an empty list says as little as None: some real-time programs pass caches that are not used
+        values = {name: value for name, value in values.items() if not (value is None or _is_empty(value))}
         if unknown := [name for name in values if name not in self._names]:
             surplus = (Mismatch("surplus", name, describe_value(values[name]), "no such input") for name in unknown)
             raise self._refuse(*surplus, unknown=unknown)
@@ -138,3 +139,7 @@ class Arguments:
                 f"forward takes {', '.join(self._names)}" + "".join(f", and the {group}" for group, names in groups if names)
             )
         return CallError(mismatches, (), advice, contract=self._contract)
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, (list, tuple, dict)) and not value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers import ControlNetModel
@@ -11,8 +11,17 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from torch import Tensor
 
 from shapecheck.runtime.combine import combined
-from shapecheck.runtime.dropin import DropIn, DropInSession
+from shapecheck.runtime.dropin import UNSUPPORTED, DropIn, DropInSession, UnsupportedError
 from shapecheck.runtime.readiness import note_ready
+
+
+def _refuse(name: str) -> property:
+    """Return what stands for a member of ControlNetModel that needs its layers or weights."""
+
+    def refuse(_self: object) -> NoReturn:
+        raise UnsupportedError(f"{name}: {UNSUPPORTED[name]}")
+
+    return property(refuse)
 
 
 class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
@@ -71,3 +80,8 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
         if weighted:
             downs, mid = combined([(downs, mid)], [conditioning_scale], guess_mode=True)
         return ControlNetOutput(downs, mid) if return_dict else (downs, mid)
+
+
+for _name in UNSUPPORTED:
+    if hasattr(ControlNetModel, _name):
+        setattr(DropInControlNet, _name, _refuse(_name))

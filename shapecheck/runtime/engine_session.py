@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shapecheck.contract import Contract, ContractError, Geometry, ShapecheckError, show
 from shapecheck.runtime.binding import Binding, BoundCall, PlacedCall
-from shapecheck.runtime.call_gate import Gate
+from shapecheck.runtime.call_gate import Gate, copy_outputs
 from shapecheck.runtime.engine_loading import Executor, Loaded, build_refusal, import_tensorrt, load_engine, map_engine
 from shapecheck.runtime.gpu import Gpu
 from shapecheck.tensorrt.engine_tensors import DYNAMIC, DeclaredEngine, compare_model
@@ -100,8 +100,8 @@ class EngineSession:
                 interface = _find_interface(path, loaded.declared, contract)
             return cls(path, interface, gpu, loaded, graphs=graphs)
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the outputs for these inputs.
+    def __call__(self, inputs: Mapping[str, Tensor], *, own_outputs: bool = False) -> dict[str, Tensor]:
+        """Return the outputs for these inputs; with `own_outputs` no other call writes there.
 
         Raises CallError, with all that is wrong, for a call that the engine cannot serve; ShapecheckError if TensorRT refuses
         it all the same, with TensorRT's own words, or if the session is closed or busy, or cannot be captured.
@@ -110,7 +110,8 @@ class EngineSession:
             call = self._gate.serve(inputs)
             _kept, addresses = self._place(call, inputs)  # copies have to live until the work is queued
             with self._gpu.stream() as stream:
-                return self._run((call, addresses), stream)
+                outputs = self._run((call, addresses), stream)
+            return copy_outputs(outputs) if own_outputs else outputs
 
     def close(self) -> None:
         """Wait for the GPU, and free the engine and its memory. Closing again is fine; a call afterwards is an error."""
@@ -142,8 +143,8 @@ class EngineSession:
         inside = {address for memory in written for address in addresses if address in memory}
         for number, (value, address) in enumerate(zip(tensors, addresses, strict=True)):
             # IExecutionContext::setTensorAddress requires multiples of 256.
-            if address % 256 or address in inside or not value.is_contiguous():
-                tensors[number] = value.clone(memory_format=torch.contiguous_format)
+            if address % 256 or address in inside or not value.is_contiguous() or value.is_neg():
+                tensors[number] = value.resolve_neg().clone(memory_format=torch.contiguous_format)
                 addresses[number] = tensors[number].data_ptr()
         return tensors, tuple(addresses)
 

@@ -199,7 +199,7 @@ class OnnxSession:
 
     def _place(self, name: str, tensor: Tensor, written: Iterable[Tensor]) -> Tensor:
         """Return the tensor where it is read, in one piece, where a kernel may begin, and apart from what the call writes."""
-        placed = tensor.to(self._places.get(name, self.device)).contiguous()
+        placed = tensor.to(self._places.get(name, self.device)).resolve_neg().contiguous()
         start, end = placed.data_ptr(), placed.data_ptr() + placed.nbytes
         inside = any(start < output.data_ptr() + output.nbytes and output.data_ptr() < end for output in written)
         is_odd = self.backend != "ort" and start % _ALIGNMENT != 0

@@ -319,7 +319,7 @@ def name_file(module, contract, folder, monkeypatch, geometry=AT, compiler="eage
 
 
 def test_only_the_same_computation_has_the_same_file(unet, tmp_path, monkeypatch):
-    """Other weights may share it; a setting that only the config holds, an option, a release may not. A hook is kept by none."""
+    """Other weights may share it; a setting that only the config holds, an option, a release may not. A hook has none."""
     contract = contract_of(unet)
 
     def name(module, contract=contract, **how):

@@ -22,9 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import shapecheck
 from shapecheck import ContractError, ShapecheckError
 from shapecheck.observe import subject
-from shapecheck.runtime import combine, onnx_session
+from shapecheck.runtime import combine, contract_session, onnx_session
 from shapecheck.runtime.binding import CallError
+from shapecheck.runtime.contract_session import ContractSession
+from shapecheck.runtime.dropin import UnsupportedError
 from shapecheck.runtime.dropin_arguments import Arguments
+from shapecheck.runtime.dropin_unet import DropInUNet
 from shapecheck.runtime.onnx_session import OnnxSession
 
 H, W, TOKENS = 9, 13, 7
@@ -100,6 +103,63 @@ def test_each_row_has_its_own_timestep(unet, torch_unet, good):
     steps = torch.tensor([3.5, 801.0])
     with torch.no_grad():
         assert close_to(unet(**good | {"timestep": steps}).sample, torch_unet(**good | {"timestep": steps}).sample)
+
+
+def test_a_number_that_is_stored_negated_is_read_as_it_is(unet, torch_unet, good):
+    sample = torch._neg_view((-good["sample"]).clone())
+    assert sample.is_neg() and torch.equal(sample, good["sample"])
+    with torch.no_grad():
+        assert close_to(unet(**good | {"sample": sample}).sample, torch_unet(**good).sample)
+
+
+def test_a_gradient_that_would_be_lost_is_an_error(unet, good):
+    wanted = {"sample": good["sample"].clone().requires_grad_(True)}
+    with pytest.raises(
+        ShapecheckError, match=r"^sample: requires a gradient, and none passes through an exported model: call it"
+    ):
+        unet(**good | wanted)
+    with torch.no_grad():
+        unet(**good | wanted)
+
+
+def test_caches_that_a_program_passes_empty_are_let_pass(unet, torch_unet, good):
+    """As StreamDiffusion 0.4 passes them in every call."""
+    with torch.no_grad():
+        assert close_to(unet(**good, kvo_cache=[], fio_cache=(), fi_strength=None).sample, torch_unet(**good).sample)
+        with pytest.raises(CallError, match="kvo_cache: surplus"):
+            unet(**good, kvo_cache=[torch.ones(1)])
+
+
+def test_outputs_are_copied_before_another_call_is_let_in(file, good, monkeypatch):
+    """A thread that was let in between would have its picture in the place of this one's."""
+    session = ContractSession.open_onnx(file, shallow(), reuse=True)
+    copied, plain = [], contract_session.copy_outputs
+
+    def copy(outputs):
+        with pytest.raises(ShapecheckError, match="serving another call"):
+            session(dict.fromkeys(session.contract.input_rules, torch.ones(1)))
+        copied.append(plain(outputs))
+        return copied[-1]
+
+    monkeypatch.setattr(contract_session, "copy_outputs", copy)
+    unet = DropInUNet(session)
+    with torch.no_grad():
+        first = unet(**good).sample
+        kept = first.clone()
+        second = unet(**good | {"sample": -good["sample"]}).sample
+    assert torch.equal(first, kept) and not torch.equal(first, second)
+    assert len(copied) == 2
+    session.close()
+
+
+@pytest.mark.parametrize("name", ["set_attn_processor", "fuse_qkv_projections", "save_pretrained", "attn_processors"])
+def test_a_controlnet_refuses_what_a_unet_does(name, unet, torch_unet):
+    """It inherits these from ControlNetModel, where they would do nothing, or write a folder without weights."""
+    net = shapecheck.load(small.controlnet(torch_unet), "torch")
+    for model in (net, unet):
+        assert not hasattr(model, name)
+        with pytest.raises(UnsupportedError, match=f"^{name}: "):
+            getattr(model, name)
 
 
 def test_pooled_residuals_are_expanded(unet, torch_unet, good):
