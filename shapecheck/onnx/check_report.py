@@ -93,5 +93,7 @@ def _describe_verdict(checked: FileCheck) -> str:
         return f"NOT CHECKED: {checked.unchecked}"
     outputs = 0 if checked.slots else len(checked.contract.slots)
     slots = f"{outputs} outputs" if outputs else f"{len(checked.slots)} slots"
+    if checked.makes_residuals:
+        slots = "residuals made inside"
     at = f" at {checked.geometry}" if checked.geometry else ""
     return f"FINE: {slots} and {len(checked.inputs)} base inputs{at}"

@@ -61,6 +61,8 @@ class FileCheck:
     """Inputs of the contract that the file has: the contract's name, and the file's."""
     unchecked: str
     """The reason why the sizes were not checked; empty if they were."""
+    makes_residuals: bool = False
+    """It holds its ControlNet, and takes no residuals."""
 
 
 @dataclass(frozen=True, slots=True)
