@@ -156,8 +156,8 @@ def check(
     record, which profile does the size fit, does the ControlNet fit, was it built from these weights; and what to do if not.
     An engine without a record is compared with --model, under whatever names it has: that needs TensorRT and a GPU.
 
-    Exit status 0 if the file is fine, limits or not, 1 if something is wrong or does not fit. It is 2, and the verdict NOT CHECKED, if
-    nothing was found wrong but sizes could not be followed through the graph.
+    Exit status 0 if the file is fine, limits or not, 1 if something is wrong or does not fit. It is 2, and the verdict
+    NOT CHECKED, if nothing was found wrong but sizes could not be followed through the graph.
 
     \b
     Examples:
@@ -225,12 +225,15 @@ def _check_engine(
     with progress() as tell:
         contract = resolve_contract(model, offline=offline, controlnet=True, progress=tell) if model else None
         known = engine.request.contract if engine is not None else contract
+        requested = request_sizes(known)
+        if requested.multiple and not requested.ranges:
+            raise ShapecheckError("--multiple-of goes with --sizes for an engine, which takes what its profiles allow")
         checked = check_engine(
             file,
             engine,
             contract,
             controlnets=controlnets,
-            requested=request_sizes(known),
+            requested=requested,
             weights=weights,
             offline=offline,
             progress=tell,

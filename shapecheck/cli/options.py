@@ -86,7 +86,7 @@ size_options = use_options(
         "--batch",
         multiple=True,
         metavar="MIN:OPT:MAX",
-        help="Batches that have to work, or one number. Once for all --sizes, or once for each.  [default: what the file takes]",
+        help="Batches that have to work, or one number. Once for all --sizes, or for each.  [default: what the file takes]",
     ),
     click.option(
         "--tokens",

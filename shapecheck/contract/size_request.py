@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 
 from shapecheck.contract.geometry import AXES, Geometry
@@ -63,8 +63,11 @@ class SizeRequest:
 
 
 def round_up(geometry: Geometry, step: int) -> Geometry:
-    """Return the geometry with height and width at the next multiples."""
-    return geometry.with_sizes({symbol: -(-geometry.sizes[symbol] // step) * step for symbol in ("h", "w")})
+    """Return the geometry with height and width at the next multiples, and not equal if they were not."""
+    height, width = (-(-side // step) * step for side in (geometry.height, geometry.width))
+    if height == width and geometry.height != geometry.width:  # or the two could be exchanged unseen
+        width += step
+    return replace(geometry, height=height, width=width)
 
 
 def _choose_odd(least: int, most: int, step: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 from shapecheck import presets
@@ -174,7 +174,7 @@ def _describe_slots(case: Case, matching: Matching) -> tuple[DeclaredSlot, ...]:
 
 def _write_notes(case: Case, inside: Contract | None) -> list[str]:
     """Return what is not a fault and still worth knowing."""
-    notes, sweep, naming = [], case.sweep, case.roles.naming
+    notes, naming = [], case.roles.naming
     if inside is not None and extract_architecture(inside) != extract_architecture(case.contract):
         notes.append(f"the contract inside the file is another one: {inside.header.source or inside.digest}")
     if case.roles.slots and naming is None:

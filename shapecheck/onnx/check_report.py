@@ -189,8 +189,8 @@ def advise(checked: FileCheck) -> str:
         return f"say which UNet it should be, if it is another: `shapecheck check {file} --model MODEL`"
     if kinds == {"sizes"} and divisor > checked.contract.divisor:
         return (
-            f"ask for what it takes with --multiple-of {divisor * vae_factor}, or export it from a trace at an odd size, such as "
-            "a latent of 17×25; `shapecheck export MODEL` does"
+            f"ask for what it takes with --multiple-of {divisor * vae_factor}, or export it from a trace at an odd size, such "
+            "as a latent of 17×25; `shapecheck export MODEL` does"
         )
     if kinds == {"order"}:
         return f"{parity} compares the values, which decide"

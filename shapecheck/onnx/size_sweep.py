@@ -227,9 +227,7 @@ def _try_size(reading: Reading, roles: Roles, geometry: Geometry, rules: Mapping
     return run
 
 
-def _measure_inputs(
-    roles: Roles, geometry: Geometry, rules: Mapping[str, tuple[Dim, ...]]
-) -> dict[str, Sequence[int | None]]:
+def _measure_inputs(roles: Roles, geometry: Geometry, rules: Mapping[str, tuple[Dim, ...]]) -> dict[str, Sequence[int | None]]:
     """Return the shapes of the base inputs; of an axis None if nothing tells its size."""
     meanings: dict[str, str] = {}
     for tensor in sorted(roles.base, key=lambda tensor: tensor != roles.sample):

@@ -60,6 +60,12 @@ def parse_size_request(
     return SizeRequest(tuple(ranges), multiple)
 
 
+def request_ranges(ranges: Sequence[Range]) -> SizeRequest:
+    """Return the request for whole ranges: every axis of each."""
+    rows = [[geometry.sizes for geometry in sizes.geometries] for sizes in ranges]
+    return SizeRequest(tuple({symbol: _make_triple([sizes[symbol] for sizes in row]) for symbol in row[0]} for row in rows))
+
+
 def _make_triple(bounds: Sequence[int]) -> Triple:
     least, usual, most = bounds
     return least, usual, most

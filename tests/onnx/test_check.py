@@ -230,19 +230,9 @@ def test_where_one_size_is_asked_for_only_that_has_to_work(even):
     assert (found.kind, found.geometry) == ("sizes", Geometry(1, 24, 41))
 
 
-def fix(sizes: dict[str, int]):
-    """Numbers in place of names of sizes."""
-
-    def edit(model: ir.Model) -> None:
-        for value in model.graph.inputs:
-            value.shape = ir.Shape([sizes.get(str(dim), dim) for dim in value.shape])
-
-    return edit
-
-
 def test_a_static_file_is_fine_and_says_which_size_it_is_for(drawn, tmp_path):
     numbers = {"batch": 2, "h": 17, "w": 25, "tokens": 7, "ceil(h/2)": 9, "ceil(w/2)": 13}
-    path = files.planted(drawn[0], tmp_path / "x.onnx", fix(numbers))
+    path = files.planted(drawn[0], tmp_path / "x.onnx", files.fix(numbers))
     checked = check(path, drawn[1])
     assert (checked.mismatches, checked.unchecked) == ((), "")
     assert checked.narrower == ("batch 2", "latent 17×25 (200×136 pixels)", "7 text tokens")
@@ -264,7 +254,7 @@ def test_a_static_file_is_fine_and_says_which_size_it_is_for(drawn, tmp_path):
     ],
 )
 def test_each_axis_may_be_fixed_alone(numbers, limits, drawn, tmp_path):
-    checked = check(files.planted(drawn[0], tmp_path / "x.onnx", fix(numbers)), drawn[1])
+    checked = check(files.planted(drawn[0], tmp_path / "x.onnx", files.fix(numbers)), drawn[1])
     assert (checked.mismatches, checked.unchecked, checked.narrower) == ((), "", limits)
 
 
@@ -359,7 +349,9 @@ def test_one_name_for_two_sizes_breaks_nothing_and_is_noted(plant):
     "text", ["h/2", "2*s77", "(s77 + 1)//2", "9999999999999999999999*h", "0*h", "floor(h/65536)", "-1", "", "w", "°" * 300]
 )
 def test_no_expression_of_sizes_ends_in_a_traceback(text, plant, drawn, tmp_path):
-    edits = [files.declare(name, text, 4 if name == "sample" else 8, text, text) for name in ("sample", "down_block_residual_00")]
+    edits = [
+        files.declare(name, text, 4 if name == "sample" else 8, text, text) for name in ("sample", "down_block_residual_00")
+    ]
     assert plant(*edits).mismatches == ()
     assert check(tmp_path / "planted.onnx").unchecked == ""
     plant(files.declare("text_embeds", text, text))
