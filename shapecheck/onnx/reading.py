@@ -97,7 +97,9 @@ def read_graph(path: Path, model: ir.Model) -> Reading:
         if not value.is_initializer() and not (is_named and value.shape is not None and value.shape.is_static()):
             declared.append(value)
     ranks = {node: rank for rank, node in enumerate(graph)}
-    sums = {value: list(find_sums(value, ranks)) for value in declared}  # while it shows what is constant
+    # While it shows what is constant. A sum may be computed once for each of its readers.
+    found = {value: {addition.producer: addition for addition in find_sums(value, ranks)} for value in declared}
+    sums = {value: tuple(additions.values()) for value, additions in found.items()}
     factors = {value: read_factor(value) for value in graph.outputs}
     parameters_to_inputs(graph)
     depths = _count_depths(graph, {addition.producer for additions in sums.values() for addition in additions})

@@ -51,10 +51,9 @@ def find_sums(residual: ir.Value, ranks: Mapping[ir.Node, int]) -> Iterator[Sum]
             terms = [other for other in others if _find_maker(other)[0] in ranks]
             if node.op_type in _ADDITIONS and terms:
                 yield _read_sum(node, passed, terms, ranks)
-            elif node.domain.startswith("com.microsoft") and node.op_type in ("Conv", "FusedConv"):
-                if len(node.inputs) > ADDEND and node.inputs[ADDEND] is passed.value:
-                    value = _advance(node.outputs[0], layout=node.domain.endswith("nchwc"))
-                    yield Sum(value, node, value, passed.factor)
+            elif node.op_type in ("Conv", "FusedConv") and node.inputs[ADDEND : ADDEND + 1] == (passed.value,):
+                value = _advance(node.outputs[0], layout=node.domain.endswith("nchwc"))
+                yield Sum(value, node, value, passed.factor)
 
 
 def is_measured(residual: ir.Value) -> bool:
