@@ -11,7 +11,7 @@ from shapecheck.contract import Contract, Dim, Input, Mismatch, Slot, show
 from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import MismatchKind
-from shapecheck.onnx.input_roles import Matching, Roles, diffusers_names, match_inputs, name_outputs
+from shapecheck.onnx.input_roles import STRENGTH, Matching, Roles, diffusers_names, match_inputs, name_outputs
 from shapecheck.onnx.reading import GraphTensor
 from shapecheck.onnx.size_sweep import SizeSweep
 
@@ -62,7 +62,7 @@ def find_faults(case: Case) -> tuple[Mismatch, ...]:
 def _check_input(case: Case, matching: Matching, base: Input, tensor: GraphTensor | None) -> Iterator[Mismatch]:
     expected = show(base.shape)
     if tensor is None:
-        if base.name == "conditioning_scale":
+        if base.name == STRENGTH:
             return  # a strength that is baked in is a remark: the residuals are right
         is_image = base.name in ("sample", "controlnet_cond")
         cause = "" if is_image else "the graph computes with a constant in its place: every call gets the same conditioning"
@@ -177,7 +177,7 @@ def _describe_strengths(case: Case) -> Iterator[str]:
     """Describe strengths that are constants of the graph."""
     roles = case.roles
     if roles.is_controlnet:
-        is_missing = any(base.name == "conditioning_scale" and tensor is None for base, tensor in case.matching.inputs)
+        is_missing = any(base.name == STRENGTH and tensor is None for base, tensor in case.matching.inputs)
         if is_missing or roles.strength not in (None, 1.0):
             value = "" if roles.strength is None else f" as {roles.strength:g}"
             yield f"the strength (conditioning_scale) is baked in{value}: scale the residuals after it"

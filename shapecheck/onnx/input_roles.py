@@ -17,6 +17,8 @@ _COMFYUI_NAMES = {
     "y": ("text_embeds", "time_ids"),  # embedded and joined before the graph
     "hint": ("controlnet_cond",),
 }
+STRENGTH = "conditioning_scale"
+"""The input of a ControlNet that all its residuals are multiplied by."""
 _PICTURE_CHANNELS = 3
 _SYMBOLS: Mapping[str, tuple[str | None, ...]] = {
     "sample": ("batch", None, "h", "w"),
