@@ -240,8 +240,8 @@ def _measure_inputs(roles: Roles, geometry: Geometry, rules: Mapping[str, tuple[
             continue
         symbols = roles.symbols(tensor)
         rule = rules.get(diffusers_names(tensor)[0], ())
-        if roles.is_controlnet and tensor.is_image and tensor != roles.sample and len(rule) != 4:
-            rule = (BATCH, constant(3), Dim("h", 8), Dim("w", 8))  # its picture, of 8 pixels to a latent cell
+        if tensor.is_image and tensor != roles.sample and tensor.dims[1] == 3 and len(rule) != 4:
+            rule = (BATCH, constant(3), Dim("h", 8), Dim("w", 8))  # a ControlNet's picture, of 8 pixels to a latent cell
         sides = rule if len(rule) == len(tensor.dims) else (None,) * len(tensor.dims)
         axes = zip(tensor.dims, symbols, sides, strict=True)
         shapes[tensor.name] = [
