@@ -156,6 +156,8 @@ def find_remarks(case: Case) -> Iterator[str]:
             tensor.name for tensor in (*roles.pictures, *(tensor for tensor in matching.surplus if not tensor.dims))
         )
         yield f"the residuals are made inside: the graph holds a ControlNet ({names}), so that none can be exchanged"
+    if roles.is_controlnet and roles.naming is None:
+        yield "the outputs' names follow no known scheme: taken in their order, which their shapes confirm or not"
     if not case.is_inside:
         renamed = {tensor.name: base.name for base, tensor in matching.inputs if tensor and tensor.name in matching.renamed}
         if renamed:
@@ -177,8 +179,8 @@ def _describe_strengths(case: Case) -> Iterator[str]:
     """Describe strengths that are constants of the graph."""
     roles = case.roles
     if roles.is_controlnet:
-        is_missing = any(base.name == STRENGTH and tensor is None for base, tensor in case.matching.inputs)
-        if is_missing or roles.strength not in (None, 1.0):
+        numbers = [tensor for tensor in roles.base if tensor.is_float and tensor.dims in ((), (1,)) and tensor.live]
+        if all("timestep" in diffusers_names(tensor) for tensor in numbers) or roles.strength not in (None, 1.0):
             value = "" if roles.strength is None else f" as {roles.strength:g}"
             yield f"the strength (conditioning_scale) is baked in{value}: scale the residuals after it"
         return
