@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import lcm
 from pathlib import Path
@@ -126,8 +126,8 @@ def _read_onnx(file: OnnxFile, model: TorchModel, requested: SizeRequest | None)
     if roles.pictures:
         names = ", ".join(tensor.name for tensor in roles.pictures)
         raise ShapecheckError(
-            f"{file} makes its residuals inside: it holds a ControlNet ({names}), so that none can be exchanged and {model.name} "
-            "alone cannot show its numbers; compare the two models' own files instead"
+            f"{file} makes its residuals inside: it holds a ControlNet ({names}), so that none can be exchanged "
+            f"and {model.name} alone does not show its numbers; compare the two models' own files instead"
         )
     dtype = weight_comparison.find_precision(file, image.dtype)
     contract = model.contract(dtype, control=bool(roles.slots) or roles.is_controlnet, adapter=bool(roles.features))

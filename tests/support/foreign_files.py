@@ -61,7 +61,7 @@ class Export:
     latent: tuple[int, int] = (17, 25)
     batch: int = 2
     dims: str = "contract"
-    """The sizes that stay open: all, under the contract's names; all but the `batch`; `none`; `AUTO` or `DYNAMIC` as torch has it."""
+    """The sizes that stay open: all, under the contract's names; all but the `batch`; `none`; torch's `AUTO` or `DYNAMIC`."""
     folding: bool = True
     strength: float | None = None
     """Of a ControlNet that takes none, or that is inside."""
@@ -177,8 +177,12 @@ def _export(path: Path, export: Export) -> None:
 
 
 def make_file(path: Path, name: str) -> Path:
+    """Write the file of a kind of the table."""
+    return make(path, KINDS[name])
+
+
+def make(path: Path, kind: Kind) -> Path:
     """Write the file of a kind. Its export is made once a run."""
-    kind = KINDS[name]
     recipe = {"foreign": repr(kind.export), "torch": torch.__version__}
     source = make_once(recipe, lambda folder: _export(folder / "model.onnx", kind.export)) / "model.onnx"
     if not kind.edits:
@@ -239,51 +243,51 @@ def summed(make: Callable[[ir.Model, ir.Value, ir.Value], list[ir.Node]]) -> Edi
     return edit
 
 
-def _reverse(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
+def reverse(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
     return [ir.node("Add", [residual, skip])]
 
 
-def _subtract(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
+def subtract(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
     negative = ir.node("Neg", [residual])
     return [negative, ir.node("Sub", [skip, negative.outputs[0]])]
 
 
-def _subtract_from_residual(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
-    negative = ir.node("Mul", [skip, _constant(model, f"{residual.name} minus", np.array(-1, np.float32))])
+def subtract_from_residual(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
+    negative = ir.node("Mul", [skip, _constant(model, f"{residual.name} minus", number(-1))])
     return [negative, ir.node("Sub", [residual, negative.outputs[0]])]
 
 
-def _negate_all(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
+def negate_all(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
     negative = ir.node("Neg", [skip])
     difference = ir.node("Sub", [negative.outputs[0], residual])
     return [negative, difference, ir.node("Neg", [difference.outputs[0]])]
 
 
-def _sum(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
+def add_both(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
     return [ir.node("Sum", [skip, residual])]
 
 
-def _stack(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
+def stack(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
     zero = _constant(model, f"{residual.name} zero", np.array([0]))
     parts = [ir.node("Unsqueeze", [value, zero]) for value in (skip, residual)]
     joined = ir.node("Concat", [part.outputs[0] for part in parts], {"axis": 0})
     return [*parts, joined, ir.node("ReduceSum", [joined.outputs[0], zero], {"keepdims": 0})]
 
 
-def _channels_last(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
+def channels_last(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
     parts = [ir.node("Transpose", [value], {"perm": [0, 2, 3, 1]}) for value in (skip, residual)]
     added = ir.node("Add", [part.outputs[0] for part in parts])
     return [*parts, added, ir.node("Transpose", [added.outputs[0]], {"perm": [0, 3, 1, 2]})]
 
 
-def _flatten(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
+def flatten(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
     flat = _constant(model, f"{residual.name} flat", np.array([0, 0, -1]))
     parts = [ir.node("Reshape", [value, flat]) for value in (skip, residual)]
     added, shape = ir.node("Add", [part.outputs[0] for part in parts]), ir.node("Shape", [skip])
     return [*parts, added, shape, ir.node("Reshape", [added.outputs[0], shape.outputs[0]])]
 
 
-def _reorder(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
+def reorder(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
     """x + (h + residual), where the skip is x + h; beside a convolution's bias, bias + residual."""
     maker = skip.producer()
     assert maker is not None
@@ -291,17 +295,21 @@ def _reorder(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Nod
         inner = ir.node("Add", [maker.inputs[1], residual])
         return [inner, ir.node("Add", [maker.inputs[0], inner.outputs[0]])]
     if maker.op_type != "Conv" or maker.inputs[2] is None:
-        return _reverse(model, skip, residual)
+        return reverse(model, skip, residual)
     bias = maker.inputs[2].const_value.numpy().reshape(1, -1, 1, 1)
     bare = ir.node("Conv", maker.inputs[:2], dict(maker.attributes))
     inner = ir.node("Add", [residual, _constant(model, f"{residual.name} bias", bias)])
     return [bare, inner, ir.node("Add", [bare.outputs[0], inner.outputs[0]])]
 
 
-def _sum_of_three(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
+def sum_of_three(model: ir.Model, skip: ir.Value, residual: ir.Value) -> list[ir.Node]:
     maker = skip.producer()
     terms = [*maker.inputs] if maker is not None and maker.op_type == "Add" else [skip]
     return [ir.node("Sum", [residual, *terms])]
+
+
+def number(value: float) -> np.ndarray:
+    return np.array(value, np.float32)
 
 
 def reshape_as_itself(model: ir.Model) -> None:
@@ -420,49 +428,58 @@ def simplify(model: ir.Model) -> ir.Model:
     return ir.from_proto(onnxsim.simplify(ir.to_proto(model))[0])
 
 
-def convert_to_half(keeps_inputs: bool) -> Edit:
-    """Every float32 becomes float16, in the way of the converters; inputs and outputs too unless they are kept."""
+def _to_half(array: np.ndarray) -> ir.TensorProtocol:
+    return ir.tensor(array.astype(np.float16))
 
-    def edit(model: ir.Model) -> None:
-        full, half = ir.DataType.FLOAT, ir.DataType.FLOAT16
-        graph = model.graph
-        for value in list(graph.initializers.values()):
+
+def _convert_inside(graph: ir.Graph) -> None:
+    full, half = ir.DataType.FLOAT, ir.DataType.FLOAT16
+    for value in graph.initializers.values():
+        if value.dtype == full:
+            value.const_value = _to_half(value.const_value.numpy())
+            value.type = ir.TensorType(half)
+    for node in graph:
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == full:
+                node.attributes[name] = ir.AttrTensor(name, _to_half(attribute.value.numpy()))
+            elif node.op_type == "Cast" and name == "to" and attribute.value == full:
+                node.attributes["to"] = ir.AttrInt64("to", half)
+        for value in node.outputs:
             if value.dtype == full:
-                value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16), name=value.name)
                 value.type = ir.TensorType(half)
-        for node in graph:
-            for attribute in list(node.attributes.values()):
-                if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == full:
-                    node.attributes[attribute.name] = ir.AttrTensor(
-                        attribute.name, ir.tensor(attribute.value.numpy().astype(np.float16))
-                    )
-                elif node.op_type == "Cast" and attribute.name == "to" and attribute.value == full:
-                    node.attributes["to"] = ir.AttrInt64("to", half)
-            for value in node.outputs:
-                if value.dtype == full:
-                    value.type = ir.TensorType(half)
-        for value in [value for value in graph.inputs if value.dtype == full and not value.is_initializer()]:
-            if not keeps_inputs:
-                value.type = ir.TensorType(half)
-                continue
-            uses, cast = list(value.uses()), ir.node("Cast", [value], {"to": half})
-            graph.insert_before(graph[0], cast)
-            for node, index in uses:
-                node.replace_input_with(index, cast.outputs[0])
-        if keeps_inputs:
-            for number, value in enumerate(list(graph.outputs)):
-                cast = ir.node("Cast", [value], {"to": full})
-                cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(full)
-                value.name, cast.outputs[0].name = f"{value.name}_half", value.name
-                graph.append(cast)
-                graph.outputs[number] = cast.outputs[0]
 
-    return edit
+
+def convert_to_half(model: ir.Model) -> None:
+    """Every float32 becomes float16, in the way of the converters."""
+    _convert_inside(model.graph)
+    for value in model.graph.inputs:
+        if value.dtype == ir.DataType.FLOAT:
+            value.type = ir.TensorType(ir.DataType.FLOAT16)
+
+
+def convert_inside_to_half(model: ir.Model) -> None:
+    """Every float32 becomes float16, but inputs and outputs."""
+    graph = model.graph
+    _convert_inside(graph)
+    for value in [value for value in graph.inputs if value.dtype == ir.DataType.FLOAT]:
+        uses, cast = list(value.uses()), ir.node("Cast", [value], {"to": ir.DataType.FLOAT16})
+        graph.insert_before(graph[0], cast)
+        for node, index in uses:
+            node.replace_input_with(index, cast.outputs[0])
+    for number_, value in enumerate(list(graph.outputs)):
+        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+        cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(ir.DataType.FLOAT)
+        value.name, cast.outputs[0].name = f"{value.name}_half", value.name
+        graph.append(cast)
+        graph.outputs[number_] = cast.outputs[0]
 
 
 _PLAIN, _CONTROLNET = Export(), Export("controlnet")
 _AUTO, _DYNAMIC = Export(exporter="dynamo", opset=18, dims="AUTO"), Export(exporter="dynamo", opset=20, dims="DYNAMIC")
 _EVEN = {"latent": (16, 24)}
+_DIFFUSERS = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
+_COMFYUI = {"sample": "x", "timestep": "timesteps", "encoder_hidden_states": "context"}
+_NUMBERED = tuple(f"down_block_{number}" for number in range(4))
 _THEIR_SIZES = {"batch": "2B", "h": "H", "w": "W", "ceil(h/2)": "H2", "ceil(w/2)": "W2", "tokens": "77"}
 
 
@@ -506,26 +523,22 @@ KINDS: Mapping[str, Kind] = {
     "dynamo sizes unnamed": Kind(_AUTO, (name_dims(lambda name, axis, dim: None),)),
     # names of slots, inputs and outputs
     "slots as StreamDiffusion's": Kind(_PLAIN, (by_scheme("streamdiffusion"),)),
-    "slots as ComfyUI's": Kind(
-        _PLAIN, (by_scheme("comfyui"), rename(sample="x", timestep="timesteps", encoder_hidden_states="context"))
-    ),
+    "slots as ComfyUI's": Kind(_PLAIN, (by_scheme("comfyui"), rename(**_COMFYUI))),
     "slots as optimum-neuron's": Kind(_PLAIN, (by_scheme("optimum-neuron"),)),
-    "slots as of 2023": Kind(
-        _PLAIN, (name_slots(*(f"down_block_{number}" for number in range(4)), "mid_block_additional_residual"),)
-    ),
+    "slots as of 2023": Kind(_PLAIN, (name_slots(*_NUMBERED, "mid_block_additional_residual"),)),
     "slots of no scheme": Kind(_PLAIN, (name_slots("control_{}"),)),
     "slots as numbers": Kind(_PLAIN, (name_slots("{}"), forget_names)),
     "slots counted from one": Kind(_PLAIN, (name_slots("down_block_residual_{}_out"),)),
-    "x, timesteps, context": Kind(_PLAIN, (rename(sample="x", timestep="timesteps", encoder_hidden_states="context"),)),
+    "x, timesteps, context": Kind(_PLAIN, (rename(**_COMFYUI),)),
     "latents, t, prompt_embeds": Kind(_PLAIN, (rename(sample="latents", timestep="t", encoder_hidden_states="prompt_embeds"),)),
     "x, timesteps, context, y": Kind(
         Export("xl"),
-        (rename(sample="x", timestep="timesteps", encoder_hidden_states="context", text_embeds="y", time_ids="z"),),
+        (rename(**_COMFYUI, text_embeds="y", time_ids="z"),),
     ),
     "xl arg0, arg1": Kind(
         Export("xl"),
         (
-            rename(sample="arg0", timestep="arg1", encoder_hidden_states="arg2", text_embeds="arg3", time_ids="arg4"),
+            rename(**{name: f"arg{number}" for number, name in enumerate(_DIFFUSERS)}),
             name_slots("arg1{}"),
         ),
     ),
@@ -533,34 +546,32 @@ KINDS: Mapping[str, Kind] = {
     "output a number": Kind(_PLAIN, (rename(out_sample="1234"),)),
     "no names of nodes": Kind(_PLAIN, (forget_names,)),
     "dynamo names of nobody": Kind(
-        _AUTO, (name_slots("r{}"), rename(sample="a", timestep="b", encoder_hidden_states="c", out_sample="d"), forget_names)
+        _AUTO, (name_slots("r{}"), rename(**dict(zip(_DIFFUSERS, "abc", strict=False)), out_sample="d"), forget_names)
     ),
     # ways to write a sum
     "transposed and back": Kind(
         _PLAIN, (through(("Transpose", (), {"perm": [0, 2, 3, 1]}), ("Transpose", (), {"perm": [0, 3, 1, 2]})),)
     ),
-    "sum with channels last": Kind(_PLAIN, (summed(_channels_last),)),
-    "sum of flat images": Kind(_PLAIN, (summed(_flatten),)),
+    "sum with channels last": Kind(_PLAIN, (summed(channels_last),)),
+    "sum of flat images": Kind(_PLAIN, (summed(flatten),)),
     "reshaped as itself": Kind(_PLAIN, (reshape_as_itself,)),
     "reshaped to zeros": Kind(_PLAIN, (through(("Reshape", (np.array([0, 0, 0, 0]),), {})),)),
     "unsqueezed and back": Kind(_PLAIN, (through(("Unsqueeze", (np.array([0]),), {}), ("Squeeze", (np.array([0]),), {})),)),
     "identities": Kind(_PLAIN, (through(("Identity", (), {}), ("Cast", (), {"to": ir.DataType.FLOAT}), ("Dropout", (), {})),)),
-    "times one plus nothing": Kind(
-        _PLAIN, (through(("Mul", (np.array(1, np.float32),), {}), ("Add", (np.zeros(1, np.float32),), {})),)
-    ),
+    "times one plus nothing": Kind(_PLAIN, (through(("Mul", (number(1),), {}), ("Add", (np.zeros(1, np.float32),), {})),)),
     "negated twice": Kind(_PLAIN, (through(("Neg", (), {}), ("Neg", (), {})),)),
     "a whole slice": Kind(_PLAIN, (through(("Slice", (np.array([0]), np.array([2**62]), np.array([2])), {})),)),
-    "residual first": Kind(_PLAIN, (summed(_reverse),)),
-    "a - (-b)": Kind(_PLAIN, (summed(_subtract),)),
-    "b - (-a)": Kind(_PLAIN, (summed(_subtract_from_residual),)),
-    "-(-a - b)": Kind(_PLAIN, (summed(_negate_all),)),
-    "Sum of two": Kind(_PLAIN, (summed(_sum),)),
-    "Sum of three": Kind(_PLAIN, (summed(_sum_of_three),)),
-    "stacked and reduced": Kind(_PLAIN, (summed(_stack),)),
-    "adds reordered": Kind(_PLAIN, (summed(_reorder),)),
-    "adds reordered, no names": Kind(_PLAIN, (summed(_reorder), forget_names)),
-    "dynamo a - (-b)": Kind(_AUTO, (summed(_subtract),)),
-    "dynamo adds reordered": Kind(_AUTO, (summed(_reorder),)),
+    "residual first": Kind(_PLAIN, (summed(reverse),)),
+    "a - (-b)": Kind(_PLAIN, (summed(subtract),)),
+    "b - (-a)": Kind(_PLAIN, (summed(subtract_from_residual),)),
+    "-(-a - b)": Kind(_PLAIN, (summed(negate_all),)),
+    "Sum of two": Kind(_PLAIN, (summed(add_both),)),
+    "Sum of three": Kind(_PLAIN, (summed(sum_of_three),)),
+    "stacked and reduced": Kind(_PLAIN, (summed(stack),)),
+    "adds reordered": Kind(_PLAIN, (summed(reorder),)),
+    "adds reordered, no names": Kind(_PLAIN, (summed(reorder), forget_names)),
+    "dynamo a - (-b)": Kind(_AUTO, (summed(subtract),)),
+    "dynamo adds reordered": Kind(_AUTO, (summed(reorder),)),
     # graphs that were rewritten
     "weights merged": Kind(_PLAIN, (merge_weights,)),
     "weights among the inputs": Kind(_PLAIN, (list_weights_as_inputs,)),
@@ -575,21 +586,17 @@ KINDS: Mapping[str, Kind] = {
     "onnxslim of dynamo": Kind(_AUTO, (slim,)),
     "onnxsim": Kind(_PLAIN, (simplify,)),
     "onnxsim of static": Kind(Export(dims="none"), (simplify,), fixed=("batch", "h", "w", "tokens")),
-    "float16": Kind(_PLAIN, (convert_to_half(keeps_inputs=False),)),
-    "float16 inside float32": Kind(_PLAIN, (convert_to_half(keeps_inputs=True),)),
-    "float16 of dynamo": Kind(_AUTO, (convert_to_half(keeps_inputs=False),)),
+    "float16": Kind(_PLAIN, (convert_to_half,)),
+    "float16 inside float32": Kind(_PLAIN, (convert_inside_to_half,)),
+    "float16 of dynamo": Kind(_AUTO, (convert_to_half,)),
     # ControlNets
     "controlnet": Kind(_CONTROLNET),
     "controlnet static": Kind(Export("controlnet", dims="none"), fixed=("batch", "h", "w", "tokens")),
     "controlnet dynamo": Kind(Export("controlnet", exporter="dynamo", opset=18, dims="AUTO")),
     "controlnet as StreamDiffusion's": Kind(_CONTROLNET, (by_scheme("streamdiffusion"),)),
-    "controlnet as of 2023": Kind(
-        _CONTROLNET, (name_slots(*(f"down_block_{number}" for number in range(4)), "mid_block_res_sample"),)
-    ),
+    "controlnet as of 2023": Kind(_CONTROLNET, (name_slots(*_NUMBERED, "mid_block_res_sample"),)),
     "controlnet of numbers": Kind(_CONTROLNET, (name_slots("{}"), forget_names)),
-    "controlnet of other inputs": Kind(
-        _CONTROLNET, (rename(sample="x", timestep="timesteps", encoder_hidden_states="context", controlnet_cond="hint"),)
-    ),
+    "controlnet of other inputs": Kind(_CONTROLNET, (rename(**_COMFYUI, controlnet_cond="hint"),)),
     "controlnet ONNX Runtime all": Kind(_CONTROLNET, (optimise("all"),)),
     "controlnet of strength 1": Kind(Export("controlnet", strength=1.0)),
     "controlnet of strength 0.7": Kind(Export("controlnet", strength=0.7)),
