@@ -137,7 +137,8 @@ def _find_wrong_places(case: Case, matching: Matching) -> dict[str, str]:
     """
     placed = [tensor for tensor in case.roles.slots if tensor.adds and case.roles.position(tensor) is not None]
     named = sorted(placed, key=lambda tensor: case.roles.position(tensor) or 0)
-    pairs = zip(placed, named, strict=True)  # two that share a skip, as KOALA's last ones do, may change places
+    # Two that share a skip, as KOALA's last ones do, may change places, and so may those of which no order is shown.
+    pairs = zip(sorted(named, key=lambda tensor: tensor.adds[0].depth), named, strict=True)
     places = {tensor.name: owner.name for tensor, owner in pairs if tensor.adds[0].depth != owner.adds[0].depth}
     owners = {slot.producer: case.name_in_file(slot) for slot, _ in reversed(matching.slots) if slot.producer}
     for slot, tensor in matching.slots:

@@ -125,6 +125,9 @@ def _read_sum(node: ir.Node, passed: _Passed, terms: list[ir.Value], ranks: Mapp
 
     # What is computed last is made from all the others.
     makers = {term: _find_maker(term) for term in signs}
+    if passed.is_moved:
+        deeper = {term: _find_maker(term, layout=True) for term in signs}
+        makers |= {term: maker for term, maker in deeper.items() if maker[0] in ranks}
     last = max(makers, key=lambda term: ranks[makers[term][0]])
     producer, skip, sign = makers[last]
     factor /= sign * signs[last]
@@ -133,8 +136,12 @@ def _read_sum(node: ir.Node, passed: _Passed, terms: list[ir.Value], ranks: Mapp
     return Sum(value if is_moved or len(signs) > 1 else skip, producer, value, factor)
 
 
-def _find_maker(value: ir.Value) -> tuple[ir.Node | None, ir.Value, float]:
-    """Return the node that computes a value, behind casts and negations, what it computes and the sign; None of a constant."""
+def _find_maker(value: ir.Value, *, layout: bool = False) -> tuple[ir.Node | None, ir.Value, float]:
+    """Return the node that computes a value, what it computes and the sign; None of a constant.
+
+    Casts and negations behind it are passed, and with `layout` what only lays it out otherwise.
+    """
+    same = (*SAME_VALUE, *_SAME_NUMBERS) if layout else SAME_VALUE
     skip, sign = value, 1.0
     while (producer := skip.producer()) is not None:
         inputs = [term for term in producer.inputs if term is not None]
@@ -142,9 +149,9 @@ def _find_maker(value: ir.Value) -> tuple[ir.Node | None, ir.Value, float]:
             inputs = [term for term in inputs if _read_number(term) != -1.0]
         if producer.op_type == "Constant" or not inputs:
             return None, value, sign
-        if producer.op_type not in (*SAME_VALUE, "Neg") and not (producer.op_type == "Mul" and len(inputs) == 1):
+        if producer.op_type not in (*same, "Neg") and not (producer.op_type == "Mul" and len(inputs) == 1):
             break
-        skip, sign = inputs[0], sign if producer.op_type in SAME_VALUE else -sign
+        skip, sign = inputs[0], sign if producer.op_type in same else -sign
     return producer, skip, sign
 
 

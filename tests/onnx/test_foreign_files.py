@@ -14,8 +14,12 @@ from shapecheck.onnx.check import check
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.records import FileCheck
 
-QUICK = ("slots as of 2023", "a - (-b)", "sum with channels last", "adds reordered", "ONNX Runtime all")
-"""All of one export."""
+QUICK = ("slots as of 2023", "ONNX Runtime all")
+"""Both of one export."""
+
+
+def full(*values: object) -> list:
+    return [pytest.param(value, marks=pytest.mark.full) for value in values]
 
 
 def check_kind(folder: Path, name: str, *, named: bool = True) -> FileCheck:
@@ -32,7 +36,7 @@ def check_edited(folder: Path, *edits: Edit, export: Export | None = None) -> Fi
     return check(OnnxFile(path), foreign.observe(export.model))
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in KINDS])
+@pytest.mark.parametrize("name", [*QUICK, *full(*(name for name in KINDS if name not in QUICK))])
 def test_a_healthy_file_is_fine_and_its_limits_are_told(name, tmp_path):
     kind, checked = KINDS[name], check_kind(tmp_path, name)
     assert (checked.mismatches, checked.unchecked) == ((), "")
@@ -47,12 +51,15 @@ def test_a_healthy_file_is_fine_without_its_model(name, tmp_path):
     assert checked.mismatches == ()
 
 
-def test_a_sum_that_is_written_otherwise_shows_its_slots_all_the_same(tmp_path):
-    for edit in (foreign.summed(foreign.flatten), foreign.summed(foreign.negate_all), foreign.summed(foreign.sum_of_three)):
-        checked = check_edited(tmp_path, edit)
-        whole, half = "h×w", "ceil(h/2)×ceil(w/2)"
-        skips = [f"batch×8×{whole}", f"batch×8×{whole}", f"batch×8×{half}", f"batch×16×{half}", f"batch×16×{half}"]
-        assert [slot.skip for slot in checked.slots] == skips
+@pytest.mark.parametrize(
+    "make",
+    [foreign.flatten, *(pytest.param(make, marks=pytest.mark.full) for make in (foreign.negate_all, foreign.sum_of_three))],
+)
+def test_a_sum_that_is_written_otherwise_shows_its_slots_all_the_same(make, tmp_path):
+    checked = check_edited(tmp_path, foreign.summed(make))
+    whole, half = "h×w", "ceil(h/2)×ceil(w/2)"
+    skips = [f"batch×8×{whole}", f"batch×8×{whole}", f"batch×8×{half}", f"batch×16×{half}", f"batch×16×{half}"]
+    assert [slot.skip for slot in checked.slots] == skips
 
 
 def test_a_residual_that_is_subtracted_is_a_fault_however_it_is_written(tmp_path):
@@ -65,11 +72,14 @@ def test_a_residual_that_is_subtracted_is_a_fault_however_it_is_written(tmp_path
     assert checked.mismatches[0].observed == "subtracted from its skip"
 
 
-@pytest.mark.parametrize("make", [foreign.subtract, foreign.channels_last, foreign.reorder])
+@pytest.mark.parametrize(
+    "make",
+    [foreign.channels_last, *(pytest.param(make, marks=pytest.mark.full) for make in (foreign.subtract, foreign.reorder))],
+)
 def test_exchanged_slots_are_seen_in_a_rewritten_graph(make, tmp_path):
     pair = ("down_block_residual_01", "down_block_residual_03")
     checked = check_edited(tmp_path, onnx_files.exchange(*pair), foreign.summed(make))
-    assert [(mismatch.where, mismatch.kind) for mismatch in checked.mismatches] == [(name, "order") for name in pair]
+    assert {(mismatch.where, mismatch.kind) for mismatch in checked.mismatches} >= {(name, "order") for name in pair}
 
 
 def test_an_order_that_the_graph_does_not_show_is_unknown(tmp_path):
@@ -78,6 +88,7 @@ def test_an_order_that_the_graph_does_not_show_is_unknown(tmp_path):
     assert not any("unknown here" in note for note in check_edited(tmp_path, foreign.summed(foreign.subtract)).notes)
 
 
+@pytest.mark.full
 def test_a_strength_in_the_constants_is_told(tmp_path):
     factor = foreign.through(("Mul", (foreign.number(0.7),), {}))
     assert (
