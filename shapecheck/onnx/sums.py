@@ -108,11 +108,11 @@ def _read_sum(node: ir.Node, passed: _Passed, terms: list[ir.Value], ranks: Mapp
     if node.op_type == "Sub" and node.inputs[1] is passed.value:
         factor = -factor
     signs = {term: -1.0 if node.op_type == "Sub" and term is node.inputs[1] else 1.0 for term in terms}
-    while (following := _find_only_reader(value)) in ranks:
+    while (following := _find_only_reader(value)) is not None and following in ranks:
         sign = _pass_through(following, value)
-        if sign is None and following.op_type in _ADDITIONS:
+        if sign is None:
             more = [other for other in _list_others(following, value) if _find_maker(other)[0] in ranks]
-            if not more:
+            if following.op_type not in _ADDITIONS or not more:
                 break
             sign = -1.0 if following.op_type == "Sub" and following.inputs[1] is value else 1.0
             signs = {term: known * sign for term, known in signs.items()}
@@ -124,13 +124,14 @@ def _read_sum(node: ir.Node, passed: _Passed, terms: list[ir.Value], ranks: Mapp
         factor, value = factor * sign, following.outputs[0]
 
     # What is computed last is made from all the others.
-    makers = {term: _find_maker(term) for term in signs}
-    if passed.is_moved:
-        deeper = {term: _find_maker(term, layout=True) for term in signs}
-        makers |= {term: maker for term, maker in deeper.items() if maker[0] in ranks}
-    last = max(makers, key=lambda term: ranks[makers[term][0]])
-    producer, skip, sign = makers[last]
-    factor /= sign * signs[last]
+    makers: list[tuple[int, ir.Node, ir.Value, float]] = []
+    for term, known in signs.items():
+        found = [_find_maker(term, layout=layout) for layout in (passed.is_moved, False)]
+        producer, skip, sign = next(maker for maker in found if maker[0] in ranks)
+        assert producer is not None
+        makers.append((ranks[producer], producer, skip, sign * known))
+    _, producer, skip, sign = max(makers, key=lambda maker: maker[0])
+    factor /= sign
     is_moved = passed.is_moved or producer.domain.endswith("nchwc")
     value = _advance(value, layout=is_moved)
     return Sum(value if is_moved or len(signs) > 1 else skip, producer, value, factor)

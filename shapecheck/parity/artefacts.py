@@ -124,9 +124,9 @@ def _read_onnx(file: OnnxFile, model: TorchModel, requested: SizeRequest | None)
         raise ShapecheckError(f"{file} takes no image (batch, channels, height, width); is it a UNet?")
     _require_role(file.path, "controlnet" if roles.is_controlnet else "unet", model)
     if roles.pictures:
-        names = ", ".join(tensor.name for tensor in roles.pictures)
+        pictures = ", ".join(tensor.name for tensor in roles.pictures)
         raise ShapecheckError(
-            f"{file} makes its residuals inside: it holds a ControlNet ({names}), so that none can be exchanged "
+            f"{file} makes its residuals inside: it holds a ControlNet ({pictures}), so that none can be exchanged "
             f"and {model.name} alone does not show its numbers; compare the two models' own files instead"
         )
     dtype = weight_comparison.find_precision(file, image.dtype)
