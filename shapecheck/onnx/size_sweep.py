@@ -225,7 +225,11 @@ def _try_size(reading: Reading, roles: Roles, geometry: Geometry, rules: Mapping
     residuals, they get the sizes that were seen, until these are the sizes they had.
     """
     shapes: dict[str, Sequence[int | None]] = {tensor.name: (1, 1, 1, 1) for tensor in roles.added}
-    shapes |= {name: geometry.shape_of(rules[name]) for name in shapes if name in rules}
+    for tensor in roles.added:
+        if tensor.name in rules:
+            shapes[tensor.name] = geometry.shape_of(rules[tensor.name])
+        elif tensor.live and not tensor.adds and tensor.dims:  # it may not go into a sum, where one cell would do
+            shapes[tensor.name] = [_measure(dim, None, None, geometry) for dim in tensor.dims]
     shapes |= _measure_inputs(roles, geometry, rules)
     measured = [tensor for tensor in roles.added if tensor.measured and tensor.adds]
     run = reading.at(shapes)
