@@ -1,16 +1,17 @@
-"""Faults of a graph that is compared with a contract: one record for each, all of them at once."""
+"""Faults of a graph that is compared with a contract, but those of sizes: one record for each, all of them at once."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from shapecheck.contract import Contract, Dim, Geometry, Input, Mismatch, Slot, show
+from shapecheck.contract import Contract, Dim, Input, Mismatch, Slot, show
 from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import MismatchKind
-from shapecheck.onnx.input_roles import Matching, Roles, diffusers_names, match_inputs
+from shapecheck.onnx.input_roles import STRENGTH, Matching, Roles, diffusers_names, match_inputs, name_outputs
 from shapecheck.onnx.reading import GraphTensor
 from shapecheck.onnx.size_sweep import SizeSweep
 
@@ -25,16 +26,19 @@ class Case:
     roles: Roles
     sweep: SizeSweep
     contract: Contract
-    requested: Geometry | None = None
     itself: bool = False
     """The contract is the file's own table: what that leaves out is not a fault."""
+    is_inside: bool = False
+    """The file holds a contract, so that its names are claims."""
 
     @property
     def matching(self) -> Matching:
         return match_inputs(self.roles, self.contract)
 
     def name_in_file(self, slot: Slot) -> str:
-        """Return what the file's own naming scheme calls a slot."""
+        """Return what the file calls a slot: by its naming scheme, or by the order of a ControlNet's outputs."""
+        if self.roles.is_controlnet and self.roles.naming is None:
+            return name_outputs(self.roles, self.contract).get(slot.name, slot.name)
         index = SHAPECHECK.index(slot.name)
         if self.roles.naming is None or index is None:
             return slot.name
@@ -49,21 +53,23 @@ def find_faults(case: Case) -> tuple[Mismatch, ...]:
     for tensor in matching.surplus:
         if not tensor.live:
             faults.append(Mismatch("unused", tensor.name, "no effect on the output", "an effect, or no input", cause=_IGNORED))
-        elif not case.itself:
+        elif not case.itself and not case.roles.pictures:
             cause = "callers that follow the contract do not pass it"
             faults.append(Mismatch("surplus", tensor.name, str(tensor), "no such input", cause=cause))
-    return (*faults, *_check_symbols(matching, {fault.where for fault in faults}), *find_size_faults(case))
+    return tuple(faults)
 
 
 def _check_input(case: Case, matching: Matching, base: Input, tensor: GraphTensor | None) -> Iterator[Mismatch]:
     expected = show(base.shape)
     if tensor is None:
+        if base.name == STRENGTH:
+            return  # a strength that is baked in is a remark: the residuals are right
         is_image = base.name in ("sample", "controlnet_cond")
         cause = "" if is_image else "the graph computes with a constant in its place: every call gets the same conditioning"
         yield Mismatch("missing" if is_image else "baked", base.name, "no such input", expected, cause=cause)
         return
     name = tensor.name
-    if name in matching.renamed:
+    if name in matching.renamed and case.is_inside:
         yield Mismatch("name", name, name, base.name, cause=f"recognised by its shape; {_RENAME}")
     if not tensor.live:
         yield Mismatch("unused", name, "no effect on the output", expected, cause=f"baked: {_IGNORED}")
@@ -78,13 +84,13 @@ def _check_input(case: Case, matching: Matching, base: Input, tensor: GraphTenso
     numbers = [(dim, size) for dim, size in zip(base.shape, tensor.dims, strict=True) if isinstance(size, int)]
     if any(dim.symbol is None and size != dim.scale for dim, size in numbers):
         yield Mismatch("channels" if tensor.is_image else "input", name, str(tensor), expected)
-    elif any(dim.symbol == "batch" and "batch" not in case.sweep.fixed for dim, _ in numbers):
+    elif any(dim.symbol == "batch" and "batch" not in case.sweep.limits.fixed for dim, _ in numbers):
         yield Mismatch("input", name, str(tensor), expected, cause="its batch is fixed, and the sample's is not")
 
 
 def _check_slots(case: Case, matching: Matching) -> Iterator[Mismatch]:
     places = _find_wrong_places(case, matching)
-    for slot, tensor in matching.slots:
+    for slot, tensor in () if case.roles.pictures else matching.slots:  # a graph that makes its residuals takes none
         module = slot.producer
         if tensor is None:
             name, cause = case.name_in_file(slot), "never exported, or dropped by the exporter because nothing used it"
@@ -97,31 +103,43 @@ def _check_slots(case: Case, matching: Matching) -> Iterator[Mismatch]:
         wrong = _find_wrong_shape(case, slot, tensor)
         if wrong:
             yield Mismatch(wrong[0], name, str(tensor), show(slot.shape), None, module, cause=wrong[1])
-        makers = [add.module or add.skip for add in tensor.adds]
-        # The file's own table says where a slot is, not where it should be.
-        expected = f"added to the output of {(not case.itself and module) or 'its own module'}"
-        if not tensor.adds or not tensor.live:
-            observed = "no effect on the output" if tensor.adds else "added to nothing"
-            yield Mismatch("unused", name, observed, expected, None, module, cause=_IGNORED)
-        elif len(makers) > 1:
-            yield Mismatch("order", name, f"added to {', '.join(makers)}", "added once", None, module)
-        elif name in places:
-            observed, cause = f"added to the output of {makers[0]}", f"this is the place of {places[name]}"
-            yield Mismatch("order", name, observed, expected, None, module, cause=cause)
-        elif not wrong:
-            yield from _check_skip(case, slot, tensor)
+        yield from _check_sum(case, slot, tensor, places.get(name, ""), is_comparable=not wrong)
+
+
+def _check_sum(case: Case, slot: Slot, tensor: GraphTensor, owner: str, *, is_comparable: bool) -> Iterator[Mismatch]:
+    """Find what is wrong with where a residual is added; `owner` is the slot whose place that is, if it is another's."""
+    name, module = tensor.name, slot.producer
+    makers = [add.module or add.skip for add in tensor.adds]
+    # The file's own table says where a slot is, not where it should be.
+    expected = f"added to the output of {(not case.itself and module) or 'its own module'}"
+    if not tensor.live:
+        observed = "no effect on the output" if tensor.adds else "added to nothing"
+        yield Mismatch("unused", name, observed, expected, None, module, cause=_IGNORED)
+    elif not tensor.adds:
+        return  # an optimiser wrote the sum in a way of its own, or it is none: values decide
+    elif tensor.adds[0].factor < 0:
+        yield Mismatch("values", name, "subtracted from its skip", "added to it", None, module)
+    elif len(makers) > 1:
+        yield Mismatch("order", name, f"added to {', '.join(makers)}", "added once", None, module)
+    elif owner:
+        observed, cause = f"added to the output of {makers[0]}", f"this is the place of {owner}"
+        yield Mismatch("order", name, observed, expected, None, module, cause=cause)
+    elif is_comparable:
+        yield from _check_skip(case, slot, tensor)
 
 
 def _find_wrong_places(case: Case, matching: Matching) -> dict[str, str]:
     """Return the residuals that are added in another's place, with the name of that other.
 
-    Each skip is computed from the one before it: their order in the graph is that of the slots, whatever the shapes. If
-    names tell the modules that make the skips, a residual in the place of a missing one is seen too.
+    Each skip is computed from the one before it, which is the order of the slots, whatever the shapes. Of a skip that an
+    optimiser computes twice the graph need not show it: that is no fault. If names tell the modules that make the skips, a
+    residual in the place of a missing one is seen too.
     """
     placed = [tensor for tensor in case.roles.slots if tensor.adds and case.roles.position(tensor) is not None]
     named = sorted(placed, key=lambda tensor: case.roles.position(tensor) or 0)
-    pairs = zip(placed, named, strict=True)  # two that share a skip, as KOALA's last ones do, may change places
-    places = {tensor.name: owner.name for tensor, owner in pairs if tensor.adds[0].rank != owner.adds[0].rank}
+    # Two that share a skip, as KOALA's last ones do, may change places, and so may those of which no order is shown.
+    pairs = zip(sorted(named, key=lambda tensor: tensor.adds[0].depth), named, strict=True)
+    places = {tensor.name: owner.name for tensor, owner in pairs if tensor.adds[0].depth != owner.adds[0].depth}
     owners = {slot.producer: case.name_in_file(slot) for slot, _ in reversed(matching.slots) if slot.producer}
     for slot, tensor in matching.slots:
         if tensor is not None and tensor.adds and tensor.name not in places:
@@ -129,6 +147,51 @@ def _find_wrong_places(case: Case, matching: Matching) -> dict[str, str]:
             if makers and slot.producer not in makers:
                 places[tensor.name] = owners[max(makers, key=len)]
     return places
+
+
+def find_remarks(case: Case) -> Iterator[str]:
+    """Yield what is no fault in a file of others and that who runs it has to know."""
+    roles, matching = case.roles, case.matching
+    if roles.pictures:
+        names = ", ".join(
+            tensor.name for tensor in (*roles.pictures, *(tensor for tensor in matching.surplus if not tensor.dims))
+        )
+        yield f"the residuals are made inside: the graph holds a ControlNet ({names}), so that none can be exchanged"
+    if roles.is_controlnet and roles.naming is None:
+        yield "the outputs' names follow no known scheme: taken in their order, which their shapes confirm or not"
+    if not case.is_inside:
+        renamed = {tensor.name: base.name for base, tensor in matching.inputs if tensor and tensor.name in matching.renamed}
+        if renamed:
+            yield "recognised by their shapes: " + ", ".join(f"{name} is {ours}" for name, ours in renamed.items())
+    yield from _describe_strengths(case)
+    hidden = [tensor.name for tensor in roles.slots if tensor.live and not tensor.adds]
+    seen = [tensor for tensor in roles.slots if tensor.adds]
+    for tensor, following in pairwise(seen):
+        if tensor.adds[0].depth == following.adds[0].depth and tensor.adds[0].rank != following.adds[0].rank:
+            hidden += [tensor.name, following.name]
+    if hidden:
+        yield (
+            f"the graph does not show where {', '.join(dict.fromkeys(hidden))} belong, as after an optimiser: their order is "
+            "unknown here, and `shapecheck parity` decides it by values"
+        )
+
+
+def _describe_strengths(case: Case) -> Iterator[str]:
+    """Describe strengths that are constants of the graph."""
+    roles = case.roles
+    if roles.is_controlnet:
+        numbers = [tensor for tensor in roles.base if tensor.is_float and tensor.dims in ((), (1,)) and tensor.live]
+        if all("timestep" in diffusers_names(tensor) for tensor in numbers) or roles.strength not in (None, 1.0):
+            value = "" if roles.strength is None else f" as {roles.strength:g}"
+            yield f"the strength (conditioning_scale) is baked in{value}: scale the residuals after it"
+        return
+    factors = {tensor.name: tensor.adds[0].factor for tensor in roles.slots if tensor.adds}
+    baked = {name: factor for name, factor in factors.items() if factor > 0 and not math.isclose(factor, 1, rel_tol=1e-6)}
+    if baked and len({f"{factor:g}" for factor in factors.values()}) == 1:
+        yield f"a strength of {next(iter(baked.values())):g} is baked in: every residual is multiplied by it before it is added"
+    elif baked:
+        each = ", ".join(f"{name} by {factor:g}" for name, factor in baked.items())
+        yield f"strengths are baked in: {each} before they are added"
 
 
 def _find_wrong_shape(case: Case, slot: Slot, tensor: GraphTensor) -> tuple[MismatchKind, str] | None:
@@ -139,8 +202,8 @@ def _find_wrong_shape(case: Case, slot: Slot, tensor: GraphTensor) -> tuple[Mism
         return "rank", ""
     if isinstance(tensor.dims[1], int) and tensor.dims[1] != slot.channels:
         return "channels", ""
-    axes = zip(tensor.dims, slot.shape, strict=True)
-    wrong = [size for size, dim in axes if isinstance(size, int) and dim.symbol and size != _measure(dim, case.sweep.fixed)]
+    fixed, axes = case.sweep.limits.fixed, zip(tensor.dims, slot.shape, strict=True)
+    wrong = [size for size, dim in axes if isinstance(size, int) and dim.symbol and size != _measure(dim, fixed)]
     if 1 in wrong:
         return "broadcast", "a residual of one cell is broadcast over the skip, and a whole one refused"
     return ("size", f"fixed at {wrong[0]}") if wrong else None
@@ -159,63 +222,10 @@ def _check_skip(case: Case, slot: Slot, tensor: GraphTensor) -> Iterator[Mismatc
     divisor, skips = case.contract.divisor, [replace(residual, spatial="full") for residual in case.contract.residuals]
     for geometry, shape in case.sweep.measured(tensor.adds[0].skip).items():
         if geometry.height % divisor == 0 and geometry.width % divisor == 0:
-            shapes = {skip.name: skip.shape_at(geometry) for skip in skips}
+            try:
+                shapes = {skip.name: skip.shape_at(geometry) for skip in skips}
+            except ValueError:  # a rounding that was never observed
+                continue
             for mismatch in compare_shapes(skips, geometry, shapes | {slot.name: shape}):
                 yield replace(mismatch, where=tensor.name)
                 return
-
-
-def _check_symbols(matching: Matching, wrong: set[str]) -> Iterator[Mismatch]:
-    """Find equal sizes under different names, and one name for different sizes, in the inputs that are not wrong otherwise."""
-    names: dict[str, list[str | None]] = defaultdict(list)
-    meanings: dict[str, dict[str, str]] = defaultdict(dict)
-    for expected, tensor in matching.pairs:
-        if tensor.dims is None or tensor.name in wrong or len(tensor.dims) != len(expected.shape):
-            continue
-        for declared, dim in zip(tensor.dims, expected.shape, strict=True):
-            if dim.symbol is not None and not isinstance(declared, int):
-                names[str(dim)].append(declared)
-                if declared is not None:
-                    meanings[declared].setdefault(str(dim), tensor.name)
-    for size, declared_names in names.items():
-        if len(set(declared_names)) > 1 or declared_names.count(None) > 1:
-            texts = [f"`{name}`" if name else "unnamed" for name in dict.fromkeys(declared_names)]
-            observed = ", ".join(texts[:4]) + (", …" if len(texts) > 4 else "")
-            cause = "TensorRT ties sizes by equal names only: a residual of another size would not be refused"
-            yield Mismatch("symbol", size, observed, "one name for one size", cause=cause)
-    for name, sizes in meanings.items():
-        if len(sizes) > 1:
-            observed = ", ".join(f"{size} in {where}" for size, where in sizes.items())
-            cause = "TensorRT refuses inputs that differ there"
-            yield Mismatch("symbol", name, observed, "one size under one name", cause=cause)
-
-
-def find_size_faults(case: Case) -> Iterator[Mismatch]:
-    """Yield the sizes at which the graph fails; if one size was requested, only whether it fails there."""
-    sweep, requested, divisor = case.sweep, case.requested, case.contract.divisor
-    every = f"multiples of {divisor}" if divisor > 1 else "every latent size"
-    fixed = {symbol: size for symbol, size in sweep.fixed.items() if symbol != "tokens"}
-    if requested is not None:
-        fault = sweep.fault(requested.with_sizes(sweep.fixed))
-        if others := {symbol: size for symbol, size in fixed.items() if size != requested.sizes[symbol]}:
-            fault = f"the file fixes {_format_sizes(others)}"
-        if fault:
-            yield Mismatch("sizes", "sample", "does not work", "works", requested, cause=fault)
-        return
-    if fixed:
-        cause = "exported without dynamic axes; --latent HxW checks this one size"
-        yield Mismatch("sizes", "sample", f"{_format_sizes(fixed)} only", f"{every}, every batch", cause=cause)
-    fault = sweep.fault(sweep.refused)
-    if sweep.divisor == 0:
-        yield Mismatch("sizes", "sample", "no size that was tried works", every, sweep.refused, cause=fault)
-    elif sweep.divisor > divisor:
-        advice = "the graph was traced at a convenient size; trace it at an odd one, such as a latent of 17×25"
-        observed = f"multiples of {sweep.divisor} only"
-        yield Mismatch("sizes", "sample", observed, every, sweep.refused, cause=f"{advice}; {fault}")
-    if other := sweep.refused_batch:
-        observed = f"fails at batch {other.batch} with {other.tokens} tokens"
-        yield Mismatch("sizes", "sample", observed, "every batch and number of tokens", other, cause=sweep.fault(other))
-
-
-def _format_sizes(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())

@@ -10,6 +10,7 @@ from shapecheck.parity.cases import ForwardCase, residual_slots
 from shapecheck.parity.results import Check
 from shapecheck.runtime.torch_session import output_names
 from shapecheck.tensorrt.profiles import Range
+from shapecheck.tensorrt.size_ranges import request_ranges
 
 FILE_KINDS = ("provider", "contract", "weights", "precision")
 """Checks that need no call."""
@@ -26,24 +27,12 @@ class PlannedCheck:
 
 
 def choose_geometries(contract: Contract, ranges: Sequence[Range]) -> tuple[Geometry, ...]:
-    """Return each range's min, opt and max and an odd size between; without ranges three small sizes, of batch 2, 1 and 3."""
+    """Return an engine's sizes, as `SizeRequest.list_geometries` does; without any three small ones, of batch 2, 1 and 3."""
     step = contract.divisor
     if not ranges:
         return Geometry(2, 17 * step, 25 * step), Geometry(1, 24 * step, 40 * step), Geometry(3, 9 * step, 14 * step)
 
-    def choose_odd(least: int, most: int) -> int:
-        """Return the middle one of the odd multiples of the divisor between two sizes, or of all if none is odd."""
-        steps = range(-(-least // step), most // step + 1)
-        candidates = [number for number in steps if number % 2] or list(steps)
-        return candidates[len(candidates) // 2] * step
-
-    geometries: list[Geometry] = []
-    for sizes in ranges:
-        low, high = sizes.min, sizes.max
-        height, width = choose_odd(low.height, high.height), choose_odd(low.width, high.width)
-        between = Geometry((low.batch + high.batch + 1) // 2, height, width, (low.tokens + high.tokens) // 2)
-        geometries += (*sizes.geometries, between)
-    return tuple(dict.fromkeys(geometries))
+    return request_ranges(ranges).list_geometries((), step)
 
 
 def plan_checks(contract: Contract, backend: str, geometries: Sequence[Geometry]) -> tuple[PlannedCheck, ...]:
