@@ -62,7 +62,7 @@ def check(
     matching = case.matching
     mismatches = _check_outputs(reading, case) if roles.is_controlnet else find_faults(case)
     unchecked = _find_unchecked(reading, case)
-    mismatches += sweep.find_faults(expected.divisor)
+    mismatches += sweep.find_faults()
     return FileCheck(
         str(file),
         reading.producer,
