@@ -321,7 +321,7 @@ def files(made: Made, **changes: str) -> tuple[str, ...]:
         ({"onnx": "text.onnx"}, "text.onnx is not an ONNX model: "),
         ({"model": "sd15"}, "no weights for"),
         ({"model": "nowhere/at/all"}, "nowhere/at/all"),
-        ({"batch": "2"}, "--shapecheck-batch and --shapecheck-tokens go with --shapecheck-sizes"),
+        ({"multiple_of": "12"}, "--shapecheck-multiple-of 12 is not a multiple of 8 (pixels per latent cell)"),
         ({"times_own": "0"}, "--shapecheck-times-own must be more than 0, got 0.0"),
         ({"sizes": "70x104"}, "70x104 pixels: width 70 is not a multiple of 8"),
         ({"report": "text.onnx"}, "--shapecheck-report: cannot write into text.onnx: File exists"),
