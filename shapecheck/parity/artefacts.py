@@ -102,9 +102,11 @@ def _read_onnx(file: OnnxFile, model: TorchModel) -> ParityFile:
         raise ShapecheckError(f"{file} takes no image (batch, channels, height, width); is it a UNet?")
     _require_role(file.path, "controlnet" if roles.is_controlnet else "unet", model)
     contract = model.contract(image.dtype, control=bool(roles.slots) or roles.is_controlnet, adapter=bool(roles.features))
-    names = {ours.name: tensor.name for ours, tensor in match_inputs(roles, contract).pairs}
+    pairs = match_inputs(roles, contract).pairs
+    names = {ours.name: tensor.name for ours, tensor in pairs}
     outputs = _match_outputs(file.path, contract, [output.name for output in file.reading.outputs])
-    axes = zip(("batch", "", "h", "w"), image.dims or (), strict=False)
+    text = next((tensor.dims for ours, tensor in pairs if ours.name == "encoder_hidden_states"), None)
+    axes = [*zip(("batch", "", "h", "w"), image.dims or (), strict=False), *zip(("", "tokens"), text or (), strict=False)]
 
     def compare_weights(module: nn.Module) -> str | None:
         compared = weight_comparison.compare_weights(file, module.state_dict())

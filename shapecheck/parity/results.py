@@ -65,6 +65,12 @@ class Verdict:
         return math.prod(self.shape)
 
     @property
+    def excess(self) -> float:
+        """Return the largest difference as a multiple of what is allowed; infinity if nothing is."""
+        difference = self.absolute.difference if self.absolute else math.inf
+        return difference / self.allowed if self.allowed > 0 else math.inf
+
+    @property
     def share(self) -> float:
         """Return the share of values that are outside of what is allowed, 0 to 1."""
         return self.outside / self.count if self.count else 0.0
