@@ -9,7 +9,7 @@ from functools import partial
 
 from shapecheck.parity.cases import ForwardCase, Row, list_rows
 
-_LEAST = 0.5
+_LEAST = 0.6
 """The least share of wrong rows among those that have something in common: in a half precision a tolerance hides some."""
 Holds = Callable[["JudgedRow"], bool]
 
@@ -60,7 +60,7 @@ def _list_common(wrong: Sequence[JudgedRow], rows: Sequence[JudgedRow]) -> Itera
     at = min((row.case.geometry for row in wrong), key=lambda geometry: geometry.height * geometry.width)
     numbers: list[tuple[Callable[[JudgedRow], float], str, str]] = [
         (lambda row: row.case.geometry.tokens, "with {:g} tokens, not with {:g}", "with {:g} tokens, not with {:g}"),
-        (lambda row: row.cells, f"above {{1:,g}} cells ({at.height}×{at.width})", "below {1:,g} cells"),
+        (lambda row: row.cells, f"above {{1:,g}} cells ({at.height}×{at.width})", ""),
         (lambda row: row.case.geometry.batch, "in a batch of {:g}, not of {:g}", "in a batch of {:g}, not of {:g}"),
         (lambda row: row.number, "in rows {:g} and later of a batch", "in rows up to {:g} of a batch"),
         (
@@ -73,7 +73,7 @@ def _list_common(wrong: Sequence[JudgedRow], rows: Sequence[JudgedRow]) -> Itera
         least, most = min(map(value, wrong)), max(map(value, wrong))
         if less := [value(row) for row in rows if value(row) < least]:
             yield partial(_is_within, value, least, math.inf), above.format(least, max(less))
-        if more := [value(row) for row in rows if value(row) > most]:
+        if below and (more := [value(row) for row in rows if value(row) > most]):
             yield partial(_is_within, value, -math.inf, most), below.format(most, min(more))
     kinds: list[tuple[Holds, str]] = [
         (lambda row: row.given.is_strong, "with strong residuals, of which many are beyond ±8"),

@@ -91,7 +91,8 @@ class Evaluator:
         if actual.shape != self.reference.reference[case].shape:
             return self._compare(case, actual)
         verdicts = [self._compare_row(case, row, actual) for row in range(case.geometry.batch)]
-        return max(verdicts, key=lambda verdict: (not verdict.passes, verdict.outside, verdict.excess))
+        worst = max(verdicts, key=lambda verdict: (not verdict.passes, verdict.outside, verdict.excess))
+        return replace(worst, psnr=self._compare(case, actual).psnr)  # which is a whole output's
 
     def _evaluate_case(self, plan: PlannedCheck) -> Result:
         (case,) = plan.cases
@@ -211,8 +212,12 @@ class Evaluator:
             return "not run", f"not judged: the {self._noun} is wrong even without it; its effect has {strength}"
         if math.isnan(effect.strength):
             return "failed", f"{name} changes the {self._noun}, which it does not in PyTorch: {verdict}"
-        if effect.cosine < 0.99 and self.compute is not None and (
-            bound := hypotheses.find_cut(self.generate, case, self.compute, widen(actual) - widen(before), effect.strength)
+        if (
+            effect.cosine < 0.99
+            and self.compute is not None
+            and (
+                bound := hypotheses.find_cut(self.generate, case, self.compute, widen(actual) - widen(before), effect.strength)
+            )
         ):
             return "failed", f"{name} acts as if it were cut off at ±{bound:.2g}"
         if effect.cosine >= 0.9 and self.compute is not None:
@@ -258,8 +263,7 @@ class Evaluator:
             return "; ".join(filter(None, (contrast, why)))
         if self.siblings:
             return contrast  # the checks of a ControlNet's inputs tell what is baked, once and not for each residual
-        why = self._find_equal(hypotheses.suppose_of_output(self.contract, self.generate, case), case, actual)
-        return "; ".join(filter(None, (contrast, why)))
+        return self._find_equal(hypotheses.suppose_of_output(self.contract, self.generate, case), case, actual) or contrast
 
     def _contrast(self) -> str:
         """Say what the wrong rows of all calls have in common; empty if that is not known."""

@@ -20,6 +20,8 @@ Compute = Callable[[Mapping[str, Tensor]], Tensor]
 _TRIALS, _PRECISE = 8, 1e-3
 _ALIKE = 0.9
 """The least cosine between two changes of the output that are taken for one."""
+_UNEXPLAINED = 0.4
+"""A bound explains a change if no more than this share of what is wrong is left: sums that are cut off are cut where no input is."""
 
 
 class Hypothesis(NamedTuple):
@@ -136,7 +138,8 @@ def find_cut(generate: InputGenerator, case: ForwardCase, compute: Compute, chan
         bound = (low + high) / 2
         found = widen(compute(inputs | {case.perturbed: value.clamp(-bound, bound)})) - base
         low, high = (bound, high) if compute_strength(found, whole) < strength else (low, bound)
-    return bound if bound < most and compute_cosine(found, change) >= _ALIKE else None
+    explains = float((found - change).norm()) <= _UNEXPLAINED * float((whole - change).norm())
+    return bound if bound < most and explains else None
 
 
 def find_tokens(generate: InputGenerator, case: ForwardCase, compute: Compute, change: Tensor) -> str:
