@@ -1,4 +1,4 @@
-"""Faults that only some pictures show: large batches, long prompts, large images, real text, strong control, the schedule's ends.
+"""Faults that only some pictures show: of large batches or sizes, long prompts, real text, strong control, some timesteps.
 
 Each is planted into a file whose shapes are right, and has to be seen at defaults, whatever is drawn.
 """
@@ -25,7 +25,7 @@ FAULTS = {
     "sum": (faults.sums_clipped(8, NAMES[-1]), STRONG),
     "text": (
         faults.clipped("encoder_hidden_states", 6),
-        "differs only with text that has the outliers of real encoders (to ±33)",
+        "differs only with text that has the outliers of real encoders",
     ),
     "tokens": (faults.tokens_cut(77), "differs only with 154 tokens, not with 77"),
     "rows": (
