@@ -160,9 +160,9 @@ class Result:
     geometry: Geometry | None = None
     verdict: Verdict | None = None
     effect: Effect | None = None
-    rounding: Rounding | None = None
     seconds: float = 0.0
     """The duration of the backend's call that was judged; 0 if there was none."""
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +216,8 @@ class Parity:
     versions: tuple[tuple[str, str], ...]
     least_psnr: float | None = None
     """With layers in fp8: the least PSNR of an output in dB, and PyTorch's own error is that of the same layers in fp8."""
+    requested: str = ""
+    """The model as it was requested, to be typed again; empty for a live one."""
 
     @property
     def passes(self) -> bool:
