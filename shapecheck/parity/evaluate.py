@@ -16,10 +16,10 @@ from shapecheck.parity import hypotheses
 from shapecheck.parity.cases import ForwardCase, InputGenerator, list_rows, residual_slots
 from shapecheck.parity.contrast import JudgedRow, describe_contrast
 from shapecheck.parity.hypotheses import Compute, Hypothesis
-from shapecheck.parity.metrics import compare, compare_effects, widen
+from shapecheck.parity.metrics import compare, compare_effects, measure_row_errors, widen
 from shapecheck.parity.plan import PlannedCheck
 from shapecheck.parity.reference import ReferenceOutputs
-from shapecheck.parity.results import Effect, Result, Status, Verdict
+from shapecheck.parity.results import Effect, Result, Rounding, Status, Verdict
 
 _TELLING = 2.5
 """A perturbation tells something if its effect is this many times what is allowed."""
@@ -30,6 +30,9 @@ FP8_PSNR: Mapping[Role, float] = {"unet": 30.0, "controlnet": 25.0}
 """The least PSNR of every whole output of a file in fp8, in dB beside the reference: an error of 3 % of the image's largest
 value, of 6 % of a residual's, which is only a part of the skip that it is added to. What fp8 costs is no fault of a file, and a
 multiple of float16's error cannot judge it: it is a hundred of those."""
+ROUNDING_SHARE = 0.45
+"""The errors of all calls together may be this share of `times_own` times PyTorch's own, in root mean square: 1.8 times. Healthy
+backends have 0.4 to 1.5; what shows in a picture has more than 2.5 (reports/half_precision.md)."""
 _CANNOT_RUN = "not judged: calls of this size cannot be run"
 _TOO_SMALL = "not judged: the effect of the residuals in PyTorch is too small beside the tolerance"
 
@@ -62,6 +65,8 @@ class Evaluator:
             return self._evaluate_perturbed(plan)
         if kind == "cfg":
             return self._evaluate_halves(plan)
+        if kind == "rounding":
+            return self._evaluate_rounding(plan)
         return self._evaluate_switch(plan) if kind == "switch" else self._evaluate_case(plan)
 
     @property
@@ -111,6 +116,44 @@ class Evaluator:
             return Result(plan.check, "failed", reason, case.geometry, verdict)
         why = "" if _is_bad(actual) else self._explain(case, actual)
         return Result(plan.check, "failed", _describe(verdict, actual, why), case.geometry, verdict)
+
+    def _evaluate_rounding(self, plan: PlannedCheck) -> Result:
+        """Require that the errors of all calls together are not much more than PyTorch's own in the same precision.
+
+        A worst value says little of a half precision: it varies by its nature, so that it has to be allowed several times
+        PyTorch's. Over all values errors hardly vary, and what is twice as inexact shows.
+        """
+        found, own, is_near = list[Tensor](), list[Tensor](), True
+        for case in plan.cases:
+            actual, expected, rounded = self.actual[case], self.reference.reference[case], self.reference.rounded.get(case)
+            if rounded is None or _is_bad(expected) or _is_bad(rounded):
+                continue
+            if isinstance(actual, str) or actual.shape != expected.shape or _is_bad(actual):
+                return Result(plan.check, "not run", f"not judged: the {self._noun} of some calls cannot be compared")
+            found.append(measure_row_errors(actual, expected))
+            own.append(measure_row_errors(rounded, expected))
+            is_near &= self._compare(case, actual).passes
+        if not found:
+            return Result(plan.check, "not run", "not judged: PyTorch's own error is not known in this precision")
+        torch_errors = torch.cat(own)
+        known = torch.isfinite(torch_errors)  # a row that is zero has no scale
+        # The rounding of the output alone is a tenth of the precision's unit.
+        error, torch_error = (
+            max(float(errors[known].mean().sqrt()), self.reference.least / 10) for errors in (torch.cat(found), torch_errors)
+        )
+        rounding = Rounding(error, torch_error, ROUNDING_SHARE * self.tolerance_factor * torch_error, len(found))
+        if rounding.passes:
+            return Result(plan.check, "passed", rounding=rounding)
+        if not is_near:
+            return Result(
+                plan.check, "not run", f"not judged: the {self._noun} is wrong by more than rounding", rounding=rounding
+            )
+        reason = (
+            f"the errors of all {self._noun}s together are {rounding.times_own:.1f} times PyTorch's own in {self.contract.dtype} "
+            f"(root mean square of {len(found)} calls), {rounding.allowed / torch_error:.1f} times are allowed: something is "
+            "computed in fewer bits or by an approximation"
+        )
+        return Result(plan.check, "failed", reason, rounding=rounding)
 
     def _evaluate_halves(self, plan: PlannedCheck) -> Result:
         """Require that residuals in the first half of the batch act there alone, as with classifier-free guidance."""

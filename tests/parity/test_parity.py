@@ -5,6 +5,7 @@ What is judged of a run's numbers is in test_evaluate.py; here are files, PyTorc
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -24,6 +25,7 @@ import parity_faults as faults
 import pytest
 import small
 import torch
+from diffusers.models.activations import GEGLU
 from onnx_files import bake, exchange, planted, unconsume
 from parity_runs import NAMES, SLOTS, failed, kinds, run_side
 from peak import peak_of
@@ -34,7 +36,7 @@ from shapecheck.observe.subject import TorchModel
 from shapecheck.parity import runners
 from shapecheck.parity.artefacts import read_files
 from shapecheck.parity.cases import ForwardCase, InputGenerator, refuse_zeros
-from shapecheck.parity.plan import choose_geometries
+from shapecheck.parity.plan import choose_geometries, plan_checks
 from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import KINDS
 from shapecheck.parity.run import ParityRun
@@ -96,7 +98,7 @@ def test_a_healthy_file_passes_in_all(model, healthy):
     assert report.verdict == "PARITY"
     assert report.reference == f"PyTorch float64 on {'cuda' if torch.cuda.is_available() else 'cpu'}"
     for found in report.sides:
-        assert {each.check.kind for each in found.results} == set(KINDS)
+        assert {each.check.kind for each in found.results} == set(KINDS) - {"rounding"}
         assert {each.status for each in found.results} == {"passed"}, found.results
         assert found.divergence is None
         judged = [each for each in found.results if each.check.kind in ("case", "slot", "input")]
@@ -172,10 +174,10 @@ def test_what_cannot_apply_to_an_engine_is_not_planned(model, healthy, contract,
     built = BuildRequest(contract, profiles, names, ("out_sample",), *files, BuildOptions(), "10.0", "a GPU")
     engine = engines.recorded(tmp_path / "unet.plan", built)
     both = ParityRun(ParityRequest(model, healthy, engine)).checks
-    assert set(KINDS) - {check.kind for check in both if check.backend == "ort"} == set()
-    assert set(KINDS) - {check.kind for check in both if check.backend == "trt"} == {"precision", "cfg"}
+    assert set(KINDS) - {check.kind for check in both if check.backend == "ort"} == {"rounding"}  # of half precisions
+    assert set(KINDS) - {check.kind for check in both if check.backend == "trt"} == {"precision", "cfg", "rounding"}
     alone = ParityRun(ParityRequest(model, engine=engine)).checks
-    assert set(KINDS) - {check.kind for check in alone} == {"precision", "cfg", "weights"}
+    assert set(KINDS) - {check.kind for check in alone} == {"precision", "cfg", "weights", "rounding"}
 
 
 def test_a_slot_scaled(model, healthy, folder):
@@ -575,6 +577,47 @@ def test_nothing_is_left_unjudged_in_a_half_precision(dtype):
     report = ParityRun(ParityRequest(small.unet(**small.TINY).to(dtype), backends=("torch",)), ranges=ONE_SIZE).report()
     assert {each.status for each in report.sides[0].results} == {"passed"}, report.sides[0].results
     assert report.reference.startswith("PyTorch float32 on ")
+
+
+def in_ten_bits(module):
+    """Weights as integers of ten bits, one scale a tensor."""
+    for weight in [weight for weight in module.parameters() if weight.ndim > 1]:
+        step = weight.float().abs().max() / 511
+        weight.copy_((weight.float() / step).round() * step)
+
+
+def with_another_gelu(module):
+    """It differs from the exact one by less than float16 can tell."""
+    for part in module.modules():
+        if isinstance(part, GEGLU):
+            part.gelu = lambda value: torch.nn.functional.gelu(value, approximate="tanh")
+
+
+def plan_rounding(*given):
+    return tuple(plan for plan in plan_checks(*given) if plan.check.kind in ("case", "rounding"))
+
+
+@pytest.mark.parametrize(("edit", "status"), [(in_ten_bits, "failed"), (with_another_gelu, "passed")])
+def test_in_a_half_precision_all_values_together_show_what_the_worst_hides(edit, status):
+    model = small.unet(**small.TINY).half()
+
+    def open_edited(backend, file):
+        module = copy.deepcopy(model)
+        with torch.no_grad():
+            edit(module)
+        return TorchSession(module, file.contract)
+
+    request = ParityRequest(model, backends=("torch",))
+    (found,) = ParityRun(request, opener=open_edited, plan=plan_rounding, explain=False).report().sides
+    assert {each.status for each in found.results if each.check.kind == "case"} == {"passed"}, found.results
+    (rounding,) = [each for each in found.results if each.check.kind == "rounding"]
+    assert rounding.status == status, rounding
+    if status == "failed":
+        assert 1.8 < rounding.rounding.times_own < 4
+        told = (
+            r"times PyTorch's own in float16 \(root mean square of \d+ calls\), 1\.8 times are allowed: something is computed"
+        )
+        assert re.search(told, rounding.reason)
 
 
 def test_text_is_judged_as_loud_as_it_shows():

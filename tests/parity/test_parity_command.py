@@ -196,7 +196,7 @@ def test_sizes_in_pixels_become_latents_with_an_odd_one_between(made):
     )
     run = requests.create_run(request)
     calls = [plan.cases[0] for plan in run.plans["torch"] if plan.check.kind == "case"]
-    sizes = [call.geometry for call in calls if call.frame is None]
+    sizes = list(dict.fromkeys(call.geometry for call in calls))
     assert [(each.batch, each.height, each.width, each.tokens) for each in sizes[:3]] == [
         (1, 5, 6, 5),
         (1, 8, 7, 7),
