@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,18 @@ from shapecheck.cli.options import (
     Form,
     human_or_json,
     offline_option,
-    request_for,
     result_options,
+    size_options,
     variant_option,
 )
+from shapecheck.contract.geometry import parse_pair
 from shapecheck.contract.naming import SCHEMES, SHAPECHECK
 from shapecheck.tensorrt.record import find_record, is_engine
 from shapecheck.terminal import progress, write
 
 if TYPE_CHECKING:
-    from shapecheck.observe.request import ProbeRequest
+    from shapecheck.contract import Contract
+    from shapecheck.contract.size_request import SizeRequest
     from shapecheck.onnx.records import Agreement
 
 
@@ -121,14 +123,9 @@ def export(model: str, output: Path, verify: bool, form: str, **options: Any) ->
 @click.option(
     "--controlnet", "controlnets", multiple=True, metavar="NAME", help="Say too whether this ControlNet fits. Repeatable."
 )
-@click.option("--size", metavar="WxH", help="Only this image size in pixels has to work.")
+@click.option("--size", metavar="WxH", help="This image size in pixels has to work.")
 @click.option("--latent", metavar="HxW", help="The same in latent cells.")
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    help="Batch, with --size or --latent.  [default: 1; for an engine, one that it takes]",
-)
-@click.option("--tokens", type=click.IntRange(min=1), help="Text tokens, of an engine.  [default: as many as it takes]")
+@size_options
 @click.option(
     "--weights", metavar="MODEL", help="Say too whether an engine was built from these: an ONNX file, or a model's folder."
 )
@@ -139,8 +136,10 @@ def check(
     controlnets: tuple[str, ...],
     size: str | None,
     latent: str | None,
-    batch: int | None,
-    tokens: int | None,
+    sizes: tuple[str, ...],
+    batch: tuple[str, ...],
+    tokens: str | None,
+    multiple_of: int | None,
     weights: str | None,
     offline: bool,
     form: Form,
@@ -149,46 +148,55 @@ def check(
     """Say what is wrong with FILE: an ONNX file that anybody exported, or an engine that anybody built.
 
     Of an ONNX file the graph is read and no weights. Without --model it is compared with the contract inside it, else with
-    the preset it fits best, else with itself. Without --size every size that the contract allows has to work. A ControlNet's
+    the preset it fits best, else with itself. A file that takes fewer sizes than its model is fine, with its limits told, and
+    broken only against --sizes, --size, --latent, --batch, --tokens and --multiple-of, each alone or together. A ControlNet's
     file is compared with the contract inside it, or its outputs with the UNet of --model.
 
     An engine (.plan, .engine, .trt) is read if TensorRT can load it, else the record beside it: does it belong to the
     record, which profile does the size fit, does the ControlNet fit, was it built from these weights; and what to do if not.
     An engine without a record is compared with --model, under whatever names it has: that needs TensorRT and a GPU.
 
-    Exit status 0 if the file is fine, 1 if something is wrong or does not fit. It is 2, and the verdict NOT CHECKED, if
-    nothing was found wrong but sizes could not be followed through the graph.
+    Exit status 0 if the file is fine, limits or not, 1 if something is wrong or does not fit. It is 2, and the verdict
+    NOT CHECKED, if nothing was found wrong but sizes could not be followed through the graph.
 
     \b
     Examples:
       shapecheck check unet.onnx
       shapecheck check unet.onnx --model sdxl --controlnet controlnet-sdxl-small
       shapecheck check unet.onnx --model ./my-model --size 904x512 --format json
+      shapecheck check theirs.onnx --model sd15 --sizes 512x512:512x512:1024x1024 --multiple-of 64 --batch 1:2:4
       shapecheck check unet.plan --controlnet controlnet-sd15 --size 904x512 --weights unet.onnx
       shapecheck check their.engine --model sd15
     """
     from shapecheck.artefact import resolve_contract
     from shapecheck.observe.controlnet_fit import find_misfits
-    from shapecheck.observe.request import resolve_geometry
     from shapecheck.onnx import check_report as report
     from shapecheck.onnx.check import check as verify
     from shapecheck.onnx.contract_metadata import contract_inside
     from shapecheck.onnx.file import OnnxFile
+    from shapecheck.tensorrt.size_ranges import parse_size_request
 
-    request = request_for("", (), size, latent, batch)
+    if size is not None and latent is not None:
+        raise ShapecheckError("got a size in pixels and one in latent cells; give one of them")
+    if sizes and (size or latent):
+        raise ShapecheckError("--sizes says all sizes; drop --size and --latent")
+
+    def request_sizes(known: Contract | None) -> SizeRequest:
+        vae_factor = known.header.vae_factor if known else 8
+        request = parse_size_request(sizes or (size,) if size else sizes, batch, tokens, multiple_of, vae_factor=vae_factor)
+        return request.with_latent(*parse_pair(latent, "HxW in latent cells")) if latent else request
+
     if is_engine(file):
-        return _check_engine(file, model, controlnets, request, batch, tokens, weights, offline, form, output)
-    if weights is not None or tokens is not None:
-        raise ShapecheckError(
-            "--weights and --tokens are for engines; `shapecheck export --verify` compares an ONNX file's numbers"
-        )
+        return _check_engine(file, model, controlnets, request_sizes, weights, offline, form, output)
+    if weights is not None:
+        raise ShapecheckError("--weights is for engines; `shapecheck export --verify` compares an ONNX file's numbers")
     onnx_file = OnnxFile(file)
     with progress() as tell:
         contract = resolve_contract(model, offline=offline, progress=tell) if model else None
-        known = contract or (contract_inside(onnx_file) if size else None)
-        requested = resolve_geometry(request, known.header.vae_factor if known else 8)
-        checked = verify(onnx_file, contract, requested, progress=tell)
-        misfits = find_misfits(checked.contract, controlnets, requested, offline=offline, progress=tell) if controlnets else ()
+        known = contract or (contract_inside(onnx_file) if size or sizes or multiple_of else None)
+        checked = verify(onnx_file, contract, request_sizes(known), progress=tell)
+        at = checked.requested[0] if size or latent else None
+        misfits = find_misfits(checked.contract, controlnets, at, offline=offline, progress=tell) if controlnets else ()
     if form == "json":
         text = report.render_json(checked, controlnets=controlnets, misfits=misfits)
     else:
@@ -203,35 +211,29 @@ def _check_engine(
     file: Path,
     model: str | None,
     controlnets: tuple[str, ...],
-    request: ProbeRequest,
-    batch: int | None,
-    tokens: int | None,
+    request_sizes: Callable[[Contract | None], SizeRequest],
     weights: str | None,
     offline: bool,
     form: Form,
     output: Path | None,
 ) -> int:
     from shapecheck.artefact import resolve_contract
-    from shapecheck.observe.request import resolve_geometry
     from shapecheck.tensorrt import check_report as report
     from shapecheck.tensorrt.check import check_engine
 
-    if (batch or tokens) and request.size_px is None and request.latent is None:
-        raise ShapecheckError("--batch and --tokens go with --size or --latent")
     engine = find_record(file)
     with progress() as tell:
         contract = resolve_contract(model, offline=offline, controlnet=True, progress=tell) if model else None
         known = engine.request.contract if engine is not None else contract
-        requested = resolve_geometry(request, known.header.vae_factor if known else 8)
-        requested = replace(requested, tokens=tokens) if requested and tokens else requested
+        requested = request_sizes(known)
+        if requested.multiple and not requested.ranges:
+            raise ShapecheckError("--multiple-of goes with --sizes for an engine, which takes what its profiles allow")
         checked = check_engine(
             file,
             engine,
             contract,
             controlnets=controlnets,
             requested=requested,
-            any_batch=batch is None,
-            any_tokens=tokens is None,
             weights=weights,
             offline=offline,
             progress=tell,

@@ -75,6 +75,31 @@ engine_options = use_options(
     ),
     click.option("--tokens", metavar="MIN:OPT:MAX", help=f"Text tokens, or one number.  [default: {USUAL_TOKENS}]"),
 )
+size_options = use_options(
+    click.option(
+        "--sizes",
+        multiple=True,
+        metavar="MIN:OPT:MAX",
+        help="Image sizes that have to work, WxH in pixels each, or one size. Repeatable.  [default: what the file takes]",
+    ),
+    click.option(
+        "--batch",
+        multiple=True,
+        metavar="MIN:OPT:MAX",
+        help="Batches that have to work, or one number. Once for all --sizes, or for each.  [default: what the file takes]",
+    ),
+    click.option(
+        "--tokens",
+        metavar="MIN:OPT:MAX",
+        help="Text tokens that have to work, or one number.  [default: what the file takes]",
+    ),
+    click.option(
+        "--multiple-of",
+        type=click.IntRange(min=1),
+        metavar="PIXELS",
+        help="Image sides that are multiples of this have to work, and no others: 64 is 8 latent cells, 8 every latent size.",
+    ),
+)
 source_options = use_options(
     click.option("--model", "contract", metavar="MODEL", help="The UNet of an ONNX file that holds no contract."),
     click.option(

@@ -11,10 +11,10 @@ from shapecheck import ContractError
 from shapecheck.cli.options import (
     Form,
     choose_format,
-    engine_options,
     offline_option,
     output_option,
     read_names,
+    size_options,
     variant_option,
 )
 from shapecheck.doctor.environment import BACKENDS
@@ -36,7 +36,7 @@ from shapecheck.terminal import progress, write
 @click.option(
     "--controlnet", metavar="NAME", help="A ControlNet with weights whose residuals are used.  [default: random residuals]"
 )
-@engine_options
+@size_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
 @click.option(
     "--times-own",
@@ -73,8 +73,9 @@ def parity(report: Path | None, form: Form | Literal["html"], output: Path | Non
 
     MODEL is a diffusers folder or hub id with weights. Each slot and each base input is perturbed alone, and has to change
     the image as it does in PyTorch: what is swapped, dropped, scaled or baked is named. Control on, off and switched, halves
-    of a batch, several sizes. Without --sizes an engine's own profiles, else three small sizes. If an image differs, the
-    first value inside that does is looked for. Of a ControlNet every residual is compared and every input perturbed.
+    of a batch, several sizes: those that --sizes, --batch, --tokens and --multiple-of request, each alone or together, and for
+    the rest an engine's own profiles, else small sizes that the file takes. If an image differs, the first value inside that
+    does is looked for. Of a ControlNet every residual is compared and every input perturbed.
 
     Exit status 0 for PARITY, 1 for BROKEN, a backend that cannot run included, 2 if nothing could be compared.
 
@@ -82,6 +83,7 @@ def parity(report: Path | None, form: Form | Literal["html"], output: Path | Non
     Examples:
       shapecheck parity ./sd15 --onnx ./sd15/unet.onnx
       shapecheck parity ./sd15 --onnx ./sd15/unet.onnx --sizes 320x192:512x512:768x768 --batch 1:2:4 --report parity
+      shapecheck parity ./sd15 --onnx theirs.onnx --batch 4 --multiple-of 64
       shapecheck parity ./sd15 --onnx unet.onnx --engine unet.plan --backends ort,trt --controlnet ./my-controlnet
     """
     from shapecheck.parity import report as parity_report

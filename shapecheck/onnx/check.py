@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 
 from shapecheck import presets
 from shapecheck.contract import Config, Contract, Dim, Geometry, Input, Mismatch, ShapecheckError, Slot, show
 from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.naming import SHAPECHECK
+from shapecheck.contract.size_request import SizeRequest
 from shapecheck.onnx import contract_metadata
 from shapecheck.onnx.file import OnnxFile
-from shapecheck.onnx.findings import Case, find_faults, find_size_faults
+from shapecheck.onnx.findings import Case, find_faults
 from shapecheck.onnx.input_roles import Matching, Roles, assign_roles, diffusers_names
 from shapecheck.onnx.reading import Reading
 from shapecheck.onnx.records import Basis, DeclaredInput, DeclaredSlot, FileCheck
+from shapecheck.onnx.shapes import Shapes
 from shapecheck.onnx.size_sweep import SizeSweep, sweep_sizes
 from shapecheck.presets.families import extract_architecture
 from shapecheck.progress import Progress, silent
+from shapecheck.report.numbers import format_count
 
 
 def check(
-    file: OnnxFile, contract: Contract | None = None, geometry: Geometry | None = None, *, progress: Progress = silent
+    file: OnnxFile, contract: Contract | None = None, requested: SizeRequest | None = None, *, progress: Progress = silent
 ) -> FileCheck:
     """Return everything that is wrong with an exported UNet, without reading its weights.
 
     The file is compared with `contract`; without one with the contract inside the file, else with that of the preset it fits
     best, else with its own table. Of a ControlNet, the outputs are compared with the slots of a UNet or of its own contract.
-    With `geometry` only that size has to work; without it, every size that the contract allows.
+    The `requested` sizes have to work. A file that takes fewer sizes than its model is not wrong: `limits` says which.
     If sizes cannot be followed through the graph, `unchecked` says so: no mismatches then do not mean that nothing is wrong.
-    Raises ShapecheckError if the file cannot be read, or shows no residuals and no model is named.
+    Raises ShapecheckError if the file cannot be read, shows no residuals and no model is named, or if the model itself refuses
+    a requested size.
     """
     progress(f"reading {file}")
     reading, notes = file.reading, []
@@ -45,15 +50,19 @@ def check(
             f"{file} is a ControlNet ({len(reading.outputs)} outputs) and holds no contract; name the UNet that its outputs "
             "are for with --model, or check the model that it was exported from with --controlnet"
         )
-    sweep = sweep_sizes(reading, roles, geometry, progress, allowed=expected.divisor if expected else 1)
+    sweep = sweep_sizes(reading, roles, progress, contract=expected, requested=requested)
+    for geometry in sweep.requested if expected is not None else ():
+        expected.require(geometry)
     basis: Basis = "given" if contract else "inside"
     if expected is None:
         expected, basis = _find_best_preset(roles, sweep), "preset"
     if expected is None:
         expected, basis = _make_own_contract(reading, roles, sweep), "none"
-    case = Case(roles, sweep, expected, geometry, basis == "none")
+    case = Case(roles, sweep, expected, basis == "none")
     matching = case.matching
     mismatches = _check_outputs(reading, case) if roles.is_controlnet else find_faults(case)
+    unchecked = _find_unchecked(reading, case)
+    mismatches += sweep.find_faults(expected.divisor)
     return FileCheck(
         str(file),
         reading.producer,
@@ -62,13 +71,12 @@ def check(
         roles.naming.key if roles.naming else "",
         tuple(DeclaredInput(tensor.name, str(tensor), tensor.dtype) for tensor in roles.base),
         _describe_slots(case, matching),
-        sweep.divisor,
-        tuple(sorted(sweep.fixed.items())),
-        geometry,
+        sweep.limits,
+        sweep.requested,
         mismatches,
-        (*notes, *_write_notes(case, inside)),
+        (*notes, *_write_notes(case, inside), *_describe_symbols(matching, {mismatch.where for mismatch in mismatches})),
         tuple((slot.name, tensor.name) for slot, tensor in matching.pairs),
-        _find_unchecked(reading, case, mismatches),
+        unchecked,
     )
 
 
@@ -112,10 +120,10 @@ def _make_own_contract(reading: Reading, roles: Roles, sweep: SizeSweep) -> Cont
 def _check_outputs(reading: Reading, case: Case) -> tuple[Mismatch, ...]:
     """Return the faults of a ControlNet: its outputs, its sizes, and its inputs if the contract is a ControlNet's."""
     contract = case.contract
-    faults = find_faults(case) if contract.role == "controlnet" else tuple(find_size_faults(case))
+    faults = find_faults(case) if contract.role == "controlnet" else ()
     slots = [replace(slot, name=case.name_in_file(slot)) for slot in contract.slots]
     names = {tensor.name for tensor in reading.outputs}
-    for geometry, run in case.sweep.working(case.requested, contract.divisor).items():
+    for geometry, run in _list_allowed_runs(case):
         shapes = {name: run.known[name] for name in names & run.known.keys()}
         # An output whose size could not be followed is there all the same.
         comparable = [slot for slot in slots if slot.name in shapes or slot.name not in names]
@@ -124,12 +132,23 @@ def _check_outputs(reading: Reading, case: Case) -> tuple[Mismatch, ...]:
     return faults
 
 
-def _find_unchecked(reading: Reading, case: Case, mismatches: Sequence[Mismatch]) -> str:
+def _list_allowed_runs(case: Case) -> list[tuple[Geometry, Shapes]]:
+    """Return the sizes that work and that the contract allows and tells the slots of, and what was seen there."""
+
+    def is_known(geometry: Geometry) -> bool:
+        try:
+            return bool(case.contract.shapes(geometry)) or not case.contract.slots
+        except (ValueError, ShapecheckError):  # a rounding that was never observed; a size that the model refuses
+            return False
+
+    return [(geometry, run) for geometry, run in case.sweep.working.items() if is_known(geometry)]
+
+
+def _find_unchecked(reading: Reading, case: Case) -> str:
     """Return why the sizes were not checked; nothing if they were, or if it is a fault that none works."""
-    runs = case.sweep.working(case.requested, case.contract.divisor).values()
+    runs = [run for _, run in _list_allowed_runs(case)]
     if not runs:
-        is_fault = any(mismatch.kind == "sizes" for mismatch in mismatches)
-        return "" if is_fault else "it works at no size that was tried and that the contract allows"
+        return "it works at no size that was tried and that the contract allows" if case.sweep.working else ""
     if reading.image is None:
         return "it has no image among its outputs (batch, channels, height, width): only names and structure were checked"
     names = [reading.image.name, *(tensor.adds[0].skip for tensor in case.roles.added if tensor.adds)]
@@ -155,15 +174,40 @@ def _describe_slots(case: Case, matching: Matching) -> tuple[DeclaredSlot, ...]:
 
 def _write_notes(case: Case, inside: Contract | None) -> list[str]:
     """Return what is not a fault and still worth knowing."""
-    notes, sweep, naming = [], case.sweep, case.roles.naming
+    notes, naming = [], case.roles.naming
     if inside is not None and extract_architecture(inside) != extract_architecture(case.contract):
         notes.append(f"the contract inside the file is another one: {inside.header.source or inside.digest}")
-    if "tokens" in sweep.fixed:
-        notes.append(f"the number of text tokens is fixed at {sweep.fixed['tokens']}")
     if case.roles.slots and naming is None:
         notes.append("the slots' names follow no known scheme: found by the sums they go into, numbered by their order")
     elif naming not in (None, SHAPECHECK):
         notes.append(f"the slots are named as by {naming.origin}")
-    if case.requested is not None and sweep.divisor > case.contract.divisor:
-        notes.append(f"other sizes must be multiples of {sweep.divisor}: {sweep.fault(sweep.refused)}")
     return notes
+
+
+def _describe_symbols(matching: Matching, wrong: set[str]) -> Iterator[str]:
+    """Describe names of sizes that tell a runtime less than they could, or the wrong thing, in inputs that are not wrong.
+
+    They break nothing in ONNX Runtime, which compares no names; TensorRT does.
+    """
+    names: dict[str, list[str | None]] = defaultdict(list)
+    meanings: dict[str, dict[str, str]] = defaultdict(dict)
+    for expected, tensor in matching.pairs:
+        if tensor.dims is None or tensor.name in wrong or len(tensor.dims) != len(expected.shape):
+            continue
+        for declared, dim in zip(tensor.dims, expected.shape, strict=True):
+            if dim.symbol is not None and not isinstance(declared, int):
+                names[str(dim)].append(declared)
+                if declared is not None:
+                    meanings[declared].setdefault(str(dim), tensor.name)
+    if loose := [size for size, known in names.items() if len({*known}) > 1 or known.count(None) > 1]:
+        texts = [f"`{name}`" if name else "unnamed" for name in dict.fromkeys(names[loose[0]])]
+        shown = ", ".join(texts[:3]) + (", …" if len(texts) > 3 else "")
+        yield (
+            f"equal sizes have several names or none ({loose[0]} has {shown}; {format_count(len(loose), 'size')} in all): "
+            "TensorRT ties sizes by equal names only, and would not refuse a residual of another size"
+        )
+    shared = {name: places for name, places in meanings.items() if len(places) > 1}
+    if shared:
+        name, places = next(iter(shared.items()))
+        shown = ", ".join(f"{size} in {where}" for size, where in places.items())
+        yield f"one name stands for several sizes (`{name}` is {shown}): TensorRT refuses inputs that differ there"

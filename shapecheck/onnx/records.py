@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from shapecheck.contract import Contract, Geometry, Mismatch
+from shapecheck.contract.size_request import describe_sizes, round_up
 
 Basis = Literal["given", "inside", "preset", "none"]
 """The origin of the contract: the caller, the file, the preset that fits best, or the file's own table alone."""
@@ -39,6 +41,54 @@ class DeclaredSlot:
 
 
 @dataclass(frozen=True, slots=True)
+class SizeLimits:
+    """The sizes at which a graph works, as far as the file declares them or they were tried."""
+
+    divisor: int
+    """Height and width have to be multiples of this; 0 if it worked at no size that was tried."""
+    fixed: Mapping[str, int]
+    """Sizes of a call that the file declares as numbers, or that alone of many work: of batch, h, w, tokens."""
+    batches: Mapping[int, bool]
+    """Every batch that was tried, and whether it works; empty if it is fixed."""
+    tokens: Mapping[int, bool]
+    """The same of the number of text tokens."""
+    latents: tuple[tuple[int, int], ...]
+    """Every height and width that was tried and works, in latent cells."""
+    refused: Geometry | None
+    """The first size at which it fails, and why."""
+    reason: str
+
+    def fit(self, geometry: Geometry) -> Geometry:
+        """Return the size nearest to another that the graph takes."""
+        chosen = {}
+        for symbol, tried in (("batch", self.batches), ("tokens", self.tokens)):
+            size, works = geometry.sizes[symbol], [size for size, is_fine in tried.items() if is_fine]
+            if works and not all(tried.values()):
+                chosen[symbol] = min(works, key=lambda known: abs(known - size))
+        return round_up(geometry, self.divisor or 1).with_sizes({**chosen, **self.fixed})
+
+    def describe(self, divisor: int, vae_factor: int) -> tuple[str, ...]:
+        """Return in what it is narrower than the model, whose divisor is given: `batch 2`, `77 text tokens`."""
+        limits = [describe_sizes({"batch": self.fixed["batch"]})] if "batch" in self.fixed else []
+        limits += _describe_tried("batch", self.batches)
+        sides = {symbol: size for symbol, size in self.fixed.items() if symbol in ("h", "w")}
+        if sides:
+            pixels = "×".join(str(sides[symbol] * vae_factor) for symbol in ("w", "h") if symbol in sides)
+            limits.append(f"{describe_sizes(sides)} ({pixels} pixels)")
+        if self.divisor > divisor and len(sides) < 2:
+            axes = " and ".join(axis for symbol, axis in (("h", "heights"), ("w", "widths")) if symbol not in sides)
+            limits.append(f"{axes} that are multiples of {self.divisor} cells ({self.divisor * vae_factor} pixels)")
+        limits += [describe_sizes({"tokens": self.fixed["tokens"]})] if "tokens" in self.fixed else []
+        return (*limits, *_describe_tried("text tokens", self.tokens))
+
+
+def _describe_tried(axis: str, tried: Mapping[int, bool]) -> list[str]:
+    works = ", ".join(str(size) for size, is_fine in tried.items() if is_fine)
+    fails = ", ".join(str(size) for size, is_fine in tried.items() if not is_fine)
+    return [f"{axis} {works or 'of no number'} (not {fails})"] if fails else []
+
+
+@dataclass(frozen=True, slots=True)
 class FileCheck:
     """An exported file, the contract it was compared with, and everything that is wrong with it."""
 
@@ -50,17 +100,22 @@ class FileCheck:
     """Key of the naming scheme of the slots; empty if they were found by graph walk."""
     inputs: tuple[DeclaredInput, ...]
     slots: tuple[DeclaredSlot, ...]
-    divisor: int
-    """The graph works at multiples of this; 0 if it worked at no size that was tried."""
-    fixed: tuple[tuple[str, int], ...]
-    """Sizes of a call that the file declares as numbers: of batch, h, w, tokens."""
-    geometry: Geometry | None
+    limits: SizeLimits
+    requested: tuple[Geometry, ...]
+    """The sizes that were requested, and tried; empty if none was."""
     mismatches: tuple[Mismatch, ...]
     notes: tuple[str, ...]
     names: tuple[tuple[str, str], ...]
     """Inputs of the contract that the file has: the contract's name, and the file's."""
     unchecked: str
     """The reason why the sizes were not checked; empty if they were."""
+
+    @property
+    def narrower(self) -> tuple[str, ...]:
+        """Return in what it is narrower than its model; nothing if that was not checked."""
+        if self.unchecked or not self.limits.divisor:
+            return ()
+        return self.limits.describe(self.contract.divisor, self.contract.header.vae_factor)
 
 
 @dataclass(frozen=True, slots=True)

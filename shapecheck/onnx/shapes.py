@@ -68,7 +68,8 @@ def infer_shapes_at(model: ir.Model, sizes: Mapping[str, Sequence[int | None]]) 
     def should_fold(node: ir.Node) -> bool | None:
         outputs = [value.shape for value in node.outputs]
         few = all(shape is not None and shape.is_static() and math.prod(shape.numpy()) <= _FEW for shape in outputs)
-        return None if few else False
+        # A batch of 1 is known only if what TorchScript fills by this operator to expand a timestep is computed too.
+        return (True if node.op_type == "ConstantOfShape" else None) if few else False
 
     folded = ir.from_proto(proto)
     optimizer.fold_constants(folded, onnx_shape_inference=True, should_fold=should_fold)

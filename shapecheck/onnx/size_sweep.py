@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from shapecheck.contract import Dim, Geometry, Shape, show
+from shapecheck.contract import Contract, Dim, Geometry, Mismatch, Shape, show
 from shapecheck.contract.dims import BATCH, constant
+from shapecheck.contract.size_request import SizeRequest
 from shapecheck.observe import sizes
-from shapecheck.onnx.input_roles import Roles
+from shapecheck.onnx.input_roles import Roles, diffusers_names
 from shapecheck.onnx.reading import Reading
+from shapecheck.onnx.records import SizeLimits
 from shapecheck.onnx.shapes import Shapes
 from shapecheck.progress import Progress
 
 _HALVINGS = 3
+_VARIED = ((2, 77), (1, 11), (3, 154), (4, 77))
+"""Batch and tokens of the sizes that are tried first."""
+_USUAL = (64, 128, 96, 32, 16)
+"""Sides of a square that a graph may have been traced at, and be for alone."""
+_MOST = 2**20
+"""No side of a real call is longer, and onnx counts in 64 bits."""
+_SIGNIFICANT = ("encoder_hidden_states", "timestep")
+"""Inputs, beside the sample, whose numbers fix a size of the call."""
 
 
 @dataclass(frozen=True, slots=True)
 class SizeSweep:
-    """The shapes seen at each size, and the sizes that work."""
+    """The shapes seen at each size, the sizes that work, and those that were requested."""
 
     runs: Mapping[Geometry, Shapes]
-    divisor: int
-    """The graph works at multiples of this; 0 if it worked at no size that was tried."""
-    fixed: Mapping[str, int]
-    """Sizes of a call that the file declares as plain numbers: of batch, h, w, tokens."""
-    refused: Geometry | None
-    """The first size at which it fails."""
-    refused_batch: Geometry | None
-    """A batch and number of tokens at which it fails, although another works."""
+    limits: SizeLimits
+    requested: tuple[Geometry, ...] = ()
 
-    def working(self, requested: Geometry | None, divisor: int) -> dict[Geometry, Shapes]:
-        """Return what was seen at the multiples of `divisor` that work; at the requested size alone, if there is one."""
-        tried = self.runs if requested is None else {requested.with_sizes(self.fixed)} & self.runs.keys()
-        allowed = [geometry for geometry in tried if not (geometry.height % divisor or geometry.width % divisor)]
-        return {geometry: self.runs[geometry] for geometry in allowed if not self.runs[geometry].fault}
-
-    def fault(self, geometry: Geometry | None) -> str:
-        """Return why the graph fails at a size; nothing if it works, or was not tried."""
-        run = None if geometry is None else self.runs.get(geometry)
-        return run.fault if run else ""
+    @property
+    def working(self) -> dict[Geometry, Shapes]:
+        return {geometry: run for geometry, run in self.runs.items() if not run.fault}
 
     def measured(self, skip: str) -> dict[Geometry, Shape]:
-        """Return the shapes of a skip, (batch, channels, height, width), wherever they were seen."""
-        shapes = {geometry: run.known.get(skip, ()) for geometry, run in self.runs.items()}
+        """Return the shapes of a skip, (batch, channels, height, width), at the sizes that work; at all if none does."""
+        shapes = {geometry: run.known.get(skip, ()) for geometry, run in (self.working or self.runs).items()}
         return {geometry: shape for geometry, shape in shapes.items() if len(shape) == 4}
 
     def rules(self, skips: Iterable[str]) -> dict[str, tuple[Dim, ...]]:
@@ -57,59 +55,159 @@ class SizeSweep:
             rules = {skip: [*rule, known[columns[skip]]] for skip, rule in rules.items() if columns[skip] in known}
         return {skip: tuple(rule) for skip, rule in rules.items()}
 
+    def find_faults(self, divisor: int) -> tuple[Mismatch, ...]:
+        """Return in what the graph fails of what was requested; without that, only whether it works at no size at all.
+
+        `divisor` is the model's. A file narrower than its model is not wrong: that is a limit.
+        """
+        every = f"multiples of {divisor}" if divisor > 1 else "every latent size"
+        if not self.requested:
+            if self.limits.divisor:
+                return ()
+            cause = self.limits.reason
+            return (Mismatch("sizes", "sample", "no size that was tried works", every, self.limits.refused, cause=cause),)
+        faults = [(geometry, fault) for geometry in self.requested if (fault := self._explain(geometry))]
+        if not faults:
+            return ()
+        geometry, cause = faults[0]
+        count = f" at {len(faults)} of {len(self.requested)} sizes" if len(self.requested) > 1 else ""
+        return (Mismatch("sizes", "sample", f"does not work{count}", "works", geometry, cause=cause),)
+
+    def _explain(self, geometry: Geometry) -> str:
+        """Return why the graph fails at a requested size; nothing if it works."""
+        others = {symbol: size for symbol, size in self.limits.fixed.items() if size != geometry.sizes[symbol]}
+        if others:
+            return f"the file fixes {', '.join(f'{symbol}={size}' for symbol, size in others.items())}"
+        fault, divisor = self.runs[geometry].fault, self.limits.divisor
+        if fault and divisor > 1 and (geometry.height % divisor or geometry.width % divisor):
+            return f"it works at multiples of {divisor} cells; {fault}"
+        return fault
+
 
 def sweep_sizes(
-    reading: Reading, roles: Roles, requested: Geometry | None, progress: Progress, *, allowed: int = 1
+    reading: Reading,
+    roles: Roles,
+    progress: Progress,
+    *,
+    contract: Contract | None = None,
+    requested: SizeRequest | None = None,
 ) -> SizeSweep:
-    """Try a graph at odd sizes; if it fails there, at multiples of 2, 4, … until it works.
+    """Try a graph at odd sizes; if it fails there, at multiples of 2, 4, … until it works. Then at what was requested.
 
-    Multiples of `allowed` are among the sizes that are tried.
+    Multiples of the contract's divisor are among the sizes that are tried.
     """
-    runs: dict[Geometry, Shapes] = {}
-    fixed = {
-        symbol: dim
-        for tensor in roles.base
-        if tensor == roles.sample or tensor.name == "encoder_hidden_states"
-        for symbol, dim in zip(roles.symbols(tensor), tensor.dims or (), strict=True)
-        if symbol is not None and isinstance(dim, int)
-    }
+    trial = _Trial(reading, roles, progress, _find_fixed(roles), contract)
+    allowed = contract.divisor if contract else 1
+    survey = sizes.list_survey_sizes(_HALVINGS)
+    varied = [replace(at, batch=batch, tokens=tokens) for at, (batch, tokens) in zip(survey, _VARIED, strict=True)]
+    refused = trial.find_refusal(varied)
+    divisor, batches, tokens = 1, {at.batch: True for at in varied}, {at.tokens: True for at in varied}
+    if refused:
+        divisor = trial.find_divisor()
+        works = next(iter(trial.working), None)
+        batches, tokens = trial.vary(works) if works else ({}, {})
+    elif allowed > 1 and trial.find_refusal(sizes.list_multiples(allowed, _HALVINGS)):
+        divisor = 0
+    geometries: tuple[Geometry, ...] = ()
+    if requested is not None and (requested.ranges or requested.multiple):
+        base = min(trial.working, key=lambda at: at.batch, default=survey[0].with_sizes(trial.fixed))
+        coarse = sizes.list_coarse_sizes(math.lcm(allowed, requested.multiple or 1), _HALVINGS)
+        usual = [replace(at, batch=base.batch, tokens=base.tokens) for at in coarse] if requested.multiple else [base]
+        geometries = requested.list_geometries(usual, allowed)
+        for geometry in geometries:
+            trial.find_refusal([geometry])
 
-    def find_refusal(geometries: Iterable[Geometry]) -> Geometry | None:
+    has_text = any("tokens" in roles.symbols(tensor) for tensor in roles.base)
+    limits = SizeLimits(
+        divisor,
+        dict(sorted(trial.fixed.items())),
+        dict(sorted(batches.items())) if "batch" not in trial.fixed else {},
+        dict(sorted(tokens.items())) if has_text and "tokens" not in trial.fixed else {},
+        tuple(dict.fromkeys((at.height, at.width) for at in trial.working)),
+        refused,
+        trial.runs[refused].fault if refused else "",
+    )
+    return SizeSweep(trial.runs, limits, geometries)
+
+
+def _find_fixed(roles: Roles) -> dict[str, int]:
+    """Return the sizes of a call that the file declares as numbers, by symbol."""
+    known = [tensor for tensor in roles.base if diffusers_names(tensor)[0] in _SIGNIFICANT]
+    fixed: dict[str, int] = {}
+    for tensor in (*filter(None, [roles.sample]), *known):
+        for symbol, dim in zip(roles.symbols(tensor), tensor.dims or (), strict=True):
+            if symbol is not None and isinstance(dim, int):
+                fixed.setdefault(symbol, dim)
+    # Numbers in every residual fix the size as well; the first residual, which is the largest, is as large as the latent.
+    declared = [tensor.dims for tensor in roles.slots if tensor.dims is not None and len(tensor.dims) == 4]
+    for symbol, axis in (("batch", 0), ("h", 2), ("w", 3)):
+        numbers = [dim for dims in declared if isinstance(dim := dims[axis], int)]
+        if numbers and len(numbers) == len(roles.slots) and (axis == 0 or max(numbers) > 1):
+            fixed.setdefault(symbol, max(numbers))
+    return fixed
+
+
+class _Trial:
+    """A graph at one size after the other, as far as the file leaves them open."""
+
+    def __init__(
+        self, reading: Reading, roles: Roles, progress: Progress, fixed: dict[str, int], contract: Contract | None
+    ) -> None:
+        self._reading, self._roles, self._progress = reading, roles, progress
+        self._rules = dict(contract.input_rules) if contract is not None and contract.role == "controlnet" else {}
+        self.runs: dict[Geometry, Shapes] = {}
+        self.fixed = fixed
+
+    @property
+    def working(self) -> dict[Geometry, Shapes]:
+        return {geometry: run for geometry, run in self.runs.items() if not run.fault}
+
+    def find_refusal(self, geometries: Iterable[Geometry]) -> Geometry | None:
         """Return the first of these sizes, as far as the file leaves them open, at which the graph fails."""
-        for geometry in dict.fromkeys(geometry.with_sizes(fixed) for geometry in geometries):
-            if geometry not in runs:
-                progress(f"following the shapes at {geometry}")
-                runs[geometry] = _try_size(reading, roles, geometry)
-            if runs[geometry].fault:
+        for geometry in dict.fromkeys(geometry.with_sizes(self.fixed) for geometry in geometries):
+            if geometry not in self.runs:
+                self._progress(f"following the shapes at {geometry}")
+                self.runs[geometry] = _try_size(self._reading, self._roles, geometry, self._rules)
+            if self.runs[geometry].fault:
                 return geometry
         return None
 
-    refused = find_refusal(sizes.list_survey_sizes(_HALVINGS))
-    divisor, failed = 1, refused
-    while failed and divisor < 64 and not {"h", "w"} <= fixed.keys():
-        divisor *= 2
-        failed = find_refusal(sizes.list_multiples(divisor, _HALVINGS))
-    if divisor < allowed and not failed:
-        failed = find_refusal(sizes.list_multiples(allowed, _HALVINGS))
-    works = next((geometry for geometry, run in runs.items() if not run.fault), None)
-    # Another batch and number of tokens than all the sizes above have.
-    refused_batch = works and find_refusal([replace(works, batch=3, tokens=11)])
-    if requested is not None:
-        find_refusal([requested])
-    return SizeSweep(runs, 0 if failed else divisor, fixed, refused, refused_batch)
+    def find_divisor(self) -> int:
+        """Return the least power of 2 at whose multiples the graph works; 0 if at none.
+
+        A batch may be why it fails: other ones are tried too. A graph that works at one usual size alone has that size fixed.
+        """
+        for batch in (2, 1):
+            for divisor in (1,) if {"h", "w"} <= self.fixed.keys() else (1, 2, 4, 8, 16, 32, 64):
+                tried = sizes.list_multiples(divisor, _HALVINGS) if divisor > 1 else sizes.list_survey_sizes(_HALVINGS)
+                if self.find_refusal(replace(at, batch=batch) for at in tried) is None:
+                    return divisor
+        if not {"h", "w"} & self.fixed.keys():
+            for side in _USUAL:
+                for batch in (2, 1):
+                    if self.find_refusal([Geometry(batch, side, side)]) is None:
+                        self.fixed |= {"h": side, "w": side}
+                        return 1
+        return 0
+
+    def vary(self, works: Geometry) -> tuple[dict[int, bool], dict[int, bool]]:
+        """Return the batches and the numbers of tokens that were tried at a size that works, and whether each works."""
+        batches, tokens = {works.batch: True}, {works.tokens: True}
+        for batch, length in ((3, 11), (1, 154), (4, works.tokens), (2, works.tokens)):
+            both = self.find_refusal([replace(works, batch=batch, tokens=length)]) is None
+            batches[batch] = both or self.find_refusal([replace(works, batch=batch)]) is None
+            tokens[length] = both or self.find_refusal([replace(works, tokens=length)]) is None
+        return batches, tokens
 
 
-def _try_size(reading: Reading, roles: Roles, geometry: Geometry) -> Shapes:
+def _try_size(reading: Reading, roles: Roles, geometry: Geometry, rules: Mapping[str, tuple[Dim, ...]]) -> Shapes:
     """Return the shapes if residuals are as large as their skips.
 
     A residual of one cell fits every skip, so that what it should measure is seen in the skip. If the graph reads sizes off
     residuals, they get the sizes that were seen, until these are the sizes they had.
     """
     shapes: dict[str, Sequence[int | None]] = {tensor.name: (1, 1, 1, 1) for tensor in roles.added}
-    for tensor in roles.base:
-        if tensor.dims is not None:
-            axes = zip(tensor.dims, roles.symbols(tensor), strict=True)
-            shapes[tensor.name] = [_measure(dim, symbol, geometry) for dim, symbol in axes]
+    shapes |= _measure_inputs(roles, geometry, rules)
     measured = [tensor for tensor in roles.added if tensor.measured and tensor.adds]
     run = reading.at(shapes)
     for _ in measured:
@@ -121,17 +219,45 @@ def _try_size(reading: Reading, roles: Roles, geometry: Geometry) -> Shapes:
 
     image = None if run.fault or roles.is_controlnet else reading.image
     shape = run.known.get(image.name, ()) if image else ()
+    if image and len(shape) == 4 and shape[0] != geometry.batch:
+        return Shapes(run.known, f"output {image.name}: is of batch {shape[0]} for a batch of {geometry.batch}")
     if image and len(shape) == 4 and shape[2:] != (geometry.height, geometry.width):
         sample = f"a sample of {geometry.height}×{geometry.width}"
         return Shapes(run.known, f"output {image.name}: is {show(shape[2:])} for {sample}")
     return run
 
 
-def _measure(dim: int | str | None, symbol: str | None, geometry: Geometry) -> int | None:
-    """Return the size of a declared axis, or None if neither its symbol nor its name tells it."""
+def _measure_inputs(roles: Roles, geometry: Geometry, rules: Mapping[str, tuple[Dim, ...]]) -> dict[str, Sequence[int | None]]:
+    """Return the shapes of the base inputs; of an axis None if nothing tells its size."""
+    meanings: dict[str, str] = {}
+    for tensor in sorted(roles.base, key=lambda tensor: tensor != roles.sample):
+        for symbol, dim in zip(roles.symbols(tensor), tensor.dims or (), strict=True):
+            if symbol is not None and isinstance(dim, str):
+                meanings.setdefault(dim, symbol)
+    shapes: dict[str, Sequence[int | None]] = {}
+    for tensor in roles.base:
+        if tensor.dims is None:
+            continue
+        symbols = roles.symbols(tensor)
+        rule = rules.get(diffusers_names(tensor)[0], ())
+        if tensor.is_image and tensor != roles.sample and tensor.dims[1] == 3 and len(rule) != 4:
+            rule = (BATCH, constant(3), Dim("h", 8), Dim("w", 8))  # a ControlNet's picture, of 8 pixels to a latent cell
+        sides = rule if len(rule) == len(tensor.dims) else (None,) * len(tensor.dims)
+        axes = zip(tensor.dims, symbols, sides, strict=True)
+        shapes[tensor.name] = [
+            _measure(dim, symbol or (meanings.get(dim) if isinstance(dim, str) else None), side, geometry)
+            for dim, symbol, side in axes
+        ]
+    return shapes
+
+
+def _measure(dim: int | str | None, symbol: str | None, side: Dim | None, geometry: Geometry) -> int | None:
+    """Return the size of a declared axis, or None if no rule, symbol or name tells it."""
     if isinstance(dim, int):
         return dim
     try:
-        return geometry.sizes[symbol] if symbol else Dim.parse(dim or "").at(geometry.sizes)
+        rule = side if side is not None and side.symbol else Dim(symbol) if symbol else Dim.parse(dim or "")
+        size = rule.at(geometry.sizes)
     except (ValueError, KeyError):
         return None
+    return size if 0 < size <= _MOST else None

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from math import lcm
 from pathlib import Path
 
 from torch import nn
 
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
+from shapecheck.contract.geometry import AXES
 from shapecheck.contract.naming import detect_scheme
+from shapecheck.contract.size_request import SizeRequest
 from shapecheck.observe.subject import TorchModel
 from shapecheck.onnx import weight_comparison
 from shapecheck.onnx.check import check
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.fp8_graph import is_in_fp8
 from shapecheck.onnx.input_roles import assign_roles, match_inputs
+from shapecheck.onnx.records import FileCheck
 from shapecheck.parity.plan import choose_geometries
 from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import Check, CheckKind, Ran, Result
@@ -28,6 +32,7 @@ from shapecheck.tensorrt.record import Engine
 
 ENGINE_BACKENDS = ("trt", "rtx")
 _SHOWN_NAMES = 3
+_USUAL_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class ParityFile:
     record: Engine | None = None
     ranges: tuple[Range, ...] = ()
     """The sizes that it was made for."""
-    fixed: Mapping[str, int] = field(default_factory=dict)
-    """Sizes of a call that it declares as numbers, by symbols: batch, h, w."""
+    find_check: Callable[[], FileCheck | None] = lambda: None
+    """Returns the check of an ONNX file, with the sizes that it takes; None for anything else."""
     find_mismatches: Callable[[], tuple[Mismatch, ...]] = tuple
     """Returns everything in which it breaks its contract."""
     compare_weights: Callable[[nn.Module], str | None] | None = lambda module: ""
@@ -63,13 +68,27 @@ class ParityFile:
         kinds: dict[CheckKind, object] = {"weights": self.compare_weights, "precision": self.find_narrower}
         return tuple(kind for kind, find in kinds.items() if find is None)
 
-    def geometries(self, ranges: tuple[Range, ...]) -> tuple[Geometry, ...]:
-        """Return the sizes of the ranges; without any its own, else three small ones as far as it does not fix them."""
-        geometries = choose_geometries(self.contract, ranges or self.ranges)
-        return geometries if ranges else tuple(dict.fromkeys(geometry.with_sizes(self.fixed) for geometry in geometries))
+    def geometries(self, requested: SizeRequest) -> tuple[Geometry, ...]:
+        """Return the requested sizes; what is not requested is its own, else small and what it takes."""
+        geometries = choose_geometries(self.contract, self.ranges)
+        if requested.symbols < set(AXES) and (checked := self.find_check()) is not None:
+            limits = checked.limits
+            if checked.unchecked:  # nearly everybody traces at such a size, and a graph may work at its multiples alone
+                limits = replace(limits, divisor=lcm(_USUAL_MULTIPLE, self.contract.divisor))
+            geometries = tuple(dict.fromkeys(limits.fit(geometry) for geometry in geometries))
+        return requested.list_geometries(geometries, self.contract.divisor)
+
+    def describe_limits(self, requested: SizeRequest) -> tuple[str, ...]:
+        """Return in words what it does not take, or that this is not known, if not all of the size was requested."""
+        if requested.symbols == set(AXES) or (checked := self.find_check()) is None:
+            return ()
+        if checked.unchecked:
+            tried = f"only multiples of {_USUAL_MULTIPLE} cells and what was requested are tried"
+            return (f"which sizes it takes was not checked ({checked.unchecked}): {tried}",)
+        return (f"takes {'; '.join(checked.narrower)}",) if checked.narrower else ()
 
 
-def read_files(request: ParityRequest, model: TorchModel) -> dict[str, ParityFile]:
+def read_files(request: ParityRequest, model: TorchModel, requested: SizeRequest | None = None) -> dict[str, ParityFile]:
     """Return what each backend runs, every file read once. Raises ShapecheckError if one is missing or cannot be read."""
     graph = OnnxFile(request.onnx) if request.onnx is not None else None
     if graph is not None and request.calibration is not None and not is_in_fp8(graph):
@@ -85,7 +104,7 @@ def read_files(request: ParityRequest, model: TorchModel) -> dict[str, ParityFil
         elif backend in PROVIDERS:
             if graph is None:
                 raise ShapecheckError(f"{backend} runs ONNX files: give one with --onnx (`shapecheck export` makes one)")
-            files[backend] = read["onnx"] = read.get("onnx") or _read_onnx(graph, model)
+            files[backend] = read["onnx"] = read.get("onnx") or _read_onnx(graph, model, requested)
         else:
             if "torch" not in read:
                 contract = model.contract(model.dtype(), control=True)
@@ -95,18 +114,16 @@ def read_files(request: ParityRequest, model: TorchModel) -> dict[str, ParityFil
     return files
 
 
-def _read_onnx(file: OnnxFile, model: TorchModel) -> ParityFile:
+def _read_onnx(file: OnnxFile, model: TorchModel, requested: SizeRequest | None) -> ParityFile:
     roles = assign_roles(file.reading)
     image = roles.sample or next((tensor for tensor in roles.base if tensor.is_image), None)
     if image is None:
         raise ShapecheckError(f"{file} takes no image (batch, channels, height, width); is it a UNet?")
     _require_role(file.path, "controlnet" if roles.is_controlnet else "unet", model)
     contract = model.contract(image.dtype, control=bool(roles.slots) or roles.is_controlnet, adapter=bool(roles.features))
-    pairs = match_inputs(roles, contract).pairs
-    names = {ours.name: tensor.name for ours, tensor in pairs}
+    names = {ours.name: tensor.name for ours, tensor in match_inputs(roles, contract).pairs}
     outputs = _match_outputs(file.path, contract, [output.name for output in file.reading.outputs])
-    text = next((tensor.dims for ours, tensor in pairs if ours.name == "encoder_hidden_states"), None)
-    axes = [*zip(("batch", "", "h", "w"), image.dims or (), strict=False), *zip(("", "tokens"), text or (), strict=False)]
+    find_check = cache(lambda: check(file, contract, requested))
 
     def compare_weights(module: nn.Module) -> str | None:
         compared = weight_comparison.compare_weights(file, module.state_dict())
@@ -122,8 +139,8 @@ def _read_onnx(file: OnnxFile, model: TorchModel) -> ParityFile:
         file.path,
         file,
         names,
-        fixed={symbol: size for symbol, size in axes if symbol and isinstance(size, int)},
-        find_mismatches=cache(lambda: check(file, contract).mismatches),
+        find_check=find_check,
+        find_mismatches=lambda: find_check().mismatches,
         compare_weights=compare_weights,
         find_narrower=cache(lambda: weight_comparison.find_narrower(file, image.dtype, with_fp8=model.calibration is not None)),
     )

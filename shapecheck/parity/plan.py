@@ -12,6 +12,7 @@ from shapecheck.parity.metrics import reference_device
 from shapecheck.parity.results import Check
 from shapecheck.runtime.torch_session import output_names
 from shapecheck.tensorrt.profiles import Range
+from shapecheck.tensorrt.size_ranges import request_ranges
 
 FILE_KINDS = ("provider", "contract", "weights", "precision")
 """Checks that need no call."""
@@ -28,7 +29,7 @@ class PlannedCheck:
 
 
 def choose_geometries(contract: Contract, ranges: Sequence[Range]) -> tuple[Geometry, ...]:
-    """Return each range's min, opt and max and an odd size between; without ranges small sizes, and the model's own on a GPU.
+    """Return an engine's sizes, as `SizeRequest.list_geometries` does; without any small ones, and the model's own on a GPU.
 
     Of the small ones one is of a batch of 6, one has 154 tokens, and one is above 1,000 cells.
     """
@@ -43,19 +44,7 @@ def choose_geometries(contract: Contract, ranges: Sequence[Range]) -> tuple[Geom
         long = Geometry(2, 9 * step, 17 * step, 2 * USUAL_TOKENS)
         return long, Geometry(6, 8 * step, 14 * step), Geometry(1, 24 * step, 40 * step), *large
 
-    def choose_odd(least: int, most: int) -> int:
-        """Return the middle one of the odd multiples of the divisor between two sizes, or of all if none is odd."""
-        steps = range(-(-least // step), most // step + 1)
-        candidates = [number for number in steps if number % 2] or list(steps)
-        return candidates[len(candidates) // 2] * step
-
-    geometries: list[Geometry] = []
-    for sizes in ranges:
-        low, high = sizes.min, sizes.max
-        height, width = choose_odd(low.height, high.height), choose_odd(low.width, high.width)
-        between = Geometry((low.batch + high.batch + 1) // 2, height, width, (low.tokens + high.tokens) // 2)
-        geometries += (*sizes.geometries, between)
-    return tuple(dict.fromkeys(geometries))
+    return request_ranges(ranges).list_geometries((), step)
 
 
 def plan_checks(contract: Contract, backend: str, geometries: Sequence[Geometry]) -> tuple[PlannedCheck, ...]:

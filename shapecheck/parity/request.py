@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shapecheck.contract import ContractError, ShapecheckError
-from shapecheck.contract.geometry import USUAL_TOKENS
 from shapecheck.models.calibration_record import Calibration, read_calibration
 from shapecheck.progress import Progress, silent
-from shapecheck.tensorrt.profiles import Range
 from shapecheck.tensorrt.record import Engine, read_engine
-from shapecheck.tensorrt.size_ranges import parse_ranges
+from shapecheck.tensorrt.size_ranges import parse_size_request
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,8 +32,11 @@ class ParityRequest:
     """By default `ort` for an ONNX file, and `trt` or `rtx` for an engine; `torch` and `torch-compile` run the model itself."""
     controlnet: str | None = None
     sizes: tuple[str, ...] = ()
+    """The sizes to run at, as batch and tokens: each alone or together, what is left out as the files take it."""
     batch: tuple[str, ...] = ()
     tokens: str | None = None
+    multiple_of: int | None = None
+    """Of image sides only multiples of so many pixels."""
     seed: int = 0
     times_own: float = 4.0
     """A backend may be this many times as far from the reference as PyTorch itself, and half as many times in fp8."""
@@ -79,8 +80,6 @@ class ParityRequest:
 
 def create_run(request: ParityRequest, progress: Progress = silent) -> ParityRun:
     """Return the requested run, nothing compared yet. Raises ShapecheckError if it cannot be made."""
-    if (request.batch or request.tokens) and not request.sizes:
-        raise ShapecheckError("--batch and --tokens go with --sizes")
     if not request.times_own > 0:
         raise ShapecheckError(f"--times-own must be more than 0, got {request.times_own}")
     progress("importing PyTorch and diffusers")
@@ -89,11 +88,10 @@ def create_run(request: ParityRequest, progress: Progress = silent) -> ParityRun
     from shapecheck.parity.plan import list_cases
     from shapecheck.parity.run import ParityRun
 
-    ranges: tuple[Range, ...] = ()
-    if request.sizes:
-        is_named = isinstance(request.model, str | Path)
-        factor = find_source(str(request.model), offline=request.offline).vae_factor if is_named else 8
-        ranges = parse_ranges(request.sizes, request.batch or ("1",), request.tokens or str(USUAL_TOKENS), vae_factor=factor)
+    factor = 8
+    if (request.sizes or request.multiple_of is not None) and isinstance(request.model, str | Path):
+        factor = find_source(str(request.model), offline=request.offline).vae_factor
+    ranges = parse_size_request(request.sizes, request.batch, request.tokens, request.multiple_of, vae_factor=factor)
     emit = load_controlnet(request.controlnet, offline=request.offline) if request.controlnet else None
     run = ParityRun(request, ranges=ranges, emit=emit, progress=progress)
 

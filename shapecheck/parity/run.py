@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shapecheck import doctor
 from shapecheck.contract import Contract, Geometry, ShapecheckError
+from shapecheck.contract.size_request import SizeRequest
 from shapecheck.doctor.environment import check_known
 from shapecheck.observe.subject import TorchModel
 from shapecheck.parity.artefacts import ParityFile, evaluate_file, read_files
@@ -30,6 +31,7 @@ from shapecheck.progress import Progress, silent
 from shapecheck.runtime.engine_session import EngineSession
 from shapecheck.runtime.torch_session import OUTPUT
 from shapecheck.tensorrt.profiles import Range
+from shapecheck.tensorrt.size_ranges import request_ranges
 
 _Reference = tuple[InputGenerator, dict[str, ReferenceOutputs]]
 
@@ -37,7 +39,8 @@ _Reference = tuple[InputGenerator, dict[str, ReferenceOutputs]]
 class ParityRun:
     """A run that computes what its checks need when the first of them is requested, once for all of them.
 
-    `ranges` are the sizes to run at; without them an engine's own profiles, else three small sizes. `emit` makes the residuals
+    `ranges` are the sizes to run at, or a request that leaves some to the file: an engine's own profiles, else small sizes that
+    it takes. `emit` makes the residuals
     of a real ControlNet; `opener` opens a backend of one's own. `plan` lists the checks of a backend. Without `explain` nothing
     is computed to find out why an output differs, and where. Raises ShapecheckError if a file or the model cannot be read.
     """
@@ -46,7 +49,7 @@ class ParityRun:
         self,
         request: ParityRequest,
         *,
-        ranges: tuple[Range, ...] = (),
+        ranges: tuple[Range, ...] | SizeRequest = (),
         emit: EmitResiduals | None = None,
         progress: Progress = silent,
         opener: Callable[[str, ParityFile], BackendSession] | None = None,
@@ -54,7 +57,8 @@ class ParityRun:
         explain: bool = True,
     ) -> None:
         check_known(request.what_runs)
-        self.request, self._ranges, self._emit, self._progress = request, ranges, emit, progress
+        self.request, self._emit, self._progress = request, emit, progress
+        self._requested = ranges if isinstance(ranges, SizeRequest) else request_ranges(ranges)
         self._opener, self._plan, self._explain = opener, plan, explain
         progress(f"reading {request.model if isinstance(request.model, str | Path) else 'the model'}")
         self._model = TorchModel(
@@ -62,7 +66,7 @@ class ParityRun:
         )
         if emit is not None and self._model.role == "controlnet":
             raise ShapecheckError(f"{self._model.name} is a ControlNet and takes no residuals: --controlnet is for UNets")
-        self._files = read_files(request, self._model)
+        self._files = read_files(request, self._model, self._requested)
         if request.calibration is not None:
             for file in self._files.values():
                 request.calibration.find_model(file.contract)  # or it says that the calibration is of another model
@@ -123,7 +127,7 @@ class ParityRun:
         )  # fmt: skip
 
     def _geometries(self, backend: str) -> tuple[Geometry, ...]:
-        return self._files[backend].geometries(self._ranges)
+        return self._files[backend].geometries(self._requested)
 
     def _run(self, backend: str) -> Side:
         file, plans = self._files[backend], self.plans[backend]
@@ -178,7 +182,7 @@ class ParityRun:
             results.append(self._evaluate(plan, evaluators, file, ran, seconds))
         compute.close()
         divergence, notes = self._search(backend, generate, references, results)
-        return Side(backend, artefact, ran, tuple(results), divergence, notes)
+        return Side(backend, artefact, ran, tuple(results), divergence, (*file.describe_limits(self._requested), *notes))
 
     def _compute_reference(self, contract: Contract, geometries: tuple[Geometry, ...]) -> _Reference:
         """Compute PyTorch's side once for every backend whose file has this contract and these sizes."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.errors import one_line
+from shapecheck.contract.geometry import AXES
+from shapecheck.contract.size_request import SizeRequest
 from shapecheck.models import weights as checkpoints
 from shapecheck.observe import subject
 from shapecheck.observe.controlnet_fit import find_misfits
@@ -36,9 +38,7 @@ def check_engine(
     model: Contract | None = None,
     *,
     controlnets: Sequence[str] = (),
-    requested: Geometry | None = None,
-    any_batch: bool = False,
-    any_tokens: bool = False,
+    requested: SizeRequest | None = None,
     weights: str | None = None,
     offline: bool = False,
     progress: Progress = silent,
@@ -46,8 +46,8 @@ def check_engine(
     """Return everything that can be said of an engine here: from itself if TensorRT can load it, else from its record.
 
     `engine` is the record beside it; without one TensorRT has to load it, and `model` says what its inputs should be.
-    `model` is the contract it should keep. `requested` is a size it should serve; with `any_batch` and `any_tokens` at whatever
-    batch and tokens it is tuned for. `weights` is an ONNX file or a model that it should have been built from.
+    `model` is the contract it should keep. `requested` are sizes it should serve; what nobody requests is as each profile is
+    tuned for. `weights` is an ONNX file or a model that it should have been built from.
     Raises ShapecheckError if the engine, a ControlNet or the weights cannot be read.
     """
     read: Read
@@ -63,11 +63,12 @@ def check_engine(
             mismatches += find_profile_mismatches(interface.contract, profile)
         mismatches += compare_model(interface.contract, model) if model is not None else ()
     contract = interface.contract
-    fit = _fit_size(interface, requested, any_batch, any_tokens) if requested is not None else None
+    fit = _fit_sizes(interface, requested) if requested is not None and requested.ranges else None
     # A contract read off a graph does not know its model's configuration, which a ControlNet is judged by.
     if model is not None and "down_block_types" not in contract.config:
         contract = replace(model, slots=contract.slots, features=contract.features)
-    unfit = find_misfits(contract, controlnets, requested, offline=offline, progress=progress) if controlnets else ()
+    at = fit.geometry if fit is not None else None
+    unfit = find_misfits(contract, controlnets, at, offline=offline, progress=progress) if controlnets else ()
     compared = _compare_weights(engine, weights, offline, progress) if engine is not None and weights is not None else None
     return EngineCheck(str(path), interface, read, unread, tuple(mismatches), fit, tuple(controlnets), unfit, compared, notes)
 
@@ -113,17 +114,25 @@ def _compare_with_record(path: Path, engine: Engine, progress: Progress) -> tupl
         return [Mismatch("engine", "the engine", f"TensorRT refuses it: {reason}", expected)], "record", ""
 
 
-def _fit_size(interface: EngineInterface, size: Geometry, any_batch: bool, any_tokens: bool) -> SizeFit:
+def _fit_sizes(interface: EngineInterface, requested: SizeRequest) -> SizeFit:
+    """Return the fit of the first of the requested sizes that no profile serves; if all are served, of the first."""
+    bounds = [{symbol: triple[bound] for symbol, triple in sizes.items()} for sizes in requested.ranges for bound in range(3)]
+    fits = [_fit_size(interface, bound) for number, bound in enumerate(bounds) if bound not in bounds[:number]]
+    return next((fit for fit in fits if fit.profile is None), fits[0])
+
+
+def _fit_size(interface: EngineInterface, size: Mapping[str, int]) -> SizeFit:
     """Return the profile that serves a size; if none does, why not, and what would."""
     contract, profiles = interface.contract, interface.profiles
+    # What was left open is as each profile is tuned for.
+    whole = Geometry(**{axis: size.get(symbol, 1) for symbol, axis in AXES.items()})
     try:
-        contract.require(size)
         ranges = interface.ranges
+        requested = [sizes.opt.with_sizes(size) for sizes in ranges]
+        whole = requested[0] if requested else whole
+        contract.require(whole)
     except ShapecheckError as error:
-        return SizeFit(size, None, (str(error),))
-    # A batch or tokens that were left open are those that each profile is tuned for.
-    left_open = [axis for axis, is_open in (("batch", any_batch), ("tokens", any_tokens)) if is_open]
-    requested = [replace(size, **{axis: getattr(sizes.opt, axis) for axis in left_open}) for sizes in ranges]
+        return SizeFit(whole, None, (str(error),))
     for geometry in requested:
         if (chosen := choose_profile(profiles, contract.input_shapes(geometry))) is not None:
             return SizeFit(geometry, chosen)

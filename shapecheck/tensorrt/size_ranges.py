@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import USUAL_TOKENS, Geometry, parse_pair
+from shapecheck.contract.size_request import SizeRequest, Triple
 from shapecheck.tensorrt.profiles import Range
 
 
@@ -20,18 +21,62 @@ def parse_ranges(
     """
     if not sizes:
         raise ShapecheckError("no size was given; give --sizes, such as --sizes 512x512:768x768:1024x1024")
-    if len(batch) not in (1, len(sizes)):
+    whole = parse_size_request(sizes, batch, tokens, vae_factor=vae_factor)
+    rows = [zip(*(ranges[symbol] for symbol in ("batch", "h", "w", "tokens")), strict=True) for ranges in whole.ranges]
+    return tuple(Range(*(Geometry(*bound) for bound in row)) for row in rows)
+
+
+def parse_size_request(
+    sizes: Sequence[str] = (),
+    batch: Sequence[str] = (),
+    tokens: str | None = None,
+    multiple_of: int | None = None,
+    *,
+    vae_factor: int = 8,
+) -> SizeRequest:
+    """Return what the options request together, each as in `parse_ranges`; what is left out is not requested.
+
+    `multiple_of` is in pixels. Raises ShapecheckError if a text is not a range, or pixels fill no whole cells or multiples.
+    """
+    if sizes and len(batch) not in (0, 1, len(sizes)):
         raise ShapecheckError(f"{len(batch)} batches for {len(sizes)} sizes; give one for all, or one for each")
+    multiple = _count_cells(multiple_of, vae_factor) if multiple_of is not None else 0
     ranges = []
-    for number, size in enumerate(sizes):
-        bounds = [("--sizes", size), ("--batch", batch[number % len(batch)]), ("--tokens", tokens)]
-        rows = zip(*(_parse_bounds(option, text) for option, text in bounds), strict=True)
-        geometries = [
-            Geometry.from_px(width, height, batch=images, tokens=length, vae_factor=vae_factor)
-            for (width, height), (images,), (length,) in rows
-        ]
-        ranges.append(Range(*geometries))
-    return tuple(ranges)
+    for number in range(len(sizes) or len(batch) or int(tokens is not None)):
+        requested: dict[str, Triple] = {}
+        if sizes:
+            pixels = _parse_bounds("--sizes", sizes[number])
+            cells = [Geometry.from_px(width, height, vae_factor=vae_factor) for width, height in pixels]
+            for (width, height), at in zip(pixels, cells, strict=True):
+                if multiple and (at.height % multiple or at.width % multiple):
+                    raise ShapecheckError(f"--sizes {width}x{height}: both must be multiples of {multiple_of} (--multiple-of)")
+            requested |= {symbol: _make_triple([at.sizes[symbol] for at in cells]) for symbol in ("h", "w")}
+        if batch:
+            bounds = _parse_bounds("--batch", batch[number % len(batch)])
+            requested["batch"] = _make_triple([images for (images,) in bounds])
+        if tokens is not None:
+            requested["tokens"] = _make_triple([length for (length,) in _parse_bounds("--tokens", tokens)])
+        ranges.append(requested)
+    return SizeRequest(tuple(ranges), multiple)
+
+
+def request_ranges(ranges: Sequence[Range]) -> SizeRequest:
+    """Return the request for whole ranges: every axis of each."""
+    rows = [[geometry.sizes for geometry in sizes.geometries] for sizes in ranges]
+    return SizeRequest(tuple({symbol: _make_triple([sizes[symbol] for sizes in row]) for symbol in row[0]} for row in rows))
+
+
+def _make_triple(bounds: Sequence[int]) -> Triple:
+    least, usual, most = bounds
+    return least, usual, most
+
+
+def _count_cells(multiple_of: int, vae_factor: int) -> int:
+    """Return the latent cells of a multiple in pixels."""
+    if multiple_of < 1 or multiple_of % vae_factor:
+        fault = f"is not a multiple of {vae_factor} (pixels per latent cell)"
+        raise ShapecheckError(f"--multiple-of {multiple_of} {fault}; {vae_factor} means every latent size")
+    return multiple_of // vae_factor
 
 
 def format_range(sizes: Range, vae_factor: int = 8) -> str:

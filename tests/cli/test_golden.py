@@ -42,7 +42,7 @@ from shapecheck.observe import report as observe_report
 from shapecheck.observe.record import Recorder
 from shapecheck.onnx import check_report as onnx_check_report
 from shapecheck.onnx import export_report
-from shapecheck.onnx.records import Agreement, DeclaredInput, DeclaredSlot, Exported, FileCheck
+from shapecheck.onnx.records import Agreement, DeclaredInput, DeclaredSlot, Exported, FileCheck, SizeLimits
 from shapecheck.parity import report as parity_report
 from shapecheck.parity.results import Parity
 from shapecheck.pipelines import bench_report, demo_report
@@ -222,8 +222,9 @@ def make_checks() -> list[str]:
         DeclaredInput("sample", "batch×4×h×w", "float32"),
         DeclaredSlot("down_block_residual_00", "", "not seen", "conv_in", ""),
     )
-    fine = FileCheck("u.onnx", "shapecheck", SD15, "given", "", seen[:1], seen[1:], 1, (), None, (), (), (), "")
-    sized = replace(fine, naming="shapecheck", fixed=(("batch", 2),), geometry=AT, notes=("a note",), unchecked="too many")
+    limits = SizeLimits(8, {"batch": 2}, {}, {77: True, 154: False}, ((24, 40),), AT, "Concat: sizes 5 and 6 meet on axis 2")
+    fine = FileCheck("u.onnx", "shapecheck", SD15, "given", "", seen[:1], seen[1:], limits, (), (), (), (), "")
+    sized = replace(fine, naming="shapecheck", requested=(AT,), notes=("a note",), unchecked="too many")
     broken = onnx_check_report.render_json(replace(fine, mismatches=MISMATCHES), controlnets=["sd15"], misfits=MISMATCHES)
     return [onnx_check_report.render_json(fine), onnx_check_report.render_json(sized), broken]
 

@@ -22,8 +22,9 @@ from onnx_files import check
 from shapecheck import Contract, Geometry, Mismatch, ShapecheckError, presets, probe
 from shapecheck.artefact import resolve_contract
 from shapecheck.cli import main
-from shapecheck.contract import show
+from shapecheck.contract import Dim, show
 from shapecheck.contract.naming import SCHEMES, find_scheme
+from shapecheck.contract.size_request import SizeRequest
 from shapecheck.observe.controlnet_fit import find_misfits
 from shapecheck.observe.probe import probe_controlnet
 from shapecheck.onnx import check_report as report
@@ -190,49 +191,93 @@ def test_skips_of_another_size_than_the_contract_says(drawn):
     assert found[0].observed == (2, 8, 9, 32)
 
 
-def test_traced_at_an_even_size(even):
+def test_a_file_traced_at_an_even_size_is_fine_with_its_limit(even):
     path, contract = even
     for checked in (check(path, contract), check(path)):
-        found = only(checked)
-        assert (found.where, found.kind, found.observed) == ("sample", "sizes", "multiples of 2 only")
-        assert checked.divisor == 2
-        assert "trace it at an odd one" in found.cause
-        assert "Concat /model/up_blocks.1/Concat: sizes 17 and 18 meet on axis 2" in found.cause
+        assert (checked.mismatches, checked.unchecked) == ((), "")
+        assert checked.narrower == ("heights and widths that are multiples of 2 cells (16 pixels)",)
+        text = report.render_text(checked)
+        limit = "FINE: 5 slots and 5 base inputs; takes heights and widths that are multiples of 2 cells (16 pixels)\n"
+        assert text.endswith(limit)
+        assert "fails at 17×63: Concat /model/up_blocks.1/Concat: sizes 17 and 18 meet on axis 2" in " ".join(text.split())
+
+
+def test_it_is_broken_where_more_was_requested(even):
+    path, contract = even
+    for multiple, kinds in ((1, ["sizes"]), (2, []), (4, [])):
+        checked = check(path, contract, SizeRequest((), multiple))
+        assert [found.kind for found in checked.mismatches] == kinds
+    assert "--multiple-of 16" in report.advise(check(path, contract, SizeRequest((), 1)))
+    everything = SizeRequest(({"h": (16, 24, 40), "w": (16, 24, 40), "batch": (1, 2, 4), "tokens": (7, 77, 154)},))
+    found = only(check(path, contract, everything))
+    assert (found.observed, found.geometry) == ("does not work at 1 of 4 sizes", Geometry(3, 29, 29, 80))
+    assert found.cause.startswith("it works at multiples of 2 cells; Concat")
+    assert check(path, contract, replace(everything, multiple=2)).mismatches == ()
 
 
 @pytest.mark.full
 def test_traced_at_a_multiple_of_eight(folder):
     """SD1.5's strides."""
     checked = check(*files.exported(folder / "eight.onnx", files.DEEP, latent=(16, 24)))
-    assert (only(checked).observed, checked.divisor) == ("multiples of 8 only", 8)
-    assert "Concat /model/up_blocks.1/Concat: sizes 5 and 6 meet on axis 2" in only(checked).cause
+    assert (checked.mismatches, checked.limits.divisor) == ((), 8)
+    assert "Concat /model/up_blocks.1/Concat: sizes 5 and 6 meet on axis 2" in checked.limits.reason
 
 
 def test_where_one_size_is_asked_for_only_that_has_to_work(even):
     path, contract = even
-    checked = check(path, contract, Geometry(1, 24, 40))
-    assert checked.mismatches == ()
-    assert "other sizes must be multiples of 2" in checked.notes[-1]
-    found = only(check(path, contract, Geometry(1, 24, 41)))
+    assert check(path, contract, SizeRequest.at(Geometry(1, 24, 40))).mismatches == ()
+    found = only(check(path, contract, SizeRequest.at(Geometry(1, 24, 41))))
     assert (found.kind, found.geometry) == ("sizes", Geometry(1, 24, 41))
 
 
-def test_a_static_file_says_which_size_it_is_for(drawn, tmp_path):
-    def fix(model: ir.Model) -> None:
-        sizes = {"batch": 2, "h": 17, "w": 25, "tokens": 7, "ceil(h/2)": 9, "ceil(w/2)": 13}
-        for value in model.graph.inputs:
-            value.shape = ir.Shape([sizes.get(str(dim), dim) for dim in value.shape])
+def test_a_static_file_is_fine_and_says_which_size_it_is_for(drawn, tmp_path):
+    numbers = {"batch": 2, "h": 17, "w": 25, "tokens": 7, "ceil(h/2)": 9, "ceil(w/2)": 13}
+    path = files.planted(drawn[0], tmp_path / "x.onnx", files.fix(numbers))
+    checked = check(path, drawn[1])
+    assert (checked.mismatches, checked.unchecked) == ((), "")
+    assert checked.narrower == ("batch 2", "latent 17×25 (200×136 pixels)", "7 text tokens")
+    assert check(path, drawn[1], SizeRequest.at(Geometry(2, 17, 25, 7))).mismatches == ()
+    wrong = only(check(path, drawn[1], SizeRequest.at(Geometry(2, 17, 26, 7))))
+    assert (wrong.observed, wrong.cause) == ("does not work", "the file fixes w=25")
+    for symbol, size in (("batch", 2), ("tokens", 7)):
+        for requested in (size, size + 1):
+            found = check(path, drawn[1], SizeRequest(({symbol: (requested,) * 3},))).mismatches
+            assert [each.cause for each in found] == [f"the file fixes {symbol}={size}"] * (requested != size)
 
-    path = files.planted(drawn[0], tmp_path / "x.onnx", fix)
-    assert only(check(path, drawn[1])).observed == "batch=2, h=17, w=25 only"
-    checked = check(path, drawn[1], Geometry(2, 17, 25))
-    assert (checked.mismatches, checked.notes) == ((), ("the number of text tokens is fixed at 7",))
-    assert only(check(path, drawn[1], Geometry(2, 17, 26))).cause == "the file fixes w=25"
+
+@pytest.mark.parametrize(
+    ("numbers", "limits"),
+    [
+        ({"batch": 2}, ("batch 2",)),
+        ({"h": 17, "ceil(h/2)": 9}, ("height 17 (136 pixels)",)),
+        ({"tokens": 77}, ("77 text tokens",)),
+    ],
+)
+def test_each_axis_may_be_fixed_alone(numbers, limits, drawn, tmp_path):
+    checked = check(files.planted(drawn[0], tmp_path / "x.onnx", files.fix(numbers)), drawn[1])
+    assert (checked.mismatches, checked.unchecked, checked.narrower) == ((), "", limits)
 
 
-def test_a_batch_that_the_trace_froze(plant):
-    found = only(plant(files.freeze(2, 1, 1, 1)))
-    assert (found.kind, found.observed) == ("sizes", "fails at batch 3 with 11 tokens")
+def test_residuals_alone_may_fix_the_size(drawn, tmp_path):
+    names = [slot.name for slot in drawn[1].slots]
+    shapes = drawn[1].shapes(Geometry(2, 17, 25))
+    path = files.planted(drawn[0], tmp_path / "x.onnx", *[files.declare(name, *shapes[name]) for name in names])
+    checked = check(path, drawn[1])
+    assert (checked.mismatches, checked.narrower) == ((), ("batch 2", "latent 17×25 (200×136 pixels)"))
+
+
+def test_a_batch_that_the_trace_froze_is_a_limit(plant, drawn, tmp_path):
+    checked = plant(files.freeze(2, 1, 1, 1))
+    assert (checked.mismatches, checked.narrower) == ((), ("batch 2 (not 1, 3, 4)",))
+    path = tmp_path / "planted.onnx"
+    for batch, kinds in ((2, []), (4, ["sizes"])):
+        found = check(path, drawn[1], SizeRequest(({"batch": (batch,) * 3},))).mismatches
+        assert [each.kind for each in found] == kinds
+
+
+def test_a_size_that_the_trace_froze_is_a_limit(plant):
+    checked = plant(files.freeze(1, 1, 64, 64))
+    assert (checked.mismatches, checked.narrower) == ((), ("latent 64×64 (512×512 pixels)",))
 
 
 def test_an_output_of_another_size_than_the_sample(plant):
@@ -282,19 +327,46 @@ def test_an_input_that_is_there_and_changes_nothing(plant):
     assert found.cause.startswith("baked")
 
 
-def test_unrelated_symbols(plant, drawn):
-    found = only(plant(files.declare("mid_block_residual", "batch", 16, "mid_h", "ceil(w/2)")))
-    assert (found.where, found.kind, found.observed) == ("ceil(h/2)", "symbol", "`ceil(h/2)`, `mid_h`")
-    found = only(plant(files.declare("mid_block_residual", "batch", 16, None, "ceil(w/2)")))
-    assert (found.kind, found.observed) == ("symbol", "`ceil(h/2)`, unnamed")
-    unnamed = [files.declare(slot.name, "batch", slot.channels, None, "ceil(w/2)") for slot in drawn[1].slots[2:]]
-    found = only(plant(*unnamed))
-    assert (found.where, found.kind, found.observed) == ("ceil(h/2)", "symbol", "unnamed")
+def test_names_of_sizes_alone_break_nothing_and_are_noted(plant, drawn):
+    for name in ("mid_h", None):
+        checked = plant(files.declare("mid_block_residual", "batch", 16, name, "ceil(w/2)"))
+        assert checked.mismatches == ()
+        shown = f"`{name}`" if name else "unnamed"
+        (note,) = [note for note in checked.notes if "TensorRT ties sizes by equal names only" in note]
+        assert f"(ceil(h/2) has `ceil(h/2)`, {shown}; 1 size in all)" in note
+    unnamed = [files.declare(slot.name, None, slot.channels, None, None) for slot in drawn[1].slots]
+    checked = plant(*unnamed)
+    assert (checked.mismatches, checked.narrower) == ((), ())
 
 
-def test_one_name_for_two_sizes(plant):
+def test_one_name_for_two_sizes_breaks_nothing_and_is_noted(plant):
     checked = plant(files.declare("mid_block_residual", "batch", 16, "h", "ceil(w/2)"))
-    assert ("h", "symbol") in told(checked)
+    assert checked.mismatches == ()
+    assert any("`h` is h in sample, ceil(h/2) in mid_block_residual" in note for note in checked.notes)
+
+
+@pytest.mark.parametrize(
+    "text", ["h/2", "2*s77", "(s77 + 1)//2", "9999999999999999999999*h", "0*h", "floor(h/65536)", "-1", "", "w", "°" * 300]
+)
+def test_no_expression_of_sizes_ends_in_a_traceback(text, plant, drawn, tmp_path):
+    edits = [
+        files.declare(name, text, 4 if name == "sample" else 8, text, text) for name in ("sample", "down_block_residual_00")
+    ]
+    assert plant(*edits).mismatches == ()
+    assert check(tmp_path / "planted.onnx").unchecked == ""
+    plant(files.declare("text_embeds", text, text))
+
+
+def test_a_rounding_that_a_file_never_shows_is_unknown_and_no_traceback(even):
+    path, contract = even
+    unknown = replace(
+        contract,
+        slots=tuple(
+            replace(slot, skip=(*slot.skip[:2], *(Dim(dim.symbol, 1, ("exact",) * len(dim.halvings)) for dim in slot.skip[2:])))
+            for slot in contract.slots
+        ),
+    )
+    assert check(path, unknown).mismatches == ()
 
 
 def test_a_timestep_of_whole_numbers(plant):
@@ -359,7 +431,7 @@ def test_a_walk_goes_through_casts_and_scales(plant, drawn):
 
 def test_sizes_may_be_read_off_a_residual(odd, tmp_path):
     checked = check(files.planted(odd[0], tmp_path / "x.onnx", files.measure_residuals), odd[1])
-    assert (checked.mismatches, checked.divisor) == ((), 1)
+    assert (checked.mismatches, checked.narrower) == ((), ())
 
 
 def test_comfyui_names_of_the_base_inputs(plant):
@@ -420,7 +492,7 @@ def test_a_controlnet_s_outputs_may_be_named_by_any_scheme(controlnet, drawn, tm
 
 def test_a_controlnet_s_outputs_may_come_in_any_order(controlnet, tmp_path):
     checked = check(files.planted(controlnet[0], tmp_path / "x.onnx", lambda model: model.graph.outputs.reverse()))
-    assert (checked.mismatches, checked.divisor) == ((), 1)
+    assert (checked.mismatches, checked.narrower) == ((), ())
 
 
 def test_a_controlnet_that_hides_its_sizes_or_works_at_none_is_not_fine(controlnet, drawn, tmp_path):
@@ -538,8 +610,9 @@ def test_an_output_that_is_no_image_may_come_first(plant):
 def test_the_size_asked_for_is_looked_at_where_the_file_fixes_its_tokens(even, tmp_path):
     width = even[1].config["cross_attention_dim"]
     path = files.planted(even[0], tmp_path / "x.onnx", files.declare("encoder_hidden_states", "batch", 7, width))
-    assert check(path, even[1], Geometry(1, 24, 40)).mismatches == ()
-    assert only(check(path, even[1], Geometry(1, 24, 41))).observed == "does not work"
+    for width, fails in ((40, 0), (41, 1)):
+        requested = SizeRequest(({"h": (24,) * 3, "w": (width,) * 3},))
+        assert [each.observed for each in check(path, even[1], requested).mismatches] == ["does not work"] * fails
 
 
 def test_sizes_are_compared_where_the_contract_allows_only_multiples(drawn):
@@ -703,7 +776,7 @@ def test_two_names_that_would_be_shown_alike_are_refused(drawn, tmp_path):
 @pytest.mark.parametrize("size", [0, -1])
 def test_no_size_at_all_is_as_good_as_no_name(size, plant):
     checked = plant(files.declare("sample", size, 4, size, size))
-    assert {each.kind for each in checked.mismatches} == {"symbol"}
+    assert (checked.mismatches, checked.narrower) == ((), ())
     assert checked.inputs[0].shape == "?×4×?×?"
 
 
@@ -813,7 +886,7 @@ def test_the_command_tells_and_exits_as_it_found(drawn, tmp_path):
     broken = run(files.planted(drawn[0], tmp_path / "x.onnx", files.unconsume("mid_block_residual")), "--model", model)
     assert broken.exit_code == 1
     assert re.search(r"mid_block_residual +unused +added to nothing +added to the output of mid_block", broken.stdout)
-    assert broken.stdout.endswith("\nBROKEN: 1 fault\n")
+    assert broken.stdout.endswith("\nBROKEN: 1 fault: mid_block_residual is without effect on the output\n")
 
 
 def test_pixels_are_counted_as_the_contract_inside_says(drawn, tmp_path):
@@ -827,13 +900,15 @@ def test_markdown_and_json_say_the_same(drawn, tmp_path):
     model = tmp_path / "contract.json"
     model.write_text(drawn[1].to_json(), encoding="utf-8")
     text = run(path, "--model", model, "--format", "markdown").stdout
-    assert text.startswith(f"# {path}\n\n**BROKEN: 1 fault**\n\n")
+    assert text.startswith(f"# {path}\n\n**BROKEN: 1 fault: pooled is named otherwise**\n\n")
     assert "\n| pooled  | name   | pooled         | text_embeds" in text
     output = tmp_path / "report.json"
     result = run(path, "--model", model, "--format", "json", "-o", output)
     assert (result.exit_code, result.stdout) == (1, "")
     record = json.loads(output.read_text(encoding="utf-8"))
-    assert (record["verdict"], record["basis"], record["sizes"]) == ("broken", "given", {"divisor": 1, "fixed": {}})
+    assert (record["verdict"], record["basis"], record["limits"], record["requested"]) == ("broken", "given", [], [])
+    tried = {"latents": [[17, 63], [27, 53], [37, 43], [47, 33]], "batches": [1, 2, 3, 4], "tokens": [11, 77, 154]}
+    assert record["sizes"] == {"divisor": 1, "fixed": {}, **tried}
     assert [each["kind"] for each in record["mismatches"]] == ["name"]
     assert [each["slot"] for each in record["slots"]] == [slot.name for slot in drawn[1].slots]
 

@@ -168,7 +168,7 @@ def test_what_is_asked_for_reaches_the_run(recorded, tmp_path):
     asked = recorded("healthy")
     told = ("--backends", "ort, trt", "--controlnet", "c", "--seed", "7", "--times-own", "2.5", "--reference", "float32")
     files = ("--onnx", "a.onnx", "--engine", "b.plan", "--report", str(tmp_path / "rep"))
-    sizes = ("--sizes", "48x40", "--sizes", "72x104", "--batch", "1:1:2", "--tokens", "5:7:9")
+    sizes = ("--sizes", "48x40", "--sizes", "72x104", "--batch", "1:1:2", "--tokens", "5:7:9", "--multiple-of", "8")
     assert parity("sd15", *told, *files, *sizes, "--variant", "fp16", "--offline").exit_code == 0
     assert asked == [
         ParityRequest(
@@ -180,6 +180,7 @@ def test_what_is_asked_for_reaches_the_run(recorded, tmp_path):
             sizes=("48x40", "72x104"),
             batch=("1:1:2",),
             tokens="5:7:9",
+            multiple_of=8,
             seed=7,
             times_own=2.5,
             reference="float32",
@@ -205,6 +206,48 @@ def test_sizes_in_pixels_become_latents_with_an_odd_one_between(made):
     (between,) = sizes[3:]
     assert 5 < between.height < 9 and between.height % 2 and 6 < between.width < 11 and between.width % 2
     assert run.request.seed == 7
+
+
+def list_sizes(request: ParityRequest, backend: str) -> set[tuple[int, int, int, int]]:
+    cases = [case for plan in requests.create_run(request).plans[backend] for case in plan.cases]
+    return {(case.geometry.batch, case.geometry.height, case.geometry.width, case.geometry.tokens) for case in cases}
+
+
+def test_each_axis_may_be_requested_alone(made):
+    for request, expected in (
+        ({"batch": ("4",)}, {(4, 9, 17, 154), (4, 8, 14, 77), (4, 24, 40, 77), (4, 32, 40, 77)}),
+        ({"batch": ("1:2:4",)}, {(1, 9, 17, 154), (2, 8, 14, 77), (4, 24, 40, 77), (1, 32, 40, 77)}),
+        ({"tokens": "154"}, {(2, 9, 17, 154), (6, 8, 14, 154), (1, 24, 40, 154), (1, 32, 40, 154)}),
+        ({"multiple_of": 64}, {(2, 16, 24, 154), (6, 8, 16, 77), (1, 24, 40, 77), (1, 32, 40, 77)}),
+        ({"sizes": ("72x104",)}, {(1, 13, 9, 77)}),
+        ({"batch": ("4",), "tokens": "7", "multiple_of": 64}, {(4, 16, 24, 7), (4, 8, 16, 7), (4, 24, 40, 7), (4, 32, 40, 7)}),
+    ):
+        found = list_sizes(ParityRequest(made.model, backends=("torch",), **request), "torch")
+        assert found == expected, request
+
+
+@pytest.fixture(scope="module")
+def narrow(made) -> str:
+    """A file for one size alone."""
+    numbers = {"batch": 2, "h": 17, "w": 25, "tokens": 77, "ceil(h/2)": 9, "ceil(w/2)": 13}
+    path = made.folder / "narrow.onnx"
+    return str(onnx_files.planted(Path(made.healthy), path, onnx_files.fix(numbers)))
+
+
+def test_a_narrow_file_has_parity_within_its_limits(made, narrow):
+    result = parity(made.model, "--onnx", narrow)
+    assert result.exit_code == 0, result.output
+    assert "note: takes batch 2; latent 17×25 (200×136 pixels); 77 text tokens\n" in result.stdout
+    assert list_sizes(ParityRequest(made.model, onnx=narrow), "ort") == {(2, 17, 25, 77)}
+
+
+@pytest.mark.parametrize("asked", [("--batch", "1"), ("--tokens", "154"), ("--multiple-of", "64"), ("--sizes", "72x104")])
+def test_it_is_broken_against_what_it_does_not_take(made, narrow, asked):
+    broken = parity(made.model, "--onnx", narrow, *asked)
+    assert (broken.exit_code, "contract: sample: sizes: got does not work" in broken.stdout) == (1, True), broken.output
+    checked = CliRunner().invoke(main, ["check", narrow, "--model", made.model, *asked])
+    assert (checked.exit_code, "does not work" in checked.stdout) == (1, True), checked.output
+    assert CliRunner().invoke(main, ["check", made.healthy, "--model", made.model, *asked]).exit_code == 0
 
 
 @pytest.mark.full
@@ -238,8 +281,8 @@ def test_a_controlnet_that_proves_nothing_is_refused(made, name, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--onnx", "{healthy}", "--batch", "2"], "error: --batch and --tokens go with --sizes\n"),
-        (["--onnx", "{healthy}", "--tokens", "7"], "error: --batch and --tokens go with --sizes\n"),
+        (["--onnx", "{healthy}", "--multiple-of", "12"], "--multiple-of 12 is not a multiple of 8 (pixels per latent cell)"),
+        (["--onnx", "{healthy}", "--sizes", "72x104", "--multiple-of", "64"], "both must be multiples of 64 (--multiple-of)"),
         (["--onnx", "{healthy}", "--times-own", "0"], "error: --times-own must be more than 0, got 0.0\n"),
         (["--onnx", "{healthy}", "--times-own", "nan"], "error: --times-own must be more than 0, got nan\n"),
         (["--onnx", "{healthy}", "--sizes", "70x104"], "70x104 pixels: width 70 is not a multiple of 8"),

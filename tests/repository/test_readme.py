@@ -127,7 +127,7 @@ def settled(text: str) -> str:
 
 
 def test_there_is_something_to_run():
-    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS), len(PYTEST), len(EVERY_SNIPPET)) == (11, 9, 6, 1, 10)
+    assert (len(OUTPUTS), len(SNIPPETS), len(COMMANDS), len(PYTEST), len(EVERY_SNIPPET)) == (11, 9, 7, 1, 10)
 
 
 @pytest.mark.parametrize(

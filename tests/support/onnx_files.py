@@ -228,6 +228,16 @@ def declare(name: str, *dims: int | str | None):
     return edit
 
 
+def fix(sizes: dict[str, int]):
+    """Numbers in place of names of sizes."""
+
+    def edit(model: ir.Model) -> None:
+        for value in model.graph.inputs:
+            value.shape = ir.Shape([sizes.get(str(dim), dim) for dim in value.shape])
+
+    return edit
+
+
 def retype(name: str, dtype: ir.DataType):
     """An input of another type, cast to its old one inside."""
 

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from shapecheck import Geometry, ShapecheckError
 from shapecheck.cli import main
 from shapecheck.contract.json_codec import decode
+from shapecheck.contract.size_request import SizeRequest
 from shapecheck.models.safetensors import checkpoint_files, read_table
 from shapecheck.models.weights import digest
 from shapecheck.observe.controlnet_fit import find_misfits
@@ -103,10 +104,22 @@ def test_a_size_fits_a_profile_or_is_told_what_would(made, asked, status, texts)
         assert text in result.stdout
 
 
-def test_a_batch_alone_is_no_question(made):
-    for option in ("--batch", "--tokens"):
-        result = check(made / "unet.plan", option, "2")
-        assert (result.exit_code, "go with --size or --latent" in result.stderr) == (2, True)
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        (("--batch", "2"), 0),
+        (("--batch", "1:2:3"), 0),
+        (("--batch", "1:2:4"), 1),
+        (("--tokens", "77"), 0),
+        (("--tokens", "154"), 1),
+        (("--sizes", "72x64:200x136:328x264"), 0),
+        (("--sizes", "72x64:200x136:336x264"), 1),
+        (("--multiple-of", "64"), 2),
+    ],
+)
+def test_each_axis_may_be_requested_alone(made, asked, status):
+    result = check(made / "unet.plan", *asked)
+    assert result.exit_code == status, result.output
 
 
 def test_a_controlnet_fits_or_every_place_is_named(made):
@@ -191,11 +204,13 @@ def test_the_profile_told_is_the_one_a_session_takes_and_tokens_count(made, tmp_
     square = Range(Geometry(1, 8, 8), Geometry(2, 16, 16), Geometry(3, 40, 48))
     both = replace(request, profiles=(profile_of(contract, wide), profile_of(contract, square)))
     asked = Geometry(2, 16, 16)
-    assert check_engine(engines.recorded(tmp_path / "two.plan", both), requested=asked).fit.profile == 1
+    assert check_engine(engines.recorded(tmp_path / "two.plan", both), requested=SizeRequest.at(asked)).fit.profile == 1
     long = Range(*(replace(each, tokens=154) for each in square.geometries))
     one = engines.recorded(tmp_path / "one.plan", replace(request, profiles=(profile_of(contract, long),)))
-    assert check_engine(one, requested=asked, any_tokens=True).fit.profile == 0
-    refused = check_engine(one, requested=asked).fit
+    open_tokens = SizeRequest(({"batch": (2, 2, 2), "h": (16, 16, 16), "w": (16, 16, 16)},))
+    assert check_engine(one, requested=open_tokens).fit.profile == 0
+    assert check_engine(one, requested=SizeRequest(({"tokens": (154, 154, 154)},))).fit.profile == 0
+    refused = check_engine(one, requested=SizeRequest.at(asked)).fit
     assert (refused.profile, refused.reasons) == (None, ("profile 0: tokens 77, expected 154",))
     assert "--tokens 77:154:154" in format_range(refused.rebuilt)
 
@@ -275,7 +290,7 @@ def test_what_is_no_file_is_told(copied):
 def test_weights_are_asked_of_engines_alone(made):
     result = check(made / "unet.onnx", "--weights", made / "unet.onnx")
     assert result.exit_code == 2
-    assert "--weights and --tokens are for engines" in result.stderr
+    assert "--weights is for engines" in result.stderr
 
 
 # What TensorRT would show of an engine is made up here: loading one needs a GPU.
@@ -398,6 +413,6 @@ def test_weights_without_a_length_reach_to_the_end(tmp_path):
 def test_a_contract_that_refuses_a_size_says_so(made, tmp_path):
     request = read_engine(made / "unet.plan").request
     eight = replace(request, contract=replace(request.contract, divisor=8))
-    checked = check_engine(engines.recorded(tmp_path / "eight.plan", eight), requested=Geometry(2, 17, 24))
+    checked = check_engine(engines.recorded(tmp_path / "eight.plan", eight), requested=SizeRequest.at(Geometry(2, 17, 24)))
     assert (checked.fit.profile, checked.is_fine) == (None, False)
     assert "refuses latents of 17×24" in checked.fit.reasons[0]

@@ -15,6 +15,7 @@ import small
 import torch
 
 from shapecheck import BuildOptions, EngineSession, Geometry, ShapecheckError
+from shapecheck.contract.size_request import SizeRequest
 from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.load import load
 from shapecheck.tensorrt.build import build_engine, read_back
@@ -103,7 +104,7 @@ def difference(found, expected):
 
 def test_what_was_built_is_what_its_record_says(built):
     assert compare_engine(built.engine.request, read_back(built.path, built.engine)) == ()
-    checked = check_engine(built.path, built.engine, requested=Geometry(2, 33, 41))
+    checked = check_engine(built.path, built.engine, requested=SizeRequest.at(Geometry(2, 33, 41)))
     assert (checked.read, checked.is_fine, checked.fit.profile) == ("engine", True, 0)
 
 
@@ -148,11 +149,11 @@ def test_a_refused_call_names_the_slot_and_the_next_is_served(built, model):
 
 def test_an_engine_that_others_built_is_checked_without_a_record(theirs):
     path, sizes, contract = theirs
-    checked = check_engine(path, None, contract, requested=sizes.max)
+    checked = check_engine(path, None, contract, requested=SizeRequest.at(sizes.max))
     assert (checked.read, checked.mismatches, checked.fit.profile) == ("engine", (), 0)
     assert checked.engine.ranges == (sizes,)
     assert any(note.startswith("taken in the order of the engine") for note in checked.notes)
-    outside = check_engine(path, None, contract, requested=Geometry(2, 64, 64)).fit
+    outside = check_engine(path, None, contract, requested=SizeRequest.at(Geometry(2, 64, 64))).fit
     assert (outside.profile, outside.nearest) == (None, sizes.nearest(Geometry(2, 64, 64)))
 
 
