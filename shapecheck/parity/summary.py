@@ -9,7 +9,7 @@ from typing import get_args
 from shapecheck.doctor.environment import BACKENDS
 from shapecheck.parity.findings import list_findings
 from shapecheck.parity.results import Parity, Result, Side, Status
-from shapecheck.report.numbers import format_count
+from shapecheck.report.numbers import format_count, format_number
 
 _NAMED = 2
 """The verdict line tells at most so many faults of a backend."""

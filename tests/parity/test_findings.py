@@ -19,7 +19,10 @@ EXCHANGED = {
     f"slot[{SLOTS[0]}]": f"{SLOTS[0]} acts where {SLOTS[1]} belongs (down_blocks.0.resnets.0) (cosine 1.000)",
     f"slot[{SLOTS[1]}]": f"{SLOTS[1]} acts where {SLOTS[0]} belongs (conv_in) (cosine 0.999)",
 }
-VAGUE = {f"input[{name}]": f"{name} acts otherwise than in PyTorch: strength 0.9{end}" for end, name in enumerate(["sample", "timestep"])}
+VAGUE = {
+    f"input[{name}]": f"{name} acts otherwise than in PyTorch: strength 0.9{end}"
+    for end, name in enumerate(["sample", "timestep"])
+}
 
 
 def make(failed: dict[str, str], **changes: object) -> Parity:
@@ -28,7 +31,9 @@ def make(failed: dict[str, str], **changes: object) -> Parity:
     results = []
     for about, reason in failed.items():
         kind, _, where = about.removesuffix("]").partition("[")
-        results.append(Result(Check("ort", kind, where), "failed", reason, verdict=samples.verdict(1) if kind == "case" else None))
+        results.append(
+            Result(Check("ort", kind, where), "failed", reason, verdict=samples.verdict(1) if kind == "case" else None)
+        )
     return replace(whole, requested="./my model", sides=(replace(whole.sides[0], results=tuple(results), **changes),))
 
 

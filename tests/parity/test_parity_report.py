@@ -25,7 +25,7 @@ from shapecheck import Contract, presets
 from shapecheck.parity.drawing import draw_unet
 from shapecheck.parity.page import render_page
 from shapecheck.parity.report import render_json, render_text
-from shapecheck.parity.results import Check, Parity, Result
+from shapecheck.parity.results import Check, Parity, Result, Rounding
 from shapecheck.report.numbers import format_number
 
 ROOT = Path(__file__).parents[2]
@@ -293,6 +293,25 @@ def test_every_failure_is_told_with_its_reason(name, form):
                 about, why = result.check.where or result.check.kind, result.reason
                 assert spaced(as_told(about, form)) in text, result.check
                 assert spaced(as_told(why.removeprefix(result.check.where).strip(": ") or why, form)) in text, result.check
+
+
+def test_the_errors_of_all_values_together_are_told():
+    whole = samples.healthy()
+    rounding = Rounding(found=3.2e-4, own=1e-4, allowed=1.8e-4, calls=5)
+    result = Result(Check("ort", "rounding", ""), "failed", "3.2 times PyTorch's own", rounding=rounding)
+    parity = replace(whole, sides=(replace(whole.sides[0], results=(*whole.sides[0].results, result)),))
+    told = "3.20× PyTorch's own error over all values of 5 calls (root mean square), 1.80× allowed"
+    assert f"\nrounding  {told}\n" in render_text(parity)
+    read = strict(render_json(parity))["sides"][0]["results"]
+    assert read[-1]["rounding"] == {
+        "found": 3.2e-4,
+        "own": 1e-4,
+        "allowed": 1.8e-4,
+        "calls": 5,
+        "times_own": rounding.times_own,
+    }
+    assert read[0]["rounding"] is None
+    assert "rounding: 3.2 times PyTorch’s own".replace("’", "'") in Text(render_page(parity)).text
 
 
 def test_a_failure_without_a_reason_says_so():
