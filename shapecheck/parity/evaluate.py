@@ -31,8 +31,8 @@ FP8_PSNR: Mapping[Role, float] = {"unet": 30.0, "controlnet": 25.0}
 value, of 6 % of a residual's, which is only a part of the skip that it is added to. What fp8 costs is no fault of a file, and a
 multiple of float16's error cannot judge it: it is a hundred of those."""
 ROUNDING_SHARE = 0.45
-"""The errors of all calls together may be this share of `times_own` times PyTorch's own, in root mean square: 1.8 times. Healthy
-backends have 0.4 to 1.5; what shows in a picture has more than 2.5 (reports/half_precision.md)."""
+"""The errors of all calls together may be this share of `times_own` times PyTorch's own, in root mean square: 1.8 times.
+Healthy backends have 0.4 to 1.5, what shows in a picture more than 2.4 (reports/half_precision.md)."""
 _CANNOT_RUN = "not judged: calls of this size cannot be run"
 _TOO_SMALL = "not judged: the effect of the residuals in PyTorch is too small beside the tolerance"
 
@@ -149,9 +149,9 @@ class Evaluator:
                 plan.check, "not run", f"not judged: the {self._noun} is wrong by more than rounding", rounding=rounding
             )
         reason = (
-            f"the errors of all {self._noun}s together are {rounding.times_own:.1f} times PyTorch's own in {self.contract.dtype} "
-            f"(root mean square of {len(found)} calls), {rounding.allowed / torch_error:.1f} times are allowed: something is "
-            "computed in fewer bits or by an approximation"
+            f"the errors of all {self._noun}s together are {rounding.times_own:.1f} times PyTorch's own in "
+            f"{self.contract.dtype} (root mean square of {len(found)} calls), {rounding.allowed / torch_error:.1f} times are "
+            "allowed: something is computed in fewer bits or by an approximation"
         )
         return Result(plan.check, "failed", reason, rounding=rounding)
 

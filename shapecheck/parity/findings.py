@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shapecheck.parity.results import CheckKind, Parity, Result, Side
 
@@ -40,7 +40,8 @@ def list_findings(side: Side) -> tuple[Finding, ...]:
     cases = [result for result in failed if result.check.kind == "case"]
     unlike = [result for result in cases if not found or (result.verdict and (result.verdict.nan or result.verdict.inf))]
     found += _group_cases(side, unlike, len(cases))
-    return tuple(found or [_name_check(result) for result in failed])
+    found = found or [_name_check(result) for result in failed]
+    return tuple(replace(finding, message=finding.message.rstrip(".")) for finding in found)
 
 
 def list_consequences(side: Side) -> tuple[Result, ...]:
@@ -89,7 +90,7 @@ def _group_parts(parts: Sequence[Result]) -> Iterator[Finding]:
             yield Finding(f"{_list_names(ring)} are {how}: {results[0].reason}", results)
     alike: dict[str, list[Result]] = {}
     for name, result in others.items():
-        alike.setdefault(re.sub(r"[\d.e+-]+", "", result.reason.replace(name, "")), []).append(result)
+        alike.setdefault(re.sub(r"\d[\d.e+-]*", "", result.reason.replace(name, "")), []).append(result)
     for group in alike.values():
         names, reason = [result.check.where for result in group], group[0].reason or "no reason was given"
         wrong = reason.removeprefix(names[0]).lstrip(" :")

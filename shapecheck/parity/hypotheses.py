@@ -21,7 +21,7 @@ _TRIALS, _PRECISE = 8, 1e-3
 _ALIKE = 0.9
 """The least cosine between two changes of the output that are taken for one."""
 _UNEXPLAINED = 0.4
-"""A bound explains a change if it leaves no more than this share of what is wrong: where sums are cut off, inputs are not quite."""
+"""A bound explains a change if no more of it than this share is left: where sums are cut off, inputs are not quite."""
 
 
 class Hypothesis(NamedTuple):
