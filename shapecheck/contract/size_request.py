@@ -42,7 +42,7 @@ class SizeRequest:
         `divisor` is that of the model. Raises ShapecheckError if a size is below 1.
         """
         step = lcm(divisor, self.multiple or 1)
-        coarse = tuple(round_up(geometry, self.multiple or 1) for geometry in usual)
+        coarse = tuple(round_up(geometry, step) if self.multiple else geometry for geometry in usual)
         geometries: list[Geometry] = []
         for sizes in self.ranges:
             bounds = [{symbol: triple[bound] for symbol, triple in sizes.items()} for bound in range(3)]

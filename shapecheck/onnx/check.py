@@ -51,8 +51,9 @@ def check(
             "are for with --model, or check the model that it was exported from with --controlnet"
         )
     sweep = sweep_sizes(reading, roles, progress, contract=expected, requested=requested)
-    for geometry in sweep.requested if expected is not None else ():
-        expected.require(geometry)
+    if expected is not None:
+        for geometry in sweep.requested:
+            expected.require(geometry)
     basis: Basis = "given" if contract else "inside"
     if expected is None:
         expected, basis = _find_best_preset(roles, sweep), "preset"
@@ -62,7 +63,7 @@ def check(
     matching = case.matching
     mismatches = _check_outputs(reading, case) if roles.is_controlnet else find_faults(case)
     unchecked = _find_unchecked(reading, case)
-    mismatches += sweep.find_faults(expected.divisor)
+    mismatches += sweep.find_faults()
     return FileCheck(
         str(file),
         reading.producer,

@@ -19,13 +19,20 @@ _PLACE = "this is the place of "
 _ALIEN = ("channels", "missing", "surplus", "rank", "size", "rounding")
 """Kinds of faults that most slots have if the file is another model's."""
 _WORDS = {
-    "baked": "baked in: every call gets the same",
+    "baked": "baked in, so that every call gets the same",
     "missing": "missing",
     "unused": "without effect on the output",
     "broadcast": "of one cell, which is broadcast",
     "order": "added elsewhere",
     "name": "named otherwise",
     "surplus": "unknown to the model",
+}
+_WORDS_OF_SEVERAL = {
+    "channels": "of other channels",
+    "rank": "of another rank",
+    "size": "of another size",
+    "rounding": "rounded otherwise",
+    "dtype": "of another dtype",
 }
 _ORDER = {kind: place for place, kind in enumerate(("channels", "baked", "missing", "unused", "order", "broadcast", "rank"))}
 
@@ -154,7 +161,10 @@ def list_findings(checked: FileCheck) -> tuple[str, ...]:
     faults, findings = list(checked.mismatches), []
     slots = {slot.name for slot in checked.contract.slots} | {slot.name for slot in checked.slots}
     alien = [fault for fault in faults if fault.kind in _ALIEN and fault.where in slots]
-    if len({fault.where for fault in alien}) * 2 >= len(checked.contract.slots) >= 4:
+    if alien and not checked.slots and {fault.kind for fault in alien} == {"missing"}:
+        findings.append("it takes no residuals: it was exported without control")
+        faults = [fault for fault in faults if fault not in alien]
+    elif len({fault.where for fault in alien}) * 2 >= len(checked.contract.slots) >= 4:
         source = checked.contract.header.source or "the model"
         findings.append(f"most slots are not those of {source}: it is probably another model's file")
         faults = [fault for fault in faults if fault not in alien]
@@ -169,14 +179,16 @@ def list_findings(checked: FileCheck) -> tuple[str, ...]:
     for kind, alike in sorted(groups.items(), key=lambda group: _ORDER.get(group[0], len(_ORDER))):
         names = ", ".join(fault.where for fault in alike[:2]) + (f" and {len(alike) - 2} more" if len(alike) > 2 else "")
         first = alike[0]
-        details = f"{format_observed(first.observed)}, expected {format_observed(first.expected)}" if len(alike) == 1 else ""
         if kind == "sizes":
             at = f" at {first.geometry}" if first.geometry else ""
             findings.append(f"{first.observed}{at}: {first.cause}" if first.cause else f"{first.observed}{at}")
         elif kind in _WORDS:
             findings.append(f"{names} {'is' if len(alike) == 1 else 'are'} {_WORDS[kind]}")
+        elif len(alike) > 1:
+            findings.append(f"{names} are {_WORDS_OF_SEVERAL.get(kind, f'wrong ({kind})')}")
         else:
-            findings.append(f"{names}: {kind}" + (f" {details}" if details else ""))
+            observed, expected = format_observed(first.observed), format_observed(first.expected)
+            findings.append(f"{names}: {kind} {observed}, expected {expected}")
     return tuple(findings)
 
 

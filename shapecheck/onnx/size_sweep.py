@@ -55,17 +55,16 @@ class SizeSweep:
             rules = {skip: [*rule, known[columns[skip]]] for skip, rule in rules.items() if columns[skip] in known}
         return {skip: tuple(rule) for skip, rule in rules.items()}
 
-    def find_faults(self, divisor: int) -> tuple[Mismatch, ...]:
+    def find_faults(self) -> tuple[Mismatch, ...]:
         """Return in what the graph fails of what was requested; without that, only whether it works at no size at all.
 
-        `divisor` is the model's. A file narrower than its model is not wrong: that is a limit.
+        A file narrower than its model is not wrong: that is a limit.
         """
-        every = f"multiples of {divisor}" if divisor > 1 else "every latent size"
         if not self.requested:
             if self.limits.divisor:
                 return ()
             cause = self.limits.reason
-            return (Mismatch("sizes", "sample", "no size that was tried works", every, self.limits.refused, cause=cause),)
+            return (Mismatch("sizes", "sample", "no size that was tried works", "works", self.limits.refused, cause=cause),)
         faults = [(geometry, fault) for geometry in self.requested if (fault := self._explain(geometry))]
         if not faults:
             return ()

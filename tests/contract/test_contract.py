@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from shapecheck import Contract, ContractError, Geometry, ShapecheckError, presets
 from shapecheck.contract import Config, Dim, Header
 from shapecheck.contract.dims import constant
+from shapecheck.contract.size_request import SizeRequest
 from shapecheck.observe import request as requests
 from shapecheck.observe.report import render_text
 from shapecheck.presets.families import find_families
@@ -437,3 +438,28 @@ def test_any_change_of_any_shape_is_found(data):
     changed[axis] += data.draw(st.integers(1, 9))
     (found,) = SD15.mismatches(RIGHT | {where: tuple(changed)}, ODD)
     assert found.where == where
+
+
+# requested sizes
+
+
+USUAL = (Geometry(2, 17, 25), Geometry(1, 24, 40))
+SQUARE = {"h": (8, 16, 40), "w": (8, 16, 40)}
+
+
+@pytest.mark.parametrize(
+    ("requested", "divisor", "expected"),
+    [
+        (SizeRequest(), 1, USUAL),
+        (SizeRequest((), 8), 1, (Geometry(2, 24, 32), Geometry(1, 24, 40))),
+        (SizeRequest((), 3), 2, (Geometry(2, 18, 30), Geometry(1, 24, 42))),
+        (SizeRequest(({"batch": (1, 2, 4)},)), 1, (Geometry(1, 17, 25), Geometry(2, 24, 40), Geometry(4, 17, 25))),
+        (SizeRequest(({"tokens": (7, 7, 7)},)), 1, (Geometry(2, 17, 25, 7), Geometry(1, 24, 40, 7))),
+        (SizeRequest((SQUARE,)), 1, (Geometry(1, 8, 8), Geometry(1, 16, 16), Geometry(1, 40, 40), Geometry(1, 25, 25))),
+        (SizeRequest((SQUARE,), 8), 1, (Geometry(1, 8, 8), Geometry(1, 16, 16), Geometry(1, 40, 40), Geometry(1, 24, 24))),
+        (SizeRequest.at(Geometry(3, 9, 11, 5)), 1, (Geometry(3, 9, 11, 5),)),
+        (SizeRequest(({"batch": (4, 4, 4)},)).with_latent(9, 11), 1, (Geometry(4, 9, 11),)),
+    ],
+)
+def test_what_is_not_requested_is_as_usual(requested, divisor, expected):
+    assert requested.list_geometries(USUAL, divisor) == expected

@@ -913,6 +913,29 @@ def test_markdown_and_json_say_the_same(drawn, tmp_path):
     assert [each["slot"] for each in record["slots"]] == [slot.name for slot in drawn[1].slots]
 
 
+@pytest.mark.parametrize(
+    ("edits", "first"),
+    [
+        ((files.exchange("down_block_residual_00", "down_block_residual_01"), files.rename(text_embeds="pooled")),
+         "2 faults: down_block_residual_00 and down_block_residual_01 are exchanged; pooled is named otherwise"),
+        ([edit for index in range(3) for edit in (files.unconsume(f"down_block_residual_0{index}"),)],
+         "1 fault: down_block_residual_00, down_block_residual_01 and 1 more are without effect on the output"),
+    ],
+)  # fmt: skip
+def test_a_symptom_and_its_consequences_are_one_finding(edits, first, plant):
+    checked = plant(*edits)
+    title, verdict, following, *_ = report.render_text(checked).split("\n\n")
+    assert (title, verdict) == (checked.path, f"BROKEN: {first}")
+    assert following.startswith("next: ")
+
+
+def test_another_model_s_file_is_one_finding(drawn):
+    with torch.device("meta"):
+        deep = probe(small.unet(**files.DEEP))
+    first = report.list_findings(check(drawn[0], deep))[0]
+    assert first == "most slots are not those of live UNet2DConditionModel: it is probably another model's file"
+
+
 def test_the_report_tells_of_controlnets_apart_from_the_file(drawn):
     checked = check(*drawn)
     misfit = Mismatch("channels", "mid_block_residual", (1, 8, 9, 9), (1, 16, 9, 9))
