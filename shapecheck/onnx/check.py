@@ -13,7 +13,7 @@ from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.size_request import SizeRequest
 from shapecheck.onnx import contract_metadata
 from shapecheck.onnx.file import OnnxFile
-from shapecheck.onnx.findings import Case, find_faults
+from shapecheck.onnx.findings import Case, find_faults, find_remarks
 from shapecheck.onnx.input_roles import Matching, Roles, assign_roles, diffusers_names
 from shapecheck.onnx.reading import Reading
 from shapecheck.onnx.records import Basis, DeclaredInput, DeclaredSlot, FileCheck
@@ -55,11 +55,11 @@ def check(
         for geometry in sweep.requested:
             expected.require(geometry)
     basis: Basis = "given" if contract else "inside"
-    if expected is None:
+    if expected is None and not roles.pictures:
         expected, basis = _find_best_preset(roles, sweep), "preset"
     if expected is None:
         expected, basis = _make_own_contract(reading, roles, sweep), "none"
-    case = Case(roles, sweep, expected, basis == "none")
+    case = Case(roles, sweep, expected, basis == "none", is_inside=inside is not None)
     matching = case.matching
     mismatches = _check_outputs(reading, case) if roles.is_controlnet else find_faults(case)
     unchecked = _find_unchecked(reading, case)
@@ -75,9 +75,15 @@ def check(
         sweep.limits,
         sweep.requested,
         mismatches,
-        (*notes, *_write_notes(case, inside), *_describe_symbols(matching, {mismatch.where for mismatch in mismatches})),
+        (
+            *notes,
+            *_write_notes(case, inside),
+            *find_remarks(case),
+            *_describe_symbols(matching, {mismatch.where for mismatch in mismatches}),
+        ),
         tuple((slot.name, tensor.name) for slot, tensor in matching.pairs),
         unchecked,
+        bool(roles.pictures),
     )
 
 
@@ -96,7 +102,7 @@ def _find_best_preset(roles: Roles, sweep: SizeSweep) -> Contract | None:
 
 def _make_own_contract(reading: Reading, roles: Roles, sweep: SizeSweep) -> Contract:
     """Return the file's own table as a contract, which shows what is wrong with any UNet."""
-    if not roles.slots:
+    if not roles.slots and not roles.pictures:
         names = ", ".join(tensor.name for tensor in reading.inputs) or "none"
         raise ShapecheckError(
             f"{reading.path} takes no residuals (inputs: {names}) and fits no preset; "

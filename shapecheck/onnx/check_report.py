@@ -150,6 +150,8 @@ def _describe_verdict(checked: FileCheck) -> str:
         return f"NOT CHECKED: {checked.unchecked}"
     outputs = 0 if checked.slots else len(checked.contract.slots)
     slots = f"{outputs} outputs" if outputs else f"{len(checked.slots)} slots"
+    if checked.makes_residuals:
+        slots = "residuals made inside"
     count = len(checked.requested)
     at = f" at {checked.requested[0] if count == 1 else f'{count} requested sizes'}" if count else ""
     limits = f"; takes {'; '.join(checked.narrower)}" if checked.narrower else ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from shapecheck.contract import Contract, Dim, Input, Mismatch, Slot, show
 from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import MismatchKind
-from shapecheck.onnx.input_roles import Matching, Roles, diffusers_names, match_inputs
+from shapecheck.onnx.input_roles import STRENGTH, Matching, Roles, diffusers_names, match_inputs, name_outputs
 from shapecheck.onnx.reading import GraphTensor
 from shapecheck.onnx.size_sweep import SizeSweep
 
@@ -26,13 +28,17 @@ class Case:
     contract: Contract
     itself: bool = False
     """The contract is the file's own table: what that leaves out is not a fault."""
+    is_inside: bool = False
+    """The file holds a contract, so that its names are claims."""
 
     @property
     def matching(self) -> Matching:
         return match_inputs(self.roles, self.contract)
 
     def name_in_file(self, slot: Slot) -> str:
-        """Return what the file's own naming scheme calls a slot."""
+        """Return what the file calls a slot: by its naming scheme, or by the order of a ControlNet's outputs."""
+        if self.roles.is_controlnet and self.roles.naming is None:
+            return name_outputs(self.roles, self.contract).get(slot.name, slot.name)
         index = SHAPECHECK.index(slot.name)
         if self.roles.naming is None or index is None:
             return slot.name
@@ -47,7 +53,7 @@ def find_faults(case: Case) -> tuple[Mismatch, ...]:
     for tensor in matching.surplus:
         if not tensor.live:
             faults.append(Mismatch("unused", tensor.name, "no effect on the output", "an effect, or no input", cause=_IGNORED))
-        elif not case.itself:
+        elif not case.itself and not case.roles.pictures:
             cause = "callers that follow the contract do not pass it"
             faults.append(Mismatch("surplus", tensor.name, str(tensor), "no such input", cause=cause))
     return tuple(faults)
@@ -56,12 +62,14 @@ def find_faults(case: Case) -> tuple[Mismatch, ...]:
 def _check_input(case: Case, matching: Matching, base: Input, tensor: GraphTensor | None) -> Iterator[Mismatch]:
     expected = show(base.shape)
     if tensor is None:
+        if base.name == STRENGTH:
+            return  # a strength that is baked in is a remark: the residuals are right
         is_image = base.name in ("sample", "controlnet_cond")
         cause = "" if is_image else "the graph computes with a constant in its place: every call gets the same conditioning"
         yield Mismatch("missing" if is_image else "baked", base.name, "no such input", expected, cause=cause)
         return
     name = tensor.name
-    if name in matching.renamed:
+    if name in matching.renamed and case.is_inside:
         yield Mismatch("name", name, name, base.name, cause=f"recognised by its shape; {_RENAME}")
     if not tensor.live:
         yield Mismatch("unused", name, "no effect on the output", expected, cause=f"baked: {_IGNORED}")
@@ -82,7 +90,7 @@ def _check_input(case: Case, matching: Matching, base: Input, tensor: GraphTenso
 
 def _check_slots(case: Case, matching: Matching) -> Iterator[Mismatch]:
     places = _find_wrong_places(case, matching)
-    for slot, tensor in matching.slots:
+    for slot, tensor in () if case.roles.pictures else matching.slots:  # a graph that makes its residuals takes none
         module = slot.producer
         if tensor is None:
             name, cause = case.name_in_file(slot), "never exported, or dropped by the exporter because nothing used it"
@@ -95,31 +103,43 @@ def _check_slots(case: Case, matching: Matching) -> Iterator[Mismatch]:
         wrong = _find_wrong_shape(case, slot, tensor)
         if wrong:
             yield Mismatch(wrong[0], name, str(tensor), show(slot.shape), None, module, cause=wrong[1])
-        makers = [add.module or add.skip for add in tensor.adds]
-        # The file's own table says where a slot is, not where it should be.
-        expected = f"added to the output of {(not case.itself and module) or 'its own module'}"
-        if not tensor.adds or not tensor.live:
-            observed = "no effect on the output" if tensor.adds else "added to nothing"
-            yield Mismatch("unused", name, observed, expected, None, module, cause=_IGNORED)
-        elif len(makers) > 1:
-            yield Mismatch("order", name, f"added to {', '.join(makers)}", "added once", None, module)
-        elif name in places:
-            observed, cause = f"added to the output of {makers[0]}", f"this is the place of {places[name]}"
-            yield Mismatch("order", name, observed, expected, None, module, cause=cause)
-        elif not wrong:
-            yield from _check_skip(case, slot, tensor)
+        yield from _check_sum(case, slot, tensor, places.get(name, ""), is_comparable=not wrong)
+
+
+def _check_sum(case: Case, slot: Slot, tensor: GraphTensor, owner: str, *, is_comparable: bool) -> Iterator[Mismatch]:
+    """Find what is wrong with where a residual is added; `owner` is the slot whose place that is, if it is another's."""
+    name, module = tensor.name, slot.producer
+    makers = [add.module or add.skip for add in tensor.adds]
+    # The file's own table says where a slot is, not where it should be.
+    expected = f"added to the output of {(not case.itself and module) or 'its own module'}"
+    if not tensor.live:
+        observed = "no effect on the output" if tensor.adds else "added to nothing"
+        yield Mismatch("unused", name, observed, expected, None, module, cause=_IGNORED)
+    elif not tensor.adds:
+        return  # an optimiser wrote the sum in a way of its own, or it is none: values decide
+    elif tensor.adds[0].factor < 0:
+        yield Mismatch("values", name, "subtracted from its skip", "added to it", None, module)
+    elif len(makers) > 1:
+        yield Mismatch("order", name, f"added to {', '.join(makers)}", "added once", None, module)
+    elif owner:
+        observed, cause = f"added to the output of {makers[0]}", f"this is the place of {owner}"
+        yield Mismatch("order", name, observed, expected, None, module, cause=cause)
+    elif is_comparable:
+        yield from _check_skip(case, slot, tensor)
 
 
 def _find_wrong_places(case: Case, matching: Matching) -> dict[str, str]:
     """Return the residuals that are added in another's place, with the name of that other.
 
-    Each skip is computed from the one before it: their order in the graph is that of the slots, whatever the shapes. If
-    names tell the modules that make the skips, a residual in the place of a missing one is seen too.
+    Each skip is computed from the one before it, which is the order of the slots, whatever the shapes. Of a skip that an
+    optimiser computes twice the graph need not show it: that is no fault. If names tell the modules that make the skips, a
+    residual in the place of a missing one is seen too.
     """
     placed = [tensor for tensor in case.roles.slots if tensor.adds and case.roles.position(tensor) is not None]
     named = sorted(placed, key=lambda tensor: case.roles.position(tensor) or 0)
-    pairs = zip(placed, named, strict=True)  # two that share a skip, as KOALA's last ones do, may change places
-    places = {tensor.name: owner.name for tensor, owner in pairs if tensor.adds[0].rank != owner.adds[0].rank}
+    # Two that share a skip, as KOALA's last ones do, may change places, and so may those of which no order is shown.
+    pairs = zip(sorted(named, key=lambda tensor: tensor.adds[0].depth), named, strict=True)
+    places = {tensor.name: owner.name for tensor, owner in pairs if tensor.adds[0].depth != owner.adds[0].depth}
     owners = {slot.producer: case.name_in_file(slot) for slot, _ in reversed(matching.slots) if slot.producer}
     for slot, tensor in matching.slots:
         if tensor is not None and tensor.adds and tensor.name not in places:
@@ -127,6 +147,51 @@ def _find_wrong_places(case: Case, matching: Matching) -> dict[str, str]:
             if makers and slot.producer not in makers:
                 places[tensor.name] = owners[max(makers, key=len)]
     return places
+
+
+def find_remarks(case: Case) -> Iterator[str]:
+    """Yield what is no fault in a file of others and that who runs it has to know."""
+    roles, matching = case.roles, case.matching
+    if roles.pictures:
+        names = ", ".join(
+            tensor.name for tensor in (*roles.pictures, *(tensor for tensor in matching.surplus if not tensor.dims))
+        )
+        yield f"the residuals are made inside: the graph holds a ControlNet ({names}), so that none can be exchanged"
+    if roles.is_controlnet and roles.naming is None:
+        yield "the outputs' names follow no known scheme: taken in their order, which their shapes confirm or not"
+    if not case.is_inside:
+        renamed = {tensor.name: base.name for base, tensor in matching.inputs if tensor and tensor.name in matching.renamed}
+        if renamed:
+            yield "recognised by their shapes: " + ", ".join(f"{name} is {ours}" for name, ours in renamed.items())
+    yield from _describe_strengths(case)
+    hidden = [tensor.name for tensor in roles.slots if tensor.live and not tensor.adds]
+    seen = [tensor for tensor in roles.slots if tensor.adds]
+    for tensor, following in pairwise(seen):
+        if tensor.adds[0].depth == following.adds[0].depth and tensor.adds[0].rank != following.adds[0].rank:
+            hidden += [tensor.name, following.name]
+    if hidden:
+        yield (
+            f"the graph does not show where {', '.join(dict.fromkeys(hidden))} belong, as after an optimiser: their order is "
+            "unknown here, and `shapecheck parity` decides it by values"
+        )
+
+
+def _describe_strengths(case: Case) -> Iterator[str]:
+    """Describe strengths that are constants of the graph."""
+    roles = case.roles
+    if roles.is_controlnet:
+        numbers = [tensor for tensor in roles.base if tensor.is_float and tensor.dims in ((), (1,)) and tensor.live]
+        if all("timestep" in diffusers_names(tensor) for tensor in numbers) or roles.strength not in (None, 1.0):
+            value = "" if roles.strength is None else f" as {roles.strength:g}"
+            yield f"the strength (conditioning_scale) is baked in{value}: scale the residuals after it"
+        return
+    factors = {tensor.name: tensor.adds[0].factor for tensor in roles.slots if tensor.adds}
+    baked = {name: factor for name, factor in factors.items() if factor > 0 and not math.isclose(factor, 1, rel_tol=1e-6)}
+    if baked and len({f"{factor:g}" for factor in factors.values()}) == 1:
+        yield f"a strength of {next(iter(baked.values())):g} is baked in: every residual is multiplied by it before it is added"
+    elif baked:
+        each = ", ".join(f"{name} by {factor:g}" for name, factor in baked.items())
+        yield f"strengths are baked in: {each} before they are added"
 
 
 def _find_wrong_shape(case: Case, slot: Slot, tensor: GraphTensor) -> tuple[MismatchKind, str] | None:

@@ -15,7 +15,11 @@ _COMFYUI_NAMES = {
     "timesteps": ("timestep",),
     "context": ("encoder_hidden_states",),
     "y": ("text_embeds", "time_ids"),  # embedded and joined before the graph
+    "hint": ("controlnet_cond",),
 }
+STRENGTH = "conditioning_scale"
+"""The input of a ControlNet that all its residuals are multiplied by."""
+_PICTURE_CHANNELS = 3
 _SYMBOLS: Mapping[str, tuple[str | None, ...]] = {
     "sample": ("batch", None, "h", "w"),
     "encoder_hidden_states": ("batch", "tokens", None),
@@ -34,6 +38,10 @@ class Roles:
     is_controlnet: bool
     features: tuple[GraphTensor, ...] = ()
     """Of a T2I-Adapter, by our names, which are the only ones known."""
+    emitted: tuple[str, ...] = ()
+    """The outputs of a ControlNet, in the order of the graph."""
+    strength: float | None = None
+    """A constant that a ControlNet multiplies all of them by."""
 
     @property
     def added(self) -> tuple[GraphTensor, ...]:
@@ -41,10 +49,20 @@ class Roles:
 
     @property
     def sample(self) -> GraphTensor | None:
-        """Return the latents: by name, else the only image that is not a residual."""
+        """Return the latents: by name, else the first image that is not a residual and has other channels than a picture."""
         images = [tensor for tensor in self.base if tensor.is_image and tensor.dims]
-        named = (tensor for tensor in self.base if "sample" in diffusers_names(tensor))
-        return next(named, images[0] if len(images) == 1 else None)
+        named = [tensor for tensor in self.base if "sample" in diffusers_names(tensor)]
+        latents = [tensor for tensor in images if tensor.dims and tensor.dims[1] != _PICTURE_CHANNELS]
+        return next(iter((*named, *(latents if len(images) > 1 else images))), None)
+
+    @property
+    def pictures(self) -> tuple[GraphTensor, ...]:
+        """Return what a UNet takes besides the latents, if it takes no residuals: it makes them itself."""
+        if self.is_controlnet or self.added:
+            return ()
+        return tuple(
+            tensor for tensor in self.base if tensor.is_image and tensor.dims and tensor.live and tensor != self.sample
+        )
 
     def symbols(self, tensor: GraphTensor) -> tuple[str | None, ...]:
         """Return which size of a call each axis of a base input is: batch, h, w or tokens; None for none of them."""
@@ -92,13 +110,30 @@ def assign_roles(reading: Reading) -> Roles:
             slots.append(tensor)
         else:
             base.append(tensor)
-    slots.sort(key=lambda tensor: min((add.rank for add in tensor.adds), default=math.inf))
-    # Fewer than four outputs are not a ControlNet's.
-    is_controlnet = not slots and not features and len(reading.outputs) >= 4
-    is_controlnet |= any(tensor.name == "controlnet_cond" for tensor in base)
-    if is_controlnet:
-        scheme = naming.detect_scheme(tensor.name for tensor in reading.outputs)
-    return Roles(scheme, tuple(slots), tuple(base), is_controlnet, tuple(features))
+    slots.sort(key=lambda tensor: min(((add.depth, add.rank) for add in tensor.adds), default=(math.inf, 0)))
+    images = [tensor for tensor in base if tensor.is_image and tensor.dims]
+    # A ControlNet takes latents and a picture. Fewer than four outputs without those are not a ControlNet's.
+    is_controlnet = not slots and not features and len(reading.outputs) >= (2 if len(images) > 1 else 4)
+    ports = reading.outputs if is_controlnet else slots
+    scheme = naming.detect_scheme(tensor.name for tensor in ports)
+    # If a scheme knows only some of the names, such as mid's, it is not theirs.
+    if scheme is not None and 2 * sum(scheme.index(tensor.name) is not None for tensor in ports) < len(ports):
+        scheme = None
+    emitted = tuple(tensor.name for tensor in reading.outputs) if is_controlnet else ()
+    factors = {tensor.factor for tensor in reading.outputs}
+    strength = factors.pop() if is_controlnet and len(factors) == 1 else None
+    return Roles(scheme, tuple(slots), tuple(base), is_controlnet, tuple(features), emitted, strength)
+
+
+def name_outputs(roles: Roles, contract: Contract) -> dict[str, str]:
+    """Return what a ControlNet's file calls each slot: by a scheme, else by the order of its outputs."""
+    indexes = [(slot.name, SHAPECHECK.index(slot.name)) for slot in contract.slots]
+    if roles.naming is None:
+        return dict(zip((name for name, _ in indexes), roles.emitted, strict=False))
+    names = {
+        name: roles.naming.mid if index == -1 else roles.naming.down(index) for name, index in indexes if index is not None
+    }
+    return {name: own for name, own in names.items() if own in roles.emitted}
 
 
 def match_inputs(roles: Roles, contract: Contract) -> Matching:
@@ -116,6 +151,11 @@ def match_inputs(roles: Roles, contract: Contract) -> Matching:
     # Base inputs match by name, the others by rank and constant sizes.
     named = {name: tensor for tensor in roles.base for name in diffusers_names(tensor)}
     unmatched = [tensor for tensor in roles.base if not {base.name for base in contract.inputs} & {*diffusers_names(tensor)}]
+    for base in contract.inputs:
+        # What may be two inputs in one is the first of them alone if another input fits the second.
+        is_second = base.name in named and base.name in diffusers_names(named[base.name])[1:]
+        if is_second and any(_fits(tensor, base) for tensor in unmatched):
+            del named[base.name]
     inputs: dict[str, GraphTensor | None] = {}
     for base in contract.inputs:
         stand_ins = [named[base.name]] if base.name in named else [tensor for tensor in unmatched if _fits(tensor, base)]

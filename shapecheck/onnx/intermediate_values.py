@@ -13,7 +13,7 @@ from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.onnx.file import LARGEST, OnnxFile
 from shapecheck.onnx.node_locations import BLOCK, SCOPES, find_module
-from shapecheck.onnx.reading import SAME_VALUE, SIZE_ONLY, find_sums
+from shapecheck.onnx.sums import SAME_VALUE, SIZE_ONLY, find_sums
 
 _OURS = re.compile(r"(?P<module>.+)\.out(?:\+(?P<slot>\w+))?")
 """Names of blocks' outputs and sums in files of our own exporter."""
@@ -67,7 +67,7 @@ def find_values(file: OnnxFile, contract: Contract, names: Mapping[str, str]) ->
         blocks = _find_block_outputs(graph)
 
     sums: dict[str, _Sum] = {}
-    additions = _list_sums(residuals, ranks, contract)
+    additions = _list_sums(graph, residuals, ranks, contract)
     for index, addition in enumerate(additions):
         # The slot is told by our own name, by the order of the skips if none is missing, or by the skip.
         name = ours[addition.value]["slot"] if addition.value in ours else None
@@ -131,14 +131,17 @@ def add_outputs(file: OnnxFile, values: Iterable[str]) -> bytes:
     return data
 
 
-def _list_sums(residuals: Mapping[str, ir.Value], ranks: Mapping[ir.Value, int], contract: Contract) -> list[_Sum]:
+def _list_sums(
+    graph: ir.Graph, residuals: Mapping[str, ir.Value], ranks: Mapping[ir.Value, int], contract: Contract
+) -> list[_Sum]:
     """Return the additions in the order of their skips; of a residual that is added twice in a row, only the second."""
     sums: dict[ir.Value, _Sum] = {}
+    nodes = {node: rank for rank, node in enumerate(graph)}
     additions = [
-        _Sum(slot, skip, value)
+        _Sum(slot, addition.skip, addition.value)
         for slot, residual in residuals.items()
-        for skip, _, value in find_sums(residual)
-        if {skip, value} <= ranks.keys()  # not those in a branch
+        for addition in find_sums(residual, nodes)
+        if addition.skip is not addition.value  # a skip that is laid out otherwise is not PyTorch's
     ]
     for addition in sorted(additions, key=lambda addition: ranks[addition.value]):
         before = sums.get(addition.skip)

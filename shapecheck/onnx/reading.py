@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -13,13 +13,11 @@ from shapecheck.contract import Contract
 from shapecheck.contract.errors import one_line
 from shapecheck.contract.mismatch import Port
 from shapecheck.contract.naming import torch_name
+from shapecheck.onnx.fused_operators import can_be_followed
 from shapecheck.onnx.node_locations import SCOPES, NodeLocations, find_module
 from shapecheck.onnx.sanitize import LONGEST_NAME, report_unsound
 from shapecheck.onnx.shapes import Shapes, infer_shapes_at, parameters_to_inputs
-
-SAME_VALUE = ("Cast", "CastLike", "Identity")
-SIZE_ONLY = ("Shape", "Size")
-"""Operators that read no values."""
+from shapecheck.onnx.sums import SIZE_ONLY, Sum, find_sums, is_measured, read_factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +29,11 @@ class ResidualAdd:
     module: str
     """Path of the module that produces the skip; empty if no name tells it."""
     rank: int
-    """The place of the skip in the order of computation, which is the order of the slots."""
+    """The place of the skip in the order of computation."""
+    depth: int = 0
+    """The number of skips that it is computed from, which shows the order of the slots if none is computed twice."""
+    factor: float = 1.0
+    """What the input is multiplied by: negative if it is subtracted; not a number if that is no constant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class GraphTensor(Port):
     adds: tuple[ResidualAdd, ...] = ()
     measured: bool = False
     """The graph reads sizes off it."""
+    factor: float | None = None
+    """The constant that an output is multiplied by last."""
 
     @property
     def is_float(self) -> bool:
@@ -92,66 +96,58 @@ def read_graph(path: Path, model: ir.Model) -> Reading:
         is_named = (value.name or "").endswith((".weight", ".bias"))
         if not value.is_initializer() and not (is_named and value.shape is not None and value.shape.is_static()):
             declared.append(value)
-    parameters_to_inputs(graph)
     ranks = {node: rank for rank, node in enumerate(graph)}
+    # While it shows what is constant. A sum may be computed once for each of its readers.
+    found = {value: {addition.producer: addition for addition in find_sums(value, ranks)} for value in declared}
+    sums = {value: tuple(additions.values()) for value, additions in found.items()}
+    factors = {value: read_factor(value) for value in graph.outputs}
+    parameters_to_inputs(graph)
+    depths = _count_depths(graph, {addition.producer for additions in sums.values() for addition in additions})
     known = [node for node in graph if onnx.defs.has(node.op_type, node.domain) and node.domain in graph.opset_imports]
     live = _find_live(graph)
+
+    def describe_sum(addition: Sum) -> ResidualAdd:
+        skip, producer = addition.skip.name or "", addition.producer
+        module = find_module(skip, producer.name or "", producer.metadata_props.get(SCOPES, ""))
+        return ResidualAdd(skip, module, ranks[producer], depths[producer], addition.factor)
+
     return Reading(
         path,
         one_line(" ".join(filter(None, (model.producer_name, model.producer_version)))),
-        tuple(_read_tensor(value, live, ranks) for value in declared),
-        tuple(_read_tensor(value, live, {}) for value in graph.outputs),
-        tuple(sorted({one_line(node.op_type) for node in {*graph} - {*known}})),
+        tuple(_read_tensor(value, live, map(describe_sum, sums[value])) for value in declared),
+        tuple(replace(_read_tensor(value, live), factor=factors[value]) for value in graph.outputs),
+        tuple(sorted({one_line(node.op_type) for node in {*graph} - {*known} if not can_be_followed(node)})),
         model,
     )
 
 
-def _read_tensor(value: ir.Value, live: set[ir.Value], ranks: Mapping[ir.Node, int]) -> GraphTensor:
+def _read_tensor(value: ir.Value, live: set[ir.Value], adds: Iterable[ResidualAdd] = ()) -> GraphTensor:
     dims: list[int | str | None] = []
     for dim in value.shape or ():
         if isinstance(dim, int):
             dims.append(dim if dim > 0 else None)  # some exporters write 0 or -1 for any size
         else:
             dims.append(one_line(dim.value, LONGEST_NAME) if dim.value else None)
-    adds = []
-    for skip, producer, _ in find_sums(value):
-        if producer in ranks:  # not in a branch
-            module = find_module(skip.name or "", producer.name or "", producer.metadata_props.get(SCOPES, ""))
-            adds.append(ResidualAdd(skip.name or "", module, ranks[producer]))
     return GraphTensor(
         value.name or "",
         torch_name(value.dtype.name if value.dtype is not None else "unknown"),
         None if value.shape is None else tuple(dims),
         value in live,
         tuple(adds),
-        any(node.op_type in SIZE_ONLY for node in value.consumers()),
+        is_measured(value),
     )
 
 
-def find_sums(residual: ir.Value) -> Iterator[tuple[ir.Value, ir.Node, ir.Value]]:
-    """Yield each skip that a value, scaled or cast on its way, is added to; the node that makes the skip; and the sum."""
-    waiting, seen = [residual], {residual}
-    for value in waiting:  # which grows on the way
-        for node in value.consumers():
-            others = [other for other in node.inputs if other is not None and other is not value]
-            if node.op_type in SAME_VALUE or (node.op_type in ("Mul", "Div") and all(map(_is_scalar, others))):
-                waiting += {*node.outputs[:1]} - seen
-                seen |= {*node.outputs[:1]}
-            elif node.op_type in ("Add", "Sum") and len(others) == 1 and node.outputs:
-                skip = others[0]
-                # Exporters insert casts between a module and its consumer.
-                producer = skip.producer()
-                while producer is not None and producer.op_type in SAME_VALUE and producer.inputs and producer.inputs[0]:
-                    skip = producer.inputs[0]
-                    producer = skip.producer()
-                if producer is not None and producer.op_type != "Constant":
-                    yield skip, producer, node.outputs[0]
-
-
-def _is_scalar(value: ir.Value) -> bool:
-    """Return whether a factor is one number, constant or an input: a residual times it is still that residual."""
-    producer = value.producer()
-    return all(dim == 1 for dim in value.shape) if value.shape is not None else producer is not None and not producer.inputs
+def _count_depths(graph: ir.Graph, producers: set[ir.Node]) -> dict[ir.Node, int]:
+    """Return for each of these nodes how many of them its result is computed from, itself included."""
+    bits = {node: 1 << number for number, node in enumerate(producers)}
+    sources: dict[ir.Value, int] = {}
+    for node in graph:
+        found = bits.get(node, 0)
+        for value in node.inputs:
+            found |= sources.get(value, 0) if value is not None else 0
+        sources |= dict.fromkeys(node.outputs, found) if found else {}
+    return {node: sources[node.outputs[0]].bit_count() for node in producers}
 
 
 def _find_live(graph: ir.Graph) -> set[ir.Value]:

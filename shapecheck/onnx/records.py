@@ -109,6 +109,8 @@ class FileCheck:
     """Inputs of the contract that the file has: the contract's name, and the file's."""
     unchecked: str
     """The reason why the sizes were not checked; empty if they were."""
+    makes_residuals: bool = False
+    """It holds its ControlNet, and takes no residuals."""
 
     @property
     def narrower(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from onnxscript import optimizer
 
 from shapecheck.contract import Shape, show
 from shapecheck.contract.errors import one_line
+from shapecheck.onnx.fused_operators import rewrite
 
 _FEW = 64
 """Elements of a tensor that may hold sizes; a larger one is a weight, and never read."""
@@ -54,12 +55,7 @@ def infer_shapes_at(model: ir.Model, sizes: Mapping[str, Sequence[int | None]]) 
     del proto.graph.value_info[:]
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
-    for node in proto.graph.node:
-        # onnx has no inference rule for GroupNormalization, which keeps the shape.
-        if node.op_type == "GroupNormalization" and not node.domain:
-            node.op_type = "Identity"
-            del node.input[1:]
-            del node.attribute[:]
+    rewrite(proto.graph)
     shapes = _infer(proto)
     if not shapes.fault and all(value.name in shapes.known for value in proto.graph.output):
         return shapes

@@ -10,13 +10,15 @@ from shapecheck.contract import Contract, Dim, Geometry, Mismatch, Shape, show
 from shapecheck.contract.dims import BATCH, constant
 from shapecheck.contract.size_request import SizeRequest
 from shapecheck.observe import sizes
-from shapecheck.onnx.input_roles import Roles, diffusers_names
+from shapecheck.onnx.input_roles import Roles, diffusers_names, match_inputs
 from shapecheck.onnx.reading import Reading
 from shapecheck.onnx.records import SizeLimits
 from shapecheck.onnx.shapes import Shapes
 from shapecheck.progress import Progress
 
 _HALVINGS = 3
+_PIXELS = (8, 4, 2, 1, 16)
+"""Pixels of a ControlNet's picture to a latent cell, the usual number first."""
 _VARIED = ((2, 77), (1, 11), (3, 154), (4, 77))
 """Batch and tokens of the sizes that are tried first."""
 _USUAL = (64, 128, 96, 32, 16)
@@ -154,12 +156,28 @@ class _Trial:
     ) -> None:
         self._reading, self._roles, self._progress = reading, roles, progress
         self._rules = dict(contract.input_rules) if contract is not None and contract.role == "controlnet" else {}
+        if contract is not None and contract.role == "unet":
+            # A sum that is not found shows no skip to measure.
+            pairs = match_inputs(roles, contract).slots
+            self._rules |= {tensor.name: slot.shape for slot, tensor in pairs if tensor is not None and not tensor.adds}
         self.runs: dict[Geometry, Shapes] = {}
         self.fixed = fixed
+        self._measure_pictures()
 
     @property
     def working(self) -> dict[Geometry, Shapes]:
         return {geometry: run for geometry, run in self.runs.items() if not run.fault}
+
+    def _measure_pictures(self) -> None:
+        """Find the pixels to a latent cell in pictures whose rule is not known: those with which the graph works."""
+        images = [tensor for tensor in self._roles.base if tensor.is_image and tensor.dims and tensor != self._roles.sample]
+        names = [name for tensor in images if (name := diffusers_names(tensor)[0]) not in self._rules]
+        for pixels in _PIXELS if names and (self._roles.pictures or self._roles.is_controlnet) else ():
+            rule = (BATCH, constant(3), Dim("h", pixels), Dim("w", pixels))
+            rules = self._rules | dict.fromkeys(names, rule)
+            if not _try_size(self._reading, self._roles, Geometry(2, 64, 128).with_sizes(self.fixed), rules).fault:
+                self._rules = rules
+                return
 
     def find_refusal(self, geometries: Iterable[Geometry]) -> Geometry | None:
         """Return the first of these sizes, as far as the file leaves them open, at which the graph fails."""
@@ -206,6 +224,7 @@ def _try_size(reading: Reading, roles: Roles, geometry: Geometry, rules: Mapping
     residuals, they get the sizes that were seen, until these are the sizes they had.
     """
     shapes: dict[str, Sequence[int | None]] = {tensor.name: (1, 1, 1, 1) for tensor in roles.added}
+    shapes |= {name: geometry.shape_of(rules[name]) for name in shapes if name in rules}
     shapes |= _measure_inputs(roles, geometry, rules)
     measured = [tensor for tensor in roles.added if tensor.measured and tensor.adds]
     run = reading.at(shapes)
@@ -239,8 +258,6 @@ def _measure_inputs(roles: Roles, geometry: Geometry, rules: Mapping[str, tuple[
             continue
         symbols = roles.symbols(tensor)
         rule = rules.get(diffusers_names(tensor)[0], ())
-        if tensor.is_image and tensor != roles.sample and tensor.dims[1] == 3 and len(rule) != 4:
-            rule = (BATCH, constant(3), Dim("h", 8), Dim("w", 8))  # a ControlNet's picture, of 8 pixels to a latent cell
         sides = rule if len(rule) == len(tensor.dims) else (None,) * len(tensor.dims)
         axes = zip(tensor.dims, symbols, sides, strict=True)
         shapes[tensor.name] = [

@@ -14,6 +14,8 @@ from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.fp8_graph import find_fp8_nodes
 
 _WIDTHS = {TensorProto.DOUBLE: 64, TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16}
+_HALVES = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+_PRODUCTS = frozenset(("Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul"))
 _QUANTIZING = frozenset(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"))
 
 
@@ -44,6 +46,19 @@ def compare_weights(file: OnnxFile, state: Mapping[str, Tensor]) -> Compared:
         else:
             different.append(key)
     return Compared(same, tuple(different))
+
+
+def find_precision(file: OnnxFile, declared: str) -> str:
+    """Return the precision that a file computes in: that of its convolutions' and products' weights, if it is one.
+
+    Converters to half precision may leave inputs and outputs in float32. Without such weights it is what the inputs declare.
+    """
+    graph = file.proto.graph
+    dtypes = {weight.name: weight.data_type for weight in graph.initializer if len(weight.dims) > 1}
+    products = [node for node in graph.node if node.op_type in _PRODUCTS]
+    found = {dtypes[node.input[1]] for node in products if len(node.input) > 1 and node.input[1] in dtypes}
+    names = [_HALVES[dtype] for dtype in found if dtype in _HALVES]
+    return names[0] if len(found) == 1 and names else declared
 
 
 def find_narrower(file: OnnxFile, dtype: str, *, with_fp8: bool = False) -> tuple[str, ...]:

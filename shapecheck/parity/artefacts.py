@@ -19,7 +19,7 @@ from shapecheck.onnx import weight_comparison
 from shapecheck.onnx.check import check
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.fp8_graph import is_in_fp8
-from shapecheck.onnx.input_roles import assign_roles, match_inputs
+from shapecheck.onnx.input_roles import STRENGTH, assign_roles, match_inputs, name_outputs
 from shapecheck.onnx.records import FileCheck
 from shapecheck.parity.plan import choose_geometries
 from shapecheck.parity.request import ParityRequest
@@ -61,6 +61,9 @@ class ParityFile:
     """Returns how its weights differ from the module's, or None if their names do not tell; None if it does not show them."""
     find_narrower: Callable[[], tuple[str, ...]] | None = tuple
     """Returns what computes in less than its precision; None if it does not show that, but in its numbers."""
+    strength: float = 1.0
+    """What a ControlNet multiplies its residuals by, if that is baked in."""
+    notes: tuple[str, ...] = ()
 
     @property
     def unshown(self) -> tuple[CheckKind, ...]:
@@ -120,9 +123,28 @@ def _read_onnx(file: OnnxFile, model: TorchModel, requested: SizeRequest | None)
     if image is None:
         raise ShapecheckError(f"{file} takes no image (batch, channels, height, width); is it a UNet?")
     _require_role(file.path, "controlnet" if roles.is_controlnet else "unet", model)
-    contract = model.contract(image.dtype, control=bool(roles.slots) or roles.is_controlnet, adapter=bool(roles.features))
-    names = {ours.name: tensor.name for ours, tensor in match_inputs(roles, contract).pairs}
-    outputs = _match_outputs(file.path, contract, [output.name for output in file.reading.outputs])
+    if roles.pictures:
+        names = ", ".join(tensor.name for tensor in roles.pictures)
+        raise ShapecheckError(
+            f"{file} makes its residuals inside: it holds a ControlNet ({names}), so that none can be exchanged "
+            f"and {model.name} alone does not show its numbers; compare the two models' own files instead"
+        )
+    dtype = weight_comparison.find_precision(file, image.dtype)
+    contract = model.contract(dtype, control=bool(roles.slots) or roles.is_controlnet, adapter=bool(roles.features))
+    notes, strength = [], 1.0
+    if dtype != image.dtype:
+        notes.append(f"it takes {image.dtype} and computes in {dtype}: it is compared as a file in {dtype}")
+    matching = match_inputs(roles, contract)
+    if any(base.name == STRENGTH and tensor is None for base, tensor in matching.inputs):
+        # The model is run at strength 1, and what the file gives is divided by its own.
+        strength = roles.strength or 1.0
+        contract = replace(contract, inputs=tuple(base for base in contract.inputs if base.name != STRENGTH))
+        notes.append(f"a strength of {strength:g} is baked into it: its residuals are compared at that strength")
+    names = {ours.name: tensor.name for ours, tensor in matching.pairs}
+    if roles.is_controlnet and roles.naming is None:
+        outputs = name_outputs(roles, contract)
+    else:
+        outputs = _match_outputs(file.path, contract, [output.name for output in file.reading.outputs])
     find_check = cache(lambda: check(file, contract, requested))
 
     def compare_weights(module: nn.Module) -> str | None:
@@ -142,7 +164,9 @@ def _read_onnx(file: OnnxFile, model: TorchModel, requested: SizeRequest | None)
         find_check=find_check,
         find_mismatches=lambda: find_check().mismatches,
         compare_weights=compare_weights,
-        find_narrower=cache(lambda: weight_comparison.find_narrower(file, image.dtype, with_fp8=model.calibration is not None)),
+        find_narrower=cache(lambda: weight_comparison.find_narrower(file, dtype, with_fp8=model.calibration is not None)),
+        strength=strength,
+        notes=tuple(notes),
     )
 
 

@@ -182,7 +182,8 @@ class ParityRun:
             results.append(self._evaluate(plan, evaluators, file, ran, seconds))
         compute.close()
         divergence, notes = self._search(backend, generate, references, results)
-        return Side(backend, artefact, ran, tuple(results), divergence, (*file.describe_limits(self._requested), *notes))
+        notes = (*file.notes, *file.describe_limits(self._requested), *notes)
+        return Side(backend, artefact, ran, tuple(results), divergence, notes)
 
     def _compute_reference(self, contract: Contract, geometries: tuple[Geometry, ...]) -> _Reference:
         """Compute PyTorch's side once for every backend whose file has this contract and these sizes."""

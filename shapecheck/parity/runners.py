@@ -42,6 +42,28 @@ class BackendSession(Protocol):
     def close(self) -> None: ...
 
 
+class ForeignSession:
+    """An ONNX file of any exporter: it takes the contract's tensors in the types that it declares, and gives strength 1."""
+
+    def __init__(self, session: OnnxSession, file: ParityFile) -> None:
+        self._session, self._file = session, file
+        self._dtypes = {name: getattr(torch, dtype) for name, dtype in session.dtypes().items()}
+        self.provider, self.device, self.detail = session.provider, session.device, session.detail
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        outputs = self._session({name: self._cast(name, value) for name, value in inputs.items()})
+        strength = self._file.strength
+        return outputs if strength == 1 else {name: value / strength for name, value in outputs.items()}
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _cast(self, name: str, value: Tensor) -> Tensor:
+        """Convert between floating-point types: a timestep that is cut to a whole number is a fault."""
+        dtype = self._dtypes.get(name, value.dtype)
+        return value.to(dtype) if dtype.is_floating_point and value.is_floating_point() else value
+
+
 def open_session(
     backend: str, file: ParityFile, geometries: Sequence[Geometry], model: TorchModel
 ) -> BackendSession | EngineSession:
@@ -65,7 +87,7 @@ def open_session(
                 sizes = sizes.with_(geometry)
             profile = profile_of(file.contract, sizes).renamed(file.names)
             options = {key: str(value) for key, value in profile_formats.make_provider_options([profile]).items()}
-        return OnnxSession.open(file.path, backend=backend, options=options)
+        return ForeignSession(OnnxSession.open(file.path, backend=backend, options=options), file)
     if backend == "torch-compile" and model.calibration is not None:
         raise ShapecheckError("torch-compile computes nothing in fp8: compare it without --fp8")
     if backend == "torch-compile":

@@ -291,9 +291,11 @@ def test_a_batch_fixed_in_one_input(plant):
     assert (found.where, found.kind, found.cause) == ("text_embeds", "input", "its batch is fixed, and the sample's is not")
 
 
-def test_a_renamed_input(plant):
-    found = only(plant(files.rename(text_embeds="pooled")))
+def test_a_renamed_input_is_a_fault_in_a_file_that_claims_a_contract_alone(plant, inside, tmp_path):
+    found = only(check(files.planted(inside, tmp_path / "x.onnx", files.rename(text_embeds="pooled"))))
     assert (found.where, found.kind, found.expected) == ("pooled", "name", "text_embeds")
+    checked = plant(files.rename(text_embeds="pooled"))
+    assert (checked.mismatches, checked.notes) == ((), ("recognised by their shapes: pooled is text_embeds",))
 
 
 def test_a_renamed_slot(plant):
@@ -895,8 +897,8 @@ def test_pixels_are_counted_as_the_contract_inside_says(drawn, tmp_path):
     assert result.stdout.endswith("FINE: 5 slots and 5 base inputs at batch 1, latent 25×41\n")
 
 
-def test_markdown_and_json_say_the_same(drawn, tmp_path):
-    path = files.planted(drawn[0], tmp_path / "x.onnx", files.rename(text_embeds="pooled"))
+def test_markdown_and_json_say_the_same(drawn, inside, tmp_path):
+    path = files.planted(inside, tmp_path / "x.onnx", files.rename(text_embeds="pooled"))
     model = tmp_path / "contract.json"
     model.write_text(drawn[1].to_json(), encoding="utf-8")
     text = run(path, "--model", model, "--format", "markdown").stdout
