@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import Contract, Geometry, Input, ShapecheckError, Slot
+from shapecheck.contract.geometry import USUAL_TOKENS
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.models import diffusers_models, lookup
 from shapecheck.models.inputs import build_controlnet_arguments, controlnet_inputs
@@ -20,7 +21,17 @@ from shapecheck.parity.metrics import reference_device
 EmitResiduals = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
 """Returns a real ControlNet's residuals for the base inputs of a call, and a frame's number."""
 _FIRST_TIMESTEP, _LAST_TIMESTEP = 11.3, 967.7
-"""Timesteps are between these, a fraction each: one that is cut to a whole number is seen."""
+"""Usual timesteps are between these, a fraction each: one that is cut to a whole number is seen."""
+_SCHEDULE = (500.0, 980.0, 0.0, 999.0, 20.0, 1.0)
+"""Timesteps of the calls whose rows differ: of the whole schedule, its ends among them."""
+BOTH = 2
+"""The frame of two ControlNets that are on: the sum of the residuals of frames 0 and 1."""
+_STRONG = 6.0
+"""The least width of a strong ControlNet's residuals; a tenth of the values is beyond ±8 then."""
+_SIGMA_MAX = 14.6146
+"""The width of latents as Euler-type schedulers of Stable Diffusion begin with them, before they are scaled."""
+_OUTLIERS = 33.0, -28.0
+"""Of two channels of the first token of each 77: CLIP ViT-L/14's, whatever the prompt."""
 _SCALE, _OTHER_SCALE = 0.8, 0.5
 """A ControlNet's conditioning_scale, and its perturbation: neither is 1, so that one that is baked is seen."""
 _LOUD, _LOUD_TEXT = 16.0, 4.0
@@ -30,8 +41,34 @@ OTHER_TIMES = (4.0, 1 / 4, 1 / 16)
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """What one row of a batch is given."""
+
+    timestep: float
+    frames: tuple[int, ...] = ()
+    """The frames whose residuals are added up, as those of the ControlNets that are on."""
+    is_strong: bool = False
+    """The residuals are a strong ControlNet's."""
+    has_outliers: bool = False
+    """The text has the outliers of a real encoder's."""
+    is_noisy: bool = False
+    """The latents are as wide as at an Euler-type scheduler's first step, unscaled."""
+
+
+_KINDS = (
+    Row(0, (0,)),
+    Row(0, (1,), is_strong=True),
+    Row(0, has_outliers=True),
+    Row(0, (0, 1)),
+    Row(0, (1,), has_outliers=True),
+    Row(0, (0,), is_noisy=True),
+)
+"""The rows of the calls whose rows differ, apart from their timesteps."""
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardCase:
-    """One forward call. Base inputs are the same in all calls of a geometry, every row of the batch another."""
+    """One forward call. Base inputs are the same in all calls of a geometry but varied ones, every row of the batch another."""
 
     geometry: Geometry
     frame: int | None = None
@@ -44,16 +81,44 @@ class ForwardCase:
     """Each residual is one cell, as with guess mode or global pooling: PyTorch broadcasts it, files get it expanded."""
     times: float = 1.0
     """The size of the perturbation, in usual ones."""
+    varied: int | None = None
+    """The number of a call each row of which is given something else, whatever `frame` is."""
 
     @property
     def unperturbed(self) -> ForwardCase:
         return replace(self, perturbed="", times=1.0)
 
     def __str__(self) -> str:
-        control = "off" if self.frame is None else "on in the first half" if self.half else f"on, frame {self.frame}"
+        if self.varied is not None:
+            return f"{self.geometry}, varied rows {self.varied + 1}"
+        frames = "frames 0 and 1" if self.frame == BOTH else f"frame {self.frame}"
+        control = "off" if self.frame is None else "on in the first half" if self.half else f"on, {frames}"
         control += ", pooled residuals" if self.pooled else ""
         perturbed = f", {self.perturbed} perturbed" if self.perturbed else ""
         return f"{self.geometry}, control {control}{perturbed}" + (f" {self.times:g} times as much" if self.times != 1 else "")
+
+
+def count_varied(batch: int) -> int:
+    """Return how many calls of varied rows give every kind of row and every timestep, in another row each if there are many.
+
+    A batch of 1 needs none for the first kind: it is the usual call.
+    """
+    return 5 if batch == 1 else 2 if batch >= 3 else 3
+
+
+def list_rows(case: ForwardCase) -> tuple[Row, ...]:
+    """Return what each row of a call is given."""
+    batch = case.geometry.batch
+    if case.varied is None:
+        steps = torch.linspace(_FIRST_TIMESTEP, _LAST_TIMESTEP, batch + 2, dtype=torch.float64)[1:-1].tolist()
+        frames = () if case.frame is None else (0, 1) if case.frame == BOTH else (case.frame,)
+        on = batch // 2 if case.half else batch
+        return tuple(Row(step, frames if row < on else ()) for row, step in enumerate(steps))
+    first = case.varied + 1 if batch == 1 else 3 * case.varied if batch >= 3 else batch * case.varied
+    # Where a row is of each kind in both calls, the second gives it another timestep, so that it shows which is at fault.
+    shift = case.varied if batch > 3 else 0
+    numbers = range(first, first + batch)
+    return tuple(replace(_KINDS[at % 6], timestep=_SCHEDULE[(at - shift) % 6]) for at in numbers)
 
 
 def residual_slots(contract: Contract) -> tuple[Slot, ...]:
@@ -72,16 +137,17 @@ class InputGenerator:
         self._contract, self._seed, self._emit, self._slots = contract, seed, emit, residual_slots(contract)
         self._dtypes = {name: getattr(torch, dtype) for name, dtype in contract.input_dtypes.items()}
         self._labels = int(contract.config.get("num_class_embeds") or 1000)
-        self._base: dict[Geometry, dict[str, Tensor]] = {}
-        self._frames: dict[tuple[Geometry, int | None], dict[str, Tensor]] = {}
+        self._base: dict[tuple[Geometry, int | None], dict[str, Tensor]] = {}
+        self._frames: dict[tuple[Geometry, int | None, int | None], dict[str, Tensor]] = {}
 
     def __call__(self, case: ForwardCase, *, expanded: bool = True) -> dict[str, Tensor]:
         """Return a tensor for every input and slot, in its dtype; pooled residuals are `expanded` or 1×1."""
         self._contract.require(case.geometry)
-        if case.geometry not in self._base:
-            base = {spec.name: self._draw_input(spec, case.geometry) for spec in self._contract.inputs}
-            self._base[case.geometry] = {name: value.to(reference_device()) for name, value in base.items()}
-        values = self._base[case.geometry] | self._draw_residuals(self._base[case.geometry], case)
+        key = case.geometry, case.varied
+        if key not in self._base:
+            base = {spec.name: self._draw_input(spec, case) for spec in self._contract.inputs}
+            self._base[key] = {name: value.to(reference_device()) for name, value in base.items()}
+        values = self._base[key] | self._draw_residuals(self._base[key], case)
         if case.pooled:
             for name, shape in self._contract.shapes(case.geometry).items():
                 cell = values[name].double().mean((2, 3), keepdim=True).mul(4).to(values[name].dtype)
@@ -104,37 +170,54 @@ class InputGenerator:
         loud = _LOUD_TEXT if name == "encoder_hidden_states" else _LOUD
         return (value + noise * times * (loud if value.dtype.itemsize < 4 else 1)).to(value.dtype)
 
-    def _draw_input(self, spec: Input, geometry: Geometry) -> Tensor:
-        shape, dtype = spec.shape_at(geometry), self._dtypes[spec.name]
+    def _draw_input(self, spec: Input, case: ForwardCase) -> Tensor:
+        shape, dtype, rows = spec.shape_at(case.geometry), self._dtypes[spec.name], list_rows(case)
         if spec.name == "timestep":
-            steps = torch.linspace(_FIRST_TIMESTEP, _LAST_TIMESTEP, shape[0] + 2, dtype=torch.float64)[1:-1]
-            return steps.reshape(shape).to(dtype)
+            return torch.tensor([row.timestep for row in rows], dtype=torch.float64).reshape(shape).to(dtype)
         if spec.name == "conditioning_scale":
             return torch.full(shape, _SCALE, dtype=dtype)
         if not dtype.is_floating_point:
             return (torch.arange(shape[0]) % self._labels).reshape(shape).to(dtype)
-        noise = self._draw_noise(f"{spec.name} {geometry}", shape)
+        noise = self._draw_noise(f"{spec.name} {_label(case)}", shape)
+        for number, row in enumerate(rows):
+            if spec.name == "encoder_hidden_states" and row.has_outliers:
+                channels = noise.shape[-1] // 5, noise.shape[-1] - 1 - noise.shape[-1] // 5
+                noise[number, ::USUAL_TOKENS, channels] = torch.tensor(_OUTLIERS)
+            elif spec.name == "sample" and row.is_noisy:
+                noise[number] *= _SIGMA_MAX
         return (64 * (1 + noise.abs()).mul(4).floor() if spec.name == "time_ids" else noise).to(dtype)
 
     def _draw_residuals(self, base: Mapping[str, Tensor], case: ForwardCase) -> dict[str, Tensor]:
-        key = (case.geometry, case.frame)
-        if key not in self._frames:
-            self._frames[key] = {name: value.to(reference_device()) for name, value in self._draw_frame(base, *key).items()}
-        if not case.half:
-            return dict(self._frames[key])
-        rows = case.geometry.batch // 2
-        return {name: torch.cat([value[:rows], torch.zeros_like(value[rows:])]) for name, value in self._frames[key].items()}
+        rows = list_rows(case)
+        frames = {frame: self._keep_frame(base, case, frame) for frame in sorted({each for row in rows for each in row.frames})}
+        values = {}
+        for slot in self._slots:
+            shape = slot.shape_at(case.geometry)
+            total = torch.zeros(shape, dtype=self._dtypes[slot.name], device=reference_device())
+            for number, row in enumerate(rows):
+                for frame in row.frames:
+                    total[number] += frames[frame][slot.name][number]
+                if row.is_strong:
+                    width = float(total[number].float().square().mean().sqrt())
+                    total[number] *= max(1.0, _STRONG / width) if width > 0 else 1.0
+            values[slot.name] = total
+        return values
 
-    def _draw_frame(self, base: Mapping[str, Tensor], geometry: Geometry, frame: int | None) -> dict[str, Tensor]:
-        shapes = {slot.name: slot.shape_at(geometry) for slot in self._slots}
-        if frame is None:
-            return {name: torch.zeros(shape, dtype=self._dtypes[name]) for name, shape in shapes.items()}
-        end = f"{geometry} frame {frame}"
+    def _keep_frame(self, base: Mapping[str, Tensor], case: ForwardCase, frame: int) -> dict[str, Tensor]:
+        key = case.geometry, case.varied, frame
+        if key not in self._frames:
+            drawn = self._draw_frame(base, case, frame)
+            self._frames[key] = {name: value.to(reference_device()) for name, value in drawn.items()}
+        return self._frames[key]
+
+    def _draw_frame(self, base: Mapping[str, Tensor], case: ForwardCase, frame: int) -> dict[str, Tensor]:
+        shapes = {slot.name: slot.shape_at(case.geometry) for slot in self._slots}
+        end = f"{_label(case)} frame {frame}"
         values = {name: self._draw_noise(f"{name} {end}", shape).to(self._dtypes[name]) for name, shape in shapes.items()}
         if self._emit is not None and shapes:
             emitted = self._emit({name: value.cpu() for name, value in base.items()}, frame)
             emitted = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in emitted.items()}
-            self._contract.verify(emitted, geometry)
+            self._contract.verify(emitted, case.geometry)
             refuse_zeros(emitted)
             values |= emitted
         return values
@@ -142,6 +225,11 @@ class InputGenerator:
     def _draw_noise(self, label: str, shape: tuple[int, ...]) -> Tensor:
         seed = zlib.crc32(f"{self._seed} {label}".encode())
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _label(case: ForwardCase) -> str:
+    """Return what distinguishes the noise of a call from that of others."""
+    return str(case.geometry) if case.varied is None else str(case)
 
 
 def refuse_zeros(residuals: Mapping[str, Tensor]) -> None:

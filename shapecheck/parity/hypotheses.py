@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shapecheck.contract import Contract
+from shapecheck.contract.geometry import USUAL_TOKENS
 from shapecheck.contract.naming import is_feature
 from shapecheck.parity.cases import ForwardCase, InputGenerator, residual_slots
-from shapecheck.parity.metrics import compute_cosine, widen
+from shapecheck.parity.metrics import compute_cosine, compute_strength, widen
 
 Compute = Callable[[Mapping[str, Tensor]], Tensor]
 """Returns PyTorch's output, in the precision of the file."""
 _TRIALS, _PRECISE = 8, 1e-3
 _ALIKE = 0.9
 """The least cosine between two changes of the output that are taken for one."""
+_UNEXPLAINED = 0.4
+"""A bound explains a change if no more of it than this share is left: where sums are cut off, inputs are not quite."""
 
 
 class Hypothesis(NamedTuple):
@@ -37,6 +40,17 @@ def suppose_of_slot(contract: Contract, generate: InputGenerator, case: ForwardC
         if slot.name != name and off[slot.name].shape == residual.shape:
             yield Hypothesis(f"acts where {slot.name} belongs ({slot.producer})", off | {slot.name: residual})
     yield Hypothesis("acts with height and width exchanged", off | {name: transpose(residual)})
+
+
+def suppose_of_rows(
+    contract: Contract, generate: InputGenerator, case: ForwardCase, rows: Sequence[int]
+) -> Iterator[Hypothesis]:
+    """Yield the likely mistakes with some rows of a call."""
+    inputs, slots = generate(case), residual_slots(contract)
+    residuals = {slot.name: inputs[slot.name].clone() for slot in slots}
+    for value in residuals.values():
+        value[list(rows)] = 0
+    yield Hypothesis("there the residuals have no effect", inputs | residuals)
 
 
 def suppose_of_output(contract: Contract, generate: InputGenerator, case: ForwardCase) -> Iterator[Hypothesis]:
@@ -108,6 +122,36 @@ def find_share(
         # the secant through the last two trials
         before, share, last = share, share - excess * (share - before) / (excess - last), excess
     return None
+
+
+def find_cut(generate: InputGenerator, case: ForwardCase, compute: Compute, change: Tensor, strength: float) -> float | None:
+    """Return the bound to which a perturbed input seems to be cut off: PyTorch's output then changes as the backend's did.
+
+    `strength` is that of the backend's `change`: the bound is sought that gives it. None if none explains the change.
+    """
+    inputs = generate(case)
+    value, base = inputs[case.perturbed], widen(compute(generate(case.unperturbed)))
+    whole = widen(compute(inputs)) - base
+    low, high = 0.0, float(value.abs().max())
+    most, bound, found = 0.9 * high, high, whole
+    for _ in range(_TRIALS):
+        bound = (low + high) / 2
+        found = widen(compute(inputs | {case.perturbed: value.clamp(-bound, bound)})) - base
+        low, high = (bound, high) if compute_strength(found, whole) < strength else (low, bound)
+    explains = float((found - change).norm()) <= _UNEXPLAINED * float((whole - change).norm())
+    return bound if bound < most and explains else None
+
+
+def find_tokens(generate: InputGenerator, case: ForwardCase, compute: Compute, change: Tensor) -> str:
+    """Say that the tokens after the first 77 do nothing, if the change of PyTorch's output without them is the backend's."""
+    if case.geometry.tokens <= USUAL_TOKENS:
+        return ""
+    off, on = generate(case.unperturbed), generate(case)
+    cut = [each | {case.perturbed: each[case.perturbed][:, :USUAL_TOKENS]} for each in (off, on)]
+    without, whole = (widen(compute(after)) - widen(compute(before)) for before, after in (cut, (off, on)))
+    likeness = compute_cosine(without, change)
+    is_cut = likeness >= _ALIKE and likeness > compute_cosine(whole, change)
+    return f"acts with its first {USUAL_TOKENS} tokens alone (cosine {likeness:.3f})" if is_cut else ""
 
 
 def transpose(value: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ def _record_side(side: Side) -> dict[str, Any]:
                 "geometry": asdict(result.geometry) if result.geometry else None,
                 "verdict": _record_verdict(result.verdict) if result.verdict else None,
                 "effect": asdict(result.effect) if result.effect else None,
+                "rounding": asdict(result.rounding) | {"times_own": result.rounding.times_own} if result.rounding else None,
                 "seconds": result.seconds,
             }
             for result in side.results

@@ -52,6 +52,12 @@ def compare(actual: Tensor, expected: Tensor, *, allowed: float, own: float) -> 
     )  # fmt: skip
 
 
+def measure_row_errors(actual: Tensor, expected: Tensor) -> Tensor:
+    """Return for each row of a batch the mean square of its error, its largest expected value being 1."""
+    difference, expected = (widen(actual) - widen(expected)).flatten(1), widen(expected).flatten(1)
+    return difference.square().mean(1) / expected.abs().amax(1).square()
+
+
 def _find_worst(difference: Tensor, actual: Tensor, expected: Tensor) -> Worst:
     at = int(difference.argmax())
     index = tuple(map(int, torch.unravel_index(torch.tensor(at), difference.shape)))

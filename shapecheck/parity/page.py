@@ -8,6 +8,7 @@ from typing import Any
 
 from shapecheck.parity import summary
 from shapecheck.parity.drawing import draw_unet
+from shapecheck.parity.findings import suggest_command
 from shapecheck.parity.json_record import OUTPUTS, record_parity
 from shapecheck.parity.results import KINDS, CheckKind, Parity, Result, Status
 from shapecheck.report.pages import Place, open_template
@@ -30,6 +31,7 @@ def render_page(parity: Parity) -> str:
         parity=parity,
         sections=[_describe_side(parity, index, values["sides"][index]) for index in range(len(parity.sides))],
         summary=summary,
+        command=suggest_command(parity),
         values=values,
         outputs=OUTPUTS,
     )

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shapecheck.contract import Contract, Geometry
-from shapecheck.parity.cases import ForwardCase, residual_slots
+from shapecheck.contract.geometry import USUAL_TOKENS
+from shapecheck.parity.cases import BOTH, ForwardCase, count_varied, residual_slots
+from shapecheck.parity.metrics import reference_device
 from shapecheck.parity.results import Check
 from shapecheck.runtime.torch_session import output_names
 from shapecheck.tensorrt.profiles import Range
@@ -27,10 +29,20 @@ class PlannedCheck:
 
 
 def choose_geometries(contract: Contract, ranges: Sequence[Range]) -> tuple[Geometry, ...]:
-    """Return an engine's sizes, as `SizeRequest.list_geometries` does; without any three small ones, of batch 2, 1 and 3."""
+    """Return an engine's sizes, as `SizeRequest.list_geometries` does; without any small ones, and the model's own on a GPU.
+
+    Of the small ones one is of a batch of 6, one has 154 tokens, and one is above 1,000 cells.
+    """
     step = contract.divisor
     if not ranges:
-        return Geometry(2, 17 * step, 25 * step), Geometry(1, 24 * step, 40 * step), Geometry(3, 9 * step, 14 * step)
+        large = [Geometry(1, -(-32 // step) * step, -(-40 // step) * step)]
+        own = contract.config.get("sample_size")
+        if reference_device() == "cuda" and own:
+            sides = (own, own) if isinstance(own, int) else tuple(own)
+            large = [Geometry(1, *(-(-side // step) * step for side in sides))]
+        # Inputs are perturbed at the first, its tokens among them: what is lost of a long prompt shows as a lesser effect.
+        long = Geometry(2, 9 * step, 17 * step, 2 * USUAL_TOKENS)
+        return long, Geometry(6, 8 * step, 14 * step), Geometry(1, 24 * step, 40 * step), *large
 
     return request_ranges(ranges).list_geometries((), step)
 
@@ -38,6 +50,7 @@ def choose_geometries(contract: Contract, ranges: Sequence[Range]) -> tuple[Geom
 def plan_checks(contract: Contract, backend: str, geometries: Sequence[Geometry]) -> tuple[PlannedCheck, ...]:
     """Return every check of one backend, in the order in which they explain each other."""
     small = min(geometries, key=_count_cells)
+    wide = max(geometries, key=lambda geometry: (geometry.batch, -_count_cells(geometry)))
     off, slots = ForwardCase(small), residual_slots(contract)
     plans = [PlannedCheck(Check(backend, kind, "")) for kind in FILE_KINDS]  # type: ignore[arg-type]  # mypy widens the literals
     for kind, parts in (("input", contract.inputs), ("slot", slots)):
@@ -48,12 +61,31 @@ def plan_checks(contract: Contract, backend: str, geometries: Sequence[Geometry]
         if even:  # without a batch of two halves there is no guidance
             halves = min(even, key=_count_cells)
             plans.append(PlannedCheck(Check(backend, "cfg", ""), (ForwardCase(halves), ForwardCase(halves, 0, half=True))))
-        frames = (0, None, 1, None, 0)
+        frames = (0, None, BOTH, 1, None, 0)  # every combination of on and off of two ControlNets
         plans.append(PlannedCheck(Check(backend, "switch", ""), tuple(ForwardCase(small, frame) for frame in frames)))
+    on = 0 if slots else None
     for geometry in geometries:
-        for frame in (None, 0) if slots else (None,):
-            plans += _plan_case(contract, backend, ForwardCase(geometry, frame))
-    return (*plans, *(_plan_case(contract, backend, ForwardCase(small, 0, pooled=True)) if slots and contract.slots else ()))
+        if slots and geometry == small:
+            plans += _plan_case(contract, backend, ForwardCase(geometry))
+        if geometry != wide or geometry == small:
+            plans += _plan_case(contract, backend, ForwardCase(geometry, on))
+        if geometry == wide:
+            for number in range(count_varied(geometry.batch)):
+                plans += _plan_case(contract, backend, ForwardCase(geometry, on, varied=number))
+    if slots and contract.slots:
+        plans += _plan_case(contract, backend, ForwardCase(small, 0, pooled=True))
+    return (*plans, *_plan_rounding(contract, backend, plans))
+
+
+def _plan_rounding(contract: Contract, backend: str, plans: Sequence[PlannedCheck]) -> list[PlannedCheck]:
+    """Judge the errors of the usual calls together in a half precision: of float32 nobody sees them.
+
+    In varied calls, whose text is as loud as real encoders make it, healthy backends differ too much.
+    """
+    if contract.dtype not in ("float16", "bfloat16"):
+        return []
+    calls = list_cases([plan for plan in plans if plan.check.kind == "case" and plan.cases[0].varied is None])
+    return [PlannedCheck(Check(backend, "rounding", ""), calls)]
 
 
 def plan_outputs(contract: Contract, backend: str, geometries: Sequence[Geometry]) -> tuple[PlannedCheck, ...]:
@@ -65,7 +97,9 @@ def plan_outputs(contract: Contract, backend: str, geometries: Sequence[Geometry
 
 def _plan_case(contract: Contract, backend: str, case: ForwardCase) -> list[PlannedCheck]:
     where = str(case.geometry)
-    if residual_slots(contract):
+    if case.varied is not None:
+        where = str(case)
+    elif residual_slots(contract):
         where += f", control {'off' if case.frame is None else 'on'}" + (", pooled residuals" if case.pooled else "")
     names = output_names(contract)
     return [

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from shapecheck.files import atomic_write
 from shapecheck.parity import page
+from shapecheck.parity.findings import list_consequences, suggest_command
 from shapecheck.parity.json_record import OUTPUTS, compare_with_torch, record_parity
 from shapecheck.parity.results import Parity, Result, Side, Verdict
 from shapecheck.parity.summary import (
     count_statuses,
     describe_fp8,
     describe_reason,
+    describe_rounding,
     describe_subject,
     list_unrun,
     name_backend,
@@ -35,7 +37,9 @@ def render_text(parity: Parity, form: Format = "human") -> str:
     ]
     parts = [Facts(facts), *(part for side in parity.sides for part in _list_parts(side))]
     verdict = f"{parity.verdict}: {summarize(parity)}"
-    return Document(f"Parity of {parity.model}", parts, [verdict], wraps_verdict=True).render(form)
+    command = suggest_command(parity)
+    first_lines = [verdict, *([f"next: {command}"] if command else [])]
+    return Document(f"Parity of {parity.model}", parts, first_lines, wraps_verdict=True).render(form)
 
 
 def render_json(parity: Parity) -> str:
@@ -76,9 +80,15 @@ def _list_parts(side: Side) -> list[Part]:
     ran = [("ran", "nothing: it could not run")]
     if side.ran:
         ran = [("ran", f"{side.ran.provider} on {side.ran.device}, {side.ran.precision}"), ("with", side.ran.detail)]
-    facts = Facts([*ran, ("artefact", side.artefact), ("checks", count_statuses(side))])
+    facts = Facts([*ran, ("artefact", side.artefact), ("checks", count_statuses(side)), ("rounding", describe_rounding(side))])
     parts: list[Part] = [Heading(name_backend(side)), facts, Points(side.notes, "note: ")]
-    for title, results in (("What failed", side.failed), ("What was not run", list_unrun(side))):
+    consequences = list_consequences(side)
+    causes = [result for result in side.failed if result not in consequences]
+    for title, results in (
+        ("What failed", causes),
+        ("What follows from it", consequences),
+        ("What was not run", list_unrun(side)),
+    ):
         if results:
             parts += [Heading(f"{title} on {side.backend}"), Points([describe_reason(result) for result in results])]
     if divergence := side.divergence:

@@ -10,10 +10,11 @@ from shapecheck.contract.contract import Contract
 from shapecheck.contract.dims import Shape, show
 from shapecheck.contract.geometry import Geometry
 
-CheckKind = Literal["provider", "contract", "weights", "precision", "input", "slot", "cfg", "switch", "case"]
+CheckKind = Literal["provider", "contract", "weights", "precision", "input", "slot", "cfg", "switch", "case", "rounding"]
 """The subject of a check: what really runs; whether the file is of that contract; whose weights it has; the precision in which
 it computes; one base input; one slot; the halves of a batch kept apart; control switched within one session; the output at one
-size, with control on or off. In this order: an earlier one explains later ones."""
+size, with control on or off; the errors of all those outputs together, in a half precision. In this order: an earlier one
+explains later ones."""
 KINDS: tuple[CheckKind, ...] = get_args(CheckKind)
 Status = Literal["passed", "failed", "not run"]
 Grid = tuple[tuple[float, ...], ...]
@@ -63,6 +64,12 @@ class Verdict:
     @property
     def count(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def excess(self) -> float:
+        """Return the largest difference as a multiple of what is allowed; infinity if nothing is."""
+        difference = self.absolute.difference if self.absolute else math.inf
+        return difference / self.allowed if self.allowed > 0 else math.inf
 
     @property
     def share(self) -> float:
@@ -128,6 +135,27 @@ class Effect:
 
 
 @dataclass(frozen=True, slots=True)
+class Rounding:
+    """The errors of one output in all calls together beside PyTorch's own in the same precision.
+
+    Root mean squares; each row of a batch is counted as a share of its largest value.
+    """
+
+    found: float
+    own: float
+    allowed: float
+    calls: int
+
+    @property
+    def passes(self) -> bool:
+        return self.found <= self.allowed
+
+    @property
+    def times_own(self) -> float:
+        return self.found / self.own if self.own else math.nan
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """The outcome of a check."""
 
@@ -140,6 +168,7 @@ class Result:
     effect: Effect | None = None
     seconds: float = 0.0
     """The duration of the backend's call that was judged; 0 if there was none."""
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +222,8 @@ class Parity:
     versions: tuple[tuple[str, str], ...]
     least_psnr: float | None = None
     """With layers in fp8: the least PSNR of an output in dB, and PyTorch's own error is that of the same layers in fp8."""
+    requested: str = ""
+    """The model as it was requested, to be typed again; empty for a live one."""
 
     @property
     def passes(self) -> bool:

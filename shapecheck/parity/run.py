@@ -79,7 +79,9 @@ class ParityRun:
         """Return every check of every backend, known before anything runs."""
         return {
             name: tuple(
-                plan for plan in self._plan(file.contract, name, self._geometries(name)) if plan.check.kind not in file.unshown
+                plan
+                for plan in self._plan(file.contract, name, self._geometries(name))
+                if plan.check.kind not in file.unshown and not (plan.check.kind == "rounding" and self.request.calibration)
             )
             for name, file in self._files.items()
         }
@@ -117,9 +119,11 @@ class ParityRun:
     def report(self) -> Parity:
         sides = tuple(self.side(name) for name in self._files)
         sizes = tuple(dict.fromkeys(size for name in self._files for size in self._geometries(name)))
+        requested = str(self.request.model) if isinstance(self.request.model, str | Path) else ""
         return Parity(
             self._model.name, self.contract, self.reference, self.request.tolerance_factor, self.request.seed, sizes, sides,
             self.contract.header.versions, FP8_PSNR[self.contract.role] if self.request.calibration is not None else None,
+            requested,
         )  # fmt: skip
 
     def _geometries(self, backend: str) -> tuple[Geometry, ...]:

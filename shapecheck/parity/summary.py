@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import get_args
 
 from shapecheck.doctor.environment import BACKENDS
-from shapecheck.parity.results import CheckKind, Parity, Result, Side, Status
-from shapecheck.report.numbers import format_count
+from shapecheck.parity.findings import list_findings
+from shapecheck.parity.results import Parity, Result, Side, Status
+from shapecheck.report.numbers import format_count, format_number
 
-_NAMED = 4
-"""The verdict line names at most so many failed checks."""
-_FIRST: tuple[CheckKind, ...] = ("slot", "input")
-"""Named before the others: they say where to look."""
+_NAMED = 2
+"""The verdict line tells at most so many faults of a backend."""
 
 
 def summarize(parity: Parity) -> str:
@@ -23,6 +22,15 @@ def summarize(parity: Parity) -> str:
         return "; ".join(wrong) or "no backend was tried"
     checks = f"{_count_checks(parity.sides)} on {', '.join(side.backend for side in parity.sides)}"
     return f"{checks}, {parity.unjudged} of them not judged" if parity.unjudged else checks
+
+
+def describe_rounding(side: Side) -> str:
+    """Return how far all outputs together are from the reference in a half precision; empty if that was not measured."""
+    found = [result.rounding for result in side.results if result.rounding]
+    if not found:
+        return ""
+    times, allowed = (format_number(value, "times") for value in (found[0].times_own, found[0].allowed / found[0].own))
+    return f"{times} PyTorch's own error over all values of {found[0].calls} calls (root mean square), {allowed} allowed"
 
 
 def describe_tolerance(parity: Parity) -> str:
@@ -81,14 +89,10 @@ def _describe_fault(side: Side) -> str:
         reasons = [result.reason for result in (*side.failed, *side.results) if result.reason] or [" ".join(side.notes[:1])]
         why = f" ({reasons[0]})" if reasons[0] else ""
         return f"{side.backend}: {'nothing was checked' if side.ran else 'could not run'}{why}"
-    failed = sorted(side.failed, key=lambda result: (*_FIRST, result.check.kind).index(result.check.kind))
-    # Words go in brackets: `case[batch 2, latent 9×11, control on]`, but `slot down_block_residual_07`.
-    names = [
-        f"{result.check.kind}[{result.check.where}]" if " " in result.check.where else describe_subject(result)
-        for result in failed
-    ]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{side.backend}: {len(names)} of {_count_checks([side])} failed: {', '.join(names[:_NAMED])}{more}"
+    messages = [finding.message for finding in list_findings(side)]
+    more = f"; and {len(messages) - _NAMED} more faults" if len(messages) > _NAMED else ""
+    counted = f"{len(side.failed)} of {_count_checks([side])} failed"
+    return f"{side.backend}: {'; '.join(messages[:_NAMED])}{more} ({counted})"
 
 
 def _count_checks(sides: Sequence[Side]) -> str:

@@ -16,7 +16,7 @@ from shapecheck.contract.dims import constant
 from shapecheck.parity.artefacts import ParityFile, evaluate_file
 from shapecheck.parity.cases import ForwardCase, InputGenerator
 from shapecheck.parity.evaluate import Evaluator
-from shapecheck.parity.plan import FILE_KINDS, list_cases, plan_checks
+from shapecheck.parity.plan import FILE_KINDS, PlannedCheck, list_cases, plan_checks
 from shapecheck.parity.reference import ReferenceOutputs
 from shapecheck.parity.results import Check, Ran
 
@@ -130,21 +130,21 @@ def test_two_slots_of_one_shape_exchanged():
     wrong = failed(results)
     assert f"{NAMES[1]} acts where {NAMES[2]} belongs ({CONTRACT.slots[2].producer})" in wrong[f"slot[{NAMES[1]}]"]
     assert f"{NAMES[2]} acts where {NAMES[1]} belongs ({CONTRACT.slots[1].producer})" in wrong[f"slot[{NAMES[2]}]"]
-    assert kinds(results) == {"slot": 2, "case": 2}
+    assert kinds(results) == {"slot": 2, "case": 5}
 
 
 @pytest.mark.parametrize("name", [NAMES[4], "mid_block_residual"])
 def test_a_slot_without_effect(name):
     results = judge(scaled(0, name))
     assert failed(results)[f"slot[{name}]"] == f"{name} changes nothing: what the ControlNet gives there is lost"
-    assert kinds(results) == {"slot": 1, "case": 2}
+    assert kinds(results) == {"slot": 1, "case": 5}
     assert results[f"slot[{name}]"].effect.strength == 0
 
 
 def test_a_slot_of_part_of_its_strength():
     results = judge(scaled(0.9, NAMES[4]))
     assert failed(results)[f"slot[{NAMES[4]}]"] == f"{NAMES[4]} acts as if 0.900 of it were given"
-    assert kinds(results) == {"slot": 1, "case": 2}
+    assert kinds(results) == {"slot": 1, "case": 5}
 
 
 def test_the_strength_of_an_effect_may_be_as_far_from_1_as_pytorch_s_own_rounding_makes_it():
@@ -301,7 +301,7 @@ def test_residuals_of_an_earlier_call_kept(always):
 def test_a_call_in_between_that_is_kept():
     *images, last = [SUMS(GENERATE(call)) for call in SWITCH.cases]
     told = "the image is not that of step 1, which was given the same: a call in between is kept"
-    assert failed(judge(switched=[*images, last + 0.01])) == {"switch": f"step 5, control on with frame 0: {told}"}
+    assert failed(judge(switched=[*images, last + 0.01])) == {"switch": f"step 6, control on with frame 0: {told}"}
 
 
 def rounded_by(share: float) -> ReferenceOutputs:
@@ -387,6 +387,50 @@ def read(kind: str, weights: str | None = "", ran: Ran = RAN, **file) -> tuple[s
     """Return status and reason of a check of a file."""
     result = evaluate_file(Check(ran.backend, kind, ""), SimpleNamespace(**HEALTHY | file), ran, weights)
     return result.status, result.reason
+
+
+CALLS = tuple(dict.fromkeys(call for plan in PLANS if plan.check.kind == "case" for call in plan.cases))
+
+
+def judge_rounding(spoil):
+    """Return whether the worst values pass, and the result for all values together; `spoil` is given PyTorch's own error."""
+    sides = known_sides()
+    found = {call: sides.reference[call] + spoil(sides.rounded[call] - sides.reference[call]) for call in CALLS}
+    judging = Evaluator(CONTRACT, GENERATE, sides, 4.0, None, found)
+    cases = [judging.evaluate(plan, ()) for plan in PLANS if plan.check.kind == "case"]
+    result = judging.evaluate(PlannedCheck(Check("ort", "rounding", ""), CALLS), ())
+    return {case.status for case in cases}, result
+
+
+@pytest.mark.parametrize("times", [0.4, 1.0, 1.5, 1.7])
+def test_rounding_of_a_healthy_backend(times):
+    cases, result = judge_rounding(lambda own: times * own.flip(-1))
+    assert (cases, result.status, result.reason) == ({"passed"}, "passed", "")
+    assert result.rounding.times_own == pytest.approx(times, rel=1e-6)
+
+
+def test_twice_as_inexact_shows_in_all_values_together():
+    cases, result = judge_rounding(lambda own: 2 * own.flip(-1))
+    assert (cases, result.status) == ({"passed"}, "failed")
+    assert result.reason.startswith("the errors of all images together are 2.0 times PyTorch's own in float32 ")
+    cases, result = judge_rounding(lambda own: own + 3 * own.square().mean().sqrt())  # the same everywhere: a shade
+    assert (cases, result.status) == ({"passed"}, "failed")
+
+
+def test_rounding_is_not_judged_of_what_is_wrong():
+    cases, result = judge_rounding(lambda own: 9 * own)
+    assert (cases, result.status) == ({"failed"}, "not run")
+    assert result.rounding.times_own == pytest.approx(9)
+    assert judge_rounding(lambda own: own / 0)[1].status == "not run"
+
+
+def test_rounding_is_judged_in_a_half_precision_alone():
+    half = presets.contract("sd15")
+    half = replace(half, inputs=tuple(replace(each, dtype=each.dtype.replace("float32", "float16")) for each in half.inputs))
+    *_, last = plan_checks(half, "ort", [SIZE])
+    assert (last.check.kind, half.dtype) == ("rounding", "float16")
+    assert last.cases == tuple(call for call in CALLS if call.varied is None)
+    assert "rounding" not in {plan.check.kind for plan in plan_checks(CONTRACT, "ort", [SIZE])}
 
 
 @pytest.mark.parametrize("kind", FILE_KINDS)

@@ -5,6 +5,7 @@ What is judged of a run's numbers is in test_evaluate.py; here are files, PyTorc
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -24,6 +25,7 @@ import parity_faults as faults
 import pytest
 import small
 import torch
+from diffusers.models.activations import GEGLU
 from onnx_files import bake, exchange, planted, unconsume
 from parity_runs import NAMES, SLOTS, failed, kinds, run_side
 from peak import peak_of
@@ -34,7 +36,7 @@ from shapecheck.observe.subject import TorchModel
 from shapecheck.parity import runners
 from shapecheck.parity.artefacts import read_files
 from shapecheck.parity.cases import ForwardCase, InputGenerator, refuse_zeros
-from shapecheck.parity.plan import choose_geometries
+from shapecheck.parity.plan import choose_geometries, plan_checks
 from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import KINDS
 from shapecheck.parity.run import ParityRun
@@ -49,6 +51,8 @@ from shapecheck.tensorrt.record import BuildOptions, BuildRequest
 
 SIZE = Geometry(2, 9, 14, 7)
 ONE_SIZE = (Range(SIZE, SIZE, SIZE),)
+VARIED = [f"varied rows {number}" for number in (1, 2, 3)]
+"""The calls of `SIZE` whose two rows differ in all that is varied."""
 SHAPES = [(8, 1), (8, 1), (8, 2), (8, 2), (8, 4), (8, 4), (8, 8), (16, 8), (16, 8)]
 """Channels and stride: the first six are three pairs of equal shape."""
 
@@ -94,7 +98,7 @@ def test_a_healthy_file_passes_in_all(model, healthy):
     assert report.verdict == "PARITY"
     assert report.reference == f"PyTorch float64 on {'cuda' if torch.cuda.is_available() else 'cpu'}"
     for found in report.sides:
-        assert {each.check.kind for each in found.results} == set(KINDS)
+        assert {each.check.kind for each in found.results} == set(KINDS) - {"rounding"}
         assert {each.status for each in found.results} == {"passed"}, found.results
         assert found.divergence is None
         judged = [each for each in found.results if each.check.kind in ("case", "slot", "input")]
@@ -103,7 +107,7 @@ def test_a_healthy_file_passes_in_all(model, healthy):
         assert all(abs(each.effect.strength - 1) < 1e-4 and each.effect.cosine > 0.9999 for each in acting)
         assert all(each.seconds > 0 for each in acting)
     assert report.sides[0].ran.provider == "CPUExecutionProvider"
-    assert {each.batch for each in report.geometries} == {1, 2, 3}
+    assert {each.batch for each in report.geometries} == {1, 2, 6}
 
 
 def exchange_downs(contract, values):
@@ -138,7 +142,7 @@ def test_slots_exchanged(model, healthy, folder):
     wrong = failed(found)
     assert "down_block_residual_02 acts where down_block_residual_03 belongs (down_blocks.1.resnets.0)" in wrong[SLOTS[2]]
     assert "down_block_residual_03 acts where down_block_residual_02 belongs (down_blocks.0.downsamplers.0)" in wrong[SLOTS[3]]
-    assert kinds(found) == {"slot": 2, "contract": 1, "case": 2}
+    assert kinds(found) == {"slot": 2, "contract": 1, "case": 5}
     assert found.divergence.module == "down_blocks.0.downsamplers.0"
     assert found.divergence.slot == NAMES[2]
 
@@ -147,7 +151,7 @@ def test_slots_exchanged(model, healthy, folder):
 def test_a_slot_dropped_and_mid_ignored(model, healthy, folder, name):
     found = side(model, planted(healthy, folder / f"no {name}.onnx", unconsume(name)))
     assert failed(found)[f"slot[{name}]"] == f"{name} changes nothing: what the ControlNet gives there is lost"
-    assert kinds(found) == {"slot": 1, "contract": 1, "case": 2}
+    assert kinds(found) == {"slot": 1, "contract": 1, "case": 5}
     assert found.divergence.slot == name
 
 
@@ -170,10 +174,10 @@ def test_what_cannot_apply_to_an_engine_is_not_planned(model, healthy, contract,
     built = BuildRequest(contract, profiles, names, ("out_sample",), *files, BuildOptions(), "10.0", "a GPU")
     engine = engines.recorded(tmp_path / "unet.plan", built)
     both = ParityRun(ParityRequest(model, healthy, engine)).checks
-    assert set(KINDS) - {check.kind for check in both if check.backend == "ort"} == set()
-    assert set(KINDS) - {check.kind for check in both if check.backend == "trt"} == {"precision", "cfg"}
+    assert set(KINDS) - {check.kind for check in both if check.backend == "ort"} == {"rounding"}  # of half precisions
+    assert set(KINDS) - {check.kind for check in both if check.backend == "trt"} == {"precision", "cfg", "rounding"}
     alone = ParityRun(ParityRequest(model, engine=engine)).checks
-    assert set(KINDS) - {check.kind for check in alone} == {"precision", "cfg", "weights"}
+    assert set(KINDS) - {check.kind for check in alone} == {"precision", "cfg", "weights", "rounding"}
 
 
 def test_a_slot_scaled(model, healthy, folder):
@@ -300,7 +304,7 @@ def test_a_size_for_which_the_gpu_has_no_memory_is_a_failure_of_that_size():
     ranges = tuple(Range(*[Geometry(batch, 9, 9, 7)] * 3) for batch in (1, 2))
     (found,) = ParityRun(ParityRequest(unet, backends=("torch",)), ranges=ranges, opener=opener).report().sides
     assert {name: reason for name, reason in failed(found).items() if "CUDA" in reason} == {
-        f"torch/case[batch 2, latent 9×9, control {control}]": "CUDA out of memory" for control in ("off", "on")
+        f"torch/case[batch 2, latent 9×9, {varied}]": "CUDA out of memory" for varied in VARIED
     }
     assert {each.status for each in found.results if each.check.kind in ("input", "slot", "switch")} == {"passed"}
 
@@ -441,7 +445,7 @@ def test_features_exchanged(fed, folder):
     found = side(model, planted(path, folder / "features.onnx", exchange(FEATURES[2], FEATURES[3])))
     assert f"{FEATURES[2]} acts where {FEATURES[3]} belongs" in failed(found)[f"slot[{FEATURES[2]}]"]
     assert f"{FEATURES[3]} acts where {FEATURES[2]} belongs" in failed(found)[f"slot[{FEATURES[3]}]"]
-    assert kinds(found) == {"slot": 2, "contract": 1, "case": 2}
+    assert kinds(found) == {"slot": 2, "contract": 1, "case": 5}
     assert found.divergence is not None
 
 
@@ -455,7 +459,7 @@ def test_a_feature_ignored_or_baked(fed, folder, edits):
         f"the file has no input for {FEATURES[1]}: it is baked into it, or left out",
     )
     assert ("changes nothing" in told) == (len(edits) == 1)
-    assert kinds(found) == {"slot": 1, "contract": 1, "case": 2}
+    assert kinds(found) == {"slot": 1, "contract": 1, "case": 5}
 
 
 def real_controlnet():
@@ -479,7 +483,8 @@ def test_every_residual_of_a_controlnet_is_judged(net):
     found = side(*net)
     assert {each.status for each in found.results} == {"passed"}, found.results
     cases = [each for each in found.results if each.check.kind == "case"]
-    assert [each.check.where for each in cases] == [f"{SIZE}, {name}" for name in EMITTED]
+    wheres = [f"{SIZE}", *(f"{SIZE}, {each}" for each in VARIED)]
+    assert [each.check.where for each in cases] == [f"{where}, {name}" for where in wheres for name in EMITTED]
     assert all(0 < each.verdict.own < 1e-5 and each.verdict.absolute.difference <= each.verdict.allowed for each in cases)
     inputs = [each for each in found.results if each.check.kind == "input"]
     assert {each.check.where for each in inputs} > {"sample", "timestep", "controlnet_cond", "conditioning_scale"}
@@ -526,8 +531,8 @@ def test_residuals_of_one_shape_exchanged_in_the_outputs(net, folder):
     wrong = failed(found)
     for one, other in (EMITTED[:2], EMITTED[1::-1]):
         assert wrong[f"case[{SIZE}, {one}]"].startswith(f"it holds what belongs in {other}; largest difference ")
-    assert kinds(found)["case"] == 2
-    assert not {each.check.where for each in found.failed} & set(EMITTED[2:])
+    assert kinds(found)["case"] == 2 * (1 + len(VARIED))
+    assert not {each.check.where.rpartition(", ")[2] for each in found.failed} & set(EMITTED[2:])
     assert found.divergence is None
 
 
@@ -536,19 +541,20 @@ def test_a_residual_that_is_wrong_missing_or_without_its_scale(net, folder):
     found = side(model, planted(path, folder / "scale.onnx", faults.frozen("conditioning_scale", 1)))
     told = "conditioning_scale changes nothing: it is baked into the file, in down_block_residual_00"
     assert failed(found)["input[conditioning_scale]"] == told
-    assert kinds(found)["case"] == len(EMITTED)
+    assert kinds(found)["case"] == len(EMITTED) * (1 + len(VARIED))
 
     def cut(graph):
         graph.graph.outputs.pop()
 
     found = side(model, planted(path, folder / "cut.onnx", cut))
     assert failed(found)[f"case[{SIZE}, {EMITTED[-1]}]"] == f"the file has no output for {EMITTED[-1]}: it is left out"
-    assert kinds(found)["case"] == 1
+    assert kinds(found)["case"] == 1 + len(VARIED)
     other = real_controlnet()
     with torch.no_grad():
         other.controlnet_down_blocks[3].weight.mul_(1.001)
     found = side(other, path)
-    assert [each.check.where for each in found.failed if each.check.kind == "case"] == [f"{SIZE}, {EMITTED[3]}"]
+    wrong = [each.check.where.rpartition(", ")[2] for each in found.failed if each.check.kind == "case"]
+    assert wrong == [EMITTED[3]] * (1 + len(VARIED))
     assert failed(found)["weights"].endswith("are not the model's: controlnet_down_blocks.3.weight")
 
 
@@ -571,6 +577,47 @@ def test_nothing_is_left_unjudged_in_a_half_precision(dtype):
     report = ParityRun(ParityRequest(small.unet(**small.TINY).to(dtype), backends=("torch",)), ranges=ONE_SIZE).report()
     assert {each.status for each in report.sides[0].results} == {"passed"}, report.sides[0].results
     assert report.reference.startswith("PyTorch float32 on ")
+
+
+def in_ten_bits(module):
+    """Weights as integers of ten bits, one scale a tensor."""
+    for weight in [weight for weight in module.parameters() if weight.ndim > 1]:
+        step = weight.float().abs().max() / 511
+        weight.copy_((weight.float() / step).round() * step)
+
+
+def with_another_gelu(module):
+    """It differs from the exact one by less than float16 can tell."""
+    for part in module.modules():
+        if isinstance(part, GEGLU):
+            part.gelu = lambda value: torch.nn.functional.gelu(value, approximate="tanh")
+
+
+def plan_rounding(*given):
+    return tuple(plan for plan in plan_checks(*given) if plan.check.kind in ("case", "rounding"))
+
+
+@pytest.mark.parametrize(("edit", "status"), [(in_ten_bits, "failed"), (with_another_gelu, "passed")])
+def test_in_a_half_precision_all_values_together_show_what_the_worst_hides(edit, status):
+    model = small.unet(**small.TINY).half()
+
+    def open_edited(backend, file):
+        module = copy.deepcopy(model)
+        with torch.no_grad():
+            edit(module)
+        return TorchSession(module, file.contract)
+
+    request = ParityRequest(model, backends=("torch",))
+    (found,) = ParityRun(request, opener=open_edited, plan=plan_rounding, explain=False).report().sides
+    assert {each.status for each in found.results if each.check.kind == "case"} == {"passed"}, found.results
+    (rounding,) = [each for each in found.results if each.check.kind == "rounding"]
+    assert rounding.status == status, rounding
+    if status == "failed":
+        assert 1.8 < rounding.rounding.times_own < 4
+        told = (
+            r"times PyTorch's own in float16 \(root mean square of \d+ calls\), 1\.8 times are allowed: something is computed"
+        )
+        assert re.search(told, rounding.reason)
 
 
 def test_text_is_judged_as_loud_as_it_shows():

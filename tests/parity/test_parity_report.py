@@ -25,7 +25,7 @@ from shapecheck import Contract, presets
 from shapecheck.parity.drawing import draw_unet
 from shapecheck.parity.page import render_page
 from shapecheck.parity.report import render_json, render_text
-from shapecheck.parity.results import Check, Parity, Result
+from shapecheck.parity.results import Check, Parity, Result, Rounding
 from shapecheck.report.numbers import format_number
 
 ROOT = Path(__file__).parents[2]
@@ -157,8 +157,10 @@ def test_half_a_surrogate_pair_can_be_stored():
 BROKEN = """\
 Parity of preset sd15
 
-BROKEN: ort: 5 of 26 checks failed: slot down_block_residual_04, slot down_block_residual_05, slot
-    down_block_residual_10, slot mid_block_residual and 1 more
+BROKEN: ort: down_block_residual_04 and down_block_residual_05 are exchanged: down_block_residual_04
+    acts like down_block_residual_05 of PyTorch (cosine 0.9998): the two slots are swapped;
+    down_block_residual_10 changes nothing: the graph does not use it. Export again with the
+    residual given as a graph input; and 2 more faults (5 of 26 checks failed)
 
 reference  PyTorch float64 on cpu
 tolerance  at most 8 times PyTorch's own error in that precision
@@ -291,6 +293,25 @@ def test_every_failure_is_told_with_its_reason(name, form):
                 about, why = result.check.where or result.check.kind, result.reason
                 assert spaced(as_told(about, form)) in text, result.check
                 assert spaced(as_told(why.removeprefix(result.check.where).strip(": ") or why, form)) in text, result.check
+
+
+def test_the_errors_of_all_values_together_are_told():
+    whole = samples.healthy()
+    rounding = Rounding(found=3.2e-4, own=1e-4, allowed=1.8e-4, calls=5)
+    result = Result(Check("ort", "rounding", ""), "failed", "3.2 times PyTorch's own", rounding=rounding)
+    parity = replace(whole, sides=(replace(whole.sides[0], results=(*whole.sides[0].results, result)),))
+    told = "3.20× PyTorch's own error over all values of 5 calls (root mean square), 1.80× allowed"
+    assert f"\nrounding  {told}\n" in render_text(parity)
+    read = strict(render_json(parity))["sides"][0]["results"]
+    assert read[-1]["rounding"] == {
+        "found": 3.2e-4,
+        "own": 1e-4,
+        "allowed": 1.8e-4,
+        "calls": 5,
+        "times_own": rounding.times_own,
+    }
+    assert read[0]["rounding"] is None
+    assert "rounding: 3.2 times PyTorch's own" in Text(render_page(parity)).text
 
 
 def test_a_failure_without_a_reason_says_so():

@@ -131,3 +131,94 @@ def in_half(operator: str, number: int):
             user.replace_input_with(index, raised.outputs[0])
 
     return edit
+
+
+def _replace(model: ir.Model, name: str, build) -> None:
+    """Let all that takes an input take instead the last of the nodes that `build` makes of it."""
+    value = _residual(model, name)
+    uses, first = list(value.uses()), model.graph[0]
+    nodes = build(value)
+    for node in nodes:
+        model.graph.insert_before(first, node)
+    for node, index in uses:
+        node.replace_input_with(index, nodes[-1].outputs[0])
+
+
+def clipped(name: str, most: float):
+    """An input whose values end at `most` to both sides, as where a narrow format saturates."""
+    return lambda model: _between(model, name, ("Clip", [np.array(end, _dtype(model, name)) for end in (-most, most)], {}))
+
+
+def sums_clipped(most: float, *names: str):
+    """The sums of skips and residuals end at `most` to both sides."""
+
+    def edit(model: ir.Model) -> None:
+        for name in names:
+            (add,) = _residual(model, name).consumers()
+            uses = list(add.outputs[0].uses())
+            ends = [_constant(model, f"{name} {end}", np.array(end, _dtype(model, name))) for end in (-most, most)]
+            clip = ir.node("Clip", [add.outputs[0], *ends])
+            model.graph.insert_after(add, clip)
+            for node, index in uses:
+                node.replace_input_with(index, clip.outputs[0])
+
+    return edit
+
+
+def tokens_cut(most: int):
+    """Text of which only the first tokens are read."""
+    bounds = [np.array([bound]) for bound in (0, most, 1)]
+    return lambda model: _between(model, "encoder_hidden_states", ("Slice", bounds, {}))
+
+
+def timestep_clamped(most: float):
+    """Timesteps above `most` are taken for it."""
+    return lambda model: _between(model, "timestep", ("Min", [np.array([most], _dtype(model, "timestep"))], {}))
+
+
+def later_rows_without(rows: int, *names: str):
+    """Rows of a batch after the first few are computed without these residuals, or other inputs."""
+
+    def edit(model: ir.Model) -> None:
+        zero, one, most = (_constant(model, f"row {each}", np.array(each)) for each in (0, 1, rows))
+        for name in names:
+            dtype, rank = _residual(model, name).dtype, len(_residual(model, name).shape)
+            shape = _constant(model, f"{name} mask", np.array([-1, *[1] * (rank - 1)]))
+
+            def build(value: ir.Value, dtype: ir.DataType = dtype, shape: ir.Value = shape) -> list[ir.Node]:
+                batch = ir.node("Shape", [value], {"start": 0, "end": 1})
+                count = ir.node("Squeeze", [batch.outputs[0]])
+                numbers = ir.node("Range", [zero, count.outputs[0], one])
+                early = ir.node("Less", [numbers.outputs[0], most])
+                mask = ir.node("Cast", [early.outputs[0]], {"to": int(dtype)})
+                column = ir.node("Reshape", [mask.outputs[0], shape])
+                kept = ir.node("Mul", [value, column.outputs[0]])
+                return [batch, count, numbers, early, mask, column, kept]
+
+            _replace(model, name, build)
+
+    return edit
+
+
+def wrong_above(cells: int, name: str, factor: float):
+    """An input that acts with part of its strength in latents of more than so many cells."""
+
+    def edit(model: ir.Model) -> None:
+        sample, first = _residual(model, "sample"), model.graph[0]
+        dtype = _residual(model, name).dtype
+        sides = ir.node("Shape", [sample], {"start": 2, "end": 4})
+        area = ir.node("ReduceProd", [sides.outputs[0]], {"keepdims": 1})
+        large = ir.node("Greater", [area.outputs[0], _constant(model, "cells", np.array([cells]))])
+        as_number = ir.node("Cast", [large.outputs[0]], {"to": int(dtype)})
+        change = ir.node("Mul", [as_number.outputs[0], _constant(model, "change", np.array([factor - 1], dtype.numpy()))])
+        whole = ir.node("Add", [change.outputs[0], _constant(model, "whole", np.array([1], dtype.numpy()))])
+        for node in (sides, area, large, as_number, change, whole):
+            model.graph.insert_before(first, node)
+        uses = list(_residual(model, name).uses())
+        uses = [(node, index) for node, index in uses if node is not sides]
+        scaled = ir.node("Mul", [_residual(model, name), whole.outputs[0]])
+        model.graph.insert_before(first, scaled)
+        for node, index in uses:
+            node.replace_input_with(index, scaled.outputs[0])
+
+    return edit
