@@ -150,8 +150,8 @@ class Evaluator:
             )
         reason = (
             f"the errors of all {self._noun}s together are {rounding.times_own:.1f} times PyTorch's own in "
-            f"{self.contract.dtype} (root mean square of {len(found)} calls), {rounding.allowed / torch_error:.1f} times are allowed: something is "
-            "computed in fewer bits or by an approximation"
+            f"{self.contract.dtype} (root mean square of {len(found)} calls), {rounding.allowed / torch_error:.1f} times are "
+            "allowed: something is computed in fewer bits or by an approximation"
         )
         return Result(plan.check, "failed", reason, rounding=rounding)
 
