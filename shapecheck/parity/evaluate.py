@@ -32,7 +32,7 @@ value, of 6 % of a residual's, which is only a part of the skip that it is added
 multiple of float16's error cannot judge it: it is a hundred of those."""
 ROUNDING_SHARE = 0.45
 """The errors of all calls together may be this share of `times_own` times PyTorch's own, in root mean square: 1.8 times.
-Healthy backends have 0.4 to 1.5, what shows in a picture more than 2.4 (reports/half_precision.md)."""
+Healthy backends have up to 1.5, what shows in a picture more than 2.4 (reports/half_precision.md)."""
 _CANNOT_RUN = "not judged: calls of this size cannot be run"
 _TOO_SMALL = "not judged: the effect of the residuals in PyTorch is too small beside the tolerance"
 
