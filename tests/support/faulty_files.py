@@ -215,7 +215,7 @@ def _list_whole_faults() -> Iterator[tuple[str, Fault]]:
         "all residuals clipped at 8": (_each(faults.clipped, 8), strong),
         "control lost": (_each(faults.scaled, 0), says("no effect|changes nothing")),
         "rows after the third without control": (faults.later_rows_without(3, *NAMES), row),
-        "rows after the first without control": (faults.later_rows_without(1, *NAMES), row),
+        "rows after the second without control": (faults.later_rows_without(2, *NAMES), row),
         "rows after the third without one slot": (faults.later_rows_without(3, NAMES[3]), row),
         "halves exchanged": (faults.halves_exchanged(*NAMES), says("halves are exchanged")),
         "halves of text exchanged": (faults.halves_exchanged("encoder_hidden_states"), says("halves of encoder_hidden_states")),
