@@ -351,7 +351,7 @@ def _read_verdict(parity: Parity, seconds: float) -> Told:
 
 
 def judge(name: str, dtype: str, told: Told) -> str:
-    """Return what is to be said of a verdict about a fault: `missed`, `not named`, `named`, or `too fine`, which may be missed."""
+    """Return what is to be said of a verdict about a fault: `missed`, `too fine` to be seen, `not named`, or `named`."""
     fault = FAULTS[name]
     if not told.caught:
         return "too fine" if fault.is_fine and dtype == "float16" else "missed"
