@@ -35,7 +35,7 @@ from torch import nn
 
 from shapecheck import ShapecheckError
 from shapecheck.parity.request import ParityRequest
-from shapecheck.parity.results import Parity, Result
+from shapecheck.parity.results import Parity
 from shapecheck.parity.runners import open_session
 
 Edit = Callable[[ir.Model], None]
@@ -63,13 +63,9 @@ class Told:
     caught: bool
     lines: tuple[str, ...] = ()
     """`slot[down_block_residual_00]: changes nothing`, and the module where values begin to differ."""
-    failed: tuple[Result, ...] = ()
+    accused: tuple[str, ...] = ()
+    """The slots and inputs whose own check failed."""
     seconds: float = 0.0
-
-    @property
-    def accused(self) -> tuple[str, ...]:
-        """Return the slots and inputs whose own check failed."""
-        return tuple(result.check.where for result in self.failed if result.check.kind in ("slot", "input"))
 
 
 @dataclass(frozen=True)
@@ -142,10 +138,9 @@ def both(one: Named, other: Named) -> Named:
 
 def only_large(told: Told) -> bool:
     """Require that whatever failed was of a large size, or that the limit is told."""
-    sizes = [result.geometry for result in told.failed if result.geometry is not None]
-    return says(r"above 1,\d{3} cells")(told) or (
-        bool(sizes) and all(geometry.height * geometry.width > LARGE for geometry in sizes)
-    )
+    sizes = [match for line in told.lines if (match := re.match(r"case\[[^]]*latent (\d+)×(\d+)", line))]
+    is_each = all(int(size[1]) * int(size[2]) > LARGE for size in sizes)
+    return says(r"above 1,\d{3} cells")(told) or (bool(sizes) and is_each and not told.accused)
 
 
 _PAIRS = [NAMES[first : first + 2] for first in (0, 2, 4, 7)]
@@ -263,7 +258,7 @@ def _list_inner_faults() -> Iterator[tuple[str, Fault]]:
 
 def _list_controlnet_faults() -> Iterator[tuple[str, Fault]]:
     for name in OUTPUTS:
-        at = says(rf"^case\[.*{name}\]|in {name}$")
+        at = both(says(rf"^case\[.*{name}\]|in {name}$"), accuses())
         yield f"output lost {name}", Fault("controlnet", faults.output_scaled(name, 0), at)
         yield f"output halved {name}", Fault("controlnet", faults.output_scaled(name, 0.5), at)
         yield f"output negated {name}", Fault("controlnet", faults.output_scaled(name, -1), at)
@@ -347,7 +342,8 @@ def _read_verdict(parity: Parity, seconds: float) -> Told:
     lines = [f"{result.check}: {result.reason}".removeprefix(f"{side.backend}/") for result in side.failed]
     if side.divergence is not None:
         lines.append(f"first differs: {side.divergence.module} {side.divergence.slot}")
-    return Told(not parity.passes, tuple(lines), side.failed, seconds)
+    accused = tuple(result.check.where for result in side.failed if result.check.kind in ("slot", "input"))
+    return Told(not parity.passes, tuple(lines), accused, seconds)
 
 
 def judge(name: str, dtype: str, told: Told) -> str:
