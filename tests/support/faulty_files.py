@@ -37,6 +37,7 @@ from shapecheck import ShapecheckError
 from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import Parity
 from shapecheck.parity.runners import open_session
+from shapecheck.parity.summary import summarize
 
 Edit = Callable[[ir.Model], None]
 Named = Callable[["Told"], bool]
@@ -66,6 +67,8 @@ class Told:
     accused: tuple[str, ...] = ()
     """The slots and inputs whose own check failed."""
     seconds: float = 0.0
+    summary: str = ""
+    """What follows BROKEN: in the first line."""
 
 
 @dataclass(frozen=True)
@@ -333,7 +336,7 @@ class Workshop:
         try:
             parity = parity_runs.report(ParityRequest(model, path, seed=seed), (), opener=opener)
         except ShapecheckError as error:
-            return Told(True, (f"refused: {error}",), seconds=time.perf_counter() - began)
+            return Told(True, (str(error),), (), time.perf_counter() - began, f"refused: {error}")
         return _read_verdict(parity, time.perf_counter() - began)
 
 
@@ -343,7 +346,7 @@ def _read_verdict(parity: Parity, seconds: float) -> Told:
     if side.divergence is not None:
         lines.append(f"first differs: {side.divergence.module} {side.divergence.slot}")
     accused = tuple(result.check.where for result in side.failed if result.check.kind in ("slot", "input"))
-    return Told(not parity.passes, tuple(lines), accused, seconds)
+    return Told(not parity.passes, tuple(lines), accused, seconds, summarize(parity))
 
 
 def judge(name: str, dtype: str, told: Told) -> str:
@@ -355,9 +358,8 @@ def judge(name: str, dtype: str, told: Told) -> str:
 
 
 def describe(told: Told) -> str:
-    """Return the seconds and what failed, in one line."""
-    shown = "; ".join(line[:110] for line in told.lines[:3]) + (f"; {len(told.lines) - 3} more" if len(told.lines) > 3 else "")
-    return f"{told.seconds:5.1f} s  {shown or 'nothing failed'}"
+    """Return the seconds and the first line of what is told."""
+    return f"{told.seconds:5.1f} s  {told.summary[:300]}"
 
 
 def _list_trials(names: Iterable[str], seeds: range) -> Iterator[tuple[str, str, int]]:
@@ -399,7 +401,14 @@ def main() -> int:
             counts[outcome] = counts.get(outcome, 0) + 1
             wrong += [line] if outcome in ("missed", "not named", "FALSE ALARM") else []
             if out is not None:
-                record = {"name": name, "dtype": dtype, "seed": seed, "outcome": outcome, "accused": told.accused}
+                record = {
+                    "name": name,
+                    "dtype": dtype,
+                    "seed": seed,
+                    "outcome": outcome,
+                    "accused": told.accused,
+                    "summary": told.summary,
+                }
                 print(json.dumps(record | {"seconds": told.seconds, "lines": told.lines}), file=out, flush=True)
     print("\n".join(["", *wrong, ""]), ", ".join(f"{count} {outcome}" for outcome, count in counts.items()), sep="")
     return int(bool(wrong))
