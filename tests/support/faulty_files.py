@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -401,15 +401,8 @@ def main() -> int:
             counts[outcome] = counts.get(outcome, 0) + 1
             wrong += [line] if outcome in ("missed", "not named", "FALSE ALARM") else []
             if out is not None:
-                record = {
-                    "name": name,
-                    "dtype": dtype,
-                    "seed": seed,
-                    "outcome": outcome,
-                    "accused": told.accused,
-                    "summary": told.summary,
-                }
-                print(json.dumps(record | {"seconds": told.seconds, "lines": told.lines}), file=out, flush=True)
+                record = {"name": name, "dtype": dtype, "seed": seed, "outcome": outcome} | asdict(told)
+                print(json.dumps(record), file=out, flush=True)
     print("\n".join(["", *wrong, ""]), ", ".join(f"{count} {outcome}" for outcome, count in counts.items()), sep="")
     return int(bool(wrong))
 
