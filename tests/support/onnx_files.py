@@ -149,7 +149,7 @@ def _trace_controlnet(path: Path, model: nn.Module, latent: tuple[int, int]) -> 
     contract = probe_controlnet(copy_to_meta(model))
     rules = {each.name: each.shape for each in (*contract.inputs, *contract.slots)}
     shapes = contract.input_shapes(Geometry(2, *latent, 7))
-    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    tensors = {name: torch.zeros(shape, dtype=getattr(torch, contract.input_dtypes[name])) for name, shape in shapes.items()}
     axes = {name: {axis: str(dim) for axis, dim in enumerate(rule) if dim.symbol} for name, rule in rules.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnx_files import unconsume
 
 
 def _residual(model: ir.Model, name: str) -> ir.Value:
@@ -220,5 +221,189 @@ def wrong_above(cells: int, name: str, factor: float):
         model.graph.insert_before(first, scaled)
         for node, index in uses:
             node.replace_input_with(index, scaled.outputs[0])
+
+    return edit
+
+
+def masked(name: str, *numbers: float):
+    """An input whose channels are multiplied by these numbers, over and over: 1 and 0 lose every second."""
+
+    def edit(model: ir.Model) -> None:
+        value = _residual(model, name)
+        mask = np.resize(np.array(numbers, _dtype(model, name)), value.shape[1]).reshape(1, -1, *[1] * (len(value.shape) - 2))
+        _between(model, name, ("Mul", [mask], {}))
+
+    return edit
+
+
+def rolled(name: str):
+    """A residual whose channels are one further."""
+
+    def edit(model: ir.Model) -> None:
+        order = np.roll(np.arange(_residual(model, name).shape[1]), 1)
+        _between(model, name, ("Gather", [order], {"axis": 1}))
+
+    return edit
+
+
+def delayed(name: str, to: str):
+    """A residual is added one skip later, on top of the one that belongs there."""
+
+    def edit(model: ir.Model) -> None:
+        unconsume(name)(model)
+        (add,) = _residual(model, to).consumers()
+        uses = list(add.outputs[0].uses())
+        again = ir.node("Add", [add.outputs[0], _residual(model, name)])
+        model.graph.insert_after(add, again)
+        for node, index in uses:
+            node.replace_input_with(index, again.outputs[0])
+
+    return edit
+
+
+def baked(name: str, number: float):
+    """The same as `frozen` for an input of any type."""
+
+    def edit(model: ir.Model) -> None:
+        zero, constant = (np.array([each]).astype(_dtype(model, name)) for each in (0, number))
+        _between(model, name, ("Mul", [zero], {}), ("Add", [constant], {}))
+
+    return edit
+
+
+def limited(name: str, least: float, most: float):
+    """Values of an input below and above these are taken for them."""
+
+    def edit(model: ir.Model) -> None:
+        ends = [np.array(end).astype(_dtype(model, name)) for end in (least, most)]
+        _between(model, name, ("Max", ends[:1], {}), ("Min", ends[1:], {}))
+
+    return edit
+
+
+def rounded(name: str):
+    """An input is cut to whole numbers."""
+    return lambda model: _between(model, name, ("Floor", [], {}))
+
+
+def _after(model: ir.Model, name: str, *operations: tuple[str, list]) -> None:
+    """Put operations behind an output, each (operator, further inputs: values or arrays)."""
+    number = [output.name for output in model.graph.outputs].index(name)
+    output = model.graph.outputs[number]
+    output.name, value = f"{name} before", output
+    for operator, further in operations:
+        constants = [
+            _constant(model, f"{name} {operator} {place}", each) if isinstance(each, np.ndarray) else each
+            for place, each in enumerate(further)
+        ]
+        node = ir.node(operator, [value, *constants])
+        model.graph.append(node)
+        value = node.outputs[0]
+    value.name, value.shape, value.type = name, output.shape, output.type
+    model.graph.outputs[number] = value
+
+
+def output_scaled(name: str, *numbers: float):
+    """The channels of an output are multiplied by these numbers, over and over."""
+
+    def edit(model: ir.Model) -> None:
+        output = next(output for output in model.graph.outputs if output.name == name)
+        mask = np.resize(np.array(numbers, output.dtype.numpy()), output.shape[1]).reshape(1, -1, 1, 1)
+        _after(model, name, ("Mul", [mask]))
+
+    return edit
+
+
+def output_left_out(name: str):
+    """The file has no such output."""
+
+    def edit(model: ir.Model) -> None:
+        model.graph.outputs.remove(next(output for output in model.graph.outputs if output.name == name))
+
+    return edit
+
+
+def outputs_exchanged(one: str, other: str):
+    """Each output has the other's name and place."""
+
+    def edit(model: ir.Model) -> None:
+        names = [output.name for output in model.graph.outputs]
+        first, second = names.index(one), names.index(other)
+        values = model.graph.outputs[first], model.graph.outputs[second]
+        for value, name in zip(values, (other, one), strict=True):
+            value.name = name
+        model.graph.outputs[second], model.graph.outputs[first] = values
+
+    return edit
+
+
+def later_rows_not_a_number(rows: int, name: str):
+    """Rows of an output after the first few are NaN."""
+
+    def edit(model: ir.Model) -> None:
+        output = next(output for output in model.graph.outputs if output.name == name)
+        batch = ir.node("Shape", [output], {"start": 0, "end": 1})
+        count = ir.node("Squeeze", [batch.outputs[0]])
+        zero, one, most = (_constant(model, f"good row {each}", np.array(each)) for each in (0, 1, rows))
+        numbers = ir.node("Range", [zero, count.outputs[0], one])
+        late = ir.node("GreaterOrEqual", [numbers.outputs[0], most])
+        holes = [_constant(model, f"hole {each}", np.array(each, output.dtype.numpy())) for each in (np.nan, 0)]
+        column = ir.node("Reshape", [late.outputs[0], _constant(model, "column", np.array([-1, 1, 1, 1]))])
+        hole = ir.node("Where", [column.outputs[0], *holes])
+        for node in (batch, count, numbers, late, column, hole):
+            model.graph.append(node)
+        _after(model, name, ("Add", [hole.outputs[0]]))
+
+    return edit
+
+
+def tanh_gelu(model: ir.Model) -> None:
+    """Every GELU is its approximation by tanh: of z = x / √2, whose erf it needs."""
+    linear, cubic = 2 / np.sqrt(np.pi), 0.044715 * 4 / np.sqrt(np.pi)
+    for number, erf in enumerate([node for node in model.graph if node.op_type == "Erf"]):
+        value, dtype = erf.inputs[0], _dtype(model, "sample")
+        factors = [_constant(model, f"gelu {number} {each}", np.array(each, dtype)) for each in (cubic, linear)]
+        square = ir.node("Mul", [value, value])
+        scaled_square = ir.node("Mul", [square.outputs[0], factors[0]])
+        slope = ir.node("Add", [scaled_square.outputs[0], factors[1]])
+        inner = ir.node("Mul", [value, slope.outputs[0]])
+        tanh = ir.node("Tanh", [inner.outputs[0]])
+        for node in (square, scaled_square, slope, inner, tanh):
+            model.graph.insert_before(erf, node)
+        for user, index in list(erf.outputs[0].uses()):
+            user.replace_input_with(index, tanh.outputs[0])
+        model.graph.remove(erf, safe=True)
+
+
+def other_epsilon(operator: str, number: int, epsilon: float):
+    """A norm with another epsilon."""
+
+    def edit(model: ir.Model) -> None:
+        node = [each for each in model.graph if each.op_type == operator][number]
+        node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
+
+    return edit
+
+
+def without_weight_names(model: ir.Model) -> None:
+    """Weights have numbers for names, as after an optimiser: which is which cannot be seen."""
+    for number, value in enumerate(list(model.graph.initializers.values())):
+        value.name = f"w{number}"
+
+
+def in_bits(bits: int):
+    """Weights as whole numbers of so many bits, one scale a tensor, and without their names."""
+
+    def edit(model: ir.Model) -> None:
+        for value in list(model.graph.initializers.values()):
+            tensor = value.const_value
+            assert tensor is not None
+            if len(tensor.shape) < 2 or not tensor.dtype.is_floating_point():
+                continue
+            array = tensor.numpy()
+            step = (np.abs(array.astype(np.float64)).max() or 1.0) / (2 ** (bits - 1) - 1)
+            coarse = (np.rint(array / step) * step).astype(array.dtype)
+            value.const_value = ir.tensor(coarse, name=value.name)
+        without_weight_names(model)
 
     return edit

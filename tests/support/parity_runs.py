@@ -7,6 +7,7 @@ from unittest import mock
 
 from shapecheck.parity import reference, run
 from shapecheck.parity.request import ParityRequest
+from shapecheck.parity.results import Parity
 from shapecheck.parity.run import ParityRun
 from shapecheck.tensorrt.profiles import Range
 
@@ -19,6 +20,12 @@ _KNOWN: dict = {}
 
 def run_side(request: ParityRequest, ranges: tuple[Range, ...], **given):
     """Run one backend; PyTorch's side, which is the same whatever is wrong with a file, is computed once."""
+    (found,) = report(request, ranges, **given).sides
+    return found
+
+
+def report(request: ParityRequest, ranges: tuple[Range, ...], **given) -> Parity:
+    """Return the report of the same."""
 
     def once(subject, contract, cases, generate, wanted, look, progress):
         key = (id(request.model), ranges, request.seed, given.get("emit"), contract, tuple(cases))
@@ -28,8 +35,12 @@ def run_side(request: ParityRequest, ranges: tuple[Range, ...], **given):
         return _KNOWN[key]
 
     with mock.patch.object(run, "compute_reference", once):
-        (found,) = ParityRun(request, ranges=ranges, **given).report().sides
-    return found
+        return ParityRun(request, ranges=ranges, **given).report()
+
+
+def forget() -> None:
+    """Forget PyTorch's side of all runs so far."""
+    _KNOWN.clear()
 
 
 def failed(found):
