@@ -41,6 +41,8 @@ class ReferenceOutputs:
     """PyTorch's own error in the precision of the file, for each of `rounded`, as a share of the reference's largest value."""
     least: float
     """The share below which no error counts: a rounding of that precision; `ASSUMED_ERROR` if `rounded` is empty."""
+    row_share: float = 0.0
+    """PyTorch's own largest error in a row of a call whose rows differ, as a share of that row's largest value."""
     _scales: dict[ForwardCase, float] = field(default_factory=dict)
 
     def torch_error(self, case: ForwardCase) -> float:
@@ -48,10 +50,12 @@ class ReferenceOutputs:
         return max(self.shares.get(case, 0.0), self._usual_share()) * self.scale(case)
 
     def row_error(self, case: ForwardCase, row: int) -> float:
-        """Return the same for one row of a call: its own error, or the largest of the usual calls."""
-        expected = widen(self.reference[case][row])
-        own = float((widen(self.rounded[case][row]) - expected).abs().max()) if case in self.rounded else 0.0
-        return max(own, self._usual_share() * float(expected.abs().max()))
+        """Return the same for one row of a call: the largest share of all rows of varied calls, or of the usual calls.
+
+        Its own error alone would be too little to go by: where rounding errs most is by chance.
+        """
+        share = max(self._usual_share(), self.row_share)
+        return share * float(widen(self.reference[case][row]).abs().max())
 
     def _usual_share(self) -> float:
         usual = [share for case, share in self.shares.items() if not case.perturbed and case.varied is None]
@@ -153,11 +157,17 @@ def _select(
     """Return one output of these calls, and PyTorch's own error in each."""
     reference = {case: exact[case][name] for case in cases}
     values = {case: rounded[case][name] for case in cases if rounded}
+    rows = {
+        case: (widen(value) - widen(reference[case])).abs().flatten(1).amax(1) / widen(reference[case]).abs().flatten(1).amax(1)
+        for case, value in values.items()
+        if case.varied is not None
+    }
     shares = {
         case: float((widen(value) - widen(reference[case])).abs().max() / widen(reference[case]).abs().max())
         for case, value in values.items()
     }
-    return ReferenceOutputs(precision, reference, values, shares, least)
+    row_share = max((float(share.max()) for share in rows.values()), default=0.0)
+    return ReferenceOutputs(precision, reference, values, shares, least, row_share)
 
 
 def choose_call(case: ForwardCase, references: Mapping[str, ReferenceOutputs]) -> ForwardCase:
