@@ -35,13 +35,8 @@ def test_the_contract_saved_for_a_preset_is_what_is_observed_today(name, update_
 def test_every_preset_is_probed_and_every_report_has_its_probe():
     probed = {tomllib.loads(path.read_text(encoding="utf-8"))["model"] for path in PROBES}
     assert probed >= set(UNETS)
-    told = {path.stem for path in (ROOT / "reports").glob("*.md")} - {
-        "README",
-        "performance",
-        "explain",
-        "half_precision",
-        "gpu",
-    }
+    others = {"README", "performance", "explain", "half_precision", "gpu"}
+    told = {path.stem for path in (ROOT / "reports").glob("*.md")} - others
     assert told == {path.stem for path in PROBES}
     verdicts = Counter(requests.read_request(path).expect["verdict"] for path in PROBES)
     assert min(verdicts[each] for each in ("agree", "mismatch", "unet alone")) >= 3
