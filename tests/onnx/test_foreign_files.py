@@ -18,8 +18,10 @@ QUICK = ("slots as of 2023", "ONNX Runtime all")
 """Both of one export."""
 
 
-def full(*values: object) -> list:
-    return [pytest.param(value, marks=pytest.mark.full) for value in values]
+def later(*names: str) -> list:
+    """Those that PyTorch's newer exporter makes take as long as all others: of these a few are enough for every day."""
+    slow = [name for name in names if name.startswith("dynamo")][3:]
+    return [pytest.param(name, marks=pytest.mark.nightly if name in slow else pytest.mark.full) for name in names]
 
 
 def check_kind(folder: Path, name: str, *, named: bool = True) -> FileCheck:
@@ -36,7 +38,7 @@ def check_edited(folder: Path, *edits: Edit, export: Export | None = None) -> Fi
     return check(OnnxFile(path), foreign.observe(export.model))
 
 
-@pytest.mark.parametrize("name", [*QUICK, *full(*(name for name in KINDS if name not in QUICK))])
+@pytest.mark.parametrize("name", [*QUICK, *later(*(name for name in KINDS if name not in QUICK))])
 def test_a_healthy_file_is_fine_and_its_limits_are_told(name, tmp_path):
     kind, checked = KINDS[name], check_kind(tmp_path, name)
     assert (checked.mismatches, checked.unchecked) == ((), "")
@@ -44,7 +46,7 @@ def test_a_healthy_file_is_fine_and_its_limits_are_told(name, tmp_path):
     assert {*checked.limits.fixed} == {*kind.fixed}
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.export.model != "controlnet"])
 def test_a_healthy_file_is_fine_without_its_model(name, tmp_path):
     checked = check_kind(tmp_path, name, named=False)
