@@ -127,12 +127,12 @@ def says(*patterns: str) -> Named:
 
 def accuses(*names: str, lost: bool = False) -> Named:
     """Require that the checks of these slots or inputs fail, of no other, and that only what is `lost` is said to be."""
-    return lambda told: set(told.accused) == set(names) and lost == says("changes nothing")(told)
+    return lambda told: set(told.accused) == set(names) and lost == says("changes nothing:")(told)
 
 
 def tells(name: str) -> Named:
     """Require that an input is named, and is not said to be lost whole."""
-    return lambda told: says(name)(told) and not says("changes nothing")(told)
+    return lambda told: says(name)(told) and not says("changes nothing:")(told)
 
 
 def both(one: Named, other: Named) -> Named:
