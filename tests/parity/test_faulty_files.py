@@ -19,7 +19,7 @@ SAMPLE = {
     "rows after the third without control": "float32",
     "timestep clamped at 240": "float32",
     "timestep clamped at 910": "float16",
-    "text lost above 1,000 cells": "float32",
+    "text lost above 1,000 cells in attention": "float32",
 }
 """Each shows in one way of ordinary use alone."""
 pytestmark = pytest.mark.usefixtures("one_thread")
