@@ -98,8 +98,10 @@ class Kind:
         if not self.is_controlnet:
             return unet
         net = small.controlnet(unet)
-        # A fresh one does not see its image, and all layers before this one make it fainter.
-        nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=1000)
+        for layer in net.controlnet_cond_embedding.modules():  # a fresh one does not see its image
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
         return net
 
 
