@@ -30,6 +30,7 @@ UNNAMED = {
     *("sample clipped at 3", "clipped text_embeds", "clipped time_ids", "ControlNet's image clipped at 0.5"),
     "timestep of whole numbers",
     *("rows after the third not a number", "ControlNet's later rows not a number", "text of later rows lost in deep"),
+    "text of later rows lost in attention",
     *(fault for fault in FAULTS if fault.startswith(("negated ", "output lost ", "outputs exchanged "))),
 }
 """Caught, but the verdict does not say which input is at fault, says that what is negated is lost, or accuses a ControlNet's

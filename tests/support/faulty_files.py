@@ -191,7 +191,7 @@ def _list_input_faults() -> Iterator[tuple[str, Fault]]:
         yield f"text clipped at 6 in {of}", Fault(of, faults.clipped("encoder_hidden_states", 6), text)
         lost = faults.wrong_above(LARGE, "encoder_hidden_states", 0)
         yield f"text lost above 1,000 cells in {of}", Fault(of, lost, only_large, is_fine=of == "deep")
-        yield f"tokens cut at 77 in {of}", Fault(of, faults.tokens_cut(77), says("tokens"))
+        yield f"tokens cut at 77 in {of}", Fault(of, faults.tokens_cut(77), tells("tokens|encoder_hidden_states"))
         yield (
             f"text of later rows lost in {of}",
             Fault(of, faults.later_rows_without(3, "encoder_hidden_states"), row),
