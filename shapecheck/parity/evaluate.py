@@ -109,7 +109,8 @@ class Evaluator:
             return Result(plan.check, "not run", why, case.geometry)
         verdict = self._compare(case, actual) if case.varied is None else self._compare_worst_row(case, actual)
         least = FP8_PSNR[self.contract.role]
-        if verdict.passes and (verdict.psnr >= least or not self.in_fp8):
+        # calls beyond what pipelines were calibrated on may cost more, and are held to PyTorch's own error in fp8 alone
+        if verdict.passes and (verdict.psnr >= least or not self.in_fp8 or case.varied is not None):
             return Result(plan.check, "passed", "", case.geometry, verdict)
         if verdict.passes:
             reason = f"fp8 costs too much: the {self._noun} has {verdict.psnr:.1f} dB PSNR, {least:g} are needed"
@@ -288,7 +289,8 @@ class Evaluator:
             return f"{name} changes nothing: what the {giver} gives there is lost"
         inputs = self.generate(base)
         zeros = iter([Hypothesis(" as zeros", inputs | {name: torch.zeros_like(inputs[name])})])
-        if contrast := self._contrast():
+        # loud residuals hide what an input does: that it shows without them says nothing of the input
+        if (contrast := self._contrast()) and "control" not in contrast:
             return f"{name} changes nothing in this call; the {self._noun} {contrast}"
         return f"{name} changes nothing: it is baked into the file{self._find_equal(zeros, base, before)}"
 

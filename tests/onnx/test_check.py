@@ -919,8 +919,8 @@ def test_markdown_and_json_say_the_same(drawn, inside, tmp_path):
     ("edits", "first"),
     [
         ((files.exchange("down_block_residual_00", "down_block_residual_01"), files.unconsume("mid_block_residual")),
-         "2 faults: down_block_residual_00 and down_block_residual_01 are exchanged; "
-         "mid_block_residual is without effect on the output"),
+         ("2 faults: down_block_residual_00 and down_block_residual_01 are exchanged; "
+          "mid_block_residual is without effect on the output")),
         ([edit for index in range(3) for edit in (files.unconsume(f"down_block_residual_0{index}"),)],
          "1 fault: down_block_residual_00, down_block_residual_01 and 1 more are without effect on the output"),
     ],

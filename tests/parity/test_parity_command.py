@@ -340,14 +340,15 @@ def test_the_help_s_examples_can_be_run(examples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     unet(**THREE).save_pretrained(tmp_path / "sd15" / "unet")
     engines.exported(tmp_path / "sd15" / "unet.onnx", THREE)
-    first, second, third = examples
+    first, second, third, fourth = examples
     assert parity(*first).exit_code == 0
     result = parity(*second)
     assert result.exit_code == 0, result.output
     for size in ("batch 1, latent 24×40", "batch 2, latent 64×64", "batch 4, latent 96×96"):
         assert re.search(rf"^(sizes)? +{size}$", result.stdout, re.MULTILINE), result.stdout
     assert (tmp_path / "parity" / "parity.html").is_file()
-    told = refused(*third)  # there is no engine without a GPU: the command is understood, and the record looked for
+    assert "theirs.onnx" in refused(*third)
+    told = refused(*fourth)  # there is no engine without a GPU: the command is understood, and the record looked for
     assert "unet.plan" in told or "my-controlnet" in told
 
 
