@@ -473,7 +473,8 @@ def test_what_fp8_costs_is_held_to_a_psnr_whatever_its_own_error_is(share, decib
     def spoil(call, image):
         return image + share * sides.reference[call].abs().max()  # 20 log10 of the share, below the largest value
 
-    cases = {name: result for name, result in judge(spoil=spoil, sides=sides, in_fp8=True).items() if name.startswith("case")}
+    found = judge(spoil=spoil, sides=sides, in_fp8=True)
+    cases = {name: result for name, result in found.items() if name.startswith("case") and "varied" not in name}
     assert all(result.verdict.psnr == pytest.approx(decibels, abs=0.1) for result in cases.values())
     assert {result.status for result in cases.values()} == {"passed" if decibels > 30 else "failed"}
     if decibels < 30:
