@@ -392,7 +392,7 @@ def test_the_guard_lets_features_pass_beside_residuals(computing, contract):
 def test_check_knows_features(exported, tmp_path):
     checked = check(exported)
     assert checked.mismatches == ()
-    assert checked.divisor == 1
+    assert checked.limits.divisor == 1
     assert {each.name: each.slot for each in checked.slots if is_feature(each.name)} == {name: name for name in FEATURES}
     swapped = onnx_files.planted(exported, tmp_path / "swapped.onnx", onnx_files.exchange(FEATURES[2], FEATURES[3]))
     assert {each.where for each in check(swapped).mismatches} == {FEATURES[2], FEATURES[3]}
