@@ -33,7 +33,7 @@ _TENSORS = frozenset((Tensor, nn.Parameter, nn.Buffer, nn.UninitializedParameter
 
 @dataclass(frozen=True, slots=True)
 class Computation:
-    """What a model computes beside its weights: equal ones compute the same, if nothing is `unseen`."""
+    """Digests of what decides a model's numbers beside its weights: equal ones compute the same, if nothing is `unseen`."""
 
     settings: str
     """A digest of modules, hooks and functions."""
@@ -148,7 +148,7 @@ class _Description:
         if isinstance(value, types.MethodType):
             return f"{self._describe(value.__func__, where)} of {self._describe(value.__self__, where)}"
         if isinstance(value, types.FunctionType):
-            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+            cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
             return f"{self._name_code(value, where, PACKAGES)} {[self._describe(each, where) for each in cells]}"
         if isinstance(value, _BUILTIN):
             return self._name_code(value, where, PACKAGES)

@@ -51,7 +51,7 @@ class SizeLimits:
     batches: Mapping[int, bool]
     """Every batch that was tried, and whether it works; empty if it is fixed."""
     tokens: Mapping[int, bool]
-    """The same of the number of text tokens."""
+    """Every number of text tokens that was tried, and whether it works; empty if it is fixed."""
     latents: tuple[tuple[int, int], ...]
     """Every height and width that was tried and works, in latent cells."""
     refused: Geometry | None

@@ -62,7 +62,7 @@ class ParityFile:
     find_narrower: Callable[[], tuple[str, ...]] | None = tuple
     """Returns what computes in less than its precision; None if it does not show that, but in its numbers."""
     strength: float = 1.0
-    """What a ControlNet multiplies its residuals by, if that is baked in."""
+    """The strength that is baked into a ControlNet's file; 1 if it is an input."""
     notes: tuple[str, ...] = ()
 
     @property

@@ -42,7 +42,7 @@ OTHER_TIMES = (4.0, 1 / 4, 1 / 16)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one row of a batch is given."""
+    """The inputs of one row of a batch."""
 
     timestep: float
     frames: tuple[int, ...] = ()

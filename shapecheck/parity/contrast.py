@@ -1,4 +1,4 @@
-"""What the rows that a backend computes wrongly have in common, and none of the others: said in words."""
+"""Say what all rows that a backend computes wrongly have in common, and the fewest others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a file, each fault once: one fault makes many checks fail."""
+"""Group failed checks into faults: one fault makes many checks fail."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def list_findings(side: Side) -> tuple[Finding, ...]:
 
 def list_consequences(side: Side) -> tuple[Result, ...]:
     """Return the failed checks that no finding is made of: they follow from the findings."""
-    told = [result for finding in list_findings(side) for result in finding.results]
-    return tuple(result for result in side.failed if result not in told)
+    explained = [result for finding in list_findings(side) for result in finding.results]
+    return tuple(result for result in side.failed if result not in explained)
 
 
 def suggest_command(parity: Parity) -> str:

@@ -157,17 +157,20 @@ def _select(
     """Return one output of these calls, and PyTorch's own error in each."""
     reference = {case: exact[case][name] for case in cases}
     values = {case: rounded[case][name] for case in cases if rounded}
-    rows = {
-        case: (widen(value) - widen(reference[case])).abs().flatten(1).amax(1) / widen(reference[case]).abs().flatten(1).amax(1)
-        for case, value in values.items()
-        if case.varied is not None
-    }
     shares = {
         case: float((widen(value) - widen(reference[case])).abs().max() / widen(reference[case]).abs().max())
         for case, value in values.items()
     }
-    row_share = max((float(share.max()) for share in rows.values()), default=0.0)
+    varied = [measure_row_share(value, reference[case]) for case, value in values.items() if case.varied is not None]
+    row_share = max(varied, default=0.0)
     return ReferenceOutputs(precision, reference, values, shares, least, row_share)
+
+
+def measure_row_share(value: Tensor, expected: Tensor) -> float:
+    """Return the largest error of a row as a share of its largest value; a row that is zero everywhere has no share."""
+    errors, sizes = (widen(each).abs().flatten(1).amax(1) for each in (widen(value) - widen(expected), expected))
+    shares = errors[sizes > 0] / sizes[sizes > 0]
+    return float(shares.max()) if len(shares) else 0.0
 
 
 def choose_call(case: ForwardCase, references: Mapping[str, ReferenceOutputs]) -> ForwardCase:

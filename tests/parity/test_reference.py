@@ -72,3 +72,10 @@ def test_a_perturbation_that_overflows_at_every_size_is_refused(monkeypatch):
 def test_an_image_that_overflows_by_itself_is_refused():
     with pytest.raises(ShapecheckError, match=r"PyTorch's own image is not finite at batch 2, .* control off, in float16"):
         computed(multiplied(1e5, "conv_in"), "sample")
+
+
+def test_a_row_of_zeros_allows_no_other_row_more():
+    """What a half precision makes of it is no share of anything: an infinite one would let every row pass."""
+    expected = torch.tensor([[[[2.0, -4.0]]], [[[0.0, 0.0]]]])
+    assert reference.measure_row_share(expected + 0.1, expected) == pytest.approx(0.025)
+    assert reference.measure_row_share(torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 2)) == 0.0
