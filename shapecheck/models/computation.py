@@ -6,6 +6,7 @@ versions tell enough; of any other nothing does: it may read what it likes.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import hashlib
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub", "shapecheck")
 """Packages whose code is known by their versions."""
+_DISTRIBUTIONS = {"shapecheck": "shapecheck-controlnet"}
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 _BEFORE_CALLS = frozenset(("__init__", "__setstate__"))
 """Methods that no call of a model comes to; PyTorch's compiler replaces them."""
@@ -220,18 +222,35 @@ def _is_installed(file: str, packages: tuple[str, ...]) -> bool:
     """Return whether a file is of one of these packages or of Python; without packages, of any that is installed."""
     if file.startswith("<frozen "):
         return True
-    path, places = Path(file), {name: Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
-    is_package = any(path.is_relative_to(places[name]) for name in ("purelib", "platlib"))
+    path = Path(file)
     # the package of a function is imported
-    if any(path.is_relative_to(folder) for package in packages for folder in getattr(sys.modules.get(package), "__path__", ())):
+    folders = [folder for package in packages or PACKAGES for folder in getattr(sys.modules.get(package), "__path__", ())]
+    if any(path.is_relative_to(folder) for folder in folders):
         return True
-    return not packages if is_package else path.is_relative_to(places["stdlib"])
+    is_package = any(path.is_relative_to(place) for place in _find_places())
+    return not packages if is_package else path.is_relative_to(sysconfig.get_path("stdlib"))
+
+
+@functools.cache
+def _find_places() -> frozenset[Path]:
+    """Return the folders that packages are installed in: that of this Python, and where known ones really are.
+
+    Those may be elsewhere: the user's own, the system's below a virtual environment, one that `pip install --target` filled.
+    """
+    places = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            distribution = importlib.metadata.distribution(_DISTRIBUTIONS.get(package, package))
+            # without a record it is a checkout, perhaps beside the user's own files
+            if distribution.read_text("RECORD") is not None:
+                places.add(Path(str(distribution.locate_file(""))))
+    return frozenset(places)
 
 
 @functools.cache
 def _find_version(package: str) -> str:
     try:
-        return importlib.metadata.version({"shapecheck": "shapecheck-controlnet"}.get(package, package))
+        return importlib.metadata.version(_DISTRIBUTIONS.get(package, package))
     except importlib.metadata.PackageNotFoundError:
         return ""
 

@@ -55,6 +55,8 @@ class Evaluator:
     """PyTorch's other outputs, whose place this one may have taken."""
     in_fp8: bool = False
     """Layers of the file are in fp8, and so they are where PyTorch's own error was measured."""
+    room: float = 1.0
+    """How many times the usual tolerance this backend has; an effect's strength is known as well as elsewhere."""
 
     def evaluate(self, plan: PlannedCheck, names: Container[str]) -> Result:
         """Return the result of a check, for a file that has the inputs of these names."""
@@ -79,7 +81,7 @@ class Evaluator:
 
     def _allow(self, case: ForwardCase) -> float:
         """Return the largest absolute difference that passes."""
-        return self.tolerance_factor * self.reference.torch_error(case)
+        return self.room * self.tolerance_factor * self.reference.torch_error(case)
 
     def _compare(self, case: ForwardCase, actual: Tensor, expected: Tensor | None = None, times: int = 1) -> Verdict:
         """Compare an output with the reference, or with another output of that call."""
@@ -89,7 +91,7 @@ class Evaluator:
     def _compare_row(self, case: ForwardCase, row: int, actual: Tensor) -> Verdict:
         own, expected = self.reference.row_error(case, row), self.reference.reference[case]
         rows = slice(row, row + 1)
-        return compare(actual[rows], expected[rows], allowed=self.tolerance_factor * own, own=own)
+        return compare(actual[rows], expected[rows], allowed=self.room * self.tolerance_factor * own, own=own)
 
     def _compare_worst_row(self, case: ForwardCase, actual: Tensor) -> Verdict:
         """Compare a call row by row, each with its own error, and return the worst: a loud row hides nothing of a quiet one."""
@@ -142,7 +144,8 @@ class Evaluator:
         error, torch_error = (
             max(float(errors[known].mean().sqrt()), self.reference.least / 10) for errors in (torch.cat(found), torch_errors)
         )
-        rounding = Rounding(error, torch_error, ROUNDING_SHARE * self.tolerance_factor * torch_error, len(found))
+        allowed = self.room * ROUNDING_SHARE * self.tolerance_factor * torch_error
+        rounding = Rounding(error, torch_error, allowed, len(found))
         if rounding.passes:
             return Result(plan.check, "passed", rounding=rounding)
         if not is_near:

@@ -20,7 +20,7 @@ from shapecheck.observe.subject import TorchModel
 from shapecheck.parity.artefacts import ParityFile, evaluate_file, read_files
 from shapecheck.parity.cases import EmitResiduals, ForwardCase, InputGenerator
 from shapecheck.parity.evaluate import FP8_PSNR, Evaluator, combine_results, square_of
-from shapecheck.parity.metrics import reference_device
+from shapecheck.parity.metrics import find_room, reference_device
 from shapecheck.parity.plan import FILE_KINDS, PlannedCheck, list_cases, plan_checks
 from shapecheck.parity.reference import LazyReference, Outputs, ReferenceOutputs, choose_call, compute_reference
 from shapecheck.parity.request import ParityRequest
@@ -173,6 +173,7 @@ class ParityRun:
                 [outputs if isinstance(outputs, str) else outputs[name] for outputs in switched],
                 {other: sibling for other, sibling in references.items() if other != name},
                 self.request.calibration is not None,
+                find_room(backend, file.contract.dtype),
             )
 
         evaluators = {name: create_evaluator(name) for name in file.outputs}
@@ -182,6 +183,9 @@ class ParityRun:
             results.append(self._evaluate(plan, evaluators, file, ran, seconds))
         compute.close()
         divergence, notes = self._search(backend, generate, references, results)
+        if (room := find_room(backend, file.contract.dtype)) > 1:
+            allowed = f"{room * self.request.tolerance_factor:g} times PyTorch's own error are allowed"
+            notes = (f"TensorRT sums products in {file.contract.dtype} where that is faster: {allowed}", *notes)
         notes = (*file.notes, *file.describe_limits(self._requested), *notes)
         return Side(backend, artefact, ran, tuple(results), divergence, notes)
 
@@ -269,9 +273,10 @@ class ParityRun:
         if not cases or file.graph is None or self._opener is not None or not self._explain or not is_unet:
             return None, ()
         self._progress("looking for the first value that is not PyTorch's")
+        factor = self.request.tolerance_factor * find_room(backend, file.contract.dtype)
         return search_file(
             self._model, file, generate, cases[0], backend, references[OUTPUT].precision,
-            tolerance_factor=self.request.tolerance_factor, folder=self.request.folder,
+            tolerance_factor=factor, folder=self.request.folder,
         )  # fmt: skip
 
 

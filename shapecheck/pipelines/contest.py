@@ -15,6 +15,7 @@ from torch import nn
 
 from shapecheck.contract import Geometry, ShapecheckError
 from shapecheck.contract.errors import one_line
+from shapecheck.parity.metrics import find_room
 from shapecheck.pipelines import measure
 from shapecheck.pipelines.candidates import (
     SHARES_WEIGHTS,
@@ -58,7 +59,8 @@ class Contest:
         champion: Candidate | None = None,
     ) -> None:
         self._maker, self._unet, self._controlnets, self._geometry = maker, unet, tuple(controlnets), geometry
-        self._device = next(unet.parameters()).device
+        first = next(unet.parameters())
+        self._device, self._dtype = first.device, str(first.dtype).removeprefix("torch.")
         self._measured = {measurement.backend: measurement for measurement in measured}
         self.champion = champion or keep_in_torch(unet, self._controlnets)
 
@@ -105,7 +107,8 @@ class Contest:
             self._maker.progress(f"checking {backend}")
             models = measure.get_models(candidate)
             with torch.no_grad():
-                right, verdict = measure.check_outputs(self._inputs.compute_outputs(models), self._reference)
+                outputs, room = self._inputs.compute_outputs(models), find_room(backend, self._dtype)
+                right, verdict = measure.check_outputs(outputs, self._reference, room=room)
             seconds = time.monotonic() - start
             if not right:
                 close_all(candidate.parts)

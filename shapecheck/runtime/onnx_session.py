@@ -98,8 +98,10 @@ class OnnxSession:
             import onnxruntime
         except ModuleNotFoundError as error:
             raise extras.explain_missing(error, "running an ONNX file") from None
-        if backend != "ort" and hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # CUDA as pip installs it is not where the loader looks
+        if backend != "ort":
+            if hasattr(onnxruntime, "preload_dlls"):
+                onnxruntime.preload_dlls()  # CUDA as pip installs it is not where the loader looks
+            onnxruntime.set_default_logger_severity(4)  # plans that cuDNN cannot run fill the screen, and others are taken
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4  # what goes wrong is raised; its log would say it twice
         # else its threads slow down what PyTorch computes after a call

@@ -129,7 +129,7 @@ def make_torch_call(contract, inputs, model, reference):
 
 
 def make_options(profile, contract, onnx):
-    from shapecheck import OnnxFile
+    from shapecheck.onnx.file import OnnxFile
     from shapecheck.tensorrt.profile_formats import make_provider_options
 
     names = contract.match_names([declared.name for declared in OnnxFile(onnx).reading.inputs])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.metadata
 import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import small
@@ -191,3 +193,17 @@ def test_another_process_says_the_same(plain):
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
     assert said.split()[-1] == plain.digest
+
+
+@pytest.mark.full
+def test_packages_may_be_installed_elsewhere(tmp_path, plain):
+    """As by `pip install --target`, or for the user alone: what is installed is known there too."""
+    found = importlib.metadata.distribution("diffusers")
+    for folder in ("diffusers", Path(str(found.locate_file(""))) / f"diffusers-{found.version}.dist-info"):
+        source = Path(str(found.locate_file(str(folder))))
+        (tmp_path / source.name).symlink_to(source)
+    code = "import diffusers, small; from shapecheck.models import computation\n"
+    code += "found = computation.describe_computation(small.unet(**small.TINY)); print(diffusers.__file__, found.unseen)"
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == f"{tmp_path / 'diffusers' / '__init__.py'} ()"

@@ -16,6 +16,7 @@ from shapecheck.contract.dims import constant
 from shapecheck.parity.artefacts import ParityFile, evaluate_file
 from shapecheck.parity.cases import ForwardCase, InputGenerator
 from shapecheck.parity.evaluate import Evaluator
+from shapecheck.parity.metrics import find_room
 from shapecheck.parity.plan import FILE_KINDS, PlannedCheck, list_cases, plan_checks
 from shapecheck.parity.reference import ReferenceOutputs
 from shapecheck.parity.results import Check, Ran
@@ -74,12 +75,14 @@ def known_sides() -> ReferenceOutputs:
     return ReferenceOutputs("float64", reference, images, shares, 6e-8)
 
 
-def judge(fault=lambda given: given, *, spoil=lambda call, image: image, switched=None, sides=None, has=(), in_fp8=False):
+def judge(
+    fault=lambda given: given, *, spoil=lambda call, image: image, switched=None, sides=None, has=(), in_fp8=False, room=1.0
+):
     """Return every result by its check, for a backend with a fault in what it makes of its inputs, or in its images."""
     sides = sides or known_sides()
     found = {call: spoil(call, SUMS(fault(GENERATE(call)))) for call in sides.reference}
     steps = [found[call] for call in SWITCH.cases] if switched is None else switched
-    judging = Evaluator(CONTRACT, GENERATE, sides, 4.0, SUMS, found, steps, in_fp8=in_fp8)
+    judging = Evaluator(CONTRACT, GENERATE, sides, 4.0, SUMS, found, steps, in_fp8=in_fp8, room=room)
     names = set(has) or {each.name for each in (*CONTRACT.inputs, *CONTRACT.slots)}
     results = [judging.evaluate(plan, names) for plan in PLANS]
     return {str(result.check).removeprefix("ort/"): result for result in results}
@@ -390,6 +393,38 @@ def read(kind: str, weights: str | None = "", ran: Ran = RAN, **file) -> tuple[s
 
 
 CALLS = tuple(dict.fromkeys(call for plan in PLANS if plan.check.kind == "case" for call in plan.cases))
+
+
+@pytest.mark.parametrize(("times", "room", "fails"), [(8, 1.0, True), (8, 3.0, False), (13, 3.0, True)])
+def test_a_backend_with_room_may_be_further_off(times, room, fails):
+    """As TensorRT, which sums in float16, may be."""
+    sides = known_sides()
+
+    def spoil(call, _image):
+        expected = sides.reference[call]
+        errors = torch.tensor([sides.row_error(call, row) for row in range(len(expected))], dtype=torch.float64)
+        return expected + times * errors.clamp_max(sides.torch_error(call)).reshape(-1, 1, 1, 1) * torch.sign(expected)
+
+    assert ("case" in kinds(judge(spoil=spoil, room=room))) == fails
+
+
+def test_room_hides_no_weaker_slot():
+    name = NAMES[1]
+    assert of_slots(judge(scaled(0.9, name), room=3.0), "failed") == {name}
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "room"),
+    [
+        ("trt", "float16", 3.0),
+        ("ort-trt", "float16", 3.0),
+        ("trt", "bfloat16", 1.0),
+        ("trt", "float32", 1.0),
+        ("ort-cuda", "float16", 1.0),
+    ],
+)
+def test_only_tensorrt_in_float16_has_room(backend, dtype, room):
+    assert find_room(backend, dtype) == room
 
 
 def judge_rounding(spoil):

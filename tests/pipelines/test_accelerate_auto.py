@@ -291,6 +291,9 @@ def test_weights_are_the_very_same_after_the_reference(pipe, tmp_path):
         spoilt = dict(own)
         spoilt[name] = torch.full_like(own[name], math.nan)
         assert not measure.check_outputs(spoilt, reference)[0]
+    name = "the image with control on"
+    spoilt = own | {name: reference.expected[name] + 8 * reference.own[name]}
+    assert [measure.check_outputs(spoilt, reference, room=room)[0] for room in (1.0, 3.0)] == [False, True]
     own["the image with control on"] = own["the image with control off"]
     assert measure.check_outputs(own, reference) == (False, measure.check_outputs(own, reference)[1])
 
