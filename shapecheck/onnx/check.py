@@ -13,7 +13,7 @@ from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.size_request import SizeRequest
 from shapecheck.onnx import contract_metadata
 from shapecheck.onnx.file import OnnxFile
-from shapecheck.onnx.findings import Case, find_faults, find_remarks
+from shapecheck.onnx.findings import Case, find_faults, find_input_limits, find_remarks
 from shapecheck.onnx.input_roles import Matching, Roles, assign_roles, diffusers_names
 from shapecheck.onnx.reading import Reading
 from shapecheck.onnx.records import Basis, DeclaredInput, DeclaredSlot, FileCheck
@@ -84,6 +84,7 @@ def check(
         tuple((slot.name, tensor.name) for slot, tensor in matching.pairs),
         unchecked,
         bool(roles.pictures),
+        find_input_limits(case),
     )
 
 

@@ -11,6 +11,7 @@ from shapecheck.contract import Contract, Dim, Input, Mismatch, Slot, show
 from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import MismatchKind
+from shapecheck.onnx.foreign_inputs import TIMESTEP, describe_timestep, is_timestep, measure_joined
 from shapecheck.onnx.input_roles import STRENGTH, Matching, Roles, diffusers_names, match_inputs, name_outputs
 from shapecheck.onnx.reading import GraphTensor
 from shapecheck.onnx.size_sweep import SizeSweep
@@ -68,15 +69,25 @@ def _check_input(case: Case, matching: Matching, base: Input, tensor: GraphTenso
         cause = "" if is_image else "the graph computes with a constant in its place: every call gets the same conditioning"
         yield Mismatch("missing" if is_image else "baked", base.name, "no such input", expected, cause=cause)
         return
-    name = tensor.name
+    name, joined = tensor.name, matching.list_joined(tensor)
+    if base.name in joined[1:]:
+        return  # told of the first
     if name in matching.renamed and case.is_inside:
         yield Mismatch("name", name, name, base.name, cause=f"recognised by its shape; {_RENAME}")
     if not tensor.live:
         yield Mismatch("unused", name, "no effect on the output", expected, cause=f"baked: {_IGNORED}")
+    if base.name == TIMESTEP and is_timestep(tensor) and not case.is_inside:
+        return  # whole numbers, or one for all rows, are a limit
     if tensor.is_float != ("float" in base.dtype):
         cause = "a fractional timestep is cut off" if base.name == "timestep" else ""
         yield Mismatch("dtype", name, tensor.dtype, base.dtype, cause=cause)
-    if tensor.dims is None or len(diffusers_names(tensor)) > 1:
+    if tensor.dims is None:
+        return
+    if joined:
+        widths = measure_joined(case.contract)
+        if len(tensor.dims) != 2 or (isinstance(tensor.dims[1], int) and tensor.dims[1] not in widths.values()):
+            either = " or ".join(f"batch×{width}" for width in widths.values()) or "an input each"
+            yield Mismatch("input", name, str(tensor), either, cause=f"it stands for {' and '.join(joined)}")
         return
     if len(tensor.dims) != len(base.shape):
         yield Mismatch("rank", name, str(tensor), expected)
@@ -86,6 +97,14 @@ def _check_input(case: Case, matching: Matching, base: Input, tensor: GraphTenso
         yield Mismatch("channels" if tensor.is_image else "input", name, str(tensor), expected)
     elif any(dim.symbol == "batch" and "batch" not in case.sweep.limits.fixed for dim, _ in numbers):
         yield Mismatch("input", name, str(tensor), expected, cause="its batch is fixed, and the sample's is not")
+
+
+def find_input_limits(case: Case) -> tuple[str, ...]:
+    """Return in what the inputs are narrower than the model's, sizes apart."""
+    batch = case.sweep.limits.fixed.get("batch")
+    pairs = [(base, tensor) for base, tensor in case.matching.inputs if base.name == TIMESTEP and tensor is not None]
+    own = "float32" if case.itself else ""  # a file's own table says what it takes, not what its model does
+    return tuple(limit for base, tensor in pairs for limit in describe_timestep(tensor, own or base.dtype, batch, tensor.taken_as))
 
 
 def _check_slots(case: Case, matching: Matching) -> Iterator[Mismatch]:
@@ -160,7 +179,11 @@ def find_remarks(case: Case) -> Iterator[str]:
     if roles.is_controlnet and roles.naming is None:
         yield "the outputs' names follow no known scheme: taken in their order, which their shapes confirm or not"
     if not case.is_inside:
-        renamed = {tensor.name: base.name for base, tensor in matching.inputs if tensor and tensor.name in matching.renamed}
+        renamed = {
+            tensor.name: " and ".join(matching.list_joined(tensor)) or base.name
+            for base, tensor in matching.inputs
+            if tensor and tensor.name in matching.renamed
+        }
         if renamed:
             yield "recognised by their shapes: " + ", ".join(f"{name} is {ours}" for name, ours in renamed.items())
     yield from _describe_strengths(case)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from shapecheck.contract import Contract, Input, Slot, naming
 from shapecheck.contract.naming import SHAPECHECK, Naming
+from shapecheck.onnx.foreign_inputs import TEXT, TIMES, TIMESTEP, is_timestep, measure_joined
 from shapecheck.onnx.reading import GraphTensor, Reading
 
 _COMFYUI_NAMES = {
     "x": ("sample",),
     "timesteps": ("timestep",),
     "context": ("encoder_hidden_states",),
-    "y": ("text_embeds", "time_ids"),  # embedded and joined before the graph
+    "y": (TEXT, TIMES),  # embedded and joined before the graph
     "hint": ("controlnet_cond",),
 }
 STRENGTH = "conditioning_scale"
@@ -92,6 +93,11 @@ class Matching:
         pairs: list[tuple[Input | Slot, GraphTensor | None]] = [*self.inputs, *self.slots]
         return [(expected, tensor) for expected, tensor in pairs if tensor is not None]
 
+    def list_joined(self, tensor: GraphTensor) -> tuple[str, ...]:
+        """Return the inputs of the contract that a tensor stands for, if these are several."""
+        names = tuple(base.name for base, own in self.inputs if own is tensor)
+        return names if len(names) > 1 else ()
+
 
 def diffusers_names(tensor: GraphTensor) -> tuple[str, ...]:
     """Return what diffusers calls this base input: two names for one that joins two."""
@@ -159,10 +165,17 @@ def match_inputs(roles: Roles, contract: Contract) -> Matching:
     inputs: dict[str, GraphTensor | None] = {}
     for base in contract.inputs:
         stand_ins = [named[base.name]] if base.name in named else [tensor for tensor in unmatched if _fits(tensor, base)]
+        if not stand_ins and base.name == TIMESTEP:  # it has many forms
+            stand_ins = [tensor for tensor in unmatched if is_timestep(tensor)]
         inputs[base.name] = stand_ins[0] if stand_ins else None
         if stand_ins and stand_ins[0] in unmatched:
             unmatched.remove(stand_ins[0])
             renamed.add(stand_ins[0].name)
+    if {TEXT, TIMES} <= inputs.keys() and inputs[TEXT] is inputs[TIMES] is None:
+        ends = [(width,) for width in measure_joined(contract).values()]
+        joined = next((tensor for tensor in unmatched if tensor.is_float and (tensor.dims or ())[1:] in ends), None)
+        inputs |= {TEXT: joined, TIMES: joined}
+        renamed |= {joined.name} if joined is not None else set()
     matched = [*slots.values(), *inputs.values()]
     return Matching(
         tuple((slot, slots.get(slot.name)) for slot in contract.residuals if contract.role == "unet"),

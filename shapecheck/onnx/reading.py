@@ -48,6 +48,8 @@ class GraphTensor(Port):
     """The graph reads sizes off it."""
     factor: float | None = None
     """The constant that an output is multiplied by last."""
+    taken_as: str = ""
+    """The type that an input is converted to before anything is computed with it; empty for its own."""
 
     @property
     def is_float(self) -> bool:
@@ -101,6 +103,7 @@ def read_graph(path: Path, model: ir.Model) -> Reading:
     found = {value: {addition.producer: addition for addition in find_sums(value, ranks)} for value in declared}
     sums = {value: tuple(additions.values()) for value, additions in found.items()}
     factors = {value: read_factor(value) for value in graph.outputs}
+    casts = {value: _find_cast(value) for value in declared}
     parameters_to_inputs(graph)
     depths = _count_depths(graph, {addition.producer for additions in sums.values() for addition in additions})
     known = [node for node in graph if onnx.defs.has(node.op_type, node.domain) and node.domain in graph.opset_imports]
@@ -114,7 +117,7 @@ def read_graph(path: Path, model: ir.Model) -> Reading:
     return Reading(
         path,
         one_line(" ".join(filter(None, (model.producer_name, model.producer_version)))),
-        tuple(_read_tensor(value, live, map(describe_sum, sums[value])) for value in declared),
+        tuple(replace(_read_tensor(value, live, map(describe_sum, sums[value])), taken_as=casts[value]) for value in declared),
         tuple(replace(_read_tensor(value, live), factor=factors[value]) for value in graph.outputs),
         tuple(sorted({one_line(node.op_type) for node in {*graph} - {*known} if not can_be_followed(node)})),
         model,
@@ -136,6 +139,12 @@ def _read_tensor(value: ir.Value, live: set[ir.Value], adds: Iterable[ResidualAd
         tuple(adds),
         is_measured(value),
     )
+
+
+def _find_cast(value: ir.Value) -> str:
+    """Return the type that all readers of a value convert it to; empty if there is none."""
+    types = {node.attributes["to"].as_int() if node.op_type == "Cast" else 0 for node in value.consumers()}
+    return torch_name(ir.DataType(types.pop()).name) if len(types) == 1 and types != {0} else ""
 
 
 def _count_depths(graph: ir.Graph, producers: set[ir.Node]) -> dict[ir.Node, int]:

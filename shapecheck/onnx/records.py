@@ -111,13 +111,15 @@ class FileCheck:
     """The reason why the sizes were not checked; empty if they were."""
     makes_residuals: bool = False
     """It holds its ControlNet, and takes no residuals."""
+    input_limits: tuple[str, ...] = ()
+    """In what its inputs are narrower than the model's, sizes apart: `whole timesteps (int64)`."""
 
     @property
     def narrower(self) -> tuple[str, ...]:
-        """Return in what it is narrower than its model; nothing if that was not checked."""
+        """Return in what it is narrower than its model, of sizes what was checked."""
         if self.unchecked or not self.limits.divisor:
-            return ()
-        return self.limits.describe(self.contract.divisor, self.contract.header.vae_factor)
+            return self.input_limits
+        return (*self.limits.describe(self.contract.divisor, self.contract.header.vae_factor), *self.input_limits)
 
 
 @dataclass(frozen=True, slots=True)

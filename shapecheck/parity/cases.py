@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -173,7 +174,8 @@ class InputGenerator:
     def _draw_input(self, spec: Input, case: ForwardCase) -> Tensor:
         shape, dtype, rows = spec.shape_at(case.geometry), self._dtypes[spec.name], list_rows(case)
         if spec.name == "timestep":
-            return torch.tensor([row.timestep for row in rows], dtype=torch.float64).reshape(shape).to(dtype)
+            steps = [row.timestep for row in rows] if len(rows) == math.prod(shape) else [rows[0].timestep]  # one for all
+            return torch.tensor(steps, dtype=torch.float64).reshape(shape).to(dtype)
         if spec.name == "conditioning_scale":
             return torch.full(shape, _SCALE, dtype=dtype)
         if not dtype.is_floating_point:

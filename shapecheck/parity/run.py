@@ -222,7 +222,8 @@ class ParityRun:
             self._progress(f"computing with {backend}, call {next(numbers)} of {total}: {case}")
             values, began = generate(case), time.perf_counter()
             try:
-                outputs = session({own: values[name].to(session.device) for name, own in file.names.items()})
+                given = {own: values[name] for name, own in file.names.items()} | file.join(values)
+                outputs = session({own: value.to(session.device) for own, value in given.items()})
                 # a session may write into the same memory in the next call
                 return {name: outputs[own].cpu().clone() for name, own in file.outputs.items()}
             except (ShapecheckError, torch.OutOfMemoryError) as error:

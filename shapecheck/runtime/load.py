@@ -15,6 +15,7 @@ from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.files import make_folder
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.file import OnnxFile
+from shapecheck.onnx.foreign_inputs import TIMESTEP, adapt_timestep
 from shapecheck.progress import silent
 from shapecheck.runtime.call_gate import name_dtype
 from shapecheck.runtime.compiled_session import CompiledSession
@@ -168,6 +169,9 @@ def _open_onnx(
         dtypes = {tensor.name: tensor.dtype for tensor in file.reading.inputs if tensor.is_float}
         theirs = known.match_names(dtypes)
         known = known.with_dtypes({name: dtypes[theirs[name]] for name in theirs if theirs[name] in dtypes})
+        for tensor in file.reading.inputs:
+            if tensor.name == theirs.get(TIMESTEP):
+                known = adapt_timestep(known, tensor)
     if chosen == "ort-trt" and sizes:
         names = known.match_names([declared.name for declared in file.reading.inputs])  # the file's own
         ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)

@@ -68,6 +68,8 @@ class Export:
     dtype: str = "float32"
     inside: bool = False
     """A UNet that holds its ControlNet."""
+    timestep: str = ""
+    """Its type if that is another, and `scalar` or `one` if it is one number for all rows."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,21 @@ def _export(path: Path, export: Export) -> None:
             del shapes["conditioning_scale"]
     else:
         module = Flat(module, contract, {})
+    for word in export.timestep.split():
+        if word in ("scalar", "one"):
+            shapes["timestep"] = rules["timestep"] = (1,) * (word == "one")
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, export.dtype)
     tensors = {name: torch.rand(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    for word in export.timestep.split():
+        if word not in ("scalar", "one"):
+            tensors["timestep"] = (tensors["timestep"] * 999).to(getattr(torch, word))
     closed = {"none": ("batch", "h", "w", "tokens"), "batch": ("batch",)}.get(export.dims, ())
     axes = {
-        name: {axis: str(dim) for axis, dim in enumerate(rules[name]) if dim.symbol and dim.symbol not in closed}
+        name: {
+            axis: str(dim)
+            for axis, dim in enumerate(rules[name])
+            if not isinstance(dim, int) and dim.symbol and dim.symbol not in closed
+        }
         for name in (*tensors, *outputs)
         if name in rules
     }
@@ -376,6 +388,35 @@ def forget_names(model: ir.Model) -> None:
         value.name = f"w{number}"
 
 
+# edits of conditions
+
+
+def join_conditions(*, embedded: bool = True, name: str = "y") -> Edit:
+    """Take SDXL's pooled text and size numbers as one tensor, embedded as ComfyUI does, or plain."""
+
+    def edit(model: ir.Model) -> None:
+        graph = model.graph
+        text, times = (next(value for value in graph.inputs if value.name == each) for each in ("text_embeds", "time_ids"))
+        concat = next(node for node in text.consumers() if node.op_type == "Concat")
+        width = text.shape[1] + times.shape[1] * (TEXT_TIME["addition_time_embed_dim"] if embedded else 1)
+        y = ir.Value(name=name, shape=ir.Shape([text.shape[0], width]), type=text.type)
+        graph.inputs[graph.inputs.index(text)] = y
+        graph.inputs.remove(times)
+        if embedded:
+            for node, index in list(concat.outputs[0].uses()):
+                node.replace_input_with(index, y)
+            passes.RemoveUnusedNodesPass()(model)
+            return
+        sizes = _constant(model, "sizes", np.array([text.shape[1], times.shape[1]]))
+        split = ir.Node("", "Split", [y, sizes], [ir.AttrInt64("axis", 1)], num_outputs=2)
+        graph.insert_before(graph[0], split)
+        for value, part in zip((text, times), split.outputs, strict=True):
+            for node, index in list(value.uses()):
+                node.replace_input_with(index, part)
+
+    return edit
+
+
 # edits of the whole graph
 
 
@@ -535,6 +576,21 @@ KINDS: Mapping[str, Kind] = {
         Export("xl"),
         (rename(**_COMFYUI, text_embeds="y", time_ids="z"),),
     ),
+    "text and sizes in one": Kind(Export("xl"), (rename(**_COMFYUI), join_conditions())),
+    "text and sizes in one, plain": Kind(Export("xl"), (join_conditions(embedded=False),)),
+    "text and sizes in one of another name": Kind(Export("xl"), (join_conditions(name="vector"),)),
+    "text and sizes in one, float16": Kind(Export("xl"), (rename(**_COMFYUI), join_conditions(), convert_to_half)),
+    # timesteps
+    **{
+        f"timestep {form}": Kind(Export(timestep=form))
+        for form in ("int64", "int32", "float16", "scalar", "one", "int64 scalar", "int64 one", "int32 one")
+    },
+    "timestep int64, batch 1": Kind(
+        Export(timestep="int64", dims="none", batch=1), (rename(timestep="t"),), fixed=("batch", "h", "w", "tokens")
+    ),
+    "timestep int64, of another name": Kind(Export(timestep="int64"), (rename(timestep="t"),)),
+    "timestep scalar of dynamo": Kind(Export(exporter="dynamo", opset=18, dims="AUTO", timestep="scalar")),
+    "controlnet of one timestep": Kind(Export("controlnet", timestep="int64 one")),
     "xl arg0, arg1": Kind(
         Export("xl"),
         (
