@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from shapecheck.contract import Mismatch
 from shapecheck.contract.records import format_observed
+from shapecheck.onnx.findings import list_some
 from shapecheck.onnx.records import FileCheck
 from shapecheck.presets.families import describe_families, find_families
 from shapecheck.report.document import Document, Facts, Format, Heading, Paragraph, Part, Points, Table
@@ -28,6 +29,7 @@ _WORDS = {
     "surplus": "unknown to the model",
 }
 _WORDS_OF_SEVERAL = {
+    "batch": "added in another number of rows than the batch has",
     "channels": "of other channels",
     "rank": "of another rank",
     "size": "of another size",
@@ -179,7 +181,7 @@ def list_findings(checked: FileCheck) -> tuple[str, ...]:
     for fault in faults:
         groups.setdefault(fault.kind, []).append(fault)
     for kind, alike in sorted(groups.items(), key=lambda group: _ORDER.get(group[0], len(_ORDER))):
-        names = ", ".join(fault.where for fault in alike[:2]) + (f" and {len(alike) - 2} more" if len(alike) > 2 else "")
+        names = list_some([fault.where for fault in alike])
         first = alike[0]
         if kind == "sizes":
             at = f" at {first.geometry}" if first.geometry else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -79,20 +79,28 @@ def _check_input(case: Case, matching: Matching, base: Input, tensor: GraphTenso
     if base.name == TIMESTEP and is_timestep(tensor) and not case.is_inside:
         return  # whole numbers, or one for all rows, are a limit
     if tensor.is_float != ("float" in base.dtype):
-        cause = "a fractional timestep is cut off" if base.name == "timestep" else ""
+        cause = "a fractional timestep is cut off" if base.name == TIMESTEP else ""
         yield Mismatch("dtype", name, tensor.dtype, base.dtype, cause=cause)
-    if tensor.dims is None:
-        return
     if joined:
-        widths = measure_joined(case.contract)
-        if len(tensor.dims) != 2 or (isinstance(tensor.dims[1], int) and tensor.dims[1] not in widths.values()):
-            either = " or ".join(f"batch×{width}" for width in widths.values()) or "an input each"
-            yield Mismatch("input", name, str(tensor), either, cause=f"it stands for {' and '.join(joined)}")
-        return
-    if len(tensor.dims) != len(base.shape):
+        yield from _check_joined(case, joined, tensor)
+    elif tensor.dims is not None:
+        yield from _check_dims(case, base, tensor, tensor.dims)
+
+
+def _check_joined(case: Case, names: tuple[str, ...], tensor: GraphTensor) -> Iterator[Mismatch]:
+    widths = measure_joined(case.contract).values()
+    end = (tensor.dims or (None, None))[1:]
+    if len(end) != 1 or (isinstance(end[0], int) and end[0] not in widths):
+        either = " or ".join(f"batch×{width}" for width in widths) or "an input each"
+        yield Mismatch("input", tensor.name, str(tensor), either, cause=f"it stands for {' and '.join(names)}")
+
+
+def _check_dims(case: Case, base: Input, tensor: GraphTensor, dims: tuple[int | str | None, ...]) -> Iterator[Mismatch]:
+    name, expected = tensor.name, show(base.shape)
+    if len(dims) != len(base.shape):
         yield Mismatch("rank", name, str(tensor), expected)
         return
-    numbers = [(dim, size) for dim, size in zip(base.shape, tensor.dims, strict=True) if isinstance(size, int)]
+    numbers = [(dim, size) for dim, size in zip(base.shape, dims, strict=True) if isinstance(size, int)]
     if any(dim.symbol is None and size != dim.scale for dim, size in numbers):
         yield Mismatch("channels" if tensor.is_image else "input", name, str(tensor), expected)
     elif any(dim.symbol == "batch" and "batch" not in case.sweep.limits.fixed for dim, _ in numbers):
@@ -104,7 +112,9 @@ def find_input_limits(case: Case) -> tuple[str, ...]:
     batch = case.sweep.limits.fixed.get("batch")
     pairs = [(base, tensor) for base, tensor in case.matching.inputs if base.name == TIMESTEP and tensor is not None]
     own = "float32" if case.itself else ""  # a file's own table says what it takes, not what its model does
-    return tuple(limit for base, tensor in pairs for limit in describe_timestep(tensor, own or base.dtype, batch, tensor.taken_as))
+    return tuple(
+        limit for base, tensor in pairs for limit in describe_timestep(tensor, own or base.dtype, batch, tensor.taken_as)
+    )
 
 
 def _check_slots(case: Case, matching: Matching) -> Iterator[Mismatch]:
@@ -187,7 +197,14 @@ def find_remarks(case: Case) -> Iterator[str]:
         if renamed:
             yield "recognised by their shapes: " + ", ".join(f"{name} is {ours}" for name, ours in renamed.items())
     yield from _describe_strengths(case)
-    hidden = [tensor.name for tensor in roles.slots if tensor.live and not tensor.adds]
+    changed = [tensor for tensor in roles.slots if tensor.live and not tensor.adds and tensor.obstacles]
+    if changed:
+        operators = ", ".join(dict.fromkeys(name for tensor in changed for name in tensor.obstacles))
+        yield (
+            f"{list_some([tensor.name for tensor in changed])} {'go' if len(changed) > 1 else 'goes'} through {operators} before "
+            "any sum is seen: how much is added, in which rows and where is not known here; `shapecheck parity` decides by values"
+        )
+    hidden = [tensor.name for tensor in roles.slots if tensor.live and not tensor.adds and not tensor.obstacles]
     seen = [tensor for tensor in roles.slots if tensor.adds]
     for tensor, following in pairwise(seen):
         if tensor.adds[0].depth == following.adds[0].depth and tensor.adds[0].rank != following.adds[0].rank:
@@ -199,19 +216,23 @@ def find_remarks(case: Case) -> Iterator[str]:
         )
 
 
+def list_some(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
 def _describe_strengths(case: Case) -> Iterator[str]:
     """Describe strengths that are constants of the graph."""
     roles = case.roles
     if roles.is_controlnet:
         numbers = [tensor for tensor in roles.base if tensor.is_float and tensor.dims in ((), (1,)) and tensor.live]
         if all("timestep" in diffusers_names(tensor) for tensor in numbers) or roles.strength not in (None, 1.0):
-            value = "" if roles.strength is None else f" as {roles.strength:g}"
+            value = "" if roles.strength is None else f" as {roles.strength:.3g}"
             yield f"the strength (conditioning_scale) is baked in{value}: scale the residuals after it"
         return
     factors = {tensor.name: tensor.adds[0].factor for tensor in roles.slots if tensor.adds}
     baked = {name: factor for name, factor in factors.items() if factor > 0 and not math.isclose(factor, 1, rel_tol=1e-6)}
-    if baked and len({f"{factor:g}" for factor in factors.values()}) == 1:
-        yield f"a strength of {next(iter(baked.values())):g} is baked in: every residual is multiplied by it before it is added"
+    if baked and roles.strength is not None:
+        yield f"a strength of {roles.strength:.3g} is baked in: every residual is multiplied by it before it is added"
     elif baked:
         each = ", ".join(f"{name} by {factor:g}" for name, factor in baked.items())
         yield f"strengths are baked in: {each} before they are added"

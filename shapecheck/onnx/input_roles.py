@@ -42,7 +42,7 @@ class Roles:
     emitted: tuple[str, ...] = ()
     """The outputs of a ControlNet, in the order of the graph."""
     strength: float | None = None
-    """A constant that a ControlNet multiplies all of them by."""
+    """A constant that a ControlNet multiplies all of them by, or a UNet all residuals that it takes."""
 
     @property
     def added(self) -> tuple[GraphTensor, ...]:
@@ -126,9 +126,16 @@ def assign_roles(reading: Reading) -> Roles:
     if scheme is not None and 2 * sum(scheme.index(tensor.name) is not None for tensor in ports) < len(ports):
         scheme = None
     emitted = tuple(tensor.name for tensor in reading.outputs) if is_controlnet else ()
-    factors = {tensor.factor for tensor in reading.outputs}
-    strength = factors.pop() if is_controlnet and len(factors) == 1 else None
+    factors = {tensor.factor for tensor in reading.outputs} if is_controlnet else _read_factors(slots)
+    strength = factors.pop() if len(factors) == 1 else None
     return Roles(scheme, tuple(slots), tuple(base), is_controlnet, tuple(features), emitted, strength)
+
+
+def _read_factors(slots: list[GraphTensor]) -> set[float | None]:
+    """Return what residuals are multiplied by before they are added; with None if that is no constant, or takes them away."""
+    factors = [[add.factor for add in tensor.adds] for tensor in slots]
+    known = [round(found[0], 9) if len(found) == 1 and found[0] > 0 else None for found in factors]
+    return {*known}
 
 
 def name_outputs(roles: Roles, contract: Contract) -> dict[str, str]:

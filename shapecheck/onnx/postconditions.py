@@ -15,7 +15,7 @@ REFUSED_BY_TENSORRT = frozenset({
     "Unique", "Multinomial", "Det", "Bernoulli", "Compress", "MaxUnpool",
 })  # fmt: skip
 """Operators that TensorRT's parser rejects."""
-_SIZES = ((2, 17, 33), (3, 65, 97), (2, 24, 40), (3, 19, 30))
+FOLLOWED = ((2, 17, 33), (3, 65, 97), (2, 24, 40), (3, 19, 30))
 """Batch, and height and width in multiples of the divisor: odd and even, none square."""
 
 
@@ -50,7 +50,7 @@ def check_graph(model: ir.Model, contract: Contract) -> None:
     _require_equal("operators TensorRT rejects", refused, [])
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
-    for batch, height, width in _SIZES:
+    for batch, height, width in FOLLOWED:
         geometry = Geometry(batch, contract.divisor * height, contract.divisor * width)
         actual = infer_shapes_at(model, contract.input_shapes(geometry))
         _require_equal(f"a node that cannot work at {geometry}", actual.fault, "")

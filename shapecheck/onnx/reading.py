@@ -17,7 +17,7 @@ from shapecheck.onnx.fused_operators import can_be_followed
 from shapecheck.onnx.node_locations import SCOPES, NodeLocations, find_module
 from shapecheck.onnx.sanitize import LONGEST_NAME, report_unsound
 from shapecheck.onnx.shapes import Shapes, infer_shapes_at, parameters_to_inputs
-from shapecheck.onnx.sums import SIZE_ONLY, Sum, find_sums, is_measured, read_factor
+from shapecheck.onnx.sums import SIZE_ONLY, Sum, find_obstacles, find_sums, is_measured, read_factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class GraphTensor(Port):
     """The graph reads sizes off it."""
     factor: float | None = None
     """The constant that an output is multiplied by last."""
+    obstacles: tuple[str, ...] = ()
+    """The operators that an input without a known sum goes through."""
     taken_as: str = ""
     """The type that an input is converted to before anything is computed with it; empty for its own."""
 
@@ -104,6 +106,7 @@ def read_graph(path: Path, model: ir.Model) -> Reading:
     sums = {value: tuple(additions.values()) for value, additions in found.items()}
     factors = {value: read_factor(value) for value in graph.outputs}
     casts = {value: _find_cast(value) for value in declared}
+    obstacles = {value: () if sums[value] else find_obstacles(value) for value in declared}
     parameters_to_inputs(graph)
     depths = _count_depths(graph, {addition.producer for additions in sums.values() for addition in additions})
     known = [node for node in graph if onnx.defs.has(node.op_type, node.domain) and node.domain in graph.opset_imports]
@@ -117,7 +120,14 @@ def read_graph(path: Path, model: ir.Model) -> Reading:
     return Reading(
         path,
         one_line(" ".join(filter(None, (model.producer_name, model.producer_version)))),
-        tuple(replace(_read_tensor(value, live, map(describe_sum, sums[value])), taken_as=casts[value]) for value in declared),
+        tuple(
+            replace(
+                _read_tensor(value, live, map(describe_sum, sums[value])),
+                obstacles=tuple(map(one_line, obstacles[value])),
+                taken_as=casts[value],
+            )
+            for value in declared
+        ),
         tuple(replace(_read_tensor(value, live), factor=factors[value]) for value in graph.outputs),
         tuple(sorted({one_line(node.op_type) for node in {*graph} - {*known} if not can_be_followed(node)})),
         model,

@@ -19,11 +19,12 @@ from shapecheck.contract.size_request import SizeRequest
 from shapecheck.observe.subject import TorchModel
 from shapecheck.onnx import weight_comparison
 from shapecheck.onnx.check import check
-from shapecheck.onnx.file import OnnxFile
+from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile
 from shapecheck.onnx.foreign_inputs import TEXT, TIMES, TIMESTEP, adapt_timestep, measure_joined
 from shapecheck.onnx.fp8_graph import is_in_fp8
 from shapecheck.onnx.input_roles import STRENGTH, assign_roles, match_inputs, name_outputs
 from shapecheck.onnx.records import FileCheck
+from shapecheck.parity.cases import ForwardCase, InputGenerator
 from shapecheck.parity.plan import choose_geometries
 from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import Check, CheckKind, Ran, Result
@@ -69,7 +70,14 @@ class ParityFile:
     """From the session's name of an input to what makes it of several of the contract's."""
     strength: float = 1.0
     """The strength that is baked into a ControlNet's file; 1 if it is an input."""
+    taken_strength: float = 1.0
+    """The strength that is baked into a UNet's file: PyTorch gets residuals times it."""
     notes: tuple[str, ...] = ()
+
+    def give(self, generate: InputGenerator, case: ForwardCase) -> dict[str, Tensor]:
+        """Return a call's inputs by the contract's names, the residuals before the file's own strength, and its joined ones."""
+        values = generate(case, before_strength=self.taken_strength != 1)
+        return values | self.join(values)
 
     def join(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the session's inputs that several of the contract's, given by its names, are joined to."""
@@ -152,7 +160,10 @@ def _read_onnx(file: OnnxFile, model: TorchModel, requested: SizeRequest | None)
         # The model is run at strength 1, and what the file gives is divided by its own.
         strength = roles.strength or 1.0
         contract = replace(contract, inputs=tuple(base for base in contract.inputs if base.name != STRENGTH))
-        notes.append(f"a strength of {strength:g} is baked into it: its residuals are compared at that strength")
+        notes.append(f"a strength of {strength:.3g} is baked into it: its residuals are compared at that strength")
+    taken = roles.strength if not roles.is_controlnet and CONTRACT_KEY not in file.metadata else None
+    if taken not in (None, 1.0):
+        notes.append(f"a strength of {taken:.3g} is baked in: it is compared with PyTorch at that strength")
     names = {ours.name: tensor.name for ours, tensor in matching.pairs}
     find_check = cache(partial(check, file, contract, requested))  # of the model's own contract
     joins = {name: _create_join(contract, file, name) for name in names.values() if list(names.values()).count(name) > 1}
@@ -184,6 +195,7 @@ def _read_onnx(file: OnnxFile, model: TorchModel, requested: SizeRequest | None)
         find_narrower=cache(lambda: weight_comparison.find_narrower(file, dtype, with_fp8=model.calibration is not None)),
         joins=joins,
         strength=strength,
+        taken_strength=taken or 1.0,
         notes=tuple(notes),
     )
 

@@ -372,7 +372,13 @@ def test_a_rounding_that_a_file_never_shows_is_unknown_and_no_traceback(even):
 
 
 def test_a_timestep_of_whole_numbers(plant):
-    found = only(plant(files.retype("timestep", ir.DataType.INT64)))
+    checked = plant(files.retype("timestep", ir.DataType.INT64))
+    assert (checked.mismatches, checked.narrower) == ((), ("whole timesteps (int64)",))
+
+
+def test_a_timestep_of_whole_numbers_in_a_file_that_promises_another(inside, tmp_path):
+    file = files.planted(inside, tmp_path / "x.onnx", files.retype("timestep", ir.DataType.INT64))
+    found = only(check(file))
     assert (found.where, found.kind, found.observed, found.expected) == ("timestep", "dtype", "int64", "float32")
 
 
@@ -438,8 +444,12 @@ def test_sizes_may_be_read_off_a_residual(odd, tmp_path):
 
 def test_comfyui_names_of_the_base_inputs(plant):
     names = {"sample": "x", "timestep": "timesteps", "encoder_hidden_states": "context", "text_embeds": "y"}
-    joined = (files.bake("time_ids", sized_by="timestep"), files.drop("time_ids"))
-    assert plant(*joined, files.rename(**names)).mismatches == ()
+    alone = (files.bake("time_ids", sized_by="timestep"), files.drop("time_ids"), files.rename(**names))
+    found = only(plant(*alone))
+    assert (found.where, found.kind, found.cause) == ("y", "input", "it stands for text_embeds and time_ids")
+    # 20 numbers of the text and six sizes, plain or eight cosines and sines for each
+    for width in (26, 68):
+        assert plant(*alone, files.declare("y", "batch", width)).mismatches == ()
 
 
 # ControlNets

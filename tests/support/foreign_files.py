@@ -155,14 +155,13 @@ def _export(path: Path, export: Export) -> None:
             del shapes["conditioning_scale"]
     else:
         module = Flat(module, contract, {})
-    for word in export.timestep.split():
-        if word in ("scalar", "one"):
-            shapes["timestep"] = rules["timestep"] = (1,) * (word == "one")
+    form = export.timestep.split()
+    if {*form} & {"scalar", "one"}:
+        shapes["timestep"] = rules["timestep"] = (1,) * ("one" in form)
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, export.dtype)
     tensors = {name: torch.rand(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    for word in export.timestep.split():
-        if word not in ("scalar", "one"):
-            tensors["timestep"] = (tensors["timestep"] * 999).to(getattr(torch, word))
+    if dtypes := [word for word in form if word not in ("scalar", "one")]:
+        tensors["timestep"] = (tensors["timestep"] * 999).to(getattr(torch, dtypes[0]))
     closed = {"none": ("batch", "h", "w", "tokens"), "batch": ("batch",)}.get(export.dims, ())
     axes = {
         name: {
@@ -580,6 +579,10 @@ KINDS: Mapping[str, Kind] = {
     "text and sizes in one, plain": Kind(Export("xl"), (join_conditions(embedded=False),)),
     "text and sizes in one of another name": Kind(Export("xl"), (join_conditions(name="vector"),)),
     "text and sizes in one, float16": Kind(Export("xl"), (rename(**_COMFYUI), join_conditions(), convert_to_half)),
+    # strengths
+    "strength 0.8": Kind(_PLAIN, (through(("Mul", (number(0.8),), {})),)),
+    "strength 0.8, float16": Kind(_PLAIN, (through(("Mul", (number(0.8),), {})), convert_to_half)),
+    "strength 1.5 of dynamo": Kind(_AUTO, (through(("Div", (number(1 / 1.5),), {})),)),
     # timesteps
     **{
         f"timestep {form}": Kind(Export(timestep=form))
