@@ -85,12 +85,12 @@ def render_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Ge
 def _describe_sizes(contract: Contract) -> str:
     roundings = {rounding for slot in contract.slots for dim in slot.skip[2:] for rounding in dim.halvings}
     if contract.divisor > 1:
-        accepted = f"multiples of {contract.divisor} work where observed, as latent height and width; others were refused"
+        accepted = f"multiples of {contract.divisor} were observed and work, others were refused"
     else:
         deepest = max((len(dim.halvings) for slot in contract.slots for dim in slot.skip[2:]), default=0)
         tried = [*sizes.list_survey_sizes(deepest), *map(sizes.odd_geometry, range(3, deepest))]
         shown = ", ".join(f"{at.height}×{at.width}" for at in tried)
-        accepted = f"all observed work, odd at every level: {shown}"
+        accepted = f"{shown} were observed and work"
     if len(roundings) <= 1:
         words = {"ceil": "halvings round up (ceil)", "floor": "halvings round down (floor)", "exact": "no odd size is halved"}
         return "; ".join([accepted, *(words[rounding] for rounding in roundings)])

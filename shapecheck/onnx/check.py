@@ -14,7 +14,7 @@ from shapecheck.contract.size_request import SizeRequest
 from shapecheck.onnx import contract_metadata
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.findings import Case, find_faults, find_input_limits, find_remarks
-from shapecheck.onnx.input_roles import Matching, Roles, assign_roles, diffusers_names
+from shapecheck.onnx.input_roles import CONDITIONS, Matching, Roles, assign_roles, diffusers_names
 from shapecheck.onnx.reading import Reading
 from shapecheck.onnx.records import Basis, DeclaredInput, DeclaredSlot, FileCheck
 from shapecheck.onnx.shapes import Shapes
@@ -120,6 +120,8 @@ def _make_own_contract(reading: Reading, roles: Roles, sweep: SizeSweep) -> Cont
         axes = zip(tensor.dims or (), roles.symbols(tensor), strict=True)
         dims = [Dim(symbol) if symbol else Dim(None, size) if isinstance(size, int) else None for size, symbol in axes]
         shape = tuple(dim for dim in dims if dim is not None)
+        if not tensor.live and not CONDITIONS & {*diffusers_names(tensor)}:
+            continue  # nobody knows it, and it does nothing
         if tensor.dims and len(shape) == len(dims):  # its shape is known
             inputs.append(Input(diffusers_names(tensor)[0], shape, tensor.dtype, ""))
     return Contract("unknown", tuple(inputs), tuple(sorted(slots, key=lambda slot: slot.name)), Config())

@@ -12,7 +12,7 @@ from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import MismatchKind
 from shapecheck.onnx.foreign_inputs import TIMESTEP, describe_timestep, is_timestep, measure_joined
-from shapecheck.onnx.input_roles import STRENGTH, Matching, Roles, diffusers_names, match_inputs, name_outputs
+from shapecheck.onnx.input_roles import CONDITIONS, STRENGTH, Matching, Roles, diffusers_names, match_inputs, name_outputs
 from shapecheck.onnx.reading import GraphTensor
 from shapecheck.onnx.size_sweep import SizeSweep
 
@@ -52,6 +52,8 @@ def find_faults(case: Case) -> tuple[Mismatch, ...]:
     faults = [fault for pair in matching.inputs for fault in _check_input(case, matching, *pair)]
     faults += _check_slots(case, matching)
     for tensor in matching.surplus:
+        if tensor in matching.unused and tensor in case.roles.base and not CONDITIONS & {*diffusers_names(tensor)}:
+            continue  # a remark
         if not tensor.live:
             faults.append(Mismatch("unused", tensor.name, "no effect on the output", "an effect, or no input", cause=_IGNORED))
         elif not case.itself and not case.roles.pictures:
@@ -196,13 +198,16 @@ def find_remarks(case: Case) -> Iterator[str]:
         }
         if renamed:
             yield "recognised by their shapes: " + ", ".join(f"{name} is {ours}" for name, ours in renamed.items())
+    if idle := [tensor.name for tensor in matching.unused]:
+        yield f"{', '.join(idle)}: without effect, and no input of the model; whoever calls it has to give it all the same"
     yield from _describe_strengths(case)
     changed = [tensor for tensor in roles.slots if tensor.live and not tensor.adds and tensor.obstacles]
     if changed:
         operators = ", ".join(dict.fromkeys(name for tensor in changed for name in tensor.obstacles))
+        names = list_some([tensor.name for tensor in changed])
         yield (
-            f"{list_some([tensor.name for tensor in changed])} {'go' if len(changed) > 1 else 'goes'} through {operators} before "
-            "any sum is seen: how much is added, in which rows and where is not known here; `shapecheck parity` decides by values"
+            f"{names} {'go' if len(changed) > 1 else 'goes'} through {operators} before any sum is seen: how much is added, in "
+            "which rows and where is not known here; `shapecheck parity` decides by values"
         )
     hidden = [tensor.name for tensor in roles.slots if tensor.live and not tensor.adds and not tensor.obstacles]
     seen = [tensor for tensor in roles.slots if tensor.adds]
@@ -217,6 +222,7 @@ def find_remarks(case: Case) -> Iterator[str]:
 
 
 def list_some(names: Sequence[str]) -> str:
+    """Return the first two of names, and how many more there are."""
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 

@@ -18,6 +18,11 @@ _COMFYUI_NAMES = {
     "y": (TEXT, TIMES),  # embedded and joined before the graph
     "hint": ("controlnet_cond",),
 }
+CONDITIONS = frozenset((
+    "sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", TEXT, TIMES, "image_embeds", "hint",
+    "controlnet_cond", "control_type",
+))  # fmt: skip
+"""What diffusers calls inputs: one of these without effect is baked into a file."""
 STRENGTH = "conditioning_scale"
 """The input of a ControlNet that all its residuals are multiplied by."""
 _PICTURE_CHANNELS = 3
@@ -86,6 +91,12 @@ class Matching:
     inputs: tuple[tuple[Input, GraphTensor | None], ...]
     surplus: tuple[GraphTensor, ...]
     renamed: frozenset[str]
+
+    @property
+    def unused(self) -> tuple[GraphTensor, ...]:
+        """Return inputs that are not the contract's and change nothing, if it lacks none: whoever calls it gives anything."""
+        is_whole = all(tensor is not None for expected, tensor in (*self.slots, *self.inputs) if expected.name != STRENGTH)
+        return tuple(tensor for tensor in self.surplus if not tensor.live and is_whole)
 
     @property
     def pairs(self) -> list[tuple[Input | Slot, GraphTensor]]:

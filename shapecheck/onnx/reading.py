@@ -19,6 +19,9 @@ from shapecheck.onnx.sanitize import LONGEST_NAME, report_unsound
 from shapecheck.onnx.shapes import Shapes, infer_shapes_at, parameters_to_inputs
 from shapecheck.onnx.sums import SIZE_ONLY, Sum, find_obstacles, find_sums, is_measured, read_factor
 
+_IMAGES = ("out_sample", "sample", "noise_pred", "sample_out", "latent")
+"""Usual names of a UNet's output."""
+
 
 @dataclass(frozen=True, slots=True)
 class ResidualAdd:
@@ -78,8 +81,12 @@ class Reading:
 
     @property
     def image(self) -> GraphTensor | None:
-        """Return the first output that may be (batch, channels, height, width)."""
-        return next((tensor for tensor in self.outputs if tensor.is_image), None)
+        """Return the output that is the image: by name, else the first as large as the latents, else the first of its rank."""
+        images = [tensor for tensor in self.outputs if tensor.is_image]
+        latents = next((tensor for tensor in self.inputs if tensor.is_image and tensor.dims), None)
+        named = [tensor for tensor in images if tensor.name in _IMAGES]
+        large = [tensor for tensor in images if latents and tensor.dims and tensor.dims[2:] == (latents.dims or ())[2:]]
+        return next(iter((*named, *large, *images)), None)
 
     def at(self, sizes: Mapping[str, Sequence[int | None]]) -> Shapes:
         """Return every shape if the inputs have these; see `infer_shapes_at`."""

@@ -22,14 +22,14 @@ from shapecheck.onnx.check import check
 from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile
 from shapecheck.onnx.foreign_inputs import TEXT, TIMES, TIMESTEP, adapt_timestep, measure_joined
 from shapecheck.onnx.fp8_graph import is_in_fp8
-from shapecheck.onnx.input_roles import STRENGTH, assign_roles, match_inputs, name_outputs
+from shapecheck.onnx.input_roles import STRENGTH, Roles, assign_roles, match_inputs, name_outputs
 from shapecheck.onnx.records import FileCheck
 from shapecheck.parity.cases import ForwardCase, InputGenerator
 from shapecheck.parity.plan import choose_geometries
 from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import Check, CheckKind, Ran, Result
 from shapecheck.runtime.onnx_session import PROVIDERS
-from shapecheck.runtime.torch_session import output_names
+from shapecheck.runtime.torch_session import OUTPUT, output_names
 from shapecheck.tensorrt.check import check_engine, compare_with_file
 from shapecheck.tensorrt.profiles import Range, range_of
 from shapecheck.tensorrt.record import Engine
@@ -167,13 +167,11 @@ def _read_onnx(file: OnnxFile, model: TorchModel, requested: SizeRequest | None)
     names = {ours.name: tensor.name for ours, tensor in matching.pairs}
     find_check = cache(partial(check, file, contract, requested))  # of the model's own contract
     joins = {name: _create_join(contract, file, name) for name in names.values() if list(names.values()).count(name) > 1}
+    joins |= {tensor.name: partial(_fill, tensor.dims or (), tensor.dtype) for tensor in matching.unused}
     timestep = next((tensor for base, tensor in matching.inputs if base.name == TIMESTEP), None)
     if timestep is not None:
         contract = adapt_timestep(contract, timestep, (image.dims or (None,))[0], timestep.taken_as)
-    if roles.is_controlnet and roles.naming is None:
-        outputs = name_outputs(roles, contract)
-    else:
-        outputs = _match_outputs(file.path, contract, [output.name for output in file.reading.outputs])
+    outputs = _name_outputs(file, roles, contract)
 
     def compare_weights(module: nn.Module) -> str | None:
         compared = weight_comparison.compare_weights(file, module.state_dict())
@@ -198,6 +196,21 @@ def _read_onnx(file: OnnxFile, model: TorchModel, requested: SizeRequest | None)
         taken_strength=taken or 1.0,
         notes=tuple(notes),
     )
+
+
+def _fill(dims: Sequence[int | str | None], dtype: str, values: Mapping[str, Tensor]) -> Tensor:
+    """Return zeros for an input without effect: where the file leaves a size open, the call's if its name says which."""
+    batch, _, height, width = values["sample"].shape
+    sizes = {"batch": batch, "h": height, "w": width}
+    return torch.zeros([dim if isinstance(dim, int) else sizes.get(dim or "", 1) for dim in dims], dtype=getattr(torch, dtype))
+
+
+def _name_outputs(file: OnnxFile, roles: Roles, contract: Contract) -> dict[str, str]:
+    if roles.is_controlnet and roles.naming is None:
+        return name_outputs(roles, contract)
+    if not roles.is_controlnet and file.reading.image is not None:
+        return {OUTPUT: file.reading.image.name}
+    return _match_outputs(file.path, contract, [output.name for output in file.reading.outputs])
 
 
 def _create_join(contract: Contract, file: OnnxFile, name: str) -> Join:

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import foreign_graphs as graphs
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -47,6 +48,9 @@ MODELS: Mapping[str, dict[str, Any]] = {
         "layers_per_block": 1,
     },
     "xl": {**SHALLOW, **TEXT_TIME, "use_linear_projection": True},
+    "lcm": {**SHALLOW, "time_cond_proj_dim": 6},
+    "inpaint": {**SHALLOW, "in_channels": 9, "out_channels": 4},
+    "labels": {**SHALLOW, "in_channels": 7, "out_channels": 4, "num_class_embeds": 10},
 }
 """Five slots on two levels, nine on four, and five with SDXL's inputs. All have text."""
 
@@ -86,6 +90,15 @@ class Kind:
     @property
     def is_controlnet(self) -> bool:
         return self.export.model == "controlnet"
+
+
+_CLOSED = {
+    "none": ("batch", "h", "w", "tokens"),
+    "batch": ("batch",),
+    "tokens": ("tokens",),
+    "w": ("w",),
+    "batch, tokens": ("batch", "tokens"),
+}
 
 
 @cache
@@ -160,9 +173,10 @@ def _export(path: Path, export: Export) -> None:
         shapes["timestep"] = rules["timestep"] = (1,) * ("one" in form)
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, export.dtype)
     tensors = {name: torch.rand(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    if dtypes := [word for word in form if word not in ("scalar", "one")]:
-        tensors["timestep"] = (tensors["timestep"] * 999).to(getattr(torch, dtypes[0]))
-    closed = {"none": ("batch", "h", "w", "tokens"), "batch": ("batch",)}.get(export.dims, ())
+    named = [word for word in form if word not in ("scalar", "one")]
+    whole = {"class_labels": "int64", **dict.fromkeys(["timestep"] if named else [], "".join(named))}
+    tensors |= {name: (tensors[name] * 9).to(getattr(torch, word)) for name, word in whole.items() if name in tensors}
+    closed = _CLOSED.get(export.dims, ())
     axes = {
         name: {
             axis: str(dim)
@@ -648,6 +662,43 @@ KINDS: Mapping[str, Kind] = {
     "float16": Kind(_PLAIN, (convert_to_half,)),
     "float16 inside float32": Kind(_PLAIN, (convert_inside_to_half,)),
     "float16 of dynamo": Kind(_AUTO, (convert_to_half,)),
+    # other models
+    "torchscript lcm": Kind(Export("lcm")),
+    "torchscript inpaint": Kind(Export("inpaint")),
+    "torchscript labels": Kind(Export("labels")),
+    "dynamo lcm AUTO": Kind(Export("lcm", exporter="dynamo", opset=18, dims="AUTO")),
+    # sizes of which some are open
+    "tokens fixed": Kind(Export(dims="tokens"), fixed=("tokens",)),
+    "width fixed": Kind(Export(dims="w"), fixed=("w",)),
+    "batch 1 and tokens fixed": Kind(Export(dims="batch, tokens", batch=1), fixed=("batch", "tokens")),
+    # inputs and outputs that others add or move
+    "TensorRT's demo": Kind(_PLAIN, (by_scheme("streamdiffusion"), graphs.float32_within_float16)),
+    "slots with slashes": Kind(_PLAIN, (name_slots("/control/{}"),)),
+    "slots with spaces": Kind(_PLAIN, (name_slots("control {} out"),)),
+    "an unused number": Kind(_PLAIN, (graphs.unused_input,)),
+    "an unused image": Kind(_PLAIN, (graphs.unused_image,)),
+    "one more output": Kind(_PLAIN, (graphs.extra_output(),)),
+    "one more output, before": Kind(_PLAIN, (graphs.extra_output(first=True),)),
+    "the same output twice": Kind(_PLAIN, (graphs.same_output_twice,)),
+    "output through identities": Kind(_PLAIN, (graphs.rename_last,)),
+    "inputs in reverse": Kind(_PLAIN, (graphs.order_inputs(reverse=True),)),
+    "mid first": Kind(_PLAIN, (graphs.order_inputs("mid_block_residual"),)),
+    "slots of no scheme in reverse": Kind(_PLAIN, (name_slots("control_{}"), graphs.order_inputs(reverse=True))),
+    "a strength with a default": Kind(_PLAIN, (graphs.strength_with_a_default,)),
+    # other graphs
+    "a branch": Kind(_PLAIN, (graphs.branch,)),
+    "a loop": Kind(_PLAIN, (graphs.loop,)),
+    "sums in functions": Kind(_PLAIN, (graphs.sums_in_functions,)),
+    "activations in functions": Kind(_PLAIN, (graphs.activations_in_functions,)),
+    "functions of dynamo": Kind(_AUTO, (graphs.activations_in_functions,)),
+    "weights in nodes": Kind(_PLAIN, (graphs.weights_in_nodes,)),
+    "operators of others imported": Kind(_PLAIN, (graphs.import_other_operators,)),
+    "ONNX Runtime's optimiser for UNets": Kind(_PLAIN, (graphs.optimise_as_unet,)),
+    "ONNX Runtime's optimiser for UNets on a GPU": Kind(_PLAIN, (graphs.optimise_for_gpu,)),
+    "ONNX Runtime layout": Kind(_PLAIN, (optimise("layout"),)),
+    "bfloat16": Kind(Export(dtype="bfloat16")),
+    "float16 of xl": Kind(Export("xl", dtype="float16")),
+    "float16, ONNX Runtime all": Kind(Export(dtype="float16"), (optimise("all"),)),
     # ControlNets
     "controlnet": Kind(_CONTROLNET),
     "controlnet static": Kind(Export("controlnet", dims="none"), fixed=("batch", "h", "w", "tokens")),
