@@ -15,6 +15,7 @@ from shapecheck.onnx import contract_metadata
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.findings import Case, find_faults, find_input_limits, find_remarks
 from shapecheck.onnx.input_roles import CONDITIONS, Matching, Roles, assign_roles, diffusers_names
+from shapecheck.onnx.other_forms import find_other_form
 from shapecheck.onnx.reading import Reading
 from shapecheck.onnx.records import Basis, DeclaredInput, DeclaredSlot, FileCheck
 from shapecheck.onnx.shapes import Shapes
@@ -61,9 +62,12 @@ def check(
         expected, basis = _make_own_contract(reading, roles, sweep), "none"
     case = Case(roles, sweep, expected, basis == "none", is_inside=inside is not None)
     matching = case.matching
-    mismatches = _check_outputs(reading, case) if roles.is_controlnet else find_faults(case)
-    unchecked = _find_unchecked(reading, case)
-    mismatches += sweep.find_faults()
+    unchecked, other = _find_unchecked(reading, case), find_other_form(case)
+    if other is not None:
+        mismatches: tuple[Mismatch, ...] = (other,)
+    else:
+        mismatches = _check_outputs(reading, case) if roles.is_controlnet else find_faults(case)
+        mismatches += sweep.find_faults()
     return FileCheck(
         str(file),
         reading.producer,
@@ -85,6 +89,7 @@ def check(
         unchecked,
         bool(roles.pictures),
         find_input_limits(case),
+        f"{other.where}: {other.cause}" if other is not None else "",
     )
 
 

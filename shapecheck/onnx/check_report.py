@@ -162,7 +162,8 @@ def _describe_verdict(checked: FileCheck) -> str:
 
 def list_findings(checked: FileCheck) -> tuple[str, ...]:
     """Return what is wrong in words, what matters most first: a symptom and its consequences are one finding."""
-    faults, findings = list(checked.mismatches), []
+    faults, findings = list(checked.mismatches), [checked.other_form] if checked.other_form else []
+    faults = [] if findings else faults
     slots = {slot.name for slot in checked.contract.slots} | {slot.name for slot in checked.slots}
     alien = [fault for fault in faults if fault.kind in _ALIEN and fault.where in slots]
     if alien and not checked.slots and {fault.kind for fault in alien} == {"missing"}:
@@ -201,6 +202,8 @@ def advise(checked: FileCheck) -> str:
     file, kinds = checked.path, {mismatch.kind for mismatch in checked.mismatches}
     parity = f"`shapecheck parity MODEL --onnx {file}`"
     divisor, vae_factor = checked.limits.divisor, checked.contract.header.vae_factor
+    if checked.other_form:
+        return "write one with `shapecheck export MODEL`, or run it with the program that it was made for"
     if checked.mismatches and checked.basis in ("preset", "none"):
         return f"say which UNet it should be, if it is another: `shapecheck check {file} --model MODEL`"
     if kinds == {"sizes"} and divisor > checked.contract.divisor:

@@ -113,6 +113,8 @@ class FileCheck:
     """It holds its ControlNet, and takes no residuals."""
     input_limits: tuple[str, ...] = ()
     """In what its inputs are narrower than the model's, sizes apart: `whole timesteps (int64)`."""
+    other_form: str = ""
+    """Why it is no UNet with slots, if it is of another form: its one mismatch."""
 
     @property
     def narrower(self) -> tuple[str, ...]:

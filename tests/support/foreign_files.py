@@ -430,6 +430,16 @@ def join_conditions(*, embedded: bool = True, name: str = "y") -> Edit:
     return edit
 
 
+def roll_columns(model: ir.Model, value: ir.Value, step: int) -> None:
+    """Exchange the columns of an input, a fault."""
+    order = np.roll(np.arange(value.shape[1]), step)
+    uses = list(value.uses())
+    moved = ir.node("Gather", [value, _constant(model, "columns", order)], {"axis": 1})
+    model.graph.insert_before(model.graph[0], moved)
+    for node, index in uses:
+        node.replace_input_with(index, moved.outputs[0])
+
+
 # edits of the whole graph
 
 
@@ -717,3 +727,11 @@ KINDS: Mapping[str, Kind] = {
     ),
     "controlnet inside at strength 0.7": Kind(Export(inside=True, strength=0.7)),
 }
+REFUSED = {
+    "it holds several residuals in one tensor": graphs.join_residuals,
+    "its channels are last": graphs.latents_last,
+    "it doubles the batch and guides inside": graphs.guidance_inside,
+}
+"""What is said of files that are right and no UNets with slots."""
+UNRUNNABLE = ("ONNX Runtime's optimiser for UNets on a GPU", "bfloat16")
+"""Kinds that ONNX Runtime cannot run on a CPU."""
