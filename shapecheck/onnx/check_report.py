@@ -7,12 +7,11 @@ from dataclasses import asdict
 
 from shapecheck.contract import Mismatch
 from shapecheck.contract.records import format_observed
-from shapecheck.onnx.findings import list_some
 from shapecheck.onnx.records import FileCheck
 from shapecheck.presets.families import describe_families, find_families
 from shapecheck.report.document import Document, Facts, Format, Heading, Paragraph, Part, Points, Table
 from shapecheck.report.mismatches import describe_fit, list_mismatches
-from shapecheck.report.numbers import dump_json, format_count
+from shapecheck.report.numbers import dump_json, format_count, list_some
 
 _SHOWN = 5
 """So many of the sizes that work are named."""

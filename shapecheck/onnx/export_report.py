@@ -7,8 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from shapecheck.onnx.postconditions import FOLLOWED
-from shapecheck.onnx.records import Agreement, Exported
+from shapecheck.onnx.records import FOLLOWED, Agreement, Exported
 from shapecheck.report.document import Document, Facts, Paragraph
 from shapecheck.report.numbers import dump_json, format_count
 

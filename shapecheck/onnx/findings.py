@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from shapecheck.onnx.foreign_inputs import TIMESTEP, describe_timestep, is_times
 from shapecheck.onnx.input_roles import CONDITIONS, STRENGTH, Matching, Roles, diffusers_names, match_inputs, name_outputs
 from shapecheck.onnx.reading import GraphTensor
 from shapecheck.onnx.size_sweep import SizeSweep
+from shapecheck.report.numbers import list_some
 
 _IGNORED = "its values change nothing, and no runtime says so"
 _RENAME = "callers pass tensors by name; rename it, or pass it under this name"
@@ -219,11 +220,6 @@ def find_remarks(case: Case) -> Iterator[str]:
             f"the graph does not show where {', '.join(dict.fromkeys(hidden))} belong, as after an optimiser: their order is "
             "unknown here, and `shapecheck parity` decides it by values"
         )
-
-
-def list_some(names: Sequence[str]) -> str:
-    """Return the first two of names, and how many more there are."""
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _describe_strengths(case: Case) -> Iterator[str]:

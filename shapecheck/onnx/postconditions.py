@@ -6,6 +6,7 @@ import onnx
 import onnx_ir as ir
 
 from shapecheck.contract import Contract, Geometry
+from shapecheck.onnx.records import FOLLOWED
 from shapecheck.onnx.shapes import infer_shapes_at
 from shapecheck.onnx.trace_graph import find_bare_skip, list_modules
 
@@ -15,8 +16,6 @@ REFUSED_BY_TENSORRT = frozenset({
     "Unique", "Multinomial", "Det", "Bernoulli", "Compress", "MaxUnpool",
 })  # fmt: skip
 """Operators that TensorRT's parser rejects."""
-FOLLOWED = ((2, 17, 33), (3, 65, 97), (2, 24, 40), (3, 19, 30))
-"""Batch, and height and width in multiples of the divisor: odd and even, none square."""
 
 
 class ExportError(AssertionError):

@@ -15,6 +15,8 @@ Basis = Literal["given", "inside", "preset", "none"]
 """The origin of the contract: the caller, the file, the preset that fits best, or the file's own table alone."""
 Weights = Literal["link", "copy", "none"]
 """The weights stay in the checkpoint, are copied to a file of their own, or are left out."""
+FOLLOWED = ((2, 17, 33), (3, 65, 97), (2, 24, 40), (3, 19, 30))
+"""Batch, and height and width in multiples of the divisor: odd and even, none square. At these an export is followed."""
 
 
 @dataclass(frozen=True, slots=True)

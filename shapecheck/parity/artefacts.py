@@ -9,13 +9,13 @@ from math import lcm
 from pathlib import Path
 
 import torch
-from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.geometry import AXES
 from shapecheck.contract.naming import detect_scheme
 from shapecheck.contract.size_request import SizeRequest
+from shapecheck.models.diffusers_models import embed_numbers
 from shapecheck.observe.subject import TorchModel
 from shapecheck.onnx import weight_comparison
 from shapecheck.onnx.check import check
@@ -219,15 +219,11 @@ def _create_join(contract: Contract, file: OnnxFile, name: str) -> Join:
     """Return what makes one tensor of SDXL's pooled text and size numbers, as the file takes it."""
     (dims,) = (tensor.dims or () for tensor in file.reading.inputs if tensor.name == name)
     is_plain = dims[-1:] == (measure_joined(contract).get("plain"),)
-    width, config = contract.config["addition_time_embed_dim"], contract.config
 
     def join(values: Mapping[str, Tensor]) -> Tensor:
         text, numbers = values[TEXT], values[TIMES]
         if not is_plain:
-            waves = get_timestep_embedding(
-                numbers.flatten(), width, flip_sin_to_cos=config["flip_sin_to_cos"], downscale_freq_shift=config["freq_shift"]
-            )
-            numbers = waves.reshape(len(text), -1)
+            numbers = embed_numbers(numbers, contract.config)
         return torch.cat([text, numbers.to(text.dtype)], -1)
 
     return join
