@@ -13,6 +13,7 @@ from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckE
 from shapecheck.contract.dims import BATCH
 from shapecheck.contract.naming import SHAPECHECK, name_feature
 from shapecheck.runtime.binding import CallError
+from shapecheck.runtime.call_gate import name_dtype
 from shapecheck.runtime.residual_checks import describe_value
 from shapecheck.runtime.unet_call import DOWNS, EMPTIED, FEATURES, LONE_DOWNS, LONE_MID
 
@@ -79,16 +80,15 @@ class Arguments:
         rule, dtype = self._contract.input_rules["timestep"], self._dtypes["timestep"]
         if rule == (BATCH,) and dtype.is_floating_point:
             return self.place_number("timestep", timestep, batch)
-        values, expected = torch.as_tensor(timestep), self._contract.input_dtypes["timestep"]
-        shown = ", ".join(f"{value:g}" for value in values.flatten().tolist())
+        values = torch.as_tensor(timestep)
         if not dtype.is_floating_point and values.is_floating_point() and not torch.equal(values, values.round()):
             cause = "the file takes whole timesteps alone: use a scheduler that gives those, or a file that takes float32"
-            raise self._refuse(Mismatch("dtype", "timestep", shown, expected, cause=cause))
+            raise self._refuse(Mismatch("dtype", "timestep", _show_numbers(values), name_dtype(dtype), cause=cause))
         if rule == (BATCH,):
             return self.place_number("timestep", timestep, batch)
-        if len(values.unique()) > 1:
+        if values.numel() > 1 and len(values.unique()) > 1:
             cause = "the file takes one timestep for all rows of a batch: call it for each row"
-            raise self._refuse(Mismatch("input", "timestep", shown, "one number", cause=cause))
+            raise self._refuse(Mismatch("input", "timestep", _show_numbers(values), "one number", cause=cause))
         return self.place_number("timestep", values.flatten()[0], 1).reshape([dim.scale for dim in rule])
 
     def residuals(self, downs: Any, mid: Any, sample: Any) -> dict[str, Any]:
@@ -160,6 +160,10 @@ class Arguments:
                 f"forward takes {', '.join(self._names)}" + "".join(f", and the {group}" for group, names in groups if names)
             )
         return CallError(mismatches, (), advice, contract=self._contract)
+
+
+def _show_numbers(values: Tensor) -> str:
+    return ", ".join(f"{value:g}" for value in values.flatten().tolist())
 
 
 def _is_empty(value: Any) -> bool:
