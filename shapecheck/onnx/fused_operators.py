@@ -22,10 +22,9 @@ def _convolve_channels_last(node: NodeProto) -> list[NodeProto]:
     image, weight, result = (f"{node.output[0]} {part}" for part in ("image", "weight", "result"))
     plain = NodeProto.FromString(node.SerializeToString())
     plain.input[:2], plain.output[:] = [image, weight], [result]
-    to_first = {"perm": [0, 3, 1, 2]}
     return [
-        helper.make_node("Transpose", [node.input[0]], [image], **to_first),
-        helper.make_node("Transpose", [node.input[1]], [weight], **to_first),
+        helper.make_node("Transpose", [node.input[0]], [image], perm=[0, 3, 1, 2]),
+        helper.make_node("Transpose", [node.input[1]], [weight], perm=[0, 3, 1, 2]),
         *_convolve(plain),
         helper.make_node("Transpose", [result], node.output, perm=[0, 2, 3, 1]),
     ]

@@ -95,8 +95,9 @@ class Matching:
     @property
     def unused(self) -> tuple[GraphTensor, ...]:
         """Return inputs that are not the contract's and change nothing, if it lacks none: whoever calls it gives anything."""
-        is_whole = all(tensor is not None for expected, tensor in (*self.slots, *self.inputs) if expected.name != STRENGTH)
-        return tuple(tensor for tensor in self.surplus if not tensor.live and is_whole)
+        lost = [slot.name for slot, tensor in self.slots if tensor is None]
+        lost += [base.name for base, tensor in self.inputs if tensor is None and base.name != STRENGTH]
+        return tuple(tensor for tensor in self.surplus if not tensor.live and not lost)
 
     @property
     def pairs(self) -> list[tuple[Input | Slot, GraphTensor]]:

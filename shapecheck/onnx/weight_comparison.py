@@ -10,6 +10,8 @@ from onnx import TensorProto
 from torch import Tensor
 
 from shapecheck.models import weights
+from shapecheck.models.safetensors import TensorLocation
+from shapecheck.models.weights import Embedded
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.fp8_graph import find_fp8_nodes
 
@@ -48,7 +50,7 @@ def compare_weights(file: OnnxFile, state: Mapping[str, Tensor]) -> Compared:
     return Compared(same, tuple(different))
 
 
-def _rounds_to(stored: weights.TensorLocation | weights.Embedded, live: Tensor) -> bool:
+def _rounds_to(stored: TensorLocation | Embedded, live: Tensor) -> bool:
     """Return whether float32 values, rounded, are those of a half precision: inside such a file some are kept in float32."""
     flat, start = live.detach().reshape(-1).cpu(), 0
     if live.dtype not in (torch.float16, torch.bfloat16):

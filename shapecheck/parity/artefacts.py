@@ -166,7 +166,7 @@ def _read_onnx(file: OnnxFile, model: TorchModel, requested: SizeRequest | None)
         notes.append(f"a strength of {taken:.3g} is baked in: it is compared with PyTorch at that strength")
     names = {ours.name: tensor.name for ours, tensor in matching.pairs}
     find_check = cache(partial(check, file, contract, requested))  # of the model's own contract
-    if (form := find_check().other_form) != "":
+    if form := find_check().other_form:
         raise ShapecheckError(f"{file} is no UNet with slots, and cannot be compared with one: {form}")
     joins = {name: _create_join(contract, file, name) for name in names.values() if list(names.values()).count(name) > 1}
     joins |= {tensor.name: partial(_fill, tensor.dims or (), tensor.dtype) for tensor in matching.unused}

@@ -86,7 +86,7 @@ class Arguments:
             raise self._refuse(Mismatch("dtype", "timestep", _show_numbers(values), name_dtype(dtype), cause=cause))
         if rule == (BATCH,):
             return self.place_number("timestep", timestep, batch)
-        if values.numel() > 1 and len(values.unique()) > 1:
+        if values.numel() > 1 and bool((values != values.flatten()[0]).any()):
             cause = "the file takes one timestep for all rows of a batch: call it for each row"
             raise self._refuse(Mismatch("input", "timestep", _show_numbers(values), "one number", cause=cause))
         return self.place_number("timestep", values.flatten()[0], 1).reshape([dim.scale for dim in rule])
