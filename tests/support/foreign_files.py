@@ -616,7 +616,7 @@ KINDS: Mapping[str, Kind] = {
         Export(timestep="int64", dims="none", batch=1), (rename(timestep="t"),), fixed=("batch", "h", "w", "tokens")
     ),
     "timestep int64, of another name": Kind(Export(timestep="int64"), (rename(timestep="t"),)),
-    "timestep scalar of dynamo": Kind(Export(exporter="dynamo", opset=18, dims="AUTO", timestep="scalar")),
+    "dynamo timestep scalar": Kind(Export(exporter="dynamo", opset=18, dims="AUTO", timestep="scalar")),
     "controlnet of one timestep": Kind(Export("controlnet", timestep="int64 one")),
     "xl arg0, arg1": Kind(
         Export("xl"),
