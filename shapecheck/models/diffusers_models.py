@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter, UNet2DConditionModel
-from torch import nn
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
 
 from shapecheck.contract import ShapecheckError, show
 from shapecheck.contract.errors import first_line, one_line
@@ -120,3 +121,14 @@ def list_ignored_keys(source: ModelSource) -> tuple[str, ...]:
     model = _MODELS[source.class_name]
     known = model._get_init_keys(model)
     return tuple(sorted(key for key in source.config if not key.startswith("_") and key not in known))
+
+
+def embed_numbers(numbers: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Return SDXL's size numbers, (batch, count), as cosines and sines, in the way of the UNet itself."""
+    waves: Tensor = get_timestep_embedding(
+        numbers.flatten(),
+        config["addition_time_embed_dim"],
+        flip_sin_to_cos=config["flip_sin_to_cos"],
+        downscale_freq_shift=config["freq_shift"],
+    )
+    return waves.reshape(len(numbers), -1)

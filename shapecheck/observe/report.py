@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from shapecheck.contract import Contract, Geometry, Mismatch, Slot, show
 from shapecheck.contract.naming import SHAPECHECK, is_feature
+from shapecheck.observe import sizes
 from shapecheck.presets.families import describe_families, find_families
 from shapecheck.report.document import Document, Facts, Format, Heading, Part, Points, Table
 from shapecheck.report.mismatches import count_mismatches, list_mismatches
@@ -84,9 +85,12 @@ def render_json(contract: Contract, mismatches: Sequence[Mismatch], geometry: Ge
 def _describe_sizes(contract: Contract) -> str:
     roundings = {rounding for slot in contract.slots for dim in slot.skip[2:] for rounding in dim.halvings}
     if contract.divisor > 1:
-        accepted = f"latent height and width must be multiples of {contract.divisor}"
+        accepted = f"multiples of {contract.divisor} were observed and work, others were refused"
     else:
-        accepted = "every latent size, odd ones included"
+        deepest = max((len(dim.halvings) for slot in contract.slots for dim in slot.skip[2:]), default=0)
+        tried = [*sizes.list_survey_sizes(deepest), *map(sizes.odd_geometry, range(3, deepest))]
+        shown = ", ".join(f"{at.height}×{at.width}" for at in tried)
+        accepted = f"{shown} were observed and work"
     if len(roundings) <= 1:
         words = {"ceil": "halvings round up (ceil)", "floor": "halvings round down (floor)", "exact": "no odd size is halved"}
         return "; ".join([accepted, *(words[rounding] for rounding in roundings)])

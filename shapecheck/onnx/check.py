@@ -13,8 +13,9 @@ from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.size_request import SizeRequest
 from shapecheck.onnx import contract_metadata
 from shapecheck.onnx.file import OnnxFile
-from shapecheck.onnx.findings import Case, find_faults, find_remarks
-from shapecheck.onnx.input_roles import Matching, Roles, assign_roles, diffusers_names
+from shapecheck.onnx.findings import Case, find_faults, find_input_limits, find_remarks
+from shapecheck.onnx.input_roles import CONDITIONS, Matching, Roles, assign_roles, diffusers_names
+from shapecheck.onnx.other_forms import find_other_form
 from shapecheck.onnx.reading import Reading
 from shapecheck.onnx.records import Basis, DeclaredInput, DeclaredSlot, FileCheck
 from shapecheck.onnx.shapes import Shapes
@@ -61,9 +62,12 @@ def check(
         expected, basis = _make_own_contract(reading, roles, sweep), "none"
     case = Case(roles, sweep, expected, basis == "none", is_inside=inside is not None)
     matching = case.matching
-    mismatches = _check_outputs(reading, case) if roles.is_controlnet else find_faults(case)
-    unchecked = _find_unchecked(reading, case)
-    mismatches += sweep.find_faults()
+    unchecked, other = _find_unchecked(reading, case), find_other_form(case)
+    if other is not None:
+        mismatches: tuple[Mismatch, ...] = (other,)
+    else:
+        mismatches = _check_outputs(reading, case) if roles.is_controlnet else find_faults(case)
+        mismatches += sweep.find_faults()
     return FileCheck(
         str(file),
         reading.producer,
@@ -84,6 +88,8 @@ def check(
         tuple((slot.name, tensor.name) for slot, tensor in matching.pairs),
         unchecked,
         bool(roles.pictures),
+        find_input_limits(case),
+        f"{other.where}: {other.cause}" if other is not None else "",
     )
 
 
@@ -119,6 +125,8 @@ def _make_own_contract(reading: Reading, roles: Roles, sweep: SizeSweep) -> Cont
         axes = zip(tensor.dims or (), roles.symbols(tensor), strict=True)
         dims = [Dim(symbol) if symbol else Dim(None, size) if isinstance(size, int) else None for size, symbol in axes]
         shape = tuple(dim for dim in dims if dim is not None)
+        if not tensor.live and not CONDITIONS & {*diffusers_names(tensor)}:
+            continue  # nobody knows it, and it does nothing
         if tensor.dims and len(shape) == len(dims):  # its shape is known
             inputs.append(Input(diffusers_names(tensor)[0], shape, tensor.dtype, ""))
     return Contract("unknown", tuple(inputs), tuple(sorted(slots, key=lambda slot: slot.name)), Config())

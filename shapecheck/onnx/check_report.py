@@ -11,7 +11,7 @@ from shapecheck.onnx.records import FileCheck
 from shapecheck.presets.families import describe_families, find_families
 from shapecheck.report.document import Document, Facts, Format, Heading, Paragraph, Part, Points, Table
 from shapecheck.report.mismatches import describe_fit, list_mismatches
-from shapecheck.report.numbers import dump_json, format_count
+from shapecheck.report.numbers import dump_json, format_count, list_some
 
 _SHOWN = 5
 """So many of the sizes that work are named."""
@@ -28,6 +28,7 @@ _WORDS = {
     "surplus": "unknown to the model",
 }
 _WORDS_OF_SEVERAL = {
+    "batch": "added in another number of rows than the batch has",
     "channels": "of other channels",
     "rank": "of another rank",
     "size": "of another size",
@@ -160,7 +161,8 @@ def _describe_verdict(checked: FileCheck) -> str:
 
 def list_findings(checked: FileCheck) -> tuple[str, ...]:
     """Return what is wrong in words, what matters most first: a symptom and its consequences are one finding."""
-    faults, findings = list(checked.mismatches), []
+    faults, findings = list(checked.mismatches), [checked.other_form] if checked.other_form else []
+    faults = [] if findings else faults
     slots = {slot.name for slot in checked.contract.slots} | {slot.name for slot in checked.slots}
     alien = [fault for fault in faults if fault.kind in _ALIEN and fault.where in slots]
     if alien and not checked.slots and {fault.kind for fault in alien} == {"missing"}:
@@ -179,7 +181,7 @@ def list_findings(checked: FileCheck) -> tuple[str, ...]:
     for fault in faults:
         groups.setdefault(fault.kind, []).append(fault)
     for kind, alike in sorted(groups.items(), key=lambda group: _ORDER.get(group[0], len(_ORDER))):
-        names = ", ".join(fault.where for fault in alike[:2]) + (f" and {len(alike) - 2} more" if len(alike) > 2 else "")
+        names = list_some([fault.where for fault in alike])
         first = alike[0]
         if kind == "sizes":
             at = f" at {first.geometry}" if first.geometry else ""
@@ -199,6 +201,8 @@ def advise(checked: FileCheck) -> str:
     file, kinds = checked.path, {mismatch.kind for mismatch in checked.mismatches}
     parity = f"`shapecheck parity MODEL --onnx {file}`"
     divisor, vae_factor = checked.limits.divisor, checked.contract.header.vae_factor
+    if checked.other_form:
+        return "write one with `shapecheck export MODEL`, or run it with the program that it was made for"
     if checked.mismatches and checked.basis in ("preset", "none"):
         return f"say which UNet it should be, if it is another: `shapecheck check {file} --model MODEL`"
     if kinds == {"sizes"} and divisor > checked.contract.divisor:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from shapecheck.onnx.records import Agreement, Exported
+from shapecheck.onnx.records import FOLLOWED, Agreement, Exported
 from shapecheck.report.document import Document, Facts, Paragraph
 from shapecheck.report.numbers import dump_json, format_count
 
@@ -17,14 +17,16 @@ def render_text(exported: Exported, agreements: Sequence[Agreement] = ()) -> str
     contract = exported.contract
     slots = f"{len(contract.slots)} slots" if contract.slots else "no slots"
     features = f", and {format_count(len(contract.features), 'feature')} of a T2I-Adapter" if contract.features else ""
-    sizes = "every latent size" if contract.divisor == 1 else f"latent sizes that are multiples of {contract.divisor}"
+    followed = [(contract.divisor * height, contract.divisor * width) for _, height, width in FOLLOWED]
+    sizes = ", ".join(f"{height}×{width}" for height, width in followed)
+    batches = " and ".join(map(str, sorted({batch for batch, _, _ in FOLLOWED})))
     facts = [
         ("model", f"{contract.class_name} of {contract.header.source}"),
         ("inputs", ", ".join(base.name for base in contract.inputs)),
         ("residuals", f"{slots}, named as by {exported.naming}{features}{' (outputs)' * (contract.role == 'controlnet')}"),
         ("precision", f"{exported.dtype}, opset {exported.opset}"),
         *([("fp8", f"{format_count(exported.fp8, 'layer')}, by the calibration")] if exported.fp8 else []),
-        ("sizes", f"{sizes}, every batch"),
+        ("sizes", f"all open; followed without weights at latents of {sizes}, batch {batches}"),
         ("weights", _describe_weights(exported)),
         ("contract", contract.digest),
     ]
@@ -34,6 +36,8 @@ def render_text(exported: Exported, agreements: Sequence[Agreement] = ()) -> str
         worst = max(outputs, key=lambda output: (not output.agrees, output.difference - output.allowed))
         difference = f"{worst.difference:.2g} of its largest value, {worst.allowed:.2g} allowed"
         facts.append((f"at {geometry}", f"{worst.output} differs by {difference}"))
+    if not agreements:
+        facts.append(("numbers", "not checked: --verify compares them with PyTorch's"))
     verdict = "EXPORTED"
     if agreements:
         agree = all(agreement.agrees for agreement in agreements)

@@ -54,6 +54,9 @@ class OnnxFile:
             if (size := require_readable(path)) >= LARGEST:
                 raise ShapecheckError(f"{path} has {size / 2**30:.1f} GiB; no ONNX model is larger than 2 GiB")
             data = path.read_bytes()
+        if data[4:8] == b"ORTM":
+            made = "ONNX Runtime's own format, which holds no ONNX graph"
+            raise ShapecheckError(f"{path} is in {made}; give the ONNX file that it was made of")
         try:
             model = onnx.load_model_from_string(data, format="protobuf")  # whatever the file's name ends in
         except Exception as error:  # protobuf's own error class, or one of its parser's

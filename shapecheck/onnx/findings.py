@@ -11,9 +11,11 @@ from shapecheck.contract import Contract, Dim, Input, Mismatch, Slot, show
 from shapecheck.contract.mismatch import compare_shapes
 from shapecheck.contract.naming import SHAPECHECK
 from shapecheck.contract.records import MismatchKind
-from shapecheck.onnx.input_roles import STRENGTH, Matching, Roles, diffusers_names, match_inputs, name_outputs
+from shapecheck.onnx.foreign_inputs import TIMESTEP, describe_timestep, is_timestep, measure_joined
+from shapecheck.onnx.input_roles import CONDITIONS, STRENGTH, Matching, Roles, diffusers_names, match_inputs, name_outputs
 from shapecheck.onnx.reading import GraphTensor
 from shapecheck.onnx.size_sweep import SizeSweep
+from shapecheck.report.numbers import list_some
 
 _IGNORED = "its values change nothing, and no runtime says so"
 _RENAME = "callers pass tensors by name; rename it, or pass it under this name"
@@ -51,6 +53,8 @@ def find_faults(case: Case) -> tuple[Mismatch, ...]:
     faults = [fault for pair in matching.inputs for fault in _check_input(case, matching, *pair)]
     faults += _check_slots(case, matching)
     for tensor in matching.surplus:
+        if tensor in matching.unused and tensor in case.roles.base and not CONDITIONS & {*diffusers_names(tensor)}:
+            continue  # a remark
         if not tensor.live:
             faults.append(Mismatch("unused", tensor.name, "no effect on the output", "an effect, or no input", cause=_IGNORED))
         elif not case.itself and not case.roles.pictures:
@@ -68,24 +72,52 @@ def _check_input(case: Case, matching: Matching, base: Input, tensor: GraphTenso
         cause = "" if is_image else "the graph computes with a constant in its place: every call gets the same conditioning"
         yield Mismatch("missing" if is_image else "baked", base.name, "no such input", expected, cause=cause)
         return
-    name = tensor.name
+    name, joined = tensor.name, matching.list_joined(tensor)
+    if base.name in joined[1:]:
+        return  # told of the first
     if name in matching.renamed and case.is_inside:
         yield Mismatch("name", name, name, base.name, cause=f"recognised by its shape; {_RENAME}")
     if not tensor.live:
         yield Mismatch("unused", name, "no effect on the output", expected, cause=f"baked: {_IGNORED}")
+    if base.name == TIMESTEP and is_timestep(tensor) and not case.is_inside:
+        return  # whole numbers, or one for all rows, are a limit
     if tensor.is_float != ("float" in base.dtype):
-        cause = "a fractional timestep is cut off" if base.name == "timestep" else ""
+        cause = "a fractional timestep is cut off" if base.name == TIMESTEP else ""
         yield Mismatch("dtype", name, tensor.dtype, base.dtype, cause=cause)
-    if tensor.dims is None or len(diffusers_names(tensor)) > 1:
-        return
-    if len(tensor.dims) != len(base.shape):
+    if joined:
+        yield from _check_joined(case, joined, tensor)
+    elif tensor.dims is not None:
+        yield from _check_dims(case, base, tensor, tensor.dims)
+
+
+def _check_joined(case: Case, names: tuple[str, ...], tensor: GraphTensor) -> Iterator[Mismatch]:
+    widths = measure_joined(case.contract).values()
+    end = (tensor.dims or (None, None))[1:]
+    if len(end) != 1 or (isinstance(end[0], int) and end[0] not in widths):
+        either = " or ".join(f"batch×{width}" for width in widths) or "an input each"
+        yield Mismatch("input", tensor.name, str(tensor), either, cause=f"it stands for {' and '.join(names)}")
+
+
+def _check_dims(case: Case, base: Input, tensor: GraphTensor, dims: tuple[int | str | None, ...]) -> Iterator[Mismatch]:
+    name, expected = tensor.name, show(base.shape)
+    if len(dims) != len(base.shape):
         yield Mismatch("rank", name, str(tensor), expected)
         return
-    numbers = [(dim, size) for dim, size in zip(base.shape, tensor.dims, strict=True) if isinstance(size, int)]
+    numbers = [(dim, size) for dim, size in zip(base.shape, dims, strict=True) if isinstance(size, int)]
     if any(dim.symbol is None and size != dim.scale for dim, size in numbers):
         yield Mismatch("channels" if tensor.is_image else "input", name, str(tensor), expected)
     elif any(dim.symbol == "batch" and "batch" not in case.sweep.limits.fixed for dim, _ in numbers):
         yield Mismatch("input", name, str(tensor), expected, cause="its batch is fixed, and the sample's is not")
+
+
+def find_input_limits(case: Case) -> tuple[str, ...]:
+    """Return in what the inputs are narrower than the model's, sizes apart."""
+    batch = case.sweep.limits.fixed.get("batch")
+    pairs = [(base, tensor) for base, tensor in case.matching.inputs if base.name == TIMESTEP and tensor is not None]
+    own = "float32" if case.itself else ""  # a file's own table says what it takes, not what its model does
+    return tuple(
+        limit for base, tensor in pairs for limit in describe_timestep(tensor, own or base.dtype, batch, tensor.taken_as)
+    )
 
 
 def _check_slots(case: Case, matching: Matching) -> Iterator[Mismatch]:
@@ -160,11 +192,25 @@ def find_remarks(case: Case) -> Iterator[str]:
     if roles.is_controlnet and roles.naming is None:
         yield "the outputs' names follow no known scheme: taken in their order, which their shapes confirm or not"
     if not case.is_inside:
-        renamed = {tensor.name: base.name for base, tensor in matching.inputs if tensor and tensor.name in matching.renamed}
+        renamed = {
+            tensor.name: " and ".join(matching.list_joined(tensor)) or base.name
+            for base, tensor in matching.inputs
+            if tensor and tensor.name in matching.renamed
+        }
         if renamed:
             yield "recognised by their shapes: " + ", ".join(f"{name} is {ours}" for name, ours in renamed.items())
+    if idle := [tensor.name for tensor in matching.unused]:
+        yield f"{', '.join(idle)}: without effect, and no input of the model; whoever calls it has to give it all the same"
     yield from _describe_strengths(case)
-    hidden = [tensor.name for tensor in roles.slots if tensor.live and not tensor.adds]
+    changed = [tensor for tensor in roles.slots if tensor.live and not tensor.adds and tensor.obstacles]
+    if changed:
+        operators = ", ".join(dict.fromkeys(name for tensor in changed for name in tensor.obstacles))
+        names = list_some([tensor.name for tensor in changed])
+        yield (
+            f"{names} {'go' if len(changed) > 1 else 'goes'} through {operators} before any sum is seen: how much is added, in "
+            "which rows and where is not known here; `shapecheck parity` decides by values"
+        )
+    hidden = [tensor.name for tensor in roles.slots if tensor.live and not tensor.adds and not tensor.obstacles]
     seen = [tensor for tensor in roles.slots if tensor.adds]
     for tensor, following in pairwise(seen):
         if tensor.adds[0].depth == following.adds[0].depth and tensor.adds[0].rank != following.adds[0].rank:
@@ -182,13 +228,13 @@ def _describe_strengths(case: Case) -> Iterator[str]:
     if roles.is_controlnet:
         numbers = [tensor for tensor in roles.base if tensor.is_float and tensor.dims in ((), (1,)) and tensor.live]
         if all("timestep" in diffusers_names(tensor) for tensor in numbers) or roles.strength not in (None, 1.0):
-            value = "" if roles.strength is None else f" as {roles.strength:g}"
+            value = "" if roles.strength is None else f" as {roles.strength:.3g}"
             yield f"the strength (conditioning_scale) is baked in{value}: scale the residuals after it"
         return
     factors = {tensor.name: tensor.adds[0].factor for tensor in roles.slots if tensor.adds}
     baked = {name: factor for name, factor in factors.items() if factor > 0 and not math.isclose(factor, 1, rel_tol=1e-6)}
-    if baked and len({f"{factor:g}" for factor in factors.values()}) == 1:
-        yield f"a strength of {next(iter(baked.values())):g} is baked in: every residual is multiplied by it before it is added"
+    if baked and roles.strength is not None:
+        yield f"a strength of {roles.strength:.3g} is baked in: every residual is multiplied by it before it is added"
     elif baked:
         each = ", ".join(f"{name} by {factor:g}" for name, factor in baked.items())
         yield f"strengths are baked in: {each} before they are added"

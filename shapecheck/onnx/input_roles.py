@@ -8,15 +8,21 @@ from dataclasses import dataclass
 
 from shapecheck.contract import Contract, Input, Slot, naming
 from shapecheck.contract.naming import SHAPECHECK, Naming
+from shapecheck.onnx.foreign_inputs import TEXT, TIMES, TIMESTEP, is_timestep, measure_joined
 from shapecheck.onnx.reading import GraphTensor, Reading
 
 _COMFYUI_NAMES = {
     "x": ("sample",),
     "timesteps": ("timestep",),
     "context": ("encoder_hidden_states",),
-    "y": ("text_embeds", "time_ids"),  # embedded and joined before the graph
+    "y": (TEXT, TIMES),  # embedded and joined before the graph
     "hint": ("controlnet_cond",),
 }
+CONDITIONS = frozenset((
+    "sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", TEXT, TIMES, "image_embeds", "hint",
+    "controlnet_cond", "control_type",
+))  # fmt: skip
+"""What diffusers calls inputs: one of these without effect is baked into a file."""
 STRENGTH = "conditioning_scale"
 """The input of a ControlNet that all its residuals are multiplied by."""
 _PICTURE_CHANNELS = 3
@@ -41,7 +47,7 @@ class Roles:
     emitted: tuple[str, ...] = ()
     """The outputs of a ControlNet, in the order of the graph."""
     strength: float | None = None
-    """A constant that a ControlNet multiplies all of them by."""
+    """A constant that a ControlNet multiplies all of them by, or a UNet all residuals that it takes."""
 
     @property
     def added(self) -> tuple[GraphTensor, ...]:
@@ -87,10 +93,22 @@ class Matching:
     renamed: frozenset[str]
 
     @property
+    def unused(self) -> tuple[GraphTensor, ...]:
+        """Return inputs that are not the contract's and change nothing, if it lacks none: whoever calls it gives anything."""
+        lost = [slot.name for slot, tensor in self.slots if tensor is None]
+        lost += [base.name for base, tensor in self.inputs if tensor is None and base.name != STRENGTH]
+        return tuple(tensor for tensor in self.surplus if not tensor.live and not lost)
+
+    @property
     def pairs(self) -> list[tuple[Input | Slot, GraphTensor]]:
         """Return the inputs and slots of the contract that the file has."""
         pairs: list[tuple[Input | Slot, GraphTensor | None]] = [*self.inputs, *self.slots]
         return [(expected, tensor) for expected, tensor in pairs if tensor is not None]
+
+    def list_joined(self, tensor: GraphTensor) -> tuple[str, ...]:
+        """Return the inputs of the contract that a tensor stands for, if these are several."""
+        names = tuple(base.name for base, own in self.inputs if own is tensor)
+        return names if len(names) > 1 else ()
 
 
 def diffusers_names(tensor: GraphTensor) -> tuple[str, ...]:
@@ -120,9 +138,16 @@ def assign_roles(reading: Reading) -> Roles:
     if scheme is not None and 2 * sum(scheme.index(tensor.name) is not None for tensor in ports) < len(ports):
         scheme = None
     emitted = tuple(tensor.name for tensor in reading.outputs) if is_controlnet else ()
-    factors = {tensor.factor for tensor in reading.outputs}
-    strength = factors.pop() if is_controlnet and len(factors) == 1 else None
+    factors = {tensor.factor for tensor in reading.outputs} if is_controlnet else _read_factors(slots)
+    strength = factors.pop() if len(factors) == 1 else None
     return Roles(scheme, tuple(slots), tuple(base), is_controlnet, tuple(features), emitted, strength)
+
+
+def _read_factors(slots: list[GraphTensor]) -> set[float | None]:
+    """Return what residuals are multiplied by before they are added; with None if that is no constant, or takes them away."""
+    factors = [[add.factor for add in tensor.adds] for tensor in slots]
+    known = [round(found[0], 9) if len(found) == 1 and found[0] > 0 else None for found in factors]
+    return {*known}
 
 
 def name_outputs(roles: Roles, contract: Contract) -> dict[str, str]:
@@ -159,10 +184,17 @@ def match_inputs(roles: Roles, contract: Contract) -> Matching:
     inputs: dict[str, GraphTensor | None] = {}
     for base in contract.inputs:
         stand_ins = [named[base.name]] if base.name in named else [tensor for tensor in unmatched if _fits(tensor, base)]
+        if not stand_ins and base.name == TIMESTEP:  # it has many forms
+            stand_ins = [tensor for tensor in unmatched if is_timestep(tensor)]
         inputs[base.name] = stand_ins[0] if stand_ins else None
         if stand_ins and stand_ins[0] in unmatched:
             unmatched.remove(stand_ins[0])
             renamed.add(stand_ins[0].name)
+    if {TEXT, TIMES} <= inputs.keys() and inputs[TEXT] is inputs[TIMES] is None:
+        ends = [(width,) for width in measure_joined(contract).values()]
+        joined = next((tensor for tensor in unmatched if tensor.is_float and (tensor.dims or ())[1:] in ends), None)
+        inputs |= {TEXT: joined, TIMES: joined}
+        renamed |= {joined.name} if joined is not None else set()
     matched = [*slots.values(), *inputs.values()]
     return Matching(
         tuple((slot, slots.get(slot.name)) for slot in contract.residuals if contract.role == "unet"),

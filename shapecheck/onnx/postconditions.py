@@ -6,6 +6,7 @@ import onnx
 import onnx_ir as ir
 
 from shapecheck.contract import Contract, Geometry
+from shapecheck.onnx.records import FOLLOWED
 from shapecheck.onnx.shapes import infer_shapes_at
 from shapecheck.onnx.trace_graph import find_bare_skip, list_modules
 
@@ -15,8 +16,6 @@ REFUSED_BY_TENSORRT = frozenset({
     "Unique", "Multinomial", "Det", "Bernoulli", "Compress", "MaxUnpool",
 })  # fmt: skip
 """Operators that TensorRT's parser rejects."""
-_SIZES = ((2, 17, 33), (3, 65, 97), (2, 24, 40), (3, 19, 30))
-"""Batch, and height and width in multiples of the divisor: odd and even, none square."""
 
 
 class ExportError(AssertionError):
@@ -50,7 +49,7 @@ def check_graph(model: ir.Model, contract: Contract) -> None:
     _require_equal("operators TensorRT rejects", refused, [])
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
-    for batch, height, width in _SIZES:
+    for batch, height, width in FOLLOWED:
         geometry = Geometry(batch, contract.divisor * height, contract.divisor * width)
         actual = infer_shapes_at(model, contract.input_shapes(geometry))
         _require_equal(f"a node that cannot work at {geometry}", actual.fault, "")

@@ -17,7 +17,10 @@ from shapecheck.onnx.fused_operators import can_be_followed
 from shapecheck.onnx.node_locations import SCOPES, NodeLocations, find_module
 from shapecheck.onnx.sanitize import LONGEST_NAME, report_unsound
 from shapecheck.onnx.shapes import Shapes, infer_shapes_at, parameters_to_inputs
-from shapecheck.onnx.sums import SIZE_ONLY, Sum, find_sums, is_measured, read_factor
+from shapecheck.onnx.sums import SIZE_ONLY, Sum, find_obstacles, find_sums, is_measured, read_factor
+
+_IMAGES = ("out_sample", "sample", "noise_pred", "sample_out", "latent")
+"""Usual names of a UNet's output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,10 @@ class GraphTensor(Port):
     """The graph reads sizes off it."""
     factor: float | None = None
     """The constant that an output is multiplied by last."""
+    obstacles: tuple[str, ...] = ()
+    """The operators that an input without a known sum goes through."""
+    taken_as: str = ""
+    """The type that an input is converted to before anything is computed with it; empty for its own."""
 
     @property
     def is_float(self) -> bool:
@@ -74,8 +81,12 @@ class Reading:
 
     @property
     def image(self) -> GraphTensor | None:
-        """Return the first output that may be (batch, channels, height, width)."""
-        return next((tensor for tensor in self.outputs if tensor.is_image), None)
+        """Return the output that is the image: by name, else the first as large as the latents, else the first of its rank."""
+        images = [tensor for tensor in self.outputs if tensor.is_image]
+        latents = next((tensor for tensor in self.inputs if tensor.is_image and tensor.dims), None)
+        named = [tensor for tensor in images if tensor.name in _IMAGES]
+        large = [tensor for tensor in images if latents and tensor.dims and tensor.dims[2:] == (latents.dims or ())[2:]]
+        return next(iter((*named, *large, *images)), None)
 
     def at(self, sizes: Mapping[str, Sequence[int | None]]) -> Shapes:
         """Return every shape if the inputs have these; see `infer_shapes_at`."""
@@ -101,6 +112,8 @@ def read_graph(path: Path, model: ir.Model) -> Reading:
     found = {value: {addition.producer: addition for addition in find_sums(value, ranks)} for value in declared}
     sums = {value: tuple(additions.values()) for value, additions in found.items()}
     factors = {value: read_factor(value) for value in graph.outputs}
+    casts = {value: _find_cast(value) for value in declared}
+    obstacles = {value: () if sums[value] else find_obstacles(value) for value in declared}
     parameters_to_inputs(graph)
     depths = _count_depths(graph, {addition.producer for additions in sums.values() for addition in additions})
     known = [node for node in graph if onnx.defs.has(node.op_type, node.domain) and node.domain in graph.opset_imports]
@@ -114,7 +127,14 @@ def read_graph(path: Path, model: ir.Model) -> Reading:
     return Reading(
         path,
         one_line(" ".join(filter(None, (model.producer_name, model.producer_version)))),
-        tuple(_read_tensor(value, live, map(describe_sum, sums[value])) for value in declared),
+        tuple(
+            replace(
+                _read_tensor(value, live, map(describe_sum, sums[value])),
+                obstacles=tuple(map(one_line, obstacles[value])),
+                taken_as=casts[value],
+            )
+            for value in declared
+        ),
         tuple(replace(_read_tensor(value, live), factor=factors[value]) for value in graph.outputs),
         tuple(sorted({one_line(node.op_type) for node in {*graph} - {*known} if not can_be_followed(node)})),
         model,
@@ -136,6 +156,12 @@ def _read_tensor(value: ir.Value, live: set[ir.Value], adds: Iterable[ResidualAd
         tuple(adds),
         is_measured(value),
     )
+
+
+def _find_cast(value: ir.Value) -> str:
+    """Return the type that all readers of a value convert it to; empty if there is none."""
+    types = {node.attributes["to"].as_int() if node.op_type == "Cast" else 0 for node in value.consumers()}
+    return torch_name(ir.DataType(types.pop()).name) if len(types) == 1 and types != {0} else ""
 
 
 def _count_depths(graph: ir.Graph, producers: set[ir.Node]) -> dict[ir.Node, int]:

@@ -15,6 +15,8 @@ Basis = Literal["given", "inside", "preset", "none"]
 """The origin of the contract: the caller, the file, the preset that fits best, or the file's own table alone."""
 Weights = Literal["link", "copy", "none"]
 """The weights stay in the checkpoint, are copied to a file of their own, or are left out."""
+FOLLOWED = ((2, 17, 33), (3, 65, 97), (2, 24, 40), (3, 19, 30))
+"""Batch, and height and width in multiples of the divisor: odd and even, none square. At these an export is followed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +113,17 @@ class FileCheck:
     """The reason why the sizes were not checked; empty if they were."""
     makes_residuals: bool = False
     """It holds its ControlNet, and takes no residuals."""
+    input_limits: tuple[str, ...] = ()
+    """In what its inputs are narrower than the model's, sizes apart: `whole timesteps (int64)`."""
+    other_form: str = ""
+    """Why it is no UNet with slots, if it is of another form: its one mismatch."""
 
     @property
     def narrower(self) -> tuple[str, ...]:
-        """Return in what it is narrower than its model; nothing if that was not checked."""
+        """Return in what it is narrower than its model, of sizes what was checked."""
         if self.unchecked or not self.limits.divisor:
-            return ()
-        return self.limits.describe(self.contract.divisor, self.contract.header.vae_factor)
+            return self.input_limits
+        return (*self.limits.describe(self.contract.divisor, self.contract.header.vae_factor), *self.input_limits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from shapecheck.contract import Contract, Dim, Geometry, Mismatch, Shape, show
 from shapecheck.contract.dims import BATCH, constant
 from shapecheck.contract.size_request import SizeRequest
 from shapecheck.observe import sizes
+from shapecheck.onnx.foreign_inputs import is_shared
 from shapecheck.onnx.input_roles import Roles, diffusers_names, match_inputs
 from shapecheck.onnx.reading import Reading
 from shapecheck.onnx.records import SizeLimits
@@ -136,6 +137,8 @@ def _find_fixed(roles: Roles) -> dict[str, int]:
     known = [tensor for tensor in roles.base if diffusers_names(tensor)[0] in _SIGNIFICANT]
     fixed: dict[str, int] = {}
     for tensor in (*filter(None, [roles.sample]), *known):
+        if is_shared(tensor.dims):
+            continue  # one timestep for all rows says nothing of their number
         for symbol, dim in zip(roles.symbols(tensor), tensor.dims or (), strict=True):
             if symbol is not None and isinstance(dim, int):
                 fixed.setdefault(symbol, dim)

@@ -56,6 +56,17 @@ def find_sums(residual: ir.Value, ranks: Mapping[ir.Node, int]) -> Iterator[Sum]
                 yield Sum(value, node, value, passed.factor)
 
 
+def find_obstacles(residual: ir.Value) -> tuple[str, ...]:
+    """Return the operators that change a value on its way to a sum, so that no more is known of it: `Clip`, `Where`."""
+    found = {
+        node.op_type
+        for passed in _follow(residual)
+        for node in passed.value.consumers()
+        if node.op_type not in (*SIZE_ONLY, *_ADDITIONS) and _pass_through(node, passed.value) is None
+    }
+    return tuple(sorted(found))
+
+
 def is_measured(residual: ir.Value) -> bool:
     """Return whether the graph reads sizes off a value, or off what it passes through on its way to a sum."""
     return any(node.op_type in SIZE_ONLY for passed in _follow(residual) for node in passed.value.consumers())

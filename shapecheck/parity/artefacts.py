@@ -4,33 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from math import lcm
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.geometry import AXES
 from shapecheck.contract.naming import detect_scheme
 from shapecheck.contract.size_request import SizeRequest
+from shapecheck.models.diffusers_models import embed_numbers
 from shapecheck.observe.subject import TorchModel
 from shapecheck.onnx import weight_comparison
 from shapecheck.onnx.check import check
-from shapecheck.onnx.file import OnnxFile
+from shapecheck.onnx.file import CONTRACT_KEY, OnnxFile
+from shapecheck.onnx.foreign_inputs import TEXT, TIMES, TIMESTEP, adapt_timestep, measure_joined
 from shapecheck.onnx.fp8_graph import is_in_fp8
-from shapecheck.onnx.input_roles import STRENGTH, assign_roles, match_inputs, name_outputs
+from shapecheck.onnx.input_roles import STRENGTH, Roles, assign_roles, match_inputs, name_outputs
 from shapecheck.onnx.records import FileCheck
+from shapecheck.parity.cases import ForwardCase, InputGenerator
 from shapecheck.parity.plan import choose_geometries
 from shapecheck.parity.request import ParityRequest
 from shapecheck.parity.results import Check, CheckKind, Ran, Result
 from shapecheck.runtime.onnx_session import PROVIDERS
-from shapecheck.runtime.torch_session import output_names
+from shapecheck.runtime.torch_session import OUTPUT, output_names
 from shapecheck.tensorrt.check import check_engine, compare_with_file
 from shapecheck.tensorrt.profiles import Range, range_of
 from shapecheck.tensorrt.record import Engine
 
 ENGINE_BACKENDS = ("trt", "rtx")
+Join = Callable[[Mapping[str, Tensor]], Tensor]
 _SHOWN_NAMES = 3
 _USUAL_MULTIPLE = 8
 
@@ -61,9 +66,22 @@ class ParityFile:
     """Returns how its weights differ from the module's, or None if their names do not tell; None if it does not show them."""
     find_narrower: Callable[[], tuple[str, ...]] | None = tuple
     """Returns what computes in less than its precision; None if it does not show that, but in its numbers."""
+    joins: Mapping[str, Join] = field(default_factory=dict)
+    """From the session's name of an input to what makes it of several of the contract's."""
     strength: float = 1.0
     """The strength that is baked into a ControlNet's file; 1 if it is an input."""
+    taken_strength: float = 1.0
+    """The strength that is baked into a UNet's file: PyTorch gets residuals times it."""
     notes: tuple[str, ...] = ()
+
+    def give(self, generate: InputGenerator, case: ForwardCase) -> dict[str, Tensor]:
+        """Return a call's inputs by the contract's names, the residuals before the file's own strength, and its joined ones."""
+        values = generate(case, before_strength=self.taken_strength != 1)
+        return values | self.join(values)
+
+    def join(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the session's inputs that several of the contract's, given by its names, are joined to."""
+        return {name: join(values) for name, join in self.joins.items()}
 
     @property
     def unshown(self) -> tuple[CheckKind, ...]:
@@ -83,11 +101,14 @@ class ParityFile:
 
     def describe_limits(self, requested: SizeRequest) -> tuple[str, ...]:
         """Return in words what it does not take, or that this is not known, if not all of the size was requested."""
-        if requested.symbols == set(AXES) or (checked := self.find_check()) is None:
+        if (checked := self.find_check()) is None:
             return ()
+        if requested.symbols == set(AXES):
+            return (f"takes {'; '.join(checked.input_limits)}",) if checked.input_limits else ()
         if checked.unchecked:
             tried = f"only multiples of {_USUAL_MULTIPLE} cells and what was requested are tried"
-            return (f"which sizes it takes was not checked ({checked.unchecked}): {tried}",)
+            limits = (f"takes {'; '.join(checked.input_limits)}",) if checked.input_limits else ()
+            return (*limits, f"which sizes it takes was not checked ({checked.unchecked}): {tried}")
         return (f"takes {'; '.join(checked.narrower)}",) if checked.narrower else ()
 
 
@@ -139,13 +160,20 @@ def _read_onnx(file: OnnxFile, model: TorchModel, requested: SizeRequest | None)
         # The model is run at strength 1, and what the file gives is divided by its own.
         strength = roles.strength or 1.0
         contract = replace(contract, inputs=tuple(base for base in contract.inputs if base.name != STRENGTH))
-        notes.append(f"a strength of {strength:g} is baked into it: its residuals are compared at that strength")
+        notes.append(f"a strength of {strength:.3g} is baked into it: its residuals are compared at that strength")
+    taken = roles.strength if not roles.is_controlnet and CONTRACT_KEY not in file.metadata else None
+    if taken not in (None, 1.0):
+        notes.append(f"a strength of {taken:.3g} is baked in: it is compared with PyTorch at that strength")
     names = {ours.name: tensor.name for ours, tensor in matching.pairs}
-    if roles.is_controlnet and roles.naming is None:
-        outputs = name_outputs(roles, contract)
-    else:
-        outputs = _match_outputs(file.path, contract, [output.name for output in file.reading.outputs])
-    find_check = cache(lambda: check(file, contract, requested))
+    find_check = cache(partial(check, file, contract, requested))  # of the model's own contract
+    if form := find_check().other_form:
+        raise ShapecheckError(f"{file} is no UNet with slots, and cannot be compared with one: {form}")
+    joins = {name: _create_join(contract, file, name) for name in names.values() if list(names.values()).count(name) > 1}
+    joins |= {tensor.name: partial(_fill, tensor.dims or (), tensor.dtype) for tensor in matching.unused}
+    timestep = next((tensor for base, tensor in matching.inputs if base.name == TIMESTEP), None)
+    if timestep is not None:
+        contract = adapt_timestep(contract, timestep, (image.dims or (None,))[0], timestep.taken_as)
+    outputs = _name_outputs(file, roles, contract)
 
     def compare_weights(module: nn.Module) -> str | None:
         compared = weight_comparison.compare_weights(file, module.state_dict())
@@ -160,14 +188,45 @@ def _read_onnx(file: OnnxFile, model: TorchModel, requested: SizeRequest | None)
         outputs,
         file.path,
         file,
-        names,
+        names | {name: name for name in joins},
         find_check=find_check,
         find_mismatches=lambda: find_check().mismatches,
         compare_weights=compare_weights,
         find_narrower=cache(lambda: weight_comparison.find_narrower(file, dtype, with_fp8=model.calibration is not None)),
+        joins=joins,
         strength=strength,
+        taken_strength=taken or 1.0,
         notes=tuple(notes),
     )
+
+
+def _fill(dims: Sequence[int | str | None], dtype: str, values: Mapping[str, Tensor]) -> Tensor:
+    """Return zeros for an input without effect: where the file leaves a size open, the call's if its name says which."""
+    batch, _, height, width = values["sample"].shape
+    sizes = {"batch": batch, "h": height, "w": width}
+    return torch.zeros([dim if isinstance(dim, int) else sizes.get(dim or "", 1) for dim in dims], dtype=getattr(torch, dtype))
+
+
+def _name_outputs(file: OnnxFile, roles: Roles, contract: Contract) -> dict[str, str]:
+    if roles.is_controlnet and roles.naming is None:
+        return name_outputs(roles, contract)
+    if not roles.is_controlnet and file.reading.image is not None:
+        return {OUTPUT: file.reading.image.name}
+    return _match_outputs(file.path, contract, [output.name for output in file.reading.outputs])
+
+
+def _create_join(contract: Contract, file: OnnxFile, name: str) -> Join:
+    """Return what makes one tensor of SDXL's pooled text and size numbers, as the file takes it."""
+    (dims,) = (tensor.dims or () for tensor in file.reading.inputs if tensor.name == name)
+    is_plain = dims[-1:] == (measure_joined(contract).get("plain"),)
+
+    def join(values: Mapping[str, Tensor]) -> Tensor:
+        text, numbers = values[TEXT], values[TIMES]
+        if not is_plain:
+            numbers = embed_numbers(numbers, contract.config)
+        return torch.cat([text, numbers.to(text.dtype)], -1)
+
+    return join
 
 
 def _read_engine(path: Path, record: Engine, model: TorchModel, graph: OnnxFile | None) -> ParityFile:

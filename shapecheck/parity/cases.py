@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -130,18 +131,23 @@ class InputGenerator:
     """Makes the inputs of forward calls.
 
     Residuals are those of `emit`, or normally distributed with a width of 1, as a T2I-Adapter's features always are.
+    `strength` is one that a file holds: what PyTorch gets is multiplied by it.
     All is drawn once, on the CPU whatever the device, and kept where PyTorch's side runs: nobody may write into what is given.
     """
 
-    def __init__(self, contract: Contract, seed: int, emit: EmitResiduals | None = None) -> None:
+    def __init__(self, contract: Contract, seed: int, emit: EmitResiduals | None = None, strength: float = 1.0) -> None:
+        self._strength = strength
         self._contract, self._seed, self._emit, self._slots = contract, seed, emit, residual_slots(contract)
         self._dtypes = {name: getattr(torch, dtype) for name, dtype in contract.input_dtypes.items()}
         self._labels = int(contract.config.get("num_class_embeds") or 1000)
         self._base: dict[tuple[Geometry, int | None], dict[str, Tensor]] = {}
         self._frames: dict[tuple[Geometry, int | None, int | None], dict[str, Tensor]] = {}
 
-    def __call__(self, case: ForwardCase, *, expanded: bool = True) -> dict[str, Tensor]:
-        """Return a tensor for every input and slot, in its dtype; pooled residuals are `expanded` or 1×1."""
+    def __call__(self, case: ForwardCase, *, expanded: bool = True, before_strength: bool = False) -> dict[str, Tensor]:
+        """Return a tensor for every input and slot, in its dtype; pooled residuals are `expanded` or 1×1.
+
+        With `before_strength` residuals are what a file that holds the strength gets.
+        """
         self._contract.require(case.geometry)
         key = case.geometry, case.varied
         if key not in self._base:
@@ -154,6 +160,8 @@ class InputGenerator:
                 values[name] = cell.expand(shape) if expanded else cell
         if case.perturbed:
             values[case.perturbed] = self.perturb(case.perturbed, values[case.perturbed], case.times)
+        if self._strength != 1 and not before_strength:
+            values |= {slot.name: values[slot.name] * self._strength for slot in self._contract.slots}
         return values
 
     def perturb(self, name: str, value: Tensor, times: float = 1.0) -> Tensor:
@@ -173,7 +181,8 @@ class InputGenerator:
     def _draw_input(self, spec: Input, case: ForwardCase) -> Tensor:
         shape, dtype, rows = spec.shape_at(case.geometry), self._dtypes[spec.name], list_rows(case)
         if spec.name == "timestep":
-            return torch.tensor([row.timestep for row in rows], dtype=torch.float64).reshape(shape).to(dtype)
+            steps = [row.timestep for row in rows] if len(rows) == math.prod(shape) else [rows[0].timestep]  # one for all
+            return torch.tensor(steps, dtype=torch.float64).reshape(shape).to(dtype)
         if spec.name == "conditioning_scale":
             return torch.full(shape, _SCALE, dtype=dtype)
         if not dtype.is_floating_point:

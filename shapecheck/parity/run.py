@@ -195,7 +195,8 @@ class ParityRun:
         if key not in self._references:
             alike = [name for name, file in self._files.items() if (file.contract, self._geometries(name)) == key]
             cases = list_cases([plan for name in alike for plan in self.plans[name]])
-            generate = InputGenerator(contract, self.request.seed, self._emit)
+            strength = max((self._files[name].taken_strength for name in alike), key=lambda each: each != 1)
+            generate = InputGenerator(contract, self.request.seed, self._emit, strength)
 
             def look(module: nn.Module) -> None:
                 for name in alike:
@@ -224,9 +225,10 @@ class ParityRun:
 
         def compute(case: ForwardCase) -> Outputs | str:
             self._progress(f"computing with {backend}, call {next(numbers)} of {total}: {case}")
-            values, began = generate(case), time.perf_counter()
+            given, began = file.give(generate, case), time.perf_counter()
+            values = {own: given[name] for name, own in file.names.items()} | {own: given[own] for own in file.joins}
             try:
-                outputs = session({own: values[name].to(session.device) for name, own in file.names.items()})
+                outputs = session({own: value.to(session.device) for own, value in values.items()})
                 # a session may write into the same memory in the next call
                 return {name: outputs[own].cpu().clone() for name, own in file.outputs.items()}
             except (ShapecheckError, torch.OutOfMemoryError) as error:

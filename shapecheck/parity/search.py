@@ -83,7 +83,7 @@ def search_file(
                 graph,
                 contract,
                 file.names_in_graph,
-                generate(case),
+                file.give(generate, case),
                 load_source(precision, rounds=False),
                 load_source(contract.dtype, rounds=True),
                 tolerance_factor=tolerance_factor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from shapecheck.contract import Geometry
@@ -73,3 +73,8 @@ def dump_json(value: Any, *, ascii_only: bool = False) -> str:
 def format_pixels(geometry: Geometry, vae_factor: int) -> str:
     """Return width × height."""
     return f"{geometry.width * vae_factor}×{geometry.height * vae_factor}"
+
+
+def list_some(names: Sequence[str]) -> str:
+    """Return the first two of names, and how many more there are."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from shapecheck.contract import Contract, Geometry, Mismatch, Shape, ShapecheckError
+from shapecheck.contract.dims import BATCH
 from shapecheck.contract.naming import SHAPECHECK, name_feature
 from shapecheck.runtime.binding import CallError
+from shapecheck.runtime.call_gate import name_dtype
 from shapecheck.runtime.residual_checks import describe_value
 from shapecheck.runtime.unet_call import DOWNS, EMPTIED, FEATURES, LONE_DOWNS, LONE_MID
 
@@ -57,7 +59,7 @@ class Arguments:
             raise self._refuse(*surplus, unknown=unknown)
         sample = arguments["sample"]
         batch = len(sample) if isinstance(sample, Tensor) and sample.dim() else 1
-        placed = self.place_number("timestep", timestep, batch)
+        placed = self._place_timestep(timestep, batch)
         return {self._names[name]: value for name, value in values.items()} | {"timestep": placed}
 
     def place_number(self, name: str, value: Any, length: int) -> Tensor:
@@ -69,6 +71,25 @@ class Arguments:
             return torch.full((length,), value, dtype=self._dtypes[name], device=self._device)
         placed = torch.as_tensor(value).to(self._device, self._dtypes[name])
         return placed.expand(length).contiguous() if placed.numel() == 1 and placed.dim() < 2 else placed
+
+    def _place_timestep(self, timestep: Any, batch: int) -> Tensor:
+        """Return the timestep in the form that the file takes: for each row, or one for all; a fraction, or a whole number.
+
+        Raises CallError if it has no such form: nothing is cut off, and no row gets another's.
+        """
+        rule, dtype = self._contract.input_rules["timestep"], self._dtypes["timestep"]
+        if rule == (BATCH,) and dtype.is_floating_point:
+            return self.place_number("timestep", timestep, batch)
+        values = torch.as_tensor(timestep)
+        if not dtype.is_floating_point and values.is_floating_point() and not torch.equal(values, values.round()):
+            cause = "the file takes whole timesteps alone: use a scheduler that gives those, or a file that takes float32"
+            raise self._refuse(Mismatch("dtype", "timestep", _show_numbers(values), name_dtype(dtype), cause=cause))
+        if rule == (BATCH,):
+            return self.place_number("timestep", timestep, batch)
+        if values.numel() > 1 and bool((values != values.flatten()[0]).any()):
+            cause = "the file takes one timestep for all rows of a batch: call it for each row"
+            raise self._refuse(Mismatch("input", "timestep", _show_numbers(values), "one number", cause=cause))
+        return self.place_number("timestep", values.flatten()[0], 1).reshape([dim.scale for dim in rule])
 
     def residuals(self, downs: Any, mid: Any, sample: Any) -> dict[str, Any]:
         """Return one residual a slot. Raises CallError if only one of both is passed, or the model has no slots."""
@@ -139,6 +160,10 @@ class Arguments:
                 f"forward takes {', '.join(self._names)}" + "".join(f", and the {group}" for group, names in groups if names)
             )
         return CallError(mismatches, (), advice, contract=self._contract)
+
+
+def _show_numbers(values: Tensor) -> str:
+    return ", ".join(f"{value:g}" for value in values.flatten().tolist())
 
 
 def _is_empty(value: Any) -> bool:

@@ -15,6 +15,7 @@ from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.files import make_folder
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.file import OnnxFile
+from shapecheck.onnx.foreign_inputs import TIMESTEP, adapt_timestep
 from shapecheck.progress import silent
 from shapecheck.runtime.call_gate import name_dtype
 from shapecheck.runtime.compiled_session import CompiledSession
@@ -165,9 +166,7 @@ def _open_onnx(
             f"`shapecheck check {file}` shows what can be seen in it"
         )
     if named:
-        dtypes = {tensor.name: tensor.dtype for tensor in file.reading.inputs if tensor.is_float}
-        theirs = known.match_names(dtypes)
-        known = known.with_dtypes({name: dtypes[theirs[name]] for name in theirs if theirs[name] in dtypes})
+        known = _adapt(known, file)
     if chosen == "ort-trt" and sizes:
         names = known.match_names([declared.name for declared in file.reading.inputs])  # the file's own
         ranges = parse_ranges(sizes, batch, vae_factor=known.header.vae_factor)
@@ -184,3 +183,13 @@ def _open_onnx(
             raise
         _log.warning("%s runs on the CPU: %s", path, error)
         return ContractSession.open_onnx(path, known, reuse=reuse)
+
+
+def _adapt(contract: Contract, file: OnnxFile) -> Contract:
+    """Return a named model's contract in the types of a file, and with the timestep in its form."""
+    declared = {tensor.name: tensor for tensor in file.reading.inputs}
+    dtypes = {name: tensor.dtype for name, tensor in declared.items() if tensor.is_float}
+    theirs = contract.match_names(dtypes)
+    contract = contract.with_dtypes({name: dtypes[theirs[name]] for name in theirs if theirs[name] in dtypes})
+    timestep = declared.get(theirs.get(TIMESTEP, ""))
+    return contract if timestep is None else adapt_timestep(contract, timestep)

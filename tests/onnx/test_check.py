@@ -372,7 +372,13 @@ def test_a_rounding_that_a_file_never_shows_is_unknown_and_no_traceback(even):
 
 
 def test_a_timestep_of_whole_numbers(plant):
-    found = only(plant(files.retype("timestep", ir.DataType.INT64)))
+    checked = plant(files.retype("timestep", ir.DataType.INT64))
+    assert (checked.mismatches, checked.narrower) == ((), ("whole timesteps (int64)",))
+
+
+def test_a_timestep_of_whole_numbers_in_a_file_that_promises_another(inside, tmp_path):
+    file = files.planted(inside, tmp_path / "x.onnx", files.retype("timestep", ir.DataType.INT64))
+    found = only(check(file))
     assert (found.where, found.kind, found.observed, found.expected) == ("timestep", "dtype", "int64", "float32")
 
 
@@ -438,8 +444,12 @@ def test_sizes_may_be_read_off_a_residual(odd, tmp_path):
 
 def test_comfyui_names_of_the_base_inputs(plant):
     names = {"sample": "x", "timestep": "timesteps", "encoder_hidden_states": "context", "text_embeds": "y"}
-    joined = (files.bake("time_ids", sized_by="timestep"), files.drop("time_ids"))
-    assert plant(*joined, files.rename(**names)).mismatches == ()
+    alone = (files.bake("time_ids", sized_by="timestep"), files.drop("time_ids"), files.rename(**names))
+    found = only(plant(*alone))
+    assert (found.where, found.kind, found.cause) == ("y", "input", "it stands for text_embeds and time_ids")
+    # 20 numbers of the text and six sizes, plain or eight cosines and sines for each
+    for width in (26, 68):
+        assert plant(*alone, files.declare("y", "batch", width)).mismatches == ()
 
 
 # ControlNets
@@ -976,3 +986,21 @@ def test_a_model_is_a_preset_a_file_with_a_contract_or_observed(drawn, inside, t
     config = tmp_path / "config.json"
     config.write_text(json.dumps(drawn[1].config.to_json()), encoding="utf-8")
     assert resolve_contract(str(config), progress=str) == drawn[1]
+
+
+def test_onnx_runtimes_own_format_is_called_so(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"\x18\0\0\0ORTM" + bytes(64))
+    with pytest.raises(ShapecheckError, match="is in ONNX Runtime's own format, which holds no ONNX graph; give the ONNX file"):
+        check(path)
+
+
+@pytest.mark.parametrize(("dims", "inputs"), [((2, 9, 24), ["x", "x", "x"]), ((2, 9, 4, 3, 6), ["x"])])
+def test_attention_of_onnx_runtime_is_as_large_as_its_query(dims, inputs):
+    node = onnx.helper.make_node("MultiHeadAttention", inputs, ["y"], domain="com.microsoft", num_heads=4)
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in (("x", dims), ("y", None))
+    )
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "attention", [x], [y]), opset_imports=opsets)
+    assert infer_shapes_at(ir.from_proto(model), {"x": dims}).known["y"] == (2, 9, 24)

@@ -11,6 +11,7 @@ import pytest
 from foreign_files import KINDS, Edit, Export
 
 from shapecheck.onnx.check import check
+from shapecheck.onnx.check_report import list_findings
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.records import FileCheck
 
@@ -25,9 +26,6 @@ def later(*names: str) -> list:
 
 
 def check_kind(folder: Path, name: str, *, named: bool = True) -> FileCheck:
-    library = name.split()[0]
-    if library in ("onnxslim", "onnxsim"):
-        pytest.importorskip(library)
     contract = foreign.observe(KINDS[name].export.model) if named else None
     return check(OnnxFile(foreign.make_file(folder / "foreign.onnx", name)), contract)
 
@@ -123,3 +121,60 @@ def test_a_controlnet_inside_is_said_to_be_there(tmp_path):
         "the residuals are made inside: the graph holds a ControlNet (controlnet_conds, conditioning_scales), "
         "so that none can be exchanged"
     )
+
+
+@pytest.mark.parametrize(
+    ("form", "limits"),
+    [
+        ("int64", ("whole timesteps (int64)",)),
+        *[
+            pytest.param(form, limits, marks=pytest.mark.full)
+            for form, limits in {
+                "int32 scalar": ("whole timesteps (int32)", "one timestep for all rows of a batch"),
+                "one": ("one timestep for all rows of a batch",),
+                "float16": ("timesteps in float16, in which whole ones are exact and fractions are not",),
+            }.items()
+        ],
+    ],
+)
+def test_the_form_of_a_timestep_is_a_limit(form, limits, tmp_path):
+    assert check_edited(tmp_path, export=Export(timestep=form)).narrower == limits
+
+
+@pytest.mark.full
+def test_a_timestep_that_is_rounded_behind_its_input_is_a_limit_too(tmp_path):
+    told = "timesteps in float16, in which whole ones are exact and fractions are not"
+    assert check_edited(tmp_path, foreign.convert_inside_to_half).narrower == (told,)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["y", "vector"])
+def test_text_and_sizes_in_one_tensor_are_known_by_name_or_width(name, tmp_path):
+    checked = check_edited(tmp_path, foreign.join_conditions(name=name), export=Export("xl"))
+    assert (checked.mismatches, dict(checked.names)["text_embeds"], dict(checked.names)["time_ids"]) == ((), name, name)
+    assert (f"recognised by their shapes: {name} is text_embeds and time_ids" in checked.notes) is (name != "y")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("words", "edit"), foreign.REFUSED.items())
+@pytest.mark.parametrize("named", [True, False])
+def test_a_file_of_another_form_is_called_so_and_nothing_else(words, edit, named, tmp_path):
+    path = foreign.make(tmp_path / "foreign.onnx", foreign.Kind(Export(), (edit,)))
+    checked = check(OnnxFile(path), foreign.observe("sd") if named else None)
+    (mismatch,) = checked.mismatches
+    assert mismatch.cause.startswith(words)
+    assert len(list_findings(checked)) == 1
+
+
+def test_what_a_residual_goes_through_is_named(tmp_path):
+    checked = check_edited(tmp_path, foreign.through(("Clip", (foreign.number(-8), foreign.number(8)), {})))
+    (note,) = checked.notes
+    assert note.startswith("down_block_residual_00, down_block_residual_01 and 3 more go through Clip before any sum is seen")
+    assert checked.mismatches == ()
+
+
+@pytest.mark.full
+def test_an_input_without_effect_is_a_remark_unless_the_model_lacks_one(tmp_path):
+    assert "guidance_scale: without effect" in check_edited(tmp_path, foreign.graphs.unused_input).notes[0]
+    lacking = check_edited(tmp_path, foreign.name_slots("r{}"), onnx_files.unconsume("r3"))
+    assert {(mismatch.where, mismatch.kind) for mismatch in lacking.mismatches} >= {("r3", "unused")}

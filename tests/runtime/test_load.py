@@ -8,6 +8,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import engines
+import foreign_files as foreign
 import onnx_files
 import onnxruntime
 import psutil
@@ -103,6 +104,28 @@ def test_each_row_has_its_own_timestep(unet, torch_unet, good):
     steps = torch.tensor([3.5, 801.0])
     with torch.no_grad():
         assert close_to(unet(**good | {"timestep": steps}).sample, torch_unet(**good | {"timestep": steps}).sample)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("form", ["int64", "int32 one", "scalar"])
+def test_a_timestep_is_given_in_the_form_that_a_file_takes(form, tmp_path):
+    model = foreign.make_model("sd")
+    model.save_pretrained(tmp_path / "model")
+    path = foreign.make(tmp_path / "foreign.onnx", foreign.Kind(foreign.Export(timestep=form)))
+    unet = shapecheck.load(path, "ort", model=str(tmp_path / "model"))
+    sample, text = torch.randn(2, 4, 17, 25), torch.randn(2, TOKENS, 12)
+    for timestep in (500, torch.tensor(20), torch.tensor([981.0, 981.0])):
+        found = unet(sample, timestep, encoder_hidden_states=text, return_dict=False)[0]
+        with torch.no_grad():
+            expected = model(sample, timestep, encoder_hidden_states=text, return_dict=False)[0]
+        assert torch.allclose(found, expected, atol=1e-4)
+    if "int" in form:
+        with pytest.raises(CallError, match=r"timestep: dtype: got 967.7, expected int.*takes whole timesteps alone"):
+            unet(sample, 967.7, encoder_hidden_states=text)
+    if form != "int64":
+        with pytest.raises(CallError, match=r"timestep: input: got 500, 20, expected one number"):
+            unet(sample, torch.tensor([500, 20]), encoder_hidden_states=text)
+    unet.close()
 
 
 def test_a_number_that_is_stored_negated_is_read_as_it_is(unet, torch_unet, good):

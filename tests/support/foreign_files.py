@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import foreign_graphs as graphs
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -47,6 +48,9 @@ MODELS: Mapping[str, dict[str, Any]] = {
         "layers_per_block": 1,
     },
     "xl": {**SHALLOW, **TEXT_TIME, "use_linear_projection": True},
+    "lcm": {**SHALLOW, "time_cond_proj_dim": 6},
+    "inpaint": {**SHALLOW, "in_channels": 9, "out_channels": 4},
+    "labels": {**SHALLOW, "in_channels": 7, "out_channels": 4, "num_class_embeds": 10},
 }
 """Five slots on two levels, nine on four, and five with SDXL's inputs. All have text."""
 
@@ -68,6 +72,8 @@ class Export:
     dtype: str = "float32"
     inside: bool = False
     """A UNet that holds its ControlNet."""
+    timestep: str = ""
+    """Its type if that is another, and `scalar` or `one` if it is one number for all rows."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,15 @@ class Kind:
     @property
     def is_controlnet(self) -> bool:
         return self.export.model == "controlnet"
+
+
+_CLOSED = {
+    "none": ("batch", "h", "w", "tokens"),
+    "batch": ("batch",),
+    "tokens": ("tokens",),
+    "w": ("w",),
+    "batch, tokens": ("batch", "tokens"),
+}
 
 
 @cache
@@ -153,11 +168,21 @@ def _export(path: Path, export: Export) -> None:
             del shapes["conditioning_scale"]
     else:
         module = Flat(module, contract, {})
+    form = export.timestep.split()
+    if {*form} & {"scalar", "one"}:
+        shapes["timestep"] = rules["timestep"] = (1,) * ("one" in form)
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, export.dtype)
     tensors = {name: torch.rand(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    closed = {"none": ("batch", "h", "w", "tokens"), "batch": ("batch",)}.get(export.dims, ())
+    named = [word for word in form if word not in ("scalar", "one")]
+    whole = {"class_labels": "int64", **dict.fromkeys(["timestep"] if named else [], "".join(named))}
+    tensors |= {name: (tensors[name] * 9).to(getattr(torch, word)) for name, word in whole.items() if name in tensors}
+    closed = _CLOSED.get(export.dims, ())
     axes = {
-        name: {axis: str(dim) for axis, dim in enumerate(rules[name]) if dim.symbol and dim.symbol not in closed}
+        name: {
+            axis: str(dim)
+            for axis, dim in enumerate(rules[name])
+            if not isinstance(dim, int) and dim.symbol and dim.symbol not in closed
+        }
         for name in (*tensors, *outputs)
         if name in rules
     }
@@ -376,6 +401,45 @@ def forget_names(model: ir.Model) -> None:
         value.name = f"w{number}"
 
 
+# edits of conditions
+
+
+def join_conditions(*, embedded: bool = True, name: str = "y") -> Edit:
+    """Take SDXL's pooled text and size numbers as one tensor, embedded as ComfyUI does, or plain."""
+
+    def edit(model: ir.Model) -> None:
+        graph = model.graph
+        text, times = (next(value for value in graph.inputs if value.name == each) for each in ("text_embeds", "time_ids"))
+        concat = next(node for node in text.consumers() if node.op_type == "Concat")
+        width = text.shape[1] + times.shape[1] * (TEXT_TIME["addition_time_embed_dim"] if embedded else 1)
+        y = ir.Value(name=name, shape=ir.Shape([text.shape[0], width]), type=text.type)
+        graph.inputs[graph.inputs.index(text)] = y
+        graph.inputs.remove(times)
+        if embedded:
+            for node, index in list(concat.outputs[0].uses()):
+                node.replace_input_with(index, y)
+            passes.RemoveUnusedNodesPass()(model)
+            return
+        sizes = _constant(model, "sizes", np.array([text.shape[1], times.shape[1]]))
+        split = ir.Node("", "Split", [y, sizes], [ir.AttrInt64("axis", 1)], num_outputs=2)
+        graph.insert_before(graph[0], split)
+        for value, part in zip((text, times), split.outputs, strict=True):
+            for node, index in list(value.uses()):
+                node.replace_input_with(index, part)
+
+    return edit
+
+
+def roll_columns(model: ir.Model, value: ir.Value, step: int) -> None:
+    """Exchange the columns of an input, a fault."""
+    order = np.roll(np.arange(value.shape[1]), step)
+    uses = list(value.uses())
+    moved = ir.node("Gather", [value, _constant(model, "columns", order)], {"axis": 1})
+    model.graph.insert_before(model.graph[0], moved)
+    for node, index in uses:
+        node.replace_input_with(index, moved.outputs[0])
+
+
 # edits of the whole graph
 
 
@@ -535,6 +599,25 @@ KINDS: Mapping[str, Kind] = {
         Export("xl"),
         (rename(**_COMFYUI, text_embeds="y", time_ids="z"),),
     ),
+    "text and sizes in one": Kind(Export("xl"), (rename(**_COMFYUI), join_conditions())),
+    "text and sizes in one, plain": Kind(Export("xl"), (join_conditions(embedded=False),)),
+    "text and sizes in one of another name": Kind(Export("xl"), (join_conditions(name="vector"),)),
+    "text and sizes in one, float16": Kind(Export("xl"), (rename(**_COMFYUI), join_conditions(), convert_to_half)),
+    # strengths
+    "strength 0.8": Kind(_PLAIN, (through(("Mul", (number(0.8),), {})),)),
+    "strength 0.8, float16": Kind(_PLAIN, (through(("Mul", (number(0.8),), {})), convert_to_half)),
+    "strength 1.5 of dynamo": Kind(_AUTO, (through(("Div", (number(1 / 1.5),), {})),)),
+    # timesteps
+    **{
+        f"timestep {form}": Kind(Export(timestep=form))
+        for form in ("int64", "int32", "float16", "scalar", "one", "int64 scalar", "int64 one", "int32 one")
+    },
+    "timestep int64, batch 1": Kind(
+        Export(timestep="int64", dims="none", batch=1), (rename(timestep="t"),), fixed=("batch", "h", "w", "tokens")
+    ),
+    "timestep int64, of another name": Kind(Export(timestep="int64"), (rename(timestep="t"),)),
+    "dynamo timestep scalar": Kind(Export(exporter="dynamo", opset=18, dims="AUTO", timestep="scalar")),
+    "controlnet of one timestep": Kind(Export("controlnet", timestep="int64 one")),
     "xl arg0, arg1": Kind(
         Export("xl"),
         (
@@ -589,6 +672,43 @@ KINDS: Mapping[str, Kind] = {
     "float16": Kind(_PLAIN, (convert_to_half,)),
     "float16 inside float32": Kind(_PLAIN, (convert_inside_to_half,)),
     "float16 of dynamo": Kind(_AUTO, (convert_to_half,)),
+    # other models
+    "torchscript lcm": Kind(Export("lcm")),
+    "torchscript inpaint": Kind(Export("inpaint")),
+    "torchscript labels": Kind(Export("labels")),
+    "dynamo lcm AUTO": Kind(Export("lcm", exporter="dynamo", opset=18, dims="AUTO")),
+    # sizes of which some are open
+    "tokens fixed": Kind(Export(dims="tokens"), fixed=("tokens",)),
+    "width fixed": Kind(Export(dims="w"), fixed=("w",)),
+    "batch 1 and tokens fixed": Kind(Export(dims="batch, tokens", batch=1), fixed=("batch", "tokens")),
+    # inputs and outputs that others add or move
+    "TensorRT's demo": Kind(_PLAIN, (by_scheme("streamdiffusion"), graphs.float32_within_float16)),
+    "slots with slashes": Kind(_PLAIN, (name_slots("/control/{}"),)),
+    "slots with spaces": Kind(_PLAIN, (name_slots("control {} out"),)),
+    "an unused number": Kind(_PLAIN, (graphs.unused_input,)),
+    "an unused image": Kind(_PLAIN, (graphs.unused_image,)),
+    "one more output": Kind(_PLAIN, (graphs.extra_output(),)),
+    "one more output, before": Kind(_PLAIN, (graphs.extra_output(first=True),)),
+    "the same output twice": Kind(_PLAIN, (graphs.same_output_twice,)),
+    "output through identities": Kind(_PLAIN, (graphs.rename_last,)),
+    "inputs in reverse": Kind(_PLAIN, (graphs.order_inputs(reverse=True),)),
+    "mid first": Kind(_PLAIN, (graphs.order_inputs("mid_block_residual"),)),
+    "slots of no scheme in reverse": Kind(_PLAIN, (name_slots("control_{}"), graphs.order_inputs(reverse=True))),
+    "a strength with a default": Kind(_PLAIN, (graphs.strength_with_a_default,)),
+    # other graphs
+    "a branch": Kind(_PLAIN, (graphs.branch,)),
+    "a loop": Kind(_PLAIN, (graphs.loop,)),
+    "sums in functions": Kind(_PLAIN, (graphs.sums_in_functions,)),
+    "activations in functions": Kind(_PLAIN, (graphs.activations_in_functions,)),
+    "functions of dynamo": Kind(_AUTO, (graphs.activations_in_functions,)),
+    "weights in nodes": Kind(_PLAIN, (graphs.weights_in_nodes,)),
+    "operators of others imported": Kind(_PLAIN, (graphs.import_other_operators,)),
+    "ONNX Runtime's optimiser for UNets": Kind(_PLAIN, (graphs.optimise_as_unet,)),
+    "ONNX Runtime's optimiser for UNets on a GPU": Kind(_PLAIN, (graphs.optimise_for_gpu,)),
+    "ONNX Runtime layout": Kind(_PLAIN, (optimise("layout"),)),
+    "bfloat16": Kind(Export(dtype="bfloat16")),
+    "float16 of xl": Kind(Export("xl", dtype="float16")),
+    "float16, ONNX Runtime all": Kind(Export(dtype="float16"), (optimise("all"),)),
     # ControlNets
     "controlnet": Kind(_CONTROLNET),
     "controlnet static": Kind(Export("controlnet", dims="none"), fixed=("batch", "h", "w", "tokens")),
@@ -607,3 +727,11 @@ KINDS: Mapping[str, Kind] = {
     ),
     "controlnet inside at strength 0.7": Kind(Export(inside=True, strength=0.7)),
 }
+REFUSED = {
+    "it holds several residuals in one tensor": graphs.join_residuals,
+    "its channels are last": graphs.latents_last,
+    "it doubles the batch and guides inside": graphs.guidance_inside,
+}
+"""What is said of files that are right and no UNets with slots."""
+UNRUNNABLE = ("ONNX Runtime's optimiser for UNets on a GPU", "bfloat16")
+"""Kinds that ONNX Runtime cannot run on a CPU."""
