@@ -21,6 +21,7 @@ from shapecheck.contract import Role, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.files import lock_folder, make_folder
 from shapecheck.models import weights
+from shapecheck.models.adapters import remove_adapters
 from shapecheck.models.computation import describe_computation
 from shapecheck.models.diffusers_models import is_controlnet
 from shapecheck.models.forward_call import unwrap_compiled
@@ -64,9 +65,23 @@ class ExportCache:
         from shapecheck.onnx.export import export
 
         with lock_folder(self._folder):
-            if not self.is_exported:
+            if not self.is_exported and not self._rebind_other():
                 export(self._model, self.path, weights="copy", progress=self._progress)
         return self.path
+
+    def _rebind_other(self) -> bool:
+        """Write the file from one of the same graph with other weights, such as another LoRA's, if there is one."""
+        from shapecheck.onnx.rebind import rebind
+
+        graph = self.path.stem.rpartition("-")[0]
+        for other in self._folder.glob(f"{graph}-{'[0-9a-f]' * 16}.onnx"):
+            try:
+                rebind(other, self._model, self.path, progress=self._progress)
+            except ShapecheckError as error:  # damaged, or changed by somebody: it is exported anew
+                _log.info("%s is not used again: %s", other, error)
+            else:
+                return True
+        return False
 
     def build_engine(self, target: Target, profiles: Sequence[Profile]) -> Path:
         """Return the engine of the ONNX file. Raises ShapecheckError if TensorRT is missing or refuses it."""
@@ -118,17 +133,18 @@ class ExportCache:
 
     @cached_property
     def path(self) -> Path:
-        """Name the file after all that it depends on: what the model computes, its weights, and what exports it.
+        """Name the file after all that it depends on: what the model computes and what exports it, then its weights.
 
         If something of that cannot be described, the file is for this time alone, and is not found again.
         """
-        subject, computation = resolve_subject(self._model), describe_computation(unwrap_compiled(self._model))
+        subject = resolve_subject(self._model)
+        computation = describe_computation(remove_adapters(unwrap_compiled(self._model)))
         weights_digest = weights.digest_live(subject.live or {}, lambda *sizes: self._progress("hashing the weights", *sizes))
         # Another release of any of these may export another graph.
         makers = [f"shapecheck {__version__}", *(f"{name} {version(name)}" for name in ("torch", "diffusers", "onnxscript"))]
-        text = "\n".join([computation.digest, weights_digest, *makers])
+        graph = hashlib.sha256("\n".join([computation.digest, *makers]).encode()).hexdigest()
         if not computation.unseen:
-            return self._folder / f"{subject.role}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.onnx"
+            return self._folder / f"{subject.role}-{graph[:16]}-{weights_digest.removeprefix('sha256:')[:16]}.onnx"
         more = f" (and {len(computation.unseen) - 1} more)" if len(computation.unseen) > 1 else ""
         reason = one_line(computation.unseen[0], longest=200) + more
         _log.warning(
