@@ -40,9 +40,10 @@ class MergedTensor:
         try:
             with torch.no_grad():
                 layer = copy.deepcopy(self.layer)
-                if layer.disable_adapters:
+                # as peft's forward does: beside merged adapters it leaves out those that are not
+                if layer.merged and layer.disable_adapters:
                     layer.unmerge()
-                elif not layer.merged:  # of merged ones peft's forward leaves out what is not
+                elif not layer.merged and not layer.disable_adapters:
                     layer.merge()
                 merged: Tensor = layer.get_base_layer().state_dict()[self.key]
         except Exception as error:  # an adapter of any kind may refuse

@@ -64,10 +64,8 @@ def rebind(
     placed = linked if mode == "link" else checkpoints.plan_layout(tensors, contract.dtype, data)
     identity = checkpoints.digest(tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
     proto = _bind(source.proto, placed, target.parent)
-    header = replace(contract.header, source=subject.origin)
-    onnx.helper.set_model_props(
-        proto, {**source.metadata, CONTRACT_KEY: replace(contract, header=header).to_json(), WEIGHTS_KEY: identity}
-    )
+    contract = replace(contract, header=replace(contract.header, source=subject.origin))
+    onnx.helper.set_model_props(proto, {**source.metadata, CONTRACT_KEY: contract.to_json(), WEIGHTS_KEY: identity})
     with atomic_write(target) as partial:
         partial.write_bytes(proto.SerializeToString())
         # The weights come last, as in an export: until then the file is as it was.

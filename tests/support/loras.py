@@ -1,0 +1,30 @@
+"""LoRAs of random values that change what a model computes, made by peft as diffusers' pipelines load them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def add_lora(model: Any, name: str, targets: tuple[str, ...] = ATTENTION, *, seed: int, **settings: Any) -> None:
+    """Load an adapter into a UNet or a ControlNet; `targets` are ends of the names of layers."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # of a second one
+        torch.manual_seed(seed)
+        model.add_adapter(
+            LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), init_lora_weights=False, **settings), name
+        )
+    model.eval()
+
+
+def count_changed(model: nn.Module, before: dict[str, torch.Tensor]) -> int:
+    """Count the tensors of a model that are no longer what they were, bit by bit."""
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    return sum(not torch.equal(after[name], value) for name, value in before.items())
