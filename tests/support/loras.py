@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -28,3 +31,13 @@ def count_changed(model: nn.Module, before: dict[str, torch.Tensor]) -> int:
     after = model.state_dict()
     assert after.keys() == before.keys()
     return sum(not torch.equal(after[name], value) for name, value in before.items())
+
+
+def write_lora(model: Any, folder: Path, *, seed: int) -> Path:
+    """Write an adapter of a model alone to a file, as people publish them; the model that is given stays as it is."""
+    with_lora = copy.deepcopy(model)
+    add_lora(with_lora, "default", seed=seed)
+    with_lora.save_lora_adapter(folder, adapter_name="default", weight_name=f"{seed}.safetensors")
+    state = load_file(folder / f"{seed}.safetensors")
+    save_file({f"unet.{name}": value for name, value in state.items()}, folder / f"{seed}.safetensors", {"format": "pt"})
+    return folder / f"{seed}.safetensors"
