@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32"}
@@ -30,19 +32,19 @@ def exchange_weights(trt: Any, engine: Any, logger: Any, weights: Mapping[str, S
         if (prototype.dtype, prototype.size) != (kind, count):
             return f"{name} is {prototype.size} of {prototype.dtype.name} in the engine, and {count} of {kind.name} now"
         buffers.append(_read(file, offset, count * kind.itemsize))
-        if not refitter.set_named_weights(name, trt.Weights(kind, buffers[-1].ctypes.data, count)):
+        if not refitter.set_named_weights(name, trt.Weights(kind, ctypes.addressof(buffers[-1]), count)):
             return f"TensorRT does not take {name}"
     if missing := refitter.get_missing_weights():
         return f"TensorRT needs {len(missing)} other weights too: {_list_first(missing)}"
     return "" if refitter.refit_cuda_engine() else "TensorRT could not refit it"
 
 
-def _read(file: str, offset: int, nbytes: int) -> Any:
-    import numpy as np
-
-    buffer = np.fromfile(file, dtype=np.uint8, count=nbytes, offset=offset)
-    if buffer.size != nbytes:
-        raise ValueError(f"{file} was cut short")
+def _read(path: str, offset: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+    buffer = (ctypes.c_char * nbytes)()
+    with Path(path).open("rb") as file:
+        file.seek(offset)
+        if file.readinto(buffer) != nbytes:
+            raise ValueError(f"{path} was cut short")
     return buffer
 
 

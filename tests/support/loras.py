@@ -15,13 +15,13 @@ from torch import nn
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def add_lora(model: Any, name: str, targets: tuple[str, ...] = ATTENTION, *, seed: int, **settings: Any) -> None:
+def add_lora(model: Any, name: str, targets: tuple[str, ...] = ATTENTION, *, seed: int, rank: int = 3, **settings: Any) -> None:
     """Load an adapter into a UNet or a ControlNet; `targets` are ends of the names of layers."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # of a second one
         torch.manual_seed(seed)
         model.add_adapter(
-            LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), init_lora_weights=False, **settings), name
+            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), init_lora_weights=False, **settings), name
         )
     model.eval()
 
