@@ -59,6 +59,11 @@ class MergedTensor:
 LiveTensor = Tensor | MergedTensor
 
 
+def is_adapted(value: LiveTensor) -> bool:
+    """Return whether adapters add something to a parameter, as far as can be told without its values."""
+    return isinstance(value, MergedTensor) and (value.layer.merged or not value.layer.disable_adapters)
+
+
 def find_adapted(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers with adapters, by their paths."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")

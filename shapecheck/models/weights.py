@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -139,11 +139,12 @@ def copy_tensors(
     progress: Callable[[int, int], object],
     *,
     outdated: Path | None = None,
+    written: Callable[[Mapping[str, TensorLocation]], object] = lambda locations: None,
 ) -> dict[str, TensorLocation]:
     """Write the tensors one after the other to `target`, replacing a file there, and return the location of each.
 
     `outdated` is a file that reads `target` as it was: it is removed when every byte is written, so that no crash leaves it
-    beside tensors that are not its own.
+    beside tensors that are not its own. Before that `written` is called with where the tensors are until then.
 
     Floating tensors are converted to `dtype`, by the name PyTorch gives it; None keeps each as it is. `target` appears when it
     is whole; on any failure nothing new is left. `progress` is called with the bytes written and those to write. Memory: a
@@ -168,6 +169,7 @@ def copy_tensors(
                     for chunk in read_chunks(value):
                         done += output.write(_raw(chunk.to(_parse_dtype(placed[name].dtype))))
                         progress(done, total)
+            written({name: replace(location, file=partial) for name, location in placed.items()})
             if outdated is not None:
                 outdated.unlink(missing_ok=True)
         except OSError as error:

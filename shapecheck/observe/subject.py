@@ -16,7 +16,7 @@ from shapecheck.contract import Contract, Role, ShapecheckError
 from shapecheck.files import report_unreadable
 from shapecheck.logs import silence_logger
 from shapecheck.models import diffusers_models, lookup
-from shapecheck.models.adapters import LiveTensor, read_state, remove_adapters
+from shapecheck.models.adapters import LiveTensor, is_adapted, read_state, remove_adapters
 from shapecheck.models.calibration_record import Calibration
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.models.fp8_simulation import simulate_fp8
@@ -89,6 +89,8 @@ class Subject:
         others = sorted({tensor.dtype for tensor in self.stored.values()} - {dtype})
         if others:
             return f"the checkpoint is {others[0]} and the graph {dtype}"
+        if self.live and (merged := next((name for name, tensor in self.live.items() if is_adapted(tensor)), None)):
+            return f"the live module has LoRAs beside its checkpoint, first on {merged}"
         if self.live and (changed := find_differing(self.stored, self.live)):
             return f"the live module differs from its checkpoint in {len(changed)} tensors, first {changed[0]} (a fused LoRA?)"
         try:

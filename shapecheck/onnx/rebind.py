@@ -62,16 +62,24 @@ def rebind(
     tensors = subject.tensors(names, linked=mode == "link")
     linked = {name: stored for name, stored in tensors.items() if isinstance(stored, TensorLocation)}
     placed = linked if mode == "link" else checkpoints.plan_layout(tensors, contract.dtype, data)
-    identity = checkpoints.digest(tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
     proto = _bind(source.proto, placed, target.parent)
     contract = replace(contract, header=replace(contract.header, source=subject.origin))
-    onnx.helper.set_model_props(proto, {**source.metadata, CONTRACT_KEY: contract.to_json(), WEIGHTS_KEY: identity})
+
     with atomic_write(target) as partial:
-        partial.write_bytes(proto.SerializeToString())
-        # The weights come last, as in an export: until then the file is as it was.
+
+        def save(values: Mapping[str, TensorLocation]) -> None:
+            # Of what was written, if that is the same: LoRAs are merged once.
+            is_converted = any(str(tensors[name].dtype).removeprefix("torch.") != values[name].dtype for name in values)
+            hashed = lambda *bytes_: progress("hashing the weights", *bytes_)  # noqa: E731
+            identity = checkpoints.digest(tensors if is_converted else values, hashed)
+            onnx.helper.set_model_props(proto, {**source.metadata, CONTRACT_KEY: contract.to_json(), WEIGHTS_KEY: identity})
+            partial.write_bytes(proto.SerializeToString())
+
         if mode == "copy":
             copied = lambda *bytes_: progress("copying the weights", *bytes_)  # noqa: E731
-            checkpoints.copy_tensors(tensors, contract.dtype, data, copied, outdated=target)
+            checkpoints.copy_tensors(tensors, contract.dtype, data, copied, outdated=target, written=save)
+        else:
+            save(linked)
     files = (target, *dict.fromkeys(stored.file for stored in placed.values()))
     opset = next(entry.version for entry in proto.opset_import if not entry.domain)
     naming = one_line(source.metadata.get("shapecheck.naming", ""))

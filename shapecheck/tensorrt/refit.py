@@ -76,15 +76,16 @@ def _locate_weights(
                     f"{file} is not the graph that the engine was built from, with other weights: build an engine of it"
                 )
             tensors: Mapping[str, TensorLocation | Embedded | LiveTensor] = file.tensors
-            dtype, checkpoint, onnx = None, one_line(file.metadata.get(WEIGHTS_KEY, "")), file.digest
+            dtype: str | None = None
+            checkpoint: str | None = one_line(file.metadata.get(WEIGHTS_KEY, ""))
+            onnx = file.digest
         else:
             subject = resolve_subject(model, variant=variant, offline=offline)
             require_same_computation(subject, request.contract, request.computation, "the engine")
             if subject.live is None and subject.stored is None:
                 raise ShapecheckError(f"no weights for {subject.name}: {subject.absent}; give a folder that holds them")
             tensors = subject.tensors(list(subject.module.state_dict()), linked=False)
-            dtype, checkpoint, onnx = request.contract.dtype, checkpoints.digest(tensors, hashed), request.onnx
-            computation = request.computation
+            dtype, checkpoint, onnx, computation = request.contract.dtype, None, request.onnx, request.computation
         located = {name: value for name, value in tensors.items() if isinstance(value, TensorLocation)}
         if len(located) < len(tensors) or any(dtype not in (None, value.dtype) for value in located.values()):
             # TensorRT's process reads files: what lies in memory, or in another precision, is written to one for as long.
@@ -92,6 +93,9 @@ def _locate_weights(
             copied = lambda *bytes_: progress("copying the weights", *bytes_)  # noqa: E731
             located = checkpoints.copy_tensors(tensors, dtype, Path(folder) / "weights", copied)
         identity = checkpoints.digest(located, hashed)
+        if checkpoint is None:  # LoRAs are merged once: what was written has its digest, unless it is in another precision
+            dtypes = {str(value.dtype).removeprefix("torch.") for value in tensors.values()}
+            checkpoint = identity if dtypes == {dtype} else checkpoints.digest(tensors, hashed)
         yield located, replace(request, onnx=onnx, weights=identity, checkpoint=checkpoint, computation=computation)
 
 
