@@ -21,7 +21,7 @@ from shapecheck.observe.subject import resolve_subject
 from shapecheck.onnx.file import WEIGHTS_KEY, OnnxFile, file_digest
 from shapecheck.onnx.rebind import require_same_computation
 from shapecheck.progress import Progress, silent
-from shapecheck.tensorrt.build import describe_origin, wait_until_ready
+from shapecheck.tensorrt.build import describe_origin, locate_in_cache, wait_until_ready
 from shapecheck.tensorrt.process import EngineError, EngineProcess
 from shapecheck.tensorrt.record import ENGINES, BuildRequest, Built, Engine, read_engine, record_of
 
@@ -33,6 +33,7 @@ def refit(
     model: str | Path | nn.Module,
     output: str | Path | None = None,
     *,
+    cache: str | Path | None = None,
     variant: str | None = None,
     offline: bool = False,
     progress: Progress = silent,
@@ -41,7 +42,8 @@ def refit(
 
     `model` is an ONNX file with the graph that the engine was built from, such as one that was rebound; or what `rebind`
     takes: a folder, or a live model with other LoRAs. `output` is by default the engine itself; a session that has it open
-    goes on with the old weights. The record is written with it, and both appear when they are whole. Needs the GPU that the
+    goes on with the old weights. With `cache` it is the file in that folder in which `build_engine` finds the engine of an ONNX file.
+    The record is written with it, and both appear when they are whole. Needs the GPU that the
     engine was built for, and the same TensorRT.
 
     Raises ShapecheckError, with nothing changed, if the engine is not refittable or not what its record says, the graph is
@@ -58,6 +60,8 @@ def refit(
     with _locate_weights(model, built.request, target, variant, offline, progress) as (weights, request):
         if file_digest(path, lambda *bytes_: progress(f"hashing {path}", *bytes_)) != built.digest:
             raise ShapecheckError(f"{path} is not the engine of its record; copy both together, or build again")
+        if cache is not None:
+            target = locate_in_cache(Path(cache), Path(str(model)), request)
         return _refit(path, built, request, target, weights, progress)
 
 

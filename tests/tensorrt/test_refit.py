@@ -15,10 +15,11 @@ import small
 from click.testing import CliRunner
 from loras import add_lora
 
-from shapecheck import BuildOptions, Geometry, ShapecheckError, rebind, refit
+from shapecheck import BuildOptions, Geometry, ShapecheckError, profile_of, read_contract, rebind, refit
 from shapecheck.cli import main
 from shapecheck.models import weights
 from shapecheck.onnx.file import OnnxFile
+from shapecheck.pipelines.export_cache import ExportCache
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.check import compare_with_file
 from shapecheck.tensorrt.process import EngineError
@@ -125,6 +126,25 @@ def test_the_command_says_what_the_engine_holds_now(scripted, plain, unet, tmp_p
     assert (result.exit_code, result.output.splitlines()[-1]) == (0, "REFITTED: in 0 s")
     result = CliRunner().invoke(main, ["refit", str(engine), "--model", str(plain), "--format", "json"])
     assert json.loads(result.stdout)["weights_digest"] == weights.digest(OnnxFile(plain).tensors)
+
+
+@pytest.mark.full
+def test_what_accelerate_keeps_is_rebound_and_refitted_for_other_weights(scripted, unet, tmp_path):
+    profiles = None
+    paths = []
+    for scale in (1.0, 0.5):
+        unet.set_adapters("one", scale)
+        cache = ExportCache(unet, tmp_path, lambda *_: None, refittable=True)
+        assert cache.needs_export is (profiles is None)
+        contract = read_contract(cache.export_onnx())
+        profiles = (profile_of(contract, SIZES),)
+        assert cache.has_engine("rtx", profiles) is bool(paths)
+        paths.append(cache.build_engine("rtx", profiles))
+        assert cache.has_engine("rtx", profiles)
+        assert compare_with_file(read_engine(paths[-1]), OnnxFile(cache.path)).same
+    assert ["refit" in job for job in scripted.jobs] == [False, True]
+    assert len(set(paths)) == len({read_engine(path).digest for path in paths}) == 2
+    assert not ExportCache(unet, tmp_path, lambda *_: None).has_engine("rtx", profiles), "which is not to be refittable"
 
 
 class Kind(SimpleNamespace):
