@@ -42,9 +42,9 @@ def refit(
 
     `model` is an ONNX file with the graph that the engine was built from, such as one that was rebound; or what `rebind`
     takes: a folder, or a live model with other LoRAs. `output` is by default the engine itself; a session that has it open
-    goes on with the old weights. With `cache` it is the file in that folder in which `build_engine` finds the engine of an ONNX file.
-    The record is written with it, and both appear when they are whole. Needs the GPU that the
-    engine was built for, and the same TensorRT.
+    goes on with the old weights. With `cache` it is the file in that folder in which `build_engine` finds the engine of that
+    ONNX file. The record is written with it, and both appear when they are whole. Needs the GPU that the engine was built for,
+    and the same TensorRT.
 
     Raises ShapecheckError, with nothing changed, if the engine is not refittable or not what its record says, the graph is
     another, or TensorRT folded a weight into something else; EngineError if TensorRT does not load or refit the engine.
