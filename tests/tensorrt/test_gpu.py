@@ -198,14 +198,15 @@ def test_an_engine_is_refitted_with_other_loras_from_a_file_and_from_a_model(ten
     unet = small.unet(**exports.LEAST)
     add_lora(unet, "one", seed=1)
     add_lora(unet, "two", ("to_q", "conv1"), seed=2)
-    allowed = 1e-4 if precision == "float32" else 2e-2
+    allowed = 1e-4 if precision == "float32" else 5e-3
 
     def measure(path, model):
         contract = engine.engine.request.contract
         given = inputs_at(contract, Geometry(2, 17, 25))
         expected = with_torch(model.cuda().float(), contract, given)
         with EngineSession.open(path) as session:
-            (found,) = session({name: value.to(getattr(torch, precision)) for name, value in given.items()}).values()
+            dtypes = {name: getattr(torch, dtype) for name, dtype in contract.input_dtypes.items()}
+            (found,) = session({name: value.to(dtypes[name]) for name, value in given.items()}).values()
             return difference(found.float(), expected)
 
     assert measure(engine.path, plain) <= allowed
@@ -218,6 +219,6 @@ def test_an_engine_is_refitted_with_other_loras_from_a_file_and_from_a_model(ten
             assert measure(refitted.path, unet) <= allowed
             assert compare_engine(refitted.engine.request, read_back(refitted.path, refitted.engine)) == ()
         assert by_model.engine.request.weights == by_file.engine.request.weights != engine.engine.request.weights
-        assert measure(engine.path, unet) > 10 * allowed, "the engine that they were made of stays"
+        assert measure(engine.path, unet) > 5 * allowed, "the engine that they were made of stays"
         again = build_engine(tmp_path / "rebound.onnx", by_file.path, profiles=[engines.SIZES], options=options)
         assert again.found
