@@ -12,7 +12,7 @@ from shapecheck.report.document import Document, Facts, Paragraph
 from shapecheck.report.numbers import dump_json, format_count
 
 
-def render_text(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
+def render_text(exported: Exported, agreements: Sequence[Agreement] = (), verdict: str = "EXPORTED") -> str:
     """Return the report for a person."""
     contract = exported.contract
     slots = f"{len(contract.slots)} slots" if contract.slots else "no slots"
@@ -38,7 +38,6 @@ def render_text(exported: Exported, agreements: Sequence[Agreement] = ()) -> str
         facts.append((f"at {geometry}", f"{worst.output} differs by {difference}"))
     if not agreements:
         facts.append(("numbers", "not checked: --verify compares them with PyTorch's"))
-    verdict = "EXPORTED"
     if agreements:
         agree = all(agreement.agrees for agreement in agreements)
         verdict += ": PyTorch and ONNX Runtime agree" if agree else ", and DISAGREES with PyTorch"

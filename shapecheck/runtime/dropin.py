@@ -20,7 +20,8 @@ UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(
         ("add_adapter", "set_adapter", "set_adapters", "fuse_lora", "unfuse_lora", "unload_lora", "delete_adapters",
          "disable_lora", "enable_lora", "load_lora_adapter", "save_lora_adapter", "load_attn_procs", "save_attn_procs"),
-        "a LoRA cannot be put into an exported model: fuse it into the PyTorch UNet with pipe.fuse_lora(), then export that",
+        "a LoRA cannot be put into an exported model: load it into the PyTorch UNet, or fuse it there with "
+        "pipe.fuse_lora(), then export that, or exchange the weights of the file with shapecheck.rebind",
     ),
     **dict.fromkeys(
         ("_load_ip_adapter_weights", "_load_ip_adapter_loras", "attn_processors", "set_attn_processor",
