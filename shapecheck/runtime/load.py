@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,8 +20,10 @@ from shapecheck.progress import silent
 from shapecheck.runtime.call_gate import name_dtype
 from shapecheck.runtime.compiled_session import CompiledSession
 from shapecheck.runtime.contract_session import ContractSession
+from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.runtime.dropin import DropIn, DropInSession
 from shapecheck.runtime.dropin_controlnet import DropInControlNet
+from shapecheck.runtime.dropin_saving import Source, find_beside_engine, find_in_onnx, find_live, find_named
 from shapecheck.runtime.dropin_unet import DropInUNet
 from shapecheck.runtime.engine_session import EngineSession
 from shapecheck.runtime.onnx_session import PROVIDERS
@@ -73,6 +76,7 @@ def load(
     Raises ShapecheckError if the file, the contract or the backend is missing or does not run; ContractError if the file is
     not what its contract says.
     """
+    arguments = {name: value for name, value in locals().items() if name != "artefact"}
     if backend not in get_args(Backend):
         raise ShapecheckError(f"no backend {backend!r}; known: {', '.join(get_args(Backend))}")
     kind = "model"
@@ -103,8 +107,19 @@ def load(
             graphs=graphs,
             named=model is not None,
         )
-    drop_in = DropInUNet if session.contract.role == "unet" else DropInControlNet
-    return drop_in(session, finite=finite, own_outputs=own_outputs)
+    kind_of_drop_in = DropInUNet if session.contract.role == "unet" else DropInControlNet
+    drop_in = kind_of_drop_in(session, finite=finite, own_outputs=own_outputs)
+    source: Source
+    if isinstance(artefact, nn.Module):
+        source = partial(find_live, unwrap_compiled(artefact))
+    elif kind == "model":
+        source = partial(find_named, artefact, variant, session.contract)
+    else:
+        source = partial(find_in_onnx if kind == "onnx" else find_beside_engine, path.absolute(), session.contract, model)
+    if not isinstance(artefact, nn.Module) and Path(artefact).exists():
+        artefact = Path(artefact).absolute()
+    drop_in.come_from(source, partial(load, artefact, **arguments))
+    return drop_in
 
 
 def _open_module(
