@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from shapecheck.contract import Contract, ContractError, Mismatch, Role, ShapecheckError, show
 from shapecheck.runtime.call_gate import name_dtype
 from shapecheck.runtime.dropin_arguments import Arguments
+from shapecheck.runtime.dropin_class import ReplacingClass
 from shapecheck.runtime.dropin_saving import Source, ask_before_saving, find_nothing
 
 _log = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ UNSUPPORTED: Mapping[str, str] = {
         "an exported model has no layers to change, as the scale of an IP-Adapter or LoRA would: use the PyTorch UNet with it",
     ),
     **dict.fromkeys(
-        ("set_attention_slice", "set_attention_backend", "reset_attention_backend", "enable_xformers_memory_efficient_attention",
-         "disable_xformers_memory_efficient_attention", "set_use_memory_efficient_attention_xformers",
+        ("set_attention_slice", "set_attention_backend", "reset_attention_backend",
+         "enable_xformers_memory_efficient_attention", "disable_xformers_memory_efficient_attention",
+         "set_use_memory_efficient_attention_xformers",
          "enable_npu_flash_attention", "disable_npu_flash_attention", "set_use_npu_flash_attention",
          "enable_xla_flash_attention", "disable_xla_flash_attention", "set_use_xla_flash_attention"),
         "how attention is computed cannot be changed, or sliced, in an exported model: its backend chooses",
@@ -82,18 +84,6 @@ class DropInSession(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-class ReplacingClass(type):
-    """The class of a drop-in: it equals the class of diffusers that it replaces, for `from_pipe` compares the two."""
-
-    replaces: type[nn.Module] | None
-
-    def __eq__(cls, other: object) -> bool:
-        return other is cls or (other is not None and other is cls.__dict__.get("replaces"))
-
-    def __hash__(cls) -> int:
-        return hash(cls.__dict__.get("replaces") or type.__hash__(cls))
 
 
 class DropIn(nn.Module, metaclass=ReplacingClass):
@@ -222,7 +212,8 @@ class DropIn(nn.Module, metaclass=ReplacingClass):
             )
         if moved.device not in (self.device, self.engine.device):
             _log.warning(
-                "this session runs on %s, and copies what comes from %s: load it again for there (backend=, device=) to spare that",
+                "this session runs on %s, and copies what comes from %s: load it again for there to spare that "
+                "(backend=, device=)",
                 self.engine.device,
                 moved.device,
             )
@@ -242,7 +233,7 @@ class DropIn(nn.Module, metaclass=ReplacingClass):
         except ShapecheckError as error:
             raise UnsupportedError(
                 f"save_pretrained: the {type(self).replaces.__name__} in PyTorch that this one was made from is not known: "
-                f"{error}; put it back into the pipeline and save then, or name its folder with shapecheck.load(…, model=FOLDER)"
+                f"{error}; put it back into the pipeline before you save, or name its folder: shapecheck.load(…, model=FOLDER)"
             ) from None
 
     @wraps(ModelMixin.save_pretrained)

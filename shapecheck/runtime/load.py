@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -14,13 +14,13 @@ from torch import nn
 from shapecheck.artefact import resolve_contract
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.files import make_folder
+from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.progress import silent
 from shapecheck.runtime.call_gate import name_dtype
 from shapecheck.runtime.compiled_session import CompiledSession
 from shapecheck.runtime.contract_session import ContractSession
-from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.runtime.dropin import DropIn, DropInSession
 from shapecheck.runtime.dropin_controlnet import DropInControlNet
 from shapecheck.runtime.dropin_saving import Source, find_beside_engine, find_in_onnx, find_live, find_named
@@ -109,17 +109,26 @@ def load(
         )
     kind_of_drop_in = DropInUNet if session.contract.role == "unet" else DropInControlNet
     drop_in = kind_of_drop_in(session, finite=finite, own_outputs=own_outputs)
-    source: Source
-    if isinstance(artefact, nn.Module):
-        source = partial(find_live, unwrap_compiled(artefact))
-    elif kind == "model":
-        source = partial(find_named, artefact, variant, session.contract)
-    else:
-        source = partial(find_in_onnx if kind == "onnx" else find_beside_engine, path.absolute(), session.contract, model)
-    if not isinstance(artefact, nn.Module) and Path(artefact).exists():
-        artefact = Path(artefact).absolute()
-    drop_in.come_from(source, partial(load, artefact, **arguments))
+    drop_in.come_from(
+        _find_source(artefact, kind, session.contract, model, variant), partial(load, _make_absolute(artefact), **arguments)
+    )
     return drop_in
+
+
+def _find_source(
+    artefact: str | Path | nn.Module, kind: str, contract: Contract, model: str | None, variant: str | None
+) -> Source:
+    """Return where to look for the PyTorch model, when somebody saves it."""
+    if isinstance(artefact, nn.Module):
+        return partial(find_live, unwrap_compiled(artefact))
+    if kind == "model":
+        return partial(find_named, _make_absolute(artefact), variant, contract)
+    return partial(find_in_onnx if kind == "onnx" else find_beside_engine, Path(artefact).absolute(), contract, model)
+
+
+def _make_absolute(artefact: str | Path | nn.Module) -> Any:
+    """Return an artefact that is found from another working folder too."""
+    return Path(artefact).absolute() if not isinstance(artefact, nn.Module) and Path(artefact).exists() else artefact
 
 
 def _open_module(
