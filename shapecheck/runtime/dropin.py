@@ -95,8 +95,9 @@ class DropIn(nn.Module, metaclass=ReplacingClass):
     """
 
     replaces: Any = None
+    """diffusers' class."""
 
-    def __init_subclass__(cls, replaces: type[nn.Module], **options: Any) -> None:
+    def __init_subclass__(cls, replaces: Any, **options: Any) -> None:
         """Refuse by name what of the replaced class needs layers or weights, and let it make models in PyTorch alone."""
         super().__init_subclass__(**options)
         cls.replaces = replaces
@@ -130,7 +131,8 @@ class DropIn(nn.Module, metaclass=ReplacingClass):
     @property
     def __class__(self) -> type:
         """Return diffusers' class, which a saved pipeline is to name. The type is ours."""
-        return type(self).replaces  # type: ignore[no-any-return]
+        model_class: type = type(self).replaces
+        return model_class
 
     @__class__.setter
     def __class__(self, _new: type) -> None:
@@ -217,7 +219,7 @@ class DropIn(nn.Module, metaclass=ReplacingClass):
                 self.engine.device,
                 moved.device,
             )
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     to = nn.Module.to  # without a warning of ModelMixin's, of weights that stay in float32
@@ -255,7 +257,7 @@ class DropIn(nn.Module, metaclass=ReplacingClass):
         again = memo[id(self)] = copy.deepcopy(reopen, memo)()
         if not isinstance(reopen.args[0], nn.Module):
             again.come_from(self._source)
-        return again.to(self.device, self.dtype)  # type: ignore[no-any-return]
+        return again.to(self.device, self.dtype)
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         """Pickle how the session was opened; it is opened again from the same file, which has to be there."""

@@ -7,12 +7,12 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from shapecheck.contract import Contract, ShapecheckError
-from shapecheck.logs import silence_logger
+from shapecheck.models.config_file import ModelSource
+from shapecheck.models.diffusers_models import build
 from shapecheck.models.safetensors import TensorLocation
 from shapecheck.models.weights import Embedded, read_chunks
 from shapecheck.onnx.file import OnnxFile
@@ -58,13 +58,9 @@ def find_beside_engine(path: Path, contract: Contract, model: str | None) -> Cal
 
 
 def _find_weights(path: Path, contract: Contract) -> tuple[ModelMixin, dict[str, TensorLocation | Embedded]]:
-    try:
-        with silence_logger("diffusers"), torch.device("meta"):
-            class_ = getattr(diffusers, contract.class_name)
-            module: ModelMixin = class_.from_config(contract.config.to_json() | {"_class_name": contract.class_name})
-    except Exception as error:  # the configuration in a file is anybody's
-        raise ShapecheckError(f"diffusers cannot build a {contract.class_name} of its configuration: {error}") from None
-    found, stored = {}, OnnxFile(path).tensors
+    built: Any = build(ModelSource(contract.class_name, str(path), contract.class_name, contract.config.to_json()))
+    module: ModelMixin = built
+    found, stored = dict[str, TensorLocation | Embedded](), OnnxFile(path).tensors
     for name, value in module.state_dict().items():
         tensor = stored.get(name)
         if tensor is None or tensor.shape != tuple(value.shape) or tensor.dtype != contract.dtype:
@@ -93,11 +89,11 @@ def ask_before_saving() -> None:
 
     @wraps(save)
     def save_pretrained(pipe: DiffusionPipeline, *arguments: Any, **options: Any) -> Any:
-        for component in pipe.components.values():
-            for part in getattr(component, "nets", [component]):
+        for component in vars(pipe).values():
+            for part in getattr(component, "nets", [component]) if isinstance(component, torch.nn.Module) else ():
                 if hasattr(part, "require_savable"):
                     part.require_savable()
         return save(pipe, *arguments, **options)
 
     save_pretrained.asks_dropins = True  # type: ignore[attr-defined]
-    DiffusionPipeline.save_pretrained = save_pretrained  # type: ignore[method-assign]
+    DiffusionPipeline.save_pretrained = save_pretrained
