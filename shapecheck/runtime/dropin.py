@@ -122,6 +122,7 @@ class DropIn(nn.Module, metaclass=ReplacingClass):
         like = torch.empty(0, dtype=self._precision, device=session.device)
         # Programs read device and dtype off the first parameter, and hooks that offload move it.
         self.no_weights = nn.Parameter(like, requires_grad=False)
+        self._place, self._warned = like.device, set[object]()  # with the number of a GPU, which a session may leave out
         self.eval()
         names = {"_class_name": contract.class_name, "_diffusers_version": diffusers.__version__}
         self._internal_dict = FrozenDict(contract.config.to_json() | names)
@@ -141,17 +142,17 @@ class DropIn(nn.Module, metaclass=ReplacingClass):
     @property
     def dtype(self) -> torch.dtype:
         """Return the precision in which it takes its inputs: that of its file, unless `.to()` said another."""
-        return self.no_weights.dtype
+        return self._parameters["no_weights"].dtype  # type: ignore[union-attr]
 
     @property
     def device(self) -> torch.device:
         """Return where it takes its inputs: where its file runs, unless `.to()` said another place."""
-        return self.no_weights.device
+        return self._parameters["no_weights"].device  # type: ignore[union-attr]
 
     @property
     def is_converted(self) -> bool:
         """Return whether inputs come in another precision or from another device than the file's."""
-        return self.dtype != self._precision or self.device != self.engine.device
+        return self.dtype != self._precision or self.device != self._place
 
     def close(self) -> None:
         """Free the memory; a call afterwards is an error."""
@@ -192,7 +193,7 @@ class DropIn(nn.Module, metaclass=ReplacingClass):
         converted = dict(inputs)
         for name, value in inputs.items():
             if isinstance(value, Tensor):
-                device = self.engine.device if value.device == self.device else value.device
+                device = self._place if value.device == self.device else value.device
                 wanted = self.contract.input_dtypes.get(name)
                 dtype = getattr(torch, wanted) if wanted and value.dtype == self.dtype else value.dtype
                 converted[name] = value.to(device, dtype)
@@ -202,23 +203,24 @@ class DropIn(nn.Module, metaclass=ReplacingClass):
         """Take inputs as `.to()`, `.half()`, `.cuda()` or others say, which end here; the session stays as it is."""
         moved = fn(torch.empty_like(self.no_weights))
         if moved.is_meta or moved.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            what = f"runs on {self.engine.device}" if moved.is_meta else f"computes in {name_dtype(self._precision)}"
+            what = f"runs on {self._place}" if moved.is_meta else f"computes in {name_dtype(self._precision)}"
             raise ShapecheckError(
                 f"this session {what}: it takes no inputs {'on meta' if moved.is_meta else 'in ' + name_dtype(moved.dtype)}"
             )
-        if moved.dtype not in (self.dtype, self._precision):
+        if moved.dtype not in {self._precision, *self._warned}:
             _log.warning(
                 "this session computes in %s, the precision of its file, and converts what comes in %s: export again with "
                 "--dtype %s to spare that",
                 *map(name_dtype, (self._precision, moved.dtype, moved.dtype)),
             )
-        if moved.device not in (self.device, self.engine.device):
+        if moved.device not in {self._place, *self._warned}:
             _log.warning(
                 "this session runs on %s, and copies what comes from %s: load it again for there to spare that "
                 "(backend=, device=)",
-                self.engine.device,
+                self._place,
                 moved.device,
             )
+        self._warned |= {moved.dtype, moved.device}  # once: hooks that offload move it for every picture
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

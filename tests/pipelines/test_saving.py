@@ -271,3 +271,22 @@ def test_a_pipeline_changes_its_precision_whole(dtype):
     assert {part.dtype for part in pipe.components.values() if hasattr(part, "dtype")} == {dtype}
     theirs.to(dtype)
     assert np.abs(draw(pipe) - expected).max() <= np.abs(draw(theirs) - expected).max() + SEEN
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_pipeline_is_moved_and_offloaded_wherever_its_sessions_run(device):
+    expected = draw(build())
+    moves = {
+        "to the GPU": do("to", "cuda"),
+        "there and back": lambda pipe: pipe.to("cuda").to("cpu"),
+        "enable_model_cpu_offload": do("enable_model_cpu_offload"),
+        "group offload": do("enable_group_offload", onload_device=torch.device("cuda"), offload_type="leaf_level"),
+    }
+    for name, move in moves.items():
+        pipe = build()
+        pipe.unet, pipe.controlnet = (shapecheck.load(net.to(device), "torch") for net in (pipe.unet, pipe.controlnet))
+        move(pipe)
+        found = draw(pipe)
+        assert np.abs(found - expected).max() <= SEEN, name
+        assert str(pipe.unet.engine.device).startswith(device)

@@ -17,6 +17,7 @@ from shapecheck import ShapecheckError
 from shapecheck.observe.subject import resolve_subject
 from shapecheck.runtime.contract_session import ContractSession
 from shapecheck.runtime.dropin import DropIn, UnsupportedError
+from shapecheck.runtime.dropin_saving import find_beside_engine
 from shapecheck.runtime.dropin_unet import DropInUNet
 
 H, W, TOKENS = 9, 13, 7
@@ -188,7 +189,7 @@ def test_in_another_precision_inputs_are_converted_and_outputs_back(role, model,
     converted = compute(model, dtype=dtype)
     assert model.dtype == converted.dtype == dtype
     assert torch.equal(converted, expected)
-    model.float()
+    model.float().to(dtype).float()
     assert torch.equal(compute(model), compute(torch_models()[role]))
     assert len(caplog.messages) == 1
 
@@ -208,7 +209,7 @@ class Elsewhere:
     reuses_outputs = False
 
     def __init__(self, contract):
-        self.contract, self.device, self.seen = contract, torch.device("cpu"), {}
+        self.contract, self.device, self.seen = contract, torch.device("meta"), {}
 
     def __call__(self, inputs):
         self.seen = {name: value.device for name, value in inputs.items()}
@@ -221,11 +222,9 @@ class Elsewhere:
 def test_what_comes_from_another_device_is_taken_to_where_the_session_runs():
     session = Elsewhere(contract("unet"))
     model = DropInUNet(session)
-    compute(model)
-    assert {str(device) for device in session.seen.values()} == {"cpu"}
-    session.device = torch.device("meta")
-    assert str(compute(model).device) == "cpu"
-    assert {str(session.seen[name]) for name in ("sample", "encoder_hidden_states")} == {"meta"}
+    model.no_weights = nn.Parameter(torch.empty(0), requires_grad=False)  # as hooks that offload put it elsewhere
+    assert str(compute(model).device) == str(model.device) == "cpu"
+    assert {str(device) for device in session.seen.values()} == {"meta"}
 
 
 @both
@@ -255,6 +254,15 @@ def test_a_session_that_somebody_opened_is_not_copied_and_not_saved(tmp_path):
     ):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_an_engine_is_saved_from_the_model_that_was_named(tmp_path):
+    unet = torch_models()["unet"]
+    with pytest.raises(ShapecheckError, match=r"the engine .*unet\.plan holds its weights under no names"):
+        find_beside_engine(tmp_path / "unet.plan", contract("unet"), None)
+    unet.save_pretrained(tmp_path / "unet")
+    found = find_beside_engine(tmp_path / "unet.plan", contract("unet"), str(tmp_path))()
+    assert torch.equal(found.conv_in.weight, unet.conv_in.weight)
 
 
 @both
