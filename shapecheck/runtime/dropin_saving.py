@@ -20,6 +20,9 @@ from shapecheck.onnx.file import OnnxFile
 Source = Callable[[], Callable[[], ModelMixin]]
 """Finds a PyTorch model, or raises ShapecheckError with the reason; what it returns loads the model."""
 
+Stamp = tuple[tuple[str, int, int], ...]
+"""Names, sizes and times of files."""
+
 
 def find_nothing() -> NoReturn:
     """Raise ShapecheckError: it is a session that somebody opened."""
@@ -40,9 +43,22 @@ def find_named(model: str | Path, variant: str | None, contract: Contract) -> Ca
     return partial(TorchModel(model, variant=variant, offline=True).load, contract.dtype)
 
 
-def find_in_onnx(path: Path, contract: Contract, model: str | None) -> Callable[[], ModelMixin]:
+def stamp_files(path: Path) -> Stamp:
+    """Return what tells whether a file, or the weights beside it, were written since. Nothing for what is no file."""
+    files = [file for file in (path, path.with_name(f"{path.name}.data")) if file.is_file()]
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+def require_unchanged(path: Path, stamp: Stamp) -> None:
+    """Raise ShapecheckError if a file is gone, or another than that which was loaded."""
+    if stamp_files(path) != stamp:
+        raise ShapecheckError(f"{path} was changed or moved since it was loaded: load it again")
+
+
+def find_in_onnx(path: Path, stamp: Stamp, contract: Contract, model: str | None) -> Callable[[], ModelMixin]:
     """Return what reads the weights out of an ONNX file, which our exporter keeps under their names, else `find_named`."""
     try:
+        require_unchanged(path, stamp)
         return partial(_load_weights, *_find_weights(path, contract))
     except ShapecheckError:
         if model is None:

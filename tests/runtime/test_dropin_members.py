@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle  # noqa: TID251  # of its own bytes
+import shutil
 from functools import cache
 
+import engines
 import pytest
 import small
 import torch
@@ -254,6 +257,20 @@ def test_a_session_that_somebody_opened_is_not_copied_and_not_saved(tmp_path):
     ):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_file_that_was_written_again_is_neither_copied_nor_saved(tmp_path):
+    """It is another model, perhaps, than the one that the session runs."""
+    path = tmp_path / "unet.onnx"
+    shutil.copyfile(engines.export_sealed(torch_models()["unet"]), path)
+    model = shapecheck.load(path, "ort")
+    assert torch.equal(compute(copy.deepcopy(model)), compute(model))
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ShapecheckError, match=r"unet\.onnx was changed or moved since it was loaded: load it again"):
+        copy.deepcopy(model)
+    with pytest.raises(ShapecheckError, match=r"save_pretrained: .*unet\.onnx was changed or moved since it was loaded"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_an_engine_is_saved_from_the_model_that_was_named(tmp_path):
