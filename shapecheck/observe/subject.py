@@ -154,6 +154,8 @@ def find_source(model: str, *, offline: bool) -> lookup.ModelSource:
 
 def _wrap_live(module: nn.Module, variant: str | None) -> Subject:
     name = type(module).__name__
+    if isinstance(getattr(module, "contract", None), Contract):  # of diffusers' class, and without weights
+        raise ShapecheckError(f"this {name} is an exported model already: give the PyTorch model, or its file")
     if diffusers_models.is_union(module):
         raise ShapecheckError(_UNION)
     if not (diffusers_models.is_unet(module) or diffusers_models.is_controlnet(module)):

@@ -90,7 +90,7 @@ class Accelerated:
             refuse_repeated(new_nets)
         known = {part.torch: part for part in self.controlnets}
         find_joint_contract(self._maker.folder, self._candidate.unet.torch, new_nets)
-        parts, device = list[Running](), getattr(self.unet, "device", None)
+        parts, device = list[Running](), getattr(getattr(self.unet, "engine", self.unet), "device", None)
         try:
             for net in new_nets:
                 if net in known or self.backend == "torch":

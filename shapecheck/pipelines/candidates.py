@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,7 @@ from shapecheck.pipelines.kept_contracts import find_own_contract
 from shapecheck.pipelines.model_owners import require_exchangeable
 from shapecheck.progress import Progress
 from shapecheck.runtime.dropin import DropIn
+from shapecheck.runtime.dropin_saving import find_live
 from shapecheck.runtime.gpu import free_memory
 from shapecheck.runtime.load import load
 from shapecheck.tensorrt import profile_formats
@@ -164,7 +166,7 @@ class CandidateMaker:
             original = unwrap_compiled(model)
             del options["graphs"]  # it replays CUDA graphs anyway
             options["cache"] = self.folder / "torch-compile"
-            return Running(backend, load(original, name, contract=self.find_contract(model), **options), model)
+            return Running(backend, _open(model, original, name, contract=self.find_contract(model), **options), model)
         cache = self.find_cache(model)
         # An export takes minutes: tell before it what cannot run.
         if not checked and not cache.is_exported:
@@ -177,11 +179,11 @@ class CandidateMaker:
                 free_memory()
             if backend in get_args(Target):
                 artefact = cache.build_engine(name, self.make_profiles(model))
-                return Running(backend, load(artefact, "trt", **options), model, artefact)
+                return Running(backend, _open(model, artefact, "trt", **options), model, artefact)
             if backend == "ort-trt":
                 with cache.keep_engine(self._make_provider_options(model)) as kept:
-                    return Running(backend, load(artefact, name, options=kept, **options), model, artefact)
-            return Running(backend, load(artefact, name, **options), model, artefact)
+                    return Running(backend, _open(model, artefact, name, options=kept, **options), model, artefact)
+            return Running(backend, _open(model, artefact, name, **options), model, artefact)
         except BaseException:
             model.to(device)
             raise
@@ -228,6 +230,13 @@ class CandidateMaker:
         return profile_formats.make_provider_options(self.make_profiles(model))
 
 
+def _open(model: nn.Module, artefact: Path | nn.Module, backend: Any, **options: Any) -> DropIn:
+    """Load what was made of a PyTorch model, which is what is saved with the pipeline."""
+    drop_in = load(artefact, backend, **options)
+    drop_in.come_from(partial(find_live, unwrap_compiled(model)))
+    return drop_in
+
+
 def require_running(backend: str) -> None:
     """Raise ShapecheckError with all that keeps a backend from running here."""
     if not (status := doctor.backend(backend)).runs:
@@ -238,7 +247,7 @@ def close_all(parts: Sequence[Running]) -> None:
     """Close sessions, and put their PyTorch modules on the device where these ran."""
     for part in parts:
         if isinstance(part.module, DropIn):
-            device = part.module.device
+            device = part.module.engine.device  # and not the one that a pipeline was moved to since
             part.close()
             part.torch.to(device)
     free_memory()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers import ControlNetModel
@@ -11,20 +11,11 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from torch import Tensor
 
 from shapecheck.runtime.combine import combined
-from shapecheck.runtime.dropin import UNSUPPORTED, DropIn, DropInSession, UnsupportedError
+from shapecheck.runtime.dropin import DropIn, DropInSession
 from shapecheck.runtime.readiness import note_ready
 
 
-def _refuse(name: str) -> property:
-    """Return what stands for a member of ControlNetModel that needs its layers or weights."""
-
-    def refuse(_self: object) -> NoReturn:
-        raise UnsupportedError(f"{name}: {UNSUPPORTED[name]}")
-
-    return property(refuse)
-
-
-class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
+class DropInControlNet(DropIn, ControlNetModel, replaces=ControlNetModel):  # type: ignore[misc]
     """A ControlNet whose forward is a session: `pipe.controlnet = DropInControlNet(session)`. `shapecheck.load` makes one.
 
     Pipelines tell one ControlNet from several by its class, so it is a `ControlNetModel`, without weights. It fits into a
@@ -34,7 +25,7 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
 
     def __init__(self, session: DropInSession, *, finite: bool = True, own_outputs: bool = True) -> None:
         torch.nn.Module.__init__(self)  # and not ControlNetModel's, which builds one
-        self._internal_dict = self._set_up(session, "controlnet", finite=finite, own_outputs=own_outputs)
+        self._set_up(session, "controlnet", finite=finite, own_outputs=own_outputs)
         self._residuals = [slot.name for slot in session.contract.slots]
 
     def forward(
@@ -80,8 +71,3 @@ class DropInControlNet(DropIn, ControlNetModel):  # type: ignore[misc]
         if weighted:
             downs, mid = combined([(downs, mid)], [conditioning_scale], guess_mode=True)
         return ControlNetOutput(downs, mid) if return_dict else (downs, mid)
-
-
-for _name in UNSUPPORTED:
-    if hasattr(ControlNetModel, _name):
-        setattr(DropInControlNet, _name, _refuse(_name))

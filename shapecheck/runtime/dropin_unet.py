@@ -7,14 +7,15 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from shapecheck.runtime.dropin import UNSUPPORTED, DropIn, DropInSession, UnsupportedError
 from shapecheck.runtime.readiness import find_ready
 
 
-class DropInUNet(DropIn):
+class DropInUNet(DropIn, UNet2DConditionModel, replaces=UNet2DConditionModel):  # type: ignore[misc]
     """A UNet whose forward is a session: `pipe.unet = DropInUNet(session)`. `shapecheck.load` makes one.
 
     It is called as diffusers' `UNet2DConditionModel` is, and as StreamDiffusion calls a TensorRT engine. Every call is checked:
@@ -25,8 +26,8 @@ class DropInUNet(DropIn):
     """
 
     def __init__(self, session: DropInSession, *, finite: bool = True, own_outputs: bool = True) -> None:
-        super().__init__()
-        self.config = self._set_up(session, "unet", finite=finite, own_outputs=own_outputs)
+        nn.Module.__init__(self)  # and not UNet2DConditionModel's, which builds one
+        self._set_up(session, "unet", finite=finite, own_outputs=own_outputs)
         self.stream = None  # StreamDiffusion knows an engine by its `engine` and `stream`, and calls it in another way
         self.encoder_hid_proj = None
         widths = self.config.get("projection_class_embeddings_input_dim")
@@ -65,7 +66,7 @@ class DropInUNet(DropIn):
         }
         conditions = {**(added_cond_kwargs or {}), **added}
         ready = None
-        if getattr(self.engine, "begins_early", False):
+        if getattr(self.engine, "begins_early", False) and not self.is_converted:
             ready = find_ready([*arguments.values(), *conditions.values(), timestep], self.device)
         engine: Any = self.engine
         with engine.begin_after(ready) if ready is not None else nullcontext():

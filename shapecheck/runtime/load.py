@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from shapecheck.artefact import resolve_contract
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.files import make_folder
+from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.onnx.contract_metadata import contract_inside
 from shapecheck.onnx.file import OnnxFile
 from shapecheck.onnx.foreign_inputs import TIMESTEP, adapt_timestep
@@ -22,6 +24,16 @@ from shapecheck.runtime.compiled_session import CompiledSession
 from shapecheck.runtime.contract_session import ContractSession
 from shapecheck.runtime.dropin import DropIn, DropInSession
 from shapecheck.runtime.dropin_controlnet import DropInControlNet
+from shapecheck.runtime.dropin_saving import (
+    Source,
+    Stamp,
+    find_beside_engine,
+    find_in_onnx,
+    find_live,
+    find_named,
+    require_unchanged,
+    stamp_files,
+)
 from shapecheck.runtime.dropin_unet import DropInUNet
 from shapecheck.runtime.engine_session import EngineSession
 from shapecheck.runtime.onnx_session import PROVIDERS
@@ -74,6 +86,7 @@ def load(
     Raises ShapecheckError if the file, the contract or the backend is missing or does not run; ContractError if the file is
     not what its contract says.
     """
+    arguments = {name: value for name, value in locals().items() if name != "artefact"}
     if backend not in get_args(Backend):
         raise ShapecheckError(f"no backend {backend!r}; known: {', '.join(get_args(Backend))}")
     kind = "model"
@@ -84,6 +97,7 @@ def load(
         if contract is not None or kind == "model":
             raise ShapecheckError("model= says which model a file is, instead of contract=")
         contract = resolve_contract(model, offline=True, controlnet=True, progress=silent)
+    stamp = stamp_files(Path(artefact).absolute()) if not isinstance(artefact, nn.Module) else ()
     name, backends = _KINDS[kind]
     if backend != "auto" and backend not in backends:
         raise ShapecheckError(f"backend {backend} does not run {name}, {artefact!s:.200}: use {' or '.join(backends)}")
@@ -104,8 +118,40 @@ def load(
             graphs=graphs,
             named=model is not None,
         )
-    drop_in = DropInUNet if session.contract.role == "unet" else DropInControlNet
-    return drop_in(session, finite=finite, own_outputs=own_outputs)
+    kind_of_drop_in = DropInUNet if session.contract.role == "unet" else DropInControlNet
+    drop_in = kind_of_drop_in(session, finite=finite, own_outputs=own_outputs)
+    if kind == "model":
+        arguments["contract"] = session.contract  # a copy is not observed once more
+    drop_in.come_from(
+        _find_source(artefact, kind, stamp, session.contract, model, variant),
+        partial(_load_again, _make_absolute(artefact), stamp, **arguments),
+    )
+    return drop_in
+
+
+def _load_again(artefact: str | Path | nn.Module, stamp: Stamp, **arguments: Any) -> DropIn:
+    """Load what was loaded before. Raises ShapecheckError if it is another file now."""
+    if stamp:
+        require_unchanged(Path(str(artefact)), stamp)
+    return load(artefact, **arguments)
+
+
+def _find_source(
+    artefact: str | Path | nn.Module, kind: str, stamp: Stamp, contract: Contract, model: str | None, variant: str | None
+) -> Source:
+    """Return where to look for the PyTorch model, when somebody saves it."""
+    if isinstance(artefact, nn.Module):
+        return partial(find_live, unwrap_compiled(artefact))
+    if kind == "model":
+        return partial(find_named, _make_absolute(artefact), variant, contract)
+    if kind == "engine":
+        return partial(find_beside_engine, Path(artefact), contract, model)
+    return partial(find_in_onnx, Path(artefact).absolute(), stamp, contract, model)
+
+
+def _make_absolute(artefact: str | Path | nn.Module) -> Any:
+    """Return an artefact that is found from another working folder too."""
+    return Path(artefact).absolute() if not isinstance(artefact, nn.Module) and Path(artefact).exists() else artefact
 
 
 def _open_module(
