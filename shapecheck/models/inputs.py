@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from shapecheck.contract import Contract, Dim, Geometry, Input, ShapecheckError
+from shapecheck.contract import Dim, Geometry, Input, ShapecheckError
 from shapecheck.contract.dims import BATCH, HEIGHT, TOKENS, WIDTH, constant
 from shapecheck.models.forward_call import group_arguments
 
@@ -82,26 +81,6 @@ def build_controlnet_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     return call
 
 
-def split_time_ids(contract: Contract, count: int | None) -> Contract:
-    """Return the contract with that many time ids, and text_embeds that fill what they leave of the projection's input.
-
-    Without a count, or if it takes no time ids, return it as it is. Raises ShapecheckError if that many leave no room.
-    """
-    config = contract.config
-    if count is None or config.get("addition_embed_type") != "text_time":
-        return contract
-    total, width = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
-    if not (count > 0 and total > count * width):
-        raise ShapecheckError(
-            f"projection_class_embeddings_input_dim {total} leaves no room for text_embeds beside {count} time ids of {width}"
-        )
-    sizes = {"text_embeds": total - count * width, "time_ids": count}
-    shapes = {entry.name: (BATCH, constant(sizes[entry.name])) for entry in contract.inputs if entry.name in sizes}
-    return replace(
-        contract, inputs=tuple(replace(entry, shape=shapes.get(entry.name, entry.shape)) for entry in contract.inputs)
-    )
-
-
 def _takes_text(config: Mapping[str, Any]) -> bool:
     """Return whether a UNet is called with a text: some are with an image, and some attend to nothing but the latents."""
     widths = config.get("cross_attention_dim")
@@ -151,7 +130,11 @@ def _added_inputs(config: Mapping[str, Any], dtype: str) -> list[Input]:
     if addition not in (None, *_ADDITIONS):
         raise ShapecheckError(f"addition_embed_type {addition!r} is not known; known: {', '.join(_ADDITIONS)}")
     if addition == "text_time":
-        total, width, ids = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"], _count_time_ids(config)
+        total, width, ids = (
+            config["projection_class_embeddings_input_dim"],
+            config["addition_time_embed_dim"],
+            _count_time_ids(config),
+        )
         if total <= ids * width:
             raise ShapecheckError(
                 f"projection_class_embeddings_input_dim {total} leaves no room for text_embeds beside {ids} time ids of {width}"

@@ -15,14 +15,11 @@ from torch import Tensor, nn
 from shapecheck.contract import Contract, Geometry, ShapecheckError
 from shapecheck.contract.dims import BATCH, HEIGHT, WIDTH, constant
 from shapecheck.contract.errors import one_line
-from shapecheck.contract.naming import is_feature
+from shapecheck.contract.naming import IMAGE, is_feature
 from shapecheck.logs import silence_logger
 from shapecheck.models.forward_call import build_residual_arguments, group_arguments
 from shapecheck.observe.residual_tracer import find_tensors
 from shapecheck.onnx.node_locations import BLOCK, SCOPES
-
-OUTPUT = "out_sample"
-"""Name of the UNet's output, as optimum and diffusers' own export call it."""
 
 
 class _AnyShape:
@@ -103,7 +100,7 @@ def trace(model: nn.Module, contract: Contract, opset: int) -> ir.Model:
 
     rules, outputs = contract.input_rules, {slot.name: slot.shape for slot in contract.slots}
     if contract.role == "unet":
-        outputs = {OUTPUT: (BATCH, constant(contract.config["out_channels"]), HEIGHT, WIDTH)}
+        outputs = {IMAGE: (BATCH, constant(contract.config["out_channels"]), HEIGHT, WIDTH)}
     values = (*graph.graph.inputs[: len(rules)], *graph.graph.outputs)
     for value, (name, rule) in zip(values, (*rules.items(), *outputs.items()), strict=True):
         value.name = name
