@@ -117,7 +117,7 @@ def detect_scheme(names: Iterable[str]) -> Naming | None:
 
 def detect_output_scheme(names: Iterable[str]) -> Naming | None:
     """Return the scheme that names the most of a ControlNet's outputs, or None if no scheme names any."""
-    return _find_most_used(names, [scheme.outputs for scheme in SCHEMES])
+    return _find_most_used(names, (*SCHEMES, *(scheme.emits for scheme in SCHEMES if scheme.emits is not None)))
 
 
 def match_residuals(slots: Sequence[str], outputs: Sequence[str]) -> dict[str, str]:
