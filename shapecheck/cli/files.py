@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     type=click.Choice([naming.key for naming in SCHEMES]),
     default=SHAPECHECK.key,
     show_default=True,
-    help="Whose names for the slots.",
+    help="Whose names for inputs and outputs: of the project that is to read the file.",
 )
 @click.option(
     "--fp8",

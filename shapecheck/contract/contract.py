@@ -16,7 +16,7 @@ from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
 from shapecheck.contract.json_codec import OPTIONAL, POSITIVE, TextFormat, decode, decode_record, encode
 from shapecheck.contract.mismatch import Port, compare_inputs, compare_shapes
-from shapecheck.contract.naming import SHAPECHECK, detect_scheme, name_residuals
+from shapecheck.contract.naming import SHAPECHECK, detect_scheme, find_declared, name_residuals
 from shapecheck.contract.records import Header, Input, Mismatch, Role, Slot
 
 _FORMAT = TextFormat(
@@ -89,8 +89,11 @@ class Contract:
         return replace(self, inputs=tuple(replace(base, dtype=dtypes.get(base.name, base.dtype)) for base in self.inputs))
 
     def match_names(self, declared: Iterable[str]) -> dict[str, str]:
-        """Return our name → the name in a file that declares these inputs; slots follow the file's own scheme."""
-        names = {name: name for name in self.input_rules}
+        """Return our name → the name in a file that declares these inputs: base inputs one by one, slots by one scheme."""
+        declared = tuple(declared)
+        names = {name: name for name in self.input_rules} | {
+            base.name: find_declared(base.name, declared) for base in self.inputs
+        }
         if self.role == "unet" and self.slots:
             scheme = detect_scheme(declared) or SHAPECHECK
             names |= zip((slot.name for slot in self.slots), scheme.names(len(self.slots) - 1), strict=True)

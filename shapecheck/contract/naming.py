@@ -1,24 +1,38 @@
-"""The names of slots and element types: our own, and those in files that others exported."""
+"""The names of inputs, outputs and element types: our own, and those in files that others exported or read."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shapecheck.contract.errors import ShapecheckError
 
+IMAGE = "out_sample"
+"""Our name of a UNet's output, as optimum and diffusers' own export call it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """A naming scheme: a prefix and a zero-padded number for the down slots, one name for the mid slot."""
+    """A naming scheme: a prefix and a zero-padded number for the down slots, one name for the mid slot; the rest of a file."""
 
     key: str
     prefix: str
     digits: int
     mid: str
     origin: str
+    inputs: tuple[tuple[str, str], ...] = ()
+    """Our name and theirs of each base input that they call otherwise."""
+    image: str = IMAGE
+    """What they call a UNet's output."""
+    emits: Naming | None = None
+    """The names of a ControlNet's outputs, if they are not those of the slots."""
+
+    @property
+    def outputs(self) -> Naming:
+        """Return the scheme of a ControlNet's outputs."""
+        return self.emits or self
 
     def down(self, index: int) -> str:
         return f"{self.prefix}{index:0{self.digits}d}"
@@ -40,10 +54,20 @@ FEATURE = "down_intrablock_residual_"
 SHAPECHECK = Naming("shapecheck", "down_block_residual_", 2, "mid_block_residual", "shapecheck")
 SCHEMES = (
     SHAPECHECK,
-    Naming("streamdiffusion", "input_control_", 2, "input_control_middle", "StreamDiffusion's TensorRT UNet"),
-    Naming("comfyui", "output_control_", 1, "middle_control_0", "ComfyUI_TensorRT, pull request 90"),
+    Naming(
+        "streamdiffusion", "input_control_", 2, "input_control_middle", "StreamDiffusion's TensorRT UNet", image="latent",
+        emits=Naming("streamdiffusion", "down_block_", 2, "mid_block", "StreamDiffusion's TensorRT ControlNet"),
+    ),
+    Naming(
+        "comfyui", "output_control_", 1, "middle_control_0", "ComfyUI_TensorRT, pull request 90",
+        (
+            ("sample", "x"), ("timestep", "timesteps"), ("encoder_hidden_states", "context"), ("controlnet_cond", "hint"),
+            ("text_embeds", "y"), ("time_ids", "y"),  # embedded and joined before the graph
+        ),
+        "h",
+    ),
     Naming("optimum-neuron", "down_block_additional_residuals_", 1, "mid_block_additional_residual", "optimum-neuron"),
-)
+)  # fmt: skip
 
 
 def name_residuals(output: Any) -> dict[str, Any]:
@@ -87,10 +111,38 @@ def find_scheme(key: str) -> Naming:
 
 
 def detect_scheme(names: Iterable[str]) -> Naming | None:
-    """Return the scheme that names the most of these inputs, or None if no scheme names any."""
+    """Return the scheme that names the most of these inputs after slots, or None if no scheme names any."""
+    return _find_most_used(names, SCHEMES)
+
+
+def detect_output_scheme(names: Iterable[str]) -> Naming | None:
+    """Return the scheme that names the most of a ControlNet's outputs, or None if no scheme names any."""
+    return _find_most_used(names, (*SCHEMES, *(scheme.emits for scheme in SCHEMES if scheme.emits is not None)))
+
+
+def match_residuals(slots: Sequence[str], outputs: Sequence[str]) -> dict[str, str]:
+    """Return slot → output of a ControlNet, all of them, by a scheme that they follow; empty if they follow none."""
+    scheme = detect_output_scheme(outputs)
+    names = scheme.names(len(slots) - 1) if scheme is not None else ()
+    return dict(zip(slots, names, strict=True)) if set(names) == set(outputs) and names else {}
+
+
+def find_ours(name: str) -> tuple[str, ...]:
+    """Return our names of the base inputs that one of this name stands for in any scheme: two for one that joins two."""
+    ours = tuple(own for scheme in SCHEMES for own, theirs in scheme.inputs if theirs == name)
+    return ours or (name,)
+
+
+def find_declared(name: str, declared: Collection[str]) -> str:
+    """Return what a file that declares these inputs calls a base input of ours: that, or by a scheme if that stands for it."""
+    theirs = (other for scheme in SCHEMES for own, other in scheme.inputs if own == name and find_ours(other) == (name,))
+    return next((other for other in (name, *theirs) if other in declared), name)
+
+
+def _find_most_used(names: Iterable[str], schemes: Sequence[Naming]) -> Naming | None:
     names = tuple(names)
-    counts = {naming: sum(naming.index(name) is not None for name in names) for naming in SCHEMES}
-    best = max(counts, key=lambda naming: counts[naming])
+    counts = {scheme: sum(scheme.index(name) is not None for name in names) for scheme in schemes}
+    best = max(counts, key=lambda scheme: counts[scheme])
     return best if counts[best] else None
 
 

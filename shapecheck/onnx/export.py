@@ -10,8 +10,8 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import nn
 
-from shapecheck.contract import ShapecheckError
-from shapecheck.contract.naming import ONNX_NUMBERS, find_scheme
+from shapecheck.contract import Contract, ShapecheckError
+from shapecheck.contract.naming import IMAGE, ONNX_NUMBERS, Naming, find_scheme
 from shapecheck.files import atomic_write, ensure_writable
 from shapecheck.models import weights as checkpoints
 from shapecheck.models.calibration_record import CalibratedModel, Calibration, choose_scale, read_calibration
@@ -53,7 +53,8 @@ def export(
     neither and leaves that file to be made later; by default they are linked if possible, else copied, and `reason` says why.
     `dtype` is by default the checkpoint's. `opset` is by default 20, for bfloat16 22.
     `control=False` exports a UNet without slots. With `adapter` it has an input for each feature of the T2I-Adapter that it
-    implies, beside the slots or without them; zeros there mean no adapter. `naming` is a key of `contract.naming.SCHEMES`.
+    implies, beside the slots or without them; zeros there mean no adapter. `naming` is a key of `contract.naming.SCHEMES`,
+    for the names of inputs and outputs.
     `fp8` is what `calibrate` returned, or a file of it: products of the calibrated layers are then computed in fp8 by TensorRT,
     in a file of at least opset 19 whose weights are as before; `parity` shows what that costs.
     `variant` chooses among a checkpoint's files, such as fp16.
@@ -78,6 +79,13 @@ def export(
 
     progress("observing the contract")
     contract = subject.contract(dtype, control=control, adapter=adapter)
+    if nameless := [slot.name for slot in contract.residuals if not slot.producer and contract.role == "unet"]:
+        raise ShapecheckError(
+            f"{', '.join(nameless)} of {subject.name}: added to a tensor that no module returns first or alone, as diffusers' "
+            "blocks do, so that nobody could tell in the file whether it is in its place: return it first, or export "
+            "--no-control"
+        )
+    renamed = _name_ports(contract, names)
     calibrated = calibration and calibration.find_model(contract)
     computation = describe_computation(subject.module)
     progress("tracing the graph: half a minute for SD1.5, two minutes for SDXL")
@@ -94,9 +102,7 @@ def export(
     placed = linked if mode == "link" else checkpoints.plan_layout(tensors, dtype, data)
     _bind(traced, parameters, placed, target.parent)
 
-    # Only the file has the slots under another project's names; the contract keeps ours.
-    slots = [slot.name for slot in contract.slots]
-    renamed = dict(zip(slots, names.names(len(slots) - 1), strict=True)) if slots else {}
+    # Only the file has another project's names; the contract keeps ours.
     for value in (*traced.graph.inputs, *traced.graph.outputs):
         value.name = renamed.get(str(value.name), value.name)
     identity = "" if mode == "none" else checkpoints.digest(tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
@@ -124,6 +130,20 @@ def export(
             checkpoints.copy_tensors(tensors, dtype, data, copied, outdated=target)
     files = (Path(output), *dict.fromkeys(stored.file for stored in placed.values()))
     return Exported(Path(output), contract, mode, reason, files, dtype, opset, naming, in_fp8)
+
+
+def _name_ports(contract: Contract, naming: Naming) -> dict[str, str]:
+    """Return our name → the scheme's of every input and output. Raises ShapecheckError if it has one name for two inputs."""
+    theirs = dict(naming.inputs)
+    names = {base.name: theirs.get(base.name, base.name) for base in contract.inputs}
+    if joined := [name for name, other in names.items() if list(names.values()).count(other) > 1]:
+        raise ShapecheckError(
+            f"--naming {naming.key}: there {' and '.join(joined)} are one input, {names[joined[0]]}, embedded and joined "
+            "before the graph, and in a file of this model they are inputs of their own: export it under other names"
+        )
+    slots = [slot.name for slot in contract.slots]
+    scheme = naming.outputs if contract.role == "controlnet" else naming
+    return names | {IMAGE: naming.image} | (dict(zip(slots, scheme.names(len(slots) - 1), strict=True)) if slots else {})
 
 
 def find_target(output: Path) -> Path:

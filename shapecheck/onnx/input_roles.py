@@ -11,13 +11,6 @@ from shapecheck.contract.naming import SHAPECHECK, Naming
 from shapecheck.onnx.foreign_inputs import TEXT, TIMES, TIMESTEP, is_timestep, measure_joined
 from shapecheck.onnx.reading import GraphTensor, Reading
 
-_COMFYUI_NAMES = {
-    "x": ("sample",),
-    "timesteps": ("timestep",),
-    "context": ("encoder_hidden_states",),
-    "y": (TEXT, TIMES),  # embedded and joined before the graph
-    "hint": ("controlnet_cond",),
-}
 CONDITIONS = frozenset((
     "sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", TEXT, TIMES, "image_embeds", "hint",
     "controlnet_cond", "control_type",
@@ -113,7 +106,7 @@ class Matching:
 
 def diffusers_names(tensor: GraphTensor) -> tuple[str, ...]:
     """Return what diffusers calls this base input: two names for one that joins two."""
-    return _COMFYUI_NAMES.get(tensor.name, (tensor.name,))
+    return naming.find_ours(tensor.name)
 
 
 def assign_roles(reading: Reading) -> Roles:
@@ -133,7 +126,8 @@ def assign_roles(reading: Reading) -> Roles:
     # A ControlNet takes latents and a picture. Fewer than four outputs without those are not a ControlNet's.
     is_controlnet = not slots and not features and len(reading.outputs) >= (2 if len(images) > 1 else 4)
     ports = reading.outputs if is_controlnet else slots
-    scheme = naming.detect_scheme(tensor.name for tensor in ports)
+    detect = naming.detect_output_scheme if is_controlnet else naming.detect_scheme
+    scheme = detect(tensor.name for tensor in ports)
     # If a scheme knows only some of the names, such as mid's, it is not theirs.
     if scheme is not None and 2 * sum(scheme.index(tensor.name) is not None for tensor in ports) < len(ports):
         scheme = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError
 from shapecheck.contract.geometry import AXES
-from shapecheck.contract.naming import detect_scheme
+from shapecheck.contract.naming import detect_output_scheme
 from shapecheck.contract.size_request import SizeRequest
 from shapecheck.models.diffusers_models import embed_numbers
 from shapecheck.observe.subject import TorchModel
@@ -266,7 +266,7 @@ def _match_outputs(path: Path, contract: Contract, outputs: Sequence[str]) -> di
 
     Raises ShapecheckError if it has none: nothing would be compared.
     """
-    ours, scheme = output_names(contract), detect_scheme(outputs)
+    ours, scheme = output_names(contract), detect_output_scheme(outputs)
     if contract.role == "unet" or scheme is None:
         return dict(zip(ours, outputs, strict=False))
     names = {name: own for name, own in zip(ours, scheme.names(len(ours) - 1), strict=True) if own in outputs}

@@ -10,6 +10,7 @@ from functools import lru_cache
 from shapecheck.contract import Contract, ContractError, Dim, Geometry, Mismatch, Shape, ShapecheckError, show
 from shapecheck.contract.geometry import AXES, USUAL_TOKENS
 from shapecheck.contract.mismatch import compare_shapes, describe_axes
+from shapecheck.contract.naming import match_residuals
 from shapecheck.tensorrt.profiles import Profile, Range, choose_profile, explain_refusal, range_of, verify_profiles
 from shapecheck.tensorrt.size_ranges import format_range
 
@@ -126,8 +127,7 @@ class Binding:
         outputs: dict[str, Shape] = {}
         if contract.role == "controlnet":
             residuals = contract.shapes(geometry)
-            if residuals.keys() == set(names):
-                outputs = {name: residuals[name] for name in names}
+            outputs = {theirs: residuals[slot] for slot, theirs in match_residuals(tuple(residuals), names).items()}
         elif len(names) == 1 and (channels := contract.config.get("out_channels")) is not None:
             outputs = {names[0]: (geometry.batch, channels, geometry.height, geometry.width)}
 

@@ -10,6 +10,7 @@ from diffusers import ControlNetModel
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from torch import Tensor
 
+from shapecheck.contract.naming import match_residuals
 from shapecheck.runtime.combine import combined
 from shapecheck.runtime.dropin import DropIn, DropInSession
 from shapecheck.runtime.readiness import note_ready
@@ -65,8 +66,8 @@ class DropInControlNet(DropIn, ControlNetModel, replaces=ControlNetModel):  # ty
         scale = self._arguments.place_number("conditioning_scale", 1.0 if weighted else conditioning_scale, 1)
         inputs["conditioning_scale"] = scale.reshape(1)
         outputs = self._run(inputs)
-        # a file may call its outputs otherwise, but has them in the order of the slots
-        names = self._residuals if self._residuals[0] in outputs else outputs
+        # a file may call its outputs otherwise: by a scheme, else it has them in the order of the slots
+        names = match_residuals(self._residuals, tuple(outputs)).values() or outputs
         *downs, mid = (outputs[name] for name in names)
         if weighted:
             downs, mid = combined([(downs, mid)], [conditioning_scale], guess_mode=True)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from shapecheck.contract import Contract
+from shapecheck.contract.naming import IMAGE
 from shapecheck.models.forward_call import build_arguments
 
-OUTPUT = "out_sample"
+OUTPUT = IMAGE
 
 
 def output_names(contract: Contract) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from shapecheck.contract import Contract, Geometry, Mismatch, ShapecheckError, Slot
 from shapecheck.contract.dims import Shape
-from shapecheck.contract.naming import SHAPECHECK, Naming, detect_scheme, is_feature, residual_index
+from shapecheck.contract.naming import SHAPECHECK, Naming, detect_output_scheme, detect_scheme, is_feature, residual_index
 from shapecheck.onnx.input_roles import Roles, match_inputs
 from shapecheck.onnx.reading import GraphTensor
 from shapecheck.tensorrt.engine_tensors import DYNAMIC, DeclaredEngine, DeclaredTensor
@@ -130,7 +130,7 @@ def _match_outputs(contract: Contract, outputs: Sequence[DeclaredTensor]) -> tup
     rules = [slot.name for slot in contract.slots]
     if contract.role == "unet":
         rules, channels = ["the output"], [contract.config.get("out_channels")]
-    scheme: Naming | None = detect_scheme(names)
+    scheme: Naming | None = detect_output_scheme(names)
     if contract.role == "controlnet" and scheme is not None and set(ordered := scheme.names(len(rules) - 1)) == set(names):
         names = ordered
     if len(names) != len(rules):

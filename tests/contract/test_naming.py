@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shapecheck import ShapecheckError, presets
-from shapecheck.contract.naming import SCHEMES, SHAPECHECK, detect_scheme, find_scheme
+from shapecheck.contract.naming import SCHEMES, SHAPECHECK, detect_scheme, find_declared, find_scheme, match_residuals
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,17 @@ def test_names_of_no_scheme_are_of_none():
 def test_contracts_use_our_names():
     for name, contract in presets.contracts().items():
         assert tuple(slot.name for slot in contract.slots) == SHAPECHECK.names(len(contract.slots) - 1), name
+
+
+def test_a_controlnets_outputs_are_matched_in_any_order_and_a_strangers_are_not():
+    slots = SHAPECHECK.names(2)
+    theirs = ("mid_block", "down_block_01", "down_block_00")
+    assert match_residuals(slots, theirs) == dict(zip(slots, theirs[::-1], strict=True))
+    assert match_residuals(slots, slots) == dict(zip(slots, slots, strict=True))
+    assert match_residuals(slots, (*theirs[:2], "down_block_02")) == {}
+
+
+def test_base_inputs_are_found_under_another_projects_names_but_not_two_in_one():
+    assert find_declared("sample", ["x", "timesteps"]) == "x"
+    assert find_declared("sample", ["x", "sample"]) == "sample"
+    assert find_declared("time_ids", ["x", "y"]) == "time_ids"

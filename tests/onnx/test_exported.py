@@ -21,7 +21,7 @@ from exports import LEAST
 from onnx_files import check
 from small import SHALLOW, TINY
 
-from shapecheck import Geometry, ShapecheckError, export, probe, read_contract
+from shapecheck import Geometry, ShapecheckError, export, load, probe, read_contract
 from shapecheck.contract import show
 
 pytestmark = pytest.mark.full
@@ -168,6 +168,39 @@ def test_a_live_module_that_differs_from_its_checkpoint_is_copied_and_not_linked
     assert [each.name for each in runtime.get_inputs()] == ["sample", "timestep", "encoder_hidden_states"]
     given = inputs_for(done.contract, Geometry(1, 9, 14))
     assert difference(with_onnx(runtime, given)[0], with_torch(live, done.contract, given)) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("naming", "base", "image", "condition", "emitted"),
+    [
+        ("streamdiffusion", ["sample", "timestep", "encoder_hidden_states"], "latent", "controlnet_cond",
+         ["down_block_00", "down_block_01", "mid_block"]),
+        ("comfyui", ["x", "timesteps", "context"], "h", "hint", ["output_control_0", "output_control_1", "middle_control_0"]),
+    ],
+)  # fmt: skip
+def test_a_whole_file_has_another_projects_names_and_is_served_by_roles(naming, base, image, condition, emitted):
+    """Both models as PyTorch computes them, called as diffusers calls them."""
+    unet = small.unet(**LEAST)
+    net = small.controlnet(unet)
+    sample, text, picture = torch.randn(2, 4, 17, 25), torch.randn(2, 9, 12), torch.rand(2, 3, 136, 200)
+    done, done_net = exports.exported_once(unet, naming=naming), exports.exported_once(net, naming=naming)
+    runtime, runtime_net = session(done.path), session(done_net.path)
+    assert [each.name for each in runtime.get_inputs()][:3] == base
+    assert [each.name for each in runtime.get_outputs()] == [image]
+    assert [each.name for each in runtime_net.get_inputs()] == [*base, condition, "conditioning_scale"]
+    assert [each.name for each in runtime_net.get_outputs()] == emitted
+    with torch.no_grad():
+        downs, mid = net(sample, 300, text, picture, return_dict=False)
+        expected = unet(sample, 300, text, down_block_additional_residuals=downs, mid_block_additional_residual=mid).sample
+    own_downs, own_mid = load(done_net.path, "ort")(sample, 300, text, picture, return_dict=False)
+    for own, theirs in zip((*own_downs, own_mid), (*downs, mid), strict=True):
+        assert difference(own.numpy(), theirs.numpy()) <= 2e-6
+    found = load(done.path, "ort")(
+        sample, 300, text, down_block_additional_residuals=own_downs, mid_block_additional_residual=own_mid
+    ).sample
+    assert difference(found.numpy(), expected.numpy()) <= 5e-6
+    for path in (done.path, done_net.path):
+        assert not check(path).mismatches
 
 
 def test_a_controlnet_has_one_output_a_slot_and_a_live_strength():

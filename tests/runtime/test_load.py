@@ -149,6 +149,8 @@ def test_caches_that_a_program_passes_empty_are_let_pass(unet, torch_unet, good)
     """As StreamDiffusion 0.4 passes them in every call."""
     with torch.no_grad():
         assert close_to(unet(**good, kvo_cache=[], fio_cache=(), fi_strength=None).sample, torch_unet(**good).sample)
+        nothing = {"cache": {}, "names": "", "caches": [[], (None, None)], "use_cache": False, "buffer": torch.empty(0)}
+        assert close_to(unet(**good, **nothing).sample, torch_unet(**good).sample)
         with pytest.raises(CallError, match="kvo_cache: surplus"):
             unet(**good, kvo_cache=[torch.ones(1)])
 
