@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from shapecheck.contract import Dim, Geometry, Input, ShapecheckError
+from shapecheck.contract import Contract, Dim, Geometry, Input, ShapecheckError
 from shapecheck.contract.dims import BATCH, HEIGHT, TOKENS, WIDTH, constant
 from shapecheck.models.forward_call import group_arguments
 
 _ADDITIONS = ("text", "text_time", "text_image", "image", "image_hint")
+_TIME_IDS = (6, 5)
+"""SDXL's time ids, and its refiner's, which have an aesthetic score in place of a size."""
+_SDXL_POOLED = 1280
 
 
 def unet_inputs(config: Mapping[str, Any], dtype: str) -> tuple[Input, ...]:
@@ -25,7 +29,7 @@ def unet_inputs(config: Mapping[str, Any], dtype: str) -> tuple[Input, ...]:
         Input("sample", (BATCH, constant(channels), HEIGHT, WIDTH), dtype, "sample"),
         Input("timestep", (BATCH,), "float32", "timestep"),
     ]
-    if config.get("encoder_hid_dim_type") != "image_proj":
+    if _takes_text(config):
         inputs.append(_text_input(config, dtype))
     inputs += _class_label_inputs(config, dtype)
     if width := config.get("time_cond_proj_dim"):
@@ -78,6 +82,47 @@ def build_controlnet_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     return call
 
 
+def split_time_ids(contract: Contract, count: int | None) -> Contract:
+    """Return the contract with that many time ids, and text_embeds that fill what they leave of the projection's input.
+
+    Without a count, or if it takes no time ids, return it as it is. Raises ShapecheckError if that many leave no room.
+    """
+    config = contract.config
+    if count is None or config.get("addition_embed_type") != "text_time":
+        return contract
+    total, width = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
+    if not (count > 0 and total > count * width):
+        raise ShapecheckError(
+            f"projection_class_embeddings_input_dim {total} leaves no room for text_embeds beside {count} time ids of {width}"
+        )
+    sizes = {"text_embeds": total - count * width, "time_ids": count}
+    shapes = {entry.name: (BATCH, constant(sizes[entry.name])) for entry in contract.inputs if entry.name in sizes}
+    return replace(
+        contract, inputs=tuple(replace(entry, shape=shapes.get(entry.name, entry.shape)) for entry in contract.inputs)
+    )
+
+
+def _takes_text(config: Mapping[str, Any]) -> bool:
+    """Return whether a UNet is called with a text: some are with an image, and some attend to nothing but the latents."""
+    widths = config.get("cross_attention_dim")
+    has_one_width = isinstance(widths, int) or (widths is not None and len(set(widths)) == 1) or config.get("encoder_hid_dim")
+    return bool(has_one_width) and config.get("encoder_hid_dim_type") != "image_proj"
+
+
+def _count_time_ids(config: Mapping[str, Any]) -> int:
+    """Return the number of time ids: the one that leaves a text as wide as pooled texts are beside such a UNet, else 6.
+
+    The projection takes the pooled text and `width` numbers for each id: its input size is their sum. The text is 1280 wide
+    in SDXL, or what the UNet attends to: all of it with one text encoder, as in the refiner and in Kolors, half with two.
+    """
+    total, width = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
+    attended = config.get("cross_attention_dim")
+    pooled = {_SDXL_POOLED, config.get("encoder_hid_dim")}
+    if isinstance(attended, int):
+        pooled |= {attended, attended / 2}
+    return next((count for count in _TIME_IDS if total - count * width in pooled), _TIME_IDS[0])
+
+
 def _text_input(config: Mapping[str, Any], dtype: str) -> Input:
     width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
     width = width if isinstance(width, int) else width[0]
@@ -106,10 +151,7 @@ def _added_inputs(config: Mapping[str, Any], dtype: str) -> list[Input]:
     if addition not in (None, *_ADDITIONS):
         raise ShapecheckError(f"addition_embed_type {addition!r} is not known; known: {', '.join(_ADDITIONS)}")
     if addition == "text_time":
-        # SDXL's projection takes the pooled text, 1280 wide, and `ids` numbers of `width` each: its input size is their sum.
-        # SDXL has 6 ids, its refiner 5 (an aesthetic score in place of a size); diffusers' pipelines tell them apart alike.
-        total, width = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
-        ids = 5 if total - 5 * width == 1280 else 6
+        total, width, ids = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"], _count_time_ids(config)
         if total <= ids * width:
             raise ShapecheckError(
                 f"projection_class_embeddings_input_dim {total} leaves no room for text_embeds beside {ids} time ids of {width}"

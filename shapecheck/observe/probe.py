@@ -22,7 +22,7 @@ from shapecheck.models import model as models
 from shapecheck.models.model import AdapterChoice, ControlNetChoice, Model
 from shapecheck.observe import causes
 from shapecheck.observe.reconcile import derive_emitted, derive_slots, reconcile
-from shapecheck.observe.runs import observe, observe_adapter, observe_call, observe_controlnet
+from shapecheck.observe.runs import ControlNetError, observe, observe_adapter, observe_call, observe_controlnet
 from shapecheck.observe.trace import Trace
 from shapecheck.progress import Progress, silent
 
@@ -62,13 +62,20 @@ def probe(
     """
     unet, header, beside = models.take_unet(model, offline)
     nets, notes = models.take_controlnets(controlnet, unet, beside, offline)
+    try:
+        traces, divisor = observe(unet, nets, geometry, progress)
+    except ControlNetError as error:
+        if controlnet is not None or beside:
+            raise
+        # diffusers builds one for every UNet, and those of other families than Stable Diffusion's take inputs that it does not
+        nets, notes = [], (f"UNet side alone: {error}",)
+        traces, divisor = observe(unet, nets, geometry, progress)
     header = replace(
         header,
         controlnets=tuple(map(describe_controlnet, nets)),
         notes=(*header.notes, *notes),
         vae_factor=vae_factor or header.vae_factor,
     )
-    traces, divisor = observe(unet, nets, geometry, progress)
     slotless = Contract(type(unet.module).__name__, unet.inputs, (), unet.config, divisor, header)
     adapters: list[Model] = []
     if adapter is not None:

@@ -44,11 +44,15 @@ class Recorder:
         return emitted
 
     def remember_maker(self, path: str, output: Any) -> None:
-        """Note which module made a tensor: the outermost that returns it, and no other tensor beside it."""
+        """Note which module made a tensor: the outermost that returns it first, or alone, and not again beside it.
+
+        A down block returns its last tensor among its skips too, and made none of them. What else a forward returns, as
+        forks return caches, is no skip.
+        """
         values = tuple(output.values()) if isinstance(output, Mapping) else output
-        tensor = values[0] if isinstance(values, tuple) and len(values) == 1 else values
-        if isinstance(tensor, Tensor):
-            self.follower.makers[tensor] = path
+        first, *others = values if isinstance(values, tuple) and values else (values,)
+        if isinstance(first, Tensor) and not any(other is first for other in find_tensors(others)):
+            self.follower.makers[first] = path
 
     def controlnet_returned(self, number: int, output: Any) -> None:
         """Note the residuals of ControlNet `number`, from diffusers' output class, its dict, or a pair."""

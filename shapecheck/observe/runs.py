@@ -24,6 +24,10 @@ _ONE_CELL: Shape = (1, 1, 1, 1)
 _DIVISORS = (1, 2, 4, 8, 16, 32, 64)
 
 
+class ControlNetError(ShapecheckError):
+    """A ControlNet does not run."""
+
+
 def observe(unet: Model, nets: Sequence[Model], geometry: Geometry | None, progress: Progress) -> tuple[list[Trace], int]:
     """Return traces at every size needed to know each halving, and at `geometry`, and the divisor that the UNet's sizes need.
 
@@ -117,7 +121,7 @@ def _observe_at(unet: Model, nets: Sequence[Model], geometry: Geometry, recorder
     alone = partial(_call_with_probes, unet, geometry, recorder, residuals=[_ONE_CELL] * 256)
     try:
         emitted = [_run_controlnet(net, geometry) for net in nets]
-    except ShapecheckError as error:
+    except ControlNetError as error:
         if refused := alone().refused:  # then the ControlNet is not to blame
             raise ShapecheckError(f"{unet.name} does not run at {geometry}: {refused}") from error
         raise
@@ -163,7 +167,7 @@ def _run_controlnet(net: Model, geometry: Geometry) -> list[Tensor]:
     try:
         downs, mid = net.module(**build_zero_arguments(net.inputs, geometry, net.device), return_dict=False)
     except Exception as error:  # a user's module may raise anything; the message says where it came from
-        raise ShapecheckError(f"{net.name} does not run at {geometry}: {type(error).__name__}: {error}") from error
+        raise ControlNetError(f"{net.name} does not run at {geometry}: {type(error).__name__}: {error}") from error
     return [*downs, mid]
 
 

@@ -77,6 +77,12 @@ def export(
 
     progress("observing the contract")
     contract = subject.contract(dtype, control=control, adapter=adapter)
+    if nameless := [slot.name for slot in contract.residuals if not slot.producer and contract.role == "unet"]:
+        raise ShapecheckError(
+            f"{', '.join(nameless)} of {subject.name}: added to a tensor that no module returns first or alone, as diffusers' "
+            "blocks do, so that nobody could tell in the file whether it is in its place: return it first, or export "
+            "--no-control"
+        )
     calibrated = calibration and calibration.find_model(contract)
     progress("tracing the graph: half a minute for SD1.5, two minutes for SDXL")
     traced = trace_graph.trace(subject.module, contract, opset)

@@ -18,6 +18,7 @@ from shapecheck.contract.errors import one_line
 from shapecheck.contract.naming import is_feature
 from shapecheck.logs import silence_logger
 from shapecheck.models.forward_call import build_residual_arguments, group_arguments
+from shapecheck.observe.residual_tracer import find_tensors
 from shapecheck.onnx.node_locations import BLOCK, SCOPES
 
 OUTPUT = "out_sample"
@@ -62,6 +63,11 @@ class _FlatModel(nn.Module):
         residuals, features = others[: self._slots], others[self._slots :]
         call |= build_residual_arguments(residuals, [*features[: self._blocks], *map(_MidFeature, features[self._blocks :])])
         result = self.model(**call, return_dict=False)
+        if extra := len(list(find_tensors(result[2 if isinstance(result[0], list) else 1 :]))):
+            raise ShapecheckError(
+                f"{type(self.model).__name__}.forward returns {extra} more tensors than diffusers' own, such as caches, and a "
+                "file of it would not: export it as diffusers has it"
+            )
         return (*result[0], result[1]) if isinstance(result[0], list) else (result[0],)
 
 
@@ -130,6 +136,8 @@ def _export(model: nn.Module, tensors: tuple[Tensor, ...], dynamic: list[dict[in
             exported = torch.onnx.export(
                 program, (), dynamo=True, optimize=False, external_data=False, opset_version=opset, verbose=False
             )
+    except ShapecheckError:
+        raise
     except Exception as error:  # the model's forward is the user's
         reason = one_line(f"{type(error).__name__}: {str(error).strip()}", longest=600)
         raise ShapecheckError(f"PyTorch's exporter cannot trace this model: {reason}") from error

@@ -37,6 +37,7 @@ class Arguments:
         self._contract, self._device = contract, device
         self._names = {base.argument: base.name for base in contract.inputs}
         self._dtypes = {name: getattr(torch, dtype) for name, dtype in contract.input_dtypes.items()}
+        self._labels = any(base.name == "class_labels" and len(base.shape) == 1 for base in contract.inputs)
         self._slots = [slot.name for slot in contract.slots] if contract.role == "unet" else []
         self._downs = self._slots[:-1]
         self._features = [slot.name for slot in contract.features]
@@ -50,15 +51,32 @@ class Arguments:
         for an argument that is not an input of the contract.
         """
         values = {**arguments, **{f"added_cond_kwargs.{name}": value for name, value in added.items()}}
-        # an empty list says as little as None: some real-time programs pass caches that are not used
-        values = {name: value for name, value in values.items() if not (value is None or _is_empty(value))}
+        # what is empty says as little as None: some real-time programs pass caches and switches that are not used
+        values = {
+            name: value
+            for name, value in values.items()
+            if not _is_empty(value) or (name in self._names and isinstance(value, Tensor))  # an input of no size is a fault
+        }
         if unknown := [name for name in values if name not in self._names]:
             surplus = (Mismatch("surplus", name, describe_value(values[name]), "no such input") for name in unknown)
             raise self._refuse(*surplus, unknown=unknown)
         sample = arguments["sample"]
         batch = len(sample) if isinstance(sample, Tensor) and sample.dim() else 1
-        placed = self.place_number("timestep", timestep, batch)
-        return {self._names[name]: value for name, value in values.items()} | {"timestep": placed}
+        inputs = {self._names[name]: value for name, value in values.items()}
+        if self._labels and "class_labels" in inputs:
+            inputs["class_labels"] = self._place_labels(inputs["class_labels"], batch)
+        if "timestep_cond" in self._dtypes and "timestep_cond" not in inputs:
+            # its projection has no bias: zeros are what PyTorch computes without it
+            width = self._contract.input_rules["timestep_cond"][1].scale
+            inputs["timestep_cond"] = torch.zeros(batch, width, dtype=self._dtypes["timestep_cond"], device=self._device)
+        return inputs | {"timestep": self.place_number("timestep", timestep, batch)}
+
+    def _place_labels(self, value: Any, batch: int) -> Any:
+        """Return numbers for classes or of a noise level, one a row, in the type of the file; what PyTorch refuses stays."""
+        is_cut = isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point())
+        if is_cut and not self._dtypes["class_labels"].is_floating_point:
+            return value
+        return self.place_number("class_labels", value, batch)
 
     def place_number(self, name: str, value: Any, length: int) -> Tensor:
         """Return an input that may be one number for `length` rows, or a tensor of all of them, on the session's device."""
@@ -142,4 +160,11 @@ class Arguments:
 
 
 def _is_empty(value: Any) -> bool:
-    return isinstance(value, (list, tuple, dict)) and not value
+    """Return whether an argument asks for nothing: None, a switch that is off, no text, or a collection of such alone."""
+    if isinstance(value, Tensor):
+        return value.numel() == 0
+    if isinstance(value, Mapping):
+        return all(map(_is_empty, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_empty, value))
+    return value is None or value is False or (isinstance(value, str) and not value)
