@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shapecheck.observe.probe import probe
     from shapecheck.observe.record import record
     from shapecheck.onnx.export import export
+    from shapecheck.onnx.rebind import rebind
     from shapecheck.pipelines.accelerate import accelerate
     from shapecheck.pipelines.calibrate import calibrate
     from shapecheck.runtime.combine import combined
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from shapecheck.runtime.guard import guard
     from shapecheck.runtime.load import load
     from shapecheck.tensorrt.build import build_engine
+    from shapecheck.tensorrt.refit import refit
 
 
 __all__ = [
@@ -59,7 +61,9 @@ __all__ = [
     "probe",
     "profile_of",
     "read_contract",
+    "rebind",
     "record",
+    "refit",
 ]
 _LAZY = {
     "Calibration": "shapecheck.models.calibration_record",
@@ -75,7 +79,9 @@ _LAZY = {
     "load": "shapecheck.runtime.load",
     "probe": "shapecheck.observe.probe",
     "read_contract": "shapecheck.artefact",
+    "rebind": "shapecheck.onnx.rebind",
     "record": "shapecheck.observe.record",
+    "refit": "shapecheck.tensorrt.refit",
 }
 
 

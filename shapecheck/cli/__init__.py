@@ -7,9 +7,9 @@ import click
 from shapecheck.cli.bench import bench
 from shapecheck.cli.demo import demo
 from shapecheck.cli.doctor import doctor
-from shapecheck.cli.engines import build, profile
+from shapecheck.cli.engines import build, profile, refit
 from shapecheck.cli.explain import explain
-from shapecheck.cli.files import check, export
+from shapecheck.cli.files import check, export, rebind
 from shapecheck.cli.group import Commands
 from shapecheck.cli.models import diff, presets, probe
 from shapecheck.cli.parity import parity
@@ -25,7 +25,7 @@ def main() -> None:
     """
 
 
-for _command in (probe, explain, diff, export, check, profile, build, parity, bench, demo, doctor, presets):
+for _command in (probe, explain, diff, export, rebind, check, profile, build, refit, parity, bench, demo, doctor, presets):
     main.add_command(_command)
 
 

@@ -1,4 +1,4 @@
-"""Subcommands about engines: profile, build."""
+"""Subcommands about engines: profile, build, refit."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from shapecheck.cli.options import (
     offline_option,
     output_option,
     source_options,
+    variant_option,
 )
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.models.lookup import OtherModelError
@@ -160,7 +161,7 @@ def _find_unet(model: str, expected: Contract | None, control: bool, offline: bo
     help="How long TensorRT searches for fast kernels.  [default: TensorRT's]",
 )
 @click.option("--workspace", type=click.IntRange(min=1), metavar="MiB", help="Scratch memory a layer may use.  [default: all]")
-@click.option("--refittable", is_flag=True, help="Weights can be exchanged in the engine.")
+@click.option("--refittable", is_flag=True, help="Weights can be exchanged in the engine, with `shapecheck refit`.")
 @click.option("--version-compatible", is_flag=True, help="The engine runs with later versions of TensorRT too.")
 @click.option("--tf32/--no-tf32", default=True, show_default=True, help="Let float32 products be computed in TF32.")
 @click.option(
@@ -231,4 +232,39 @@ def build(
         note = "no model was named and no preset fits: the contract is the file's own table; --model holds it to its UNet"
         built = replace(built, notes=(*built.notes, note))
     write(report.render_json(built) if form == "json" else report.render_text(built), None)
+    return 0
+
+
+@click.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="Whose weights it gets: FILE.onnx of the same graph, as `rebind` writes it, or a model, as `export` takes it.",
+)
+@click.option("-o", "--output", type=FILE, metavar="ENGINE.plan", help="The engine to write.  [default: ENGINE itself]")
+@variant_option
+@offline_option
+@human_or_json
+def refit(engine: Path, model: str, output: Path | None, form: str, **options: Any) -> int:
+    """Exchange the weights of ENGINE, which was built --refittable, for those of another model with the same graph.
+
+    Takes seconds on the GPU that it was built for, where a build takes minutes: for another LoRA. Its record then names the new
+    weights; `shapecheck parity MODEL --engine ENGINE` compares it with PyTorch. A weight that TensorRT folded into something
+    else is named, and nothing is changed.
+
+    \b
+    Examples:
+      shapecheck build unet.onnx -o unet.plan --sizes 512x512 --refittable
+      shapecheck refit unet.plan --model ./sd15-with-lora
+      shapecheck refit unet.plan --model rebound.onnx -o other.plan
+    """
+    from shapecheck.tensorrt import build_report as report
+    from shapecheck.tensorrt.refit import refit as exchange
+
+    with progress() as steps:
+        built = exchange(engine, model, output, **options, progress=steps)
+    text = report.render_text(built, f"REFITTED: in {built.seconds:.0f} s")
+    write(report.render_json(built) if form == "json" else text, None)
     return 0

@@ -1,4 +1,4 @@
-"""Subcommands about files: export, check."""
+"""Subcommands about files: export, rebind, check."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 
 from shapecheck import ContractError, ShapecheckError
 from shapecheck.cli.options import (
+    FILE,
     Form,
     human_or_json,
     offline_option,
@@ -110,6 +111,43 @@ def export(model: str, output: Path, verify: bool, form: str, **options: Any) ->
         write(report.render_json(done) if form == "json" else report.render_text(done), None)
         raise
     write(report.render_json(done, agreements) if form == "json" else report.render_text(done, agreements), None)
+    return 0 if all(compared.agrees for compared in agreements) else ContractError.exit_status
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", required=True, metavar="MODEL", help="The model whose weights it gets: what `export` takes.")
+@click.option("-o", "--output", type=FILE, metavar="FILE.onnx", help="The file to write.  [default: FILE itself]")
+@variant_option
+@click.option(
+    "--verify/--no-verify",
+    default=False,
+    show_default=True,
+    help="Compare with PyTorch afterwards, in ONNX Runtime on the CPU, at two sizes. This loads the weights.",
+)
+@offline_option
+@human_or_json
+def rebind(file: Path, model: str, output: Path | None, verify: bool, form: str, **options: Any) -> int:
+    """Exchange the weights of FILE.onnx, which `export` wrote, for those of another model with the same graph, in seconds.
+
+    The other model has another LoRA fused into it, or was trained further. Nothing is traced. Weights are linked where that is
+    possible, else copied. A model that would be another graph is refused, and so is a file that another tool rewrote, whose
+    weights may be folded or transposed; those that are gone are named.
+
+    \b
+    Examples:
+      shapecheck rebind unet.onnx --model ./sd15-with-lora
+      shapecheck rebind unet.onnx --model ./sd15-with-lora -o other.onnx --verify
+    """
+    from shapecheck.onnx import export_report as report
+    from shapecheck.onnx import rebind as rebinding
+    from shapecheck.parity import export_check
+
+    with progress() as tell:
+        done = rebinding.rebind(file, model, output, **options, progress=tell)
+        agreements = export_check.verify_export(done, model, **options, progress=tell) if verify else ()
+    human = report.render_text(done, agreements, "REBOUND")
+    write(report.render_json(done, agreements) if form == "json" else human, None)
     return 0 if all(compared.agrees for compared in agreements) else ContractError.exit_status
 
 

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,8 @@ from shapecheck.models.safetensors import TensorLocation
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from shapecheck.models.adapters import LiveTensor
 
 _ALIGNMENT = 64
 _CHUNK = 2**23  # bytes held at a time
@@ -131,17 +133,18 @@ def _find_inside(file: Path, onnx_folder: Path) -> PurePath:
 
 
 def copy_tensors(
-    source: Mapping[str, TensorLocation | Tensor],
+    source: Mapping[str, TensorLocation | LiveTensor | Embedded],
     dtype: str | None,
     target: Path,
     progress: Callable[[int, int], object],
     *,
     outdated: Path | None = None,
+    written: Callable[[Mapping[str, TensorLocation]], object] = lambda locations: None,
 ) -> dict[str, TensorLocation]:
     """Write the tensors one after the other to `target`, replacing a file there, and return the location of each.
 
     `outdated` is a file that reads `target` as it was: it is removed when every byte is written, so that no crash leaves it
-    beside tensors that are not its own.
+    beside tensors that are not its own. Before that `written` is called with where the tensors are until then.
 
     Floating tensors are converted to `dtype`, by the name PyTorch gives it; None keeps each as it is. `target` appears when it
     is whole; on any failure nothing new is left. `progress` is called with the bytes written and those to write. Memory: a
@@ -166,6 +169,7 @@ def copy_tensors(
                     for chunk in read_chunks(value):
                         done += output.write(_raw(chunk.to(_parse_dtype(placed[name].dtype))))
                         progress(done, total)
+            written({name: replace(location, file=partial) for name, location in placed.items()})
             if outdated is not None:
                 outdated.unlink(missing_ok=True)
         except OSError as error:
@@ -175,7 +179,9 @@ def copy_tensors(
     return placed
 
 
-def plan_layout(source: Mapping[str, TensorLocation | Tensor], dtype: str | None, target: Path) -> dict[str, TensorLocation]:
+def plan_layout(
+    source: Mapping[str, TensorLocation | LiveTensor | Embedded], dtype: str | None, target: Path
+) -> dict[str, TensorLocation]:
     """Return the location of each tensor in the file that `copy_tensors` writes."""
     if dtype is not None and not _parse_dtype(dtype).is_floating_point:
         raise ShapecheckError(f"{dtype} is not a floating dtype to convert weights to; give float32, float16 or bfloat16")
@@ -192,7 +198,8 @@ def plan_layout(source: Mapping[str, TensorLocation | Tensor], dtype: str | None
 
 
 def digest(
-    weights: Mapping[str, TensorLocation | Tensor | Embedded], progress: Callable[[int, int], object] = lambda done, total: None
+    weights: Mapping[str, TensorLocation | LiveTensor | Embedded],
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> str:
     """Return the identity of weights: sha256 over names, dtypes, shapes and bytes, however they are kept and ordered.
 
@@ -210,11 +217,12 @@ def digest(
     return f"sha256:{state.hexdigest()}"
 
 
-def digest_live(tensors: Mapping[str, Tensor], progress: Callable[[int, int], object] = lambda done, total: None) -> str:
+def digest_live(tensors: Mapping[str, LiveTensor], progress: Callable[[int, int], object] = lambda done, total: None) -> str:
     """Return another identity of weights in memory, made by several threads: sha256 over the `digest` of each tensor."""
     import torch
 
-    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+    live = [value if isinstance(value, torch.Tensor) else next(value.layer.parameters()) for value in tensors.values()]
+    for device in {tensor.device for tensor in live if tensor.is_cuda}:
         torch.cuda.synchronize(device)  # the threads read on streams of their own
     names, done, total = sorted(tensors), 0, sum(tensor.nbytes for tensor in tensors.values())
     state = hashlib.sha256()
@@ -226,13 +234,13 @@ def digest_live(tensors: Mapping[str, Tensor], progress: Callable[[int, int], ob
     return f"sha256:{state.hexdigest()}"
 
 
-def find_differing(stored: Mapping[str, TensorLocation], live: Mapping[str, Tensor]) -> tuple[str, ...]:
+def find_differing(stored: Mapping[str, TensorLocation], live: Mapping[str, LiveTensor]) -> tuple[str, ...]:
     """Return the names whose live tensor is not the file's, bit by bit, dtype and shape included, or is on one side only."""
     names = dict.fromkeys((*live, *stored))
     return tuple(name for name in names if not (name in live and name in stored and is_equal(stored[name], live[name])))
 
 
-def is_equal(stored: TensorLocation | Embedded, live: Tensor) -> bool:
+def is_equal(stored: TensorLocation | Embedded, live: LiveTensor) -> bool:
     """Return whether a live tensor is the file's, dtype and shape included: bit by bit, or by value if embedded in ONNX."""
     import torch
 
@@ -246,7 +254,7 @@ def is_equal(stored: TensorLocation | Embedded, live: Tensor) -> bool:
     )
 
 
-def read_chunks(value: TensorLocation | Embedded | Tensor) -> Iterator[Tensor]:
+def read_chunks(value: TensorLocation | Embedded | LiveTensor) -> Iterator[Tensor]:
     """Yield the elements in order, flat, on the CPU, at most 8 MiB at a time. A chunk lives until the next is yielded."""
     import torch
 
@@ -254,6 +262,8 @@ def read_chunks(value: TensorLocation | Embedded | Tensor) -> Iterator[Tensor]:
         dtype = _parse_dtype(value.dtype)
         yield from (torch.frombuffer(data, dtype=dtype) for data in _read(value))
         return
+    if not isinstance(value, torch.Tensor):
+        value = value.merge()
     if value.is_meta:
         raise ShapecheckError("the module is on the meta device: its tensors have no values to write or compare")
     flat = value.detach().reshape(-1)
@@ -293,5 +303,5 @@ def _parse_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _dtype_name(value: TensorLocation | Tensor | Embedded) -> str:
+def _dtype_name(value: TensorLocation | LiveTensor | Embedded) -> str:
     return value.dtype if isinstance(value.dtype, str) else str(value.dtype).removeprefix("torch.")

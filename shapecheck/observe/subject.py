@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shapecheck.contract import Contract, Role, ShapecheckError
 from shapecheck.files import report_unreadable
 from shapecheck.logs import silence_logger
 from shapecheck.models import diffusers_models, lookup
+from shapecheck.models.adapters import LiveTensor, is_adapted, read_state, remove_adapters
 from shapecheck.models.calibration_record import Calibration
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.models.fp8_simulation import simulate_fp8
@@ -36,7 +37,8 @@ class Subject:
     """A model to export: `module` is on the meta device, and any live weights stay where they are.
 
     `stored` says where the checkpoint's tensors lie; if it is None, `absent` says why there is no checkpoint.
-    `live` has the tensors of a live module, and `source` is what a name stands for: one of the two is None.
+    `live` has the tensors of a live module, with its LoRAs merged, and `source` is what a name stands for: one of the two is
+    None.
     """
 
     module: nn.Module
@@ -45,7 +47,7 @@ class Subject:
     role: Role
     stored: Stored | None
     absent: str = ""
-    live: Mapping[str, Tensor] | None = None
+    live: Mapping[str, LiveTensor] | None = None
     source: lookup.ModelSource | None = None
     notes: tuple[str, ...] = ()
 
@@ -70,7 +72,7 @@ class Subject:
 
         Raises ShapecheckError if the weights have several, or are quantized.
         """
-        tensors: Mapping[str, TensorLocation | Tensor] = self.live or self.stored or self.module.state_dict()
+        tensors: Mapping[str, TensorLocation | LiveTensor] = self.live or self.stored or self.module.state_dict()
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
         if quantized := [dtype for dtype in dtypes if not dtype.startswith(("float", "bfloat")) or dtype.startswith("float8")]:
             raise ShapecheckError(f"{self.name} is quantized ({', '.join(quantized)}); export the unquantized checkpoint")
@@ -87,6 +89,8 @@ class Subject:
         others = sorted({tensor.dtype for tensor in self.stored.values()} - {dtype})
         if others:
             return f"the checkpoint is {others[0]} and the graph {dtype}"
+        if self.live and (merged := next((name for name, tensor in self.live.items() if is_adapted(tensor)), None)):
+            return f"the live module has LoRAs beside its checkpoint, first on {merged}"
         if self.live and (changed := find_differing(self.stored, self.live)):
             return f"the live module differs from its checkpoint in {len(changed)} tensors, first {changed[0]} (a fused LoRA?)"
         try:
@@ -95,9 +99,9 @@ class Subject:
             return str(error)
         return ""
 
-    def tensors(self, names: Iterable[str], *, linked: bool) -> dict[str, TensorLocation | Tensor]:
+    def tensors(self, names: Iterable[str], *, linked: bool) -> dict[str, TensorLocation | LiveTensor]:
         """Return these parameters: from the live module unless `linked`, else from the checkpoint, else mere shapes."""
-        checkpoint: Mapping[str, TensorLocation | Tensor] = self.module.state_dict() if self.stored is None else self.stored
+        checkpoint: Mapping[str, TensorLocation | LiveTensor] = self.module.state_dict() if self.stored is None else self.stored
         tensors = checkpoint if linked or self.live is None else self.live
         if missing := [name for name in names if name not in tensors]:
             raise ShapecheckError(f"{self.name} computes with tensors that are in no state dict: {', '.join(missing)}")
@@ -157,7 +161,7 @@ def _wrap_live(module: nn.Module, variant: str | None) -> Subject:
     if not (diffusers_models.is_unet(module) or diffusers_models.is_controlnet(module)):
         raise ShapecheckError(f"class {name} is not exported yet: expected a UNet2DConditionModel or a ControlNetModel")
     role: Role = "controlnet" if diffusers_models.is_controlnet(module) else "unet"
-    live: dict[str, Tensor] | None = dict(module.state_dict())
+    live: dict[str, LiveTensor] | None = read_state(module)
     stored, absent = None, f"the live {name} was not loaded from a folder"
     root = Path(str(getattr(module, "config", {}).get("_name_or_path") or ""))
     folder = next((folder for folder in (root, root / role) if (folder / "config.json").is_file()), None)
@@ -182,8 +186,8 @@ def _read_checkpoint(folder: Path, variant: str | None, origin: str) -> tuple[St
 
 
 def copy_to_meta(module: nn.Module) -> nn.Module:
-    """Return a copy of a live module with its own forward and no memory for tensors."""
-    module = unwrap_compiled(module)
+    """Return a copy of a live module with its own forward and no memory for tensors, nor adapters such as LoRAs."""
+    module = remove_adapters(unwrap_compiled(module))
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         empty = torch.empty_like(tensor, device="meta")

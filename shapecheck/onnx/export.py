@@ -15,11 +15,12 @@ from shapecheck.contract.naming import ONNX_NUMBERS, find_scheme
 from shapecheck.files import atomic_write, ensure_writable
 from shapecheck.models import weights as checkpoints
 from shapecheck.models.calibration_record import CalibratedModel, Calibration, choose_scale, read_calibration
+from shapecheck.models.computation import describe_computation
 from shapecheck.models.fp8_simulation import measure_magnitude
 from shapecheck.models.safetensors import TensorLocation
 from shapecheck.observe.subject import Subject, resolve_subject
 from shapecheck.onnx import fp8_graph, postconditions, trace_graph
-from shapecheck.onnx.file import CONTRACT_KEY, FP8_KEY, WEIGHTS_KEY
+from shapecheck.onnx.file import COMPUTATION_KEY, CONTRACT_KEY, FP8_KEY, GRAPH_KEY, WEIGHTS_KEY, digest_graph
 from shapecheck.onnx.records import Exported, Weights
 from shapecheck.progress import Progress, silent
 from shapecheck.version import __version__
@@ -59,7 +60,7 @@ def export(
 
     Raises ShapecheckError if the model, the weights or the output cannot be used; nothing is left behind then.
     """
-    target, names = _find_target(Path(output)), find_scheme(naming)
+    target, names = find_target(Path(output)), find_scheme(naming)
     data = target.with_name(f"{target.name}.data")
     progress("reading the model")
     subject = resolve_subject(model, variant=variant, offline=offline)
@@ -69,7 +70,7 @@ def export(
         raise ShapecheckError(f"--no-control is for UNets, which then take no residuals, and {subject.name} is a ControlNet")
     dtype, calibration = subject.dtype(dtype), read_calibration(fp8) if fp8 is not None else None
     opset = _choose_opset(opset, dtype, with_fp8=calibration is not None)
-    mode, reason = _choose_weights(weights, dtype, subject, target)
+    mode, reason = choose_weights(weights, dtype, subject, target)
     if mode == "copy":
         ensure_writable(data)
     if mode == "none" and data.exists():
@@ -84,6 +85,7 @@ def export(
             "--no-control"
         )
     calibrated = calibration and calibration.find_model(contract)
+    computation = describe_computation(subject.module)
     progress("tracing the graph: half a minute for SD1.5, two minutes for SDXL")
     traced = trace_graph.trace(subject.module, contract, opset)
     in_fp8 = _quantize(traced, subject, calibrated, progress) if calibrated else 0
@@ -115,10 +117,13 @@ def export(
         "shapecheck.versions": json.dumps({"shapecheck": __version__} | {name: version(name) for name in libraries}),
     }
     metadata |= {FP8_KEY: str(in_fp8)} if in_fp8 else {}
-    traced.metadata_props.update(metadata)
+    proto = ir.to_proto(traced)
+    metadata |= {COMPUTATION_KEY: "" if computation.unseen else f"sha256:{computation.digest}", GRAPH_KEY: digest_graph(proto)}
+    for key, text in metadata.items():
+        proto.metadata_props.add(key=key, value=text)
 
     with atomic_write(target) as partial:
-        ir.save(traced, partial)
+        partial.write_bytes(proto.SerializeToString())
         # The weights come last: until every byte is there, no file of an earlier export changes.
         if mode == "copy":
             copied = lambda *bytes_: progress("copying the weights", *bytes_)  # noqa: E731
@@ -127,7 +132,7 @@ def export(
     return Exported(Path(output), contract, mode, reason, files, dtype, opset, naming, in_fp8)
 
 
-def _find_target(output: Path) -> Path:
+def find_target(output: Path) -> Path:
     """Return where the file really goes. Raises ShapecheckError if no ONNX file can be written there."""
     if output.suffix.lower() != ".onnx":
         raise ShapecheckError(f"cannot write {output}: the name of an ONNX file ends in .onnx")
@@ -138,7 +143,7 @@ def _find_target(output: Path) -> Path:
     return target
 
 
-def _choose_weights(requested: Weights | None, dtype: str, subject: Subject, target: Path) -> tuple[Weights, str]:
+def choose_weights(requested: Weights | None, dtype: str, subject: Subject, target: Path) -> tuple[Weights, str]:
     """Return whether to link or copy the weights; and why they are copied, if nobody requested that."""
     if requested == "none":
         return "none", ""

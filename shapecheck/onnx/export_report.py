@@ -12,7 +12,7 @@ from shapecheck.report.document import Document, Facts, Paragraph
 from shapecheck.report.numbers import dump_json, format_count
 
 
-def render_text(exported: Exported, agreements: Sequence[Agreement] = ()) -> str:
+def render_text(exported: Exported, agreements: Sequence[Agreement] = (), verdict: str = "EXPORTED") -> str:
     """Return the report for a person."""
     contract = exported.contract
     slots = f"{len(contract.slots)} slots" if contract.slots else "no slots"
@@ -34,7 +34,6 @@ def render_text(exported: Exported, agreements: Sequence[Agreement] = ()) -> str
         worst = max(outputs, key=lambda output: (not output.agrees, output.difference - output.allowed))
         difference = f"{worst.difference:.2g} of its largest value, {worst.allowed:.2g} allowed"
         facts.append((f"at {geometry}", f"{worst.output} differs by {difference}"))
-    verdict = "EXPORTED"
     if agreements:
         agree = all(agreement.agrees for agreement in agreements)
         verdict += ": PyTorch and ONNX Runtime agree" if agree else ", and DISAGREES with PyTorch"

@@ -25,6 +25,10 @@ CONTRACT_KEY = "shapecheck.contract"
 """Key of the contract in the metadata_props of an exported file."""
 WEIGHTS_KEY = "shapecheck.weights"
 """Key of `sha256:…` over the checkpoint that was exported; empty if it has no weights."""
+COMPUTATION_KEY = "shapecheck.computation"
+"""Key of `sha256:…` over all that decides the graph beside the weights; empty if that cannot be described."""
+GRAPH_KEY = "shapecheck.graph"
+"""Key of `sha256:…` over the graph as it was exported: what another tool rewrote, or folded weights in, is not it."""
 FP8_KEY = "shapecheck.fp8"
 """Key of the number of layers in fp8, in a file that has some."""
 LARGEST = 2**31
@@ -114,6 +118,11 @@ class OnnxFile:
         return weights
 
     @property
+    def weight_names(self) -> frozenset[str]:
+        """Return the names of `tensors`, whether or not their files are there."""
+        return _find_weights(self.proto)
+
+    @property
     def size(self) -> int:
         """Return the bytes of the file with all its weights."""
         return require_readable(self.path) + sum(tensor.nbytes for tensor in self.external_tensors.values())
@@ -121,6 +130,26 @@ class OnnxFile:
     @cached_property
     def digest(self) -> str:
         return file_digest(self.path)
+
+
+def digest_graph(model: onnx.ModelProto) -> str:
+    """Return `sha256:…` of nodes, constants, inputs and outputs, and of the weights' names and forms: not of their values."""
+    graph, weights, digest = model.graph, _find_weights(model), hashlib.sha256()
+    for tensor in graph.initializer:
+        form = f"{tensor.name} {tensor.data_type} {list(tensor.dims)}".encode()
+        digest.update(form if tensor.name in weights else tensor.SerializeToString(deterministic=True))
+    for part in (*graph.node, *graph.input, *graph.output, *model.functions, *model.opset_import):
+        digest.update(part.SerializeToString(deterministic=True))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _find_weights(model: onnx.ModelProto) -> frozenset[str]:
+    """Return the names of the tensors in other files; of all initializers if there are none."""
+    import onnx
+
+    tensors = model.graph.initializer
+    external = frozenset(tensor.name for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL)
+    return external or frozenset(tensor.name for tensor in tensors)
 
 
 def require_readable(path: Path) -> int:

@@ -152,6 +152,7 @@ def accelerate(
     graphs: bool = False,
     finite: bool = True,
     own_outputs: bool = True,
+    refittable: bool = False,
     progress: Progress = silent,
 ) -> Accelerated:
     """Exchange the UNet and the ControlNets of a diffusers pipeline or a StreamDiffusion for faster ones made from them.
@@ -168,6 +169,9 @@ def accelerate(
     measures nothing. `budget` bounds the first start, in seconds: what is not expected to be ready in time is not begun, and
     TensorRT's engines are then built in the background, for the next start; None waits for everything. Any other backend is
     tried alone and not measured.
+
+    To exchange LoRAs or other weights, undo, change the PyTorch modules, and call this again: where the folder holds the same
+    graph, only weights are written anew, in seconds; and with `refittable` TensorRT's engines, which may be slower then.
 
     `fallback="error"` raises if a model would stay in PyTorch. `graphs`, `finite` and `own_outputs` are those of `load`.
 
@@ -194,7 +198,8 @@ def accelerate(
     geometry = ranges[0].opt
 
     options = {"graphs": graphs, "finite": finite, "own_outputs": own_outputs}
-    maker = CandidateMaker(folder, ranges, options, progress, contracts={owners.unet: contract}, strict=fallback == "error")
+    contracts, strict = {owners.unet: contract}, fallback == "error"
+    maker = CandidateMaker(folder, ranges, options, progress, contracts=contracts, strict=strict, refittable=refittable)
     maker.make_profiles(owners.unet)  # a size that the model refuses is told before anything is made
     choice = _choose(owners, maker, backend, geometry, (budget, start), controlnets=controlnets)
     if choice.candidate.backend == "torch":

@@ -36,6 +36,7 @@ from shapecheck.pipelines.candidates import CandidateMaker
 from shapecheck.pipelines.export_cache import ExportCache
 from shapecheck.tensorrt.build import build_engine
 from shapecheck.tensorrt.profiles import Profile
+from shapecheck.tensorrt.record import BuildOptions
 
 _GRACE = 20.0
 """Seconds in which this process may tidy up once the requesting one is gone."""
@@ -60,8 +61,9 @@ class BackgroundBuild:
             raise
         self._is_told_to_end = False
         assert self._process.stdin is not None
+        job = {"cache": str(maker.folder.absolute()), "models": entries, "refittable": maker.refittable}
         with suppress(OSError):  # it is gone already, which is told below
-            self._process.stdin.write(json.dumps({"cache": str(maker.folder.absolute()), "models": entries}) + "\n")
+            self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
         self._thread = threading.Thread(target=self._wait, args=(on_failure,), daemon=True)
         self._thread.start()
@@ -122,8 +124,10 @@ def _describe_model(maker: CandidateMaker, model: nn.Module) -> dict[str, Any]:
     """Return what the process needs of a model: its ONNX file, or a folder that it can be exported from, and profiles."""
     cache, module = maker.find_cache(model), unwrap_compiled(model)
     entry = {"onnx": str(cache.path.absolute()), "folder": "", "profiles": encode(maker.make_profiles(model))}
-    if not cache.is_exported:
+    if cache.needs_export:
         entry["folder"] = str(_save_model(cache, module))
+    else:
+        cache.export_onnx()  # which takes seconds
     return entry
 
 
@@ -161,6 +165,7 @@ def main() -> None:
     from shapecheck.onnx.export import export
 
     job, failure = json.loads(sys.stdin.readline()), ""
+    options = BuildOptions(refittable=job["refittable"])
     threading.Thread(target=_end_with_requester, daemon=True).start()
     if hasattr(os, "nice"):
         os.nice(19)
@@ -170,7 +175,8 @@ def main() -> None:
             if entry["folder"]:
                 is_unet = (folder / "unet").is_dir()
                 export(folder if is_unet else folder / "controlnet", onnx, weights="copy", offline=True)
-            build_engine(onnx, cache=job["cache"], profiles=decode(tuple[Profile, ...], entry["profiles"]))
+            profiles = decode(tuple[Profile, ...], entry["profiles"])
+            build_engine(onnx, cache=job["cache"], profiles=profiles, options=options)
     except (ShapecheckError, ModuleNotFoundError, MemoryError) as error:
         failure = one_line(str(error) or type(error).__name__, longest=500)
     finally:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shapecheck.contract import ShapecheckError
+from shapecheck.models.adapters import remove_adapters
 from shapecheck.models.calibration_record import CalibratedModel, Calibration, digest_model
 from shapecheck.models.diffusers_models import is_union
 from shapecheck.models.forward_call import unwrap_compiled
@@ -92,9 +93,9 @@ def _watch(module: nn.Module, watching: ExitStack) -> dict[str, Tensor]:
 
         watching.callback(layer.register_forward_pre_hook(note).remove)
 
-    for name, layer in module.named_modules():
+    for name, layer in remove_adapters(module).named_modules():  # names as in a file, into which LoRAs are merged
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            watch_layer(name, layer)
+            watch_layer(name, module.get_submodule(name))
     return seen
 
 

@@ -94,15 +94,16 @@ class CandidateMaker:
         *,
         contracts: Mapping[nn.Module, Contract],
         strict: bool,
+        refittable: bool = False,
     ) -> None:
         self.folder, self.sizes, self.options, self.progress = folder, tuple(sizes), dict(options), progress
-        self.strict, self._contracts = strict, dict(contracts)
+        self.strict, self.refittable, self._contracts = strict, refittable, dict(contracts)
         self._caches: dict[nn.Module, ExportCache] = {}
 
     def find_cache(self, model: nn.Module) -> ExportCache:
         """Return the files of a model, which hashes its weights once."""
         if model not in self._caches:
-            self._caches[model] = ExportCache(model, self.folder, self.progress)
+            self._caches[model] = ExportCache(model, self.folder, self.progress, refittable=self.refittable)
         return self._caches[model]
 
     def find_contract(self, model: nn.Module) -> Contract:
@@ -209,7 +210,7 @@ class CandidateMaker:
         if backend == "torch-compile":
             return _COMPILE * size
         try:
-            exporting = 0.0 if self.find_cache(model).is_exported else _EXPORT
+            exporting = _EXPORT if self.find_cache(model).needs_export else 0.0
             building = {"trt": _ENGINE, "ort-trt": _PROVIDER_ENGINE}.get(backend, 0.0)
             if not exporting and self._has_engine(backend, model):
                 building = 0.0

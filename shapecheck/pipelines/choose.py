@@ -135,7 +135,7 @@ def describe_surroundings(maker: CandidateMaker, models: Sequence[nn.Module], ge
         with suppress(OSError, RuntimeError):
             for facts in probes.driver():
                 driver |= facts
-    names = []
+    names, options = list[str](), sorted(maker.options.items())
     for model in models:
         try:
             names.append(maker.find_cache(model).path.stem)
@@ -150,7 +150,7 @@ def describe_surroundings(maker: CandidateMaker, models: Sequence[nn.Module], ge
         "driver": one_line(f"{driver.get('version', '')}"),
         # with "error" a ControlNet that cannot be exchanged is the candidate's failure
         "fallback": "error" if maker.strict else "log",
-        "options": ", ".join(f"{name} {value}" for name, value in sorted(maker.options.items())),
+        "options": ", ".join([*(f"{name} {value}" for name, value in options), *["refittable"] * maker.refittable]),
         "versions": ", ".join(f"{name} {version}" for name, version in extras.list_versions(_LIBRARIES)),
         "shapecheck": __version__,
     }

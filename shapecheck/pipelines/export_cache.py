@@ -21,6 +21,7 @@ from shapecheck.contract import Role, ShapecheckError
 from shapecheck.contract.errors import one_line
 from shapecheck.files import lock_folder, make_folder
 from shapecheck.models import weights
+from shapecheck.models.adapters import remove_adapters
 from shapecheck.models.computation import describe_computation
 from shapecheck.models.diffusers_models import is_controlnet
 from shapecheck.models.forward_call import unwrap_compiled
@@ -39,10 +40,14 @@ _log = logging.getLogger(__name__)
 
 
 class ExportCache:
-    """The files of one live UNet or ControlNet in a folder, each made once."""
+    """The files of one live UNet or ControlNet in a folder, each made once.
 
-    def __init__(self, model: nn.Module, folder: Path, progress: Progress) -> None:
-        self._model, self._folder, self._progress = model, folder, progress
+    What has the same graph and other weights, such as another LoRA's, is made of the files of that: an ONNX file is rebound,
+    and an engine refitted if it is `refittable`.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, progress: Progress, *, refittable: bool = False) -> None:
+        self._model, self._folder, self._progress, self._refittable = model, folder, progress, refittable
 
     @property
     def role(self) -> Role:
@@ -58,34 +63,70 @@ class ExportCache:
         except ShapecheckError:  # damaged: it is exported again
             return False
 
+    @property
+    def needs_export(self) -> bool:
+        """Return whether the graph has to be traced, which takes minutes: it was not for these weights, nor for others."""
+        return not self.is_exported and not self._list_others()
+
     def export_onnx(self) -> Path:
         """Return the ONNX file, its weights beside it. Raises ShapecheckError if the model cannot be exported."""
         # Imported now, with the exporter's libraries: compiled models never need them.
         from shapecheck.onnx.export import export
 
         with lock_folder(self._folder):
-            if not self.is_exported:
+            if not self.is_exported and not self._rebind_other():
                 export(self._model, self.path, weights="copy", progress=self._progress)
         return self.path
 
+    def _rebind_other(self) -> bool:
+        """Write the file from one of the same graph with other weights, such as another LoRA's, if there is one."""
+        from shapecheck.onnx.rebind import rebind
+
+        for other in self._list_others():
+            try:
+                rebind(other, self._model, self.path, progress=self._progress)
+            except ShapecheckError as error:  # damaged, or changed by somebody: it is exported anew
+                _log.info("%s is not used again: %s", other, error)
+            else:
+                return True
+        return False
+
     def build_engine(self, target: Target, profiles: Sequence[Profile]) -> Path:
         """Return the engine of the ONNX file. Raises ShapecheckError if TensorRT is missing or refuses it."""
-        path, options = self.export_onnx(), BuildOptions(target=target)
+        path, options = self.export_onnx(), BuildOptions(target=target, refittable=self._refittable)
+        if self._refittable and not self._find_engine(f"{path.stem}-*.plan", target, profiles):
+            self._refit_other(path, target, profiles)
         return build_engine(path, cache=self._folder, profiles=profiles, options=options, progress=self._progress).path
 
+    def _refit_other(self, path: Path, target: Target, profiles: Sequence[Profile]) -> None:
+        """Make the engine of a file from one of the same graph with other weights, if there is one that can be refitted."""
+        from shapecheck.tensorrt.refit import refit
+
+        other = self._find_engine(f"{self._graph}-*.plan", target, profiles)
+        if other is not None:
+            try:
+                refit(other, path, cache=self._folder, progress=self._progress)
+            except ShapecheckError as error:  # it is built anew
+                _log.info("%s is not refitted: %s", other, error)
+
     def has_engine(self, target: Target, profiles: Sequence[Profile]) -> bool:
-        """Return whether an engine for these profiles lies here, so that `build_engine` will find it unless it was damaged."""
-        release = ""
+        """Return whether an engine for these profiles lies here, so that `build_engine` finds it, or one that it refits."""
+        stem = self._graph if self._refittable else self.path.stem
+        return self._find_engine(f"{stem}-*.plan", target, profiles) is not None
+
+    def _find_engine(self, pattern: str, target: Target, profiles: Sequence[Profile]) -> Path | None:
+        """Return an engine for these profiles, by a TensorRT of this release."""
+        release, options = "", BuildOptions(target=target, refittable=self._refittable)
         with suppress(PackageNotFoundError):
             release = ".".join(version("tensorrt").split(".")[:2])
-        for path in self._folder.glob(f"{self.path.stem}-*.plan"):
+        for path in self._folder.glob(pattern):
             with suppress(ShapecheckError, OSError):
                 request = read_engine(path).request
                 # an engine of another TensorRT may lie beside it
-                same = request.options == BuildOptions(target=target) and request.profiles == tuple(profiles)
+                same = request.options == options and request.profiles == tuple(profiles)
                 if same and request.tensorrt.startswith(release):
-                    return True
-        return False
+                    return path
+        return None
 
     @contextmanager
     def keep_engine(self, options: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
@@ -116,19 +157,29 @@ class ExportCache:
         made_for = json.dumps([makers, sorted(options.items())])
         return self.path.with_name(f"{self.path.stem}-{hashlib.sha256(made_for.encode()).hexdigest()[:16]}.ort-trt")
 
+    @property
+    def _graph(self) -> str:
+        """Return what names of files of the same graph begin with."""
+        return self.path.stem.rpartition("-")[0]
+
+    def _list_others(self) -> list[Path]:
+        """Return the files of the same graph with other weights."""
+        return [path for path in self._folder.glob(f"{self._graph}-{'[0-9a-f]' * 16}.onnx") if path != self.path]
+
     @cached_property
     def path(self) -> Path:
-        """Name the file after all that it depends on: what the model computes, its weights, and what exports it.
+        """Name the file after all that it depends on: what the model computes and what exports it, then its weights.
 
         If something of that cannot be described, the file is for this time alone, and is not found again.
         """
-        subject, computation = resolve_subject(self._model), describe_computation(unwrap_compiled(self._model))
+        subject = resolve_subject(self._model)
+        computation = describe_computation(remove_adapters(unwrap_compiled(self._model)))
         weights_digest = weights.digest_live(subject.live or {}, lambda *sizes: self._progress("hashing the weights", *sizes))
         # Another release of any of these may export another graph.
         makers = [f"shapecheck {__version__}", *(f"{name} {version(name)}" for name in ("torch", "diffusers", "onnxscript"))]
-        text = "\n".join([computation.digest, weights_digest, *makers])
+        graph = hashlib.sha256("\n".join([computation.digest, *makers]).encode()).hexdigest()
         if not computation.unseen:
-            return self._folder / f"{subject.role}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.onnx"
+            return self._folder / f"{subject.role}-{graph[:16]}-{weights_digest.removeprefix('sha256:')[:16]}.onnx"
         more = f" (and {len(computation.unseen) - 1} more)" if len(computation.unseen) > 1 else ""
         reason = one_line(computation.unseen[0], longest=200) + more
         _log.warning(

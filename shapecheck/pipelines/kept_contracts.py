@@ -13,6 +13,7 @@ from torch import nn
 
 from shapecheck.contract import Contract, ShapecheckError
 from shapecheck.files import atomic_write, read_text
+from shapecheck.models.adapters import remove_adapters
 from shapecheck.models.computation import describe_computation
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.observe.probe import probe
@@ -51,7 +52,7 @@ def find_own_contract(folder: Path, model: nn.Module) -> Contract:
 
 def _find(folder: Path, how: str, models: Sequence[nn.Module], observe: Callable[[], Contract]) -> Contract:
     """Return what models that compute the same were found to be before, or what is observed now, which is kept."""
-    computations = [describe_computation(unwrap_compiled(model)) for model in models]
+    computations = [describe_computation(remove_adapters(unwrap_compiled(model))) for model in models]
     if any(computation.unseen for computation in computations):
         return observe()
     makers = [f"shapecheck {__version__}", *(f"{name} {version(name)}" for name in ("torch", "diffusers"))]

@@ -16,7 +16,6 @@ from shapecheck.runtime.dropin import DropIn
 # From an attribute of a model that cannot be exchanged as it is to the advice.
 _OBSTACLES = {
     "_hf_hook": "is moved between devices by a hook (enable_model_cpu_offload?): call pipe.remove_all_hooks()",
-    "peft_config": "has a LoRA beside its weights: call pipe.fuse_lora() and pipe.unload_lora_weights()",
 }
 _PLACES = ("controlnet", "controlnets")
 """Attributes that hold one ControlNet, several in a MultiControlNetModel, or a list of them."""

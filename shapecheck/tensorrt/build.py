@@ -17,7 +17,7 @@ from shapecheck.contract.naming import torch_name
 from shapecheck.doctor.environment import RTX_CAPABILITIES, RTX_NAMES
 from shapecheck.files import atomic_write, ensure_writable, lock_folder, make_folder
 from shapecheck.models import weights as checkpoints
-from shapecheck.onnx.file import WEIGHTS_KEY, OnnxFile, file_digest
+from shapecheck.onnx.file import COMPUTATION_KEY, GRAPH_KEY, WEIGHTS_KEY, OnnxFile, digest_graph, file_digest
 from shapecheck.progress import Progress, silent
 from shapecheck.tensorrt.engine_tensors import DeclaredEngine, compare_engine
 from shapecheck.tensorrt.graph_check import compare_graph, compare_profile, try_sizes
@@ -73,13 +73,15 @@ def build_engine(
     # By their bytes: the digest in the file's metadata may be older than the weights beside it.
     weights = checkpoints.digest(source.file.tensors, lambda *bytes_: progress("hashing the weights", *bytes_))
     with EngineProcess(options.target, progress) as process:
-        ready = _wait_until_ready(process, options)
+        ready = wait_until_ready(process, options)
         names, outputs = tuple(source.names.items()), tuple(tensor.name for tensor in source.file.reading.outputs)
         digests = source.file.digest, weights, one_line(source.file.metadata.get(WEIGHTS_KEY, ""))
         # By its own message (1.7.1) it builds for all of these if none is named.
         any_gpu = "every one that TensorRT for RTX supports, but 7.5"
         gpu = one_line(ready["gpu"]) or ", ".join(options.compute_capabilities) or any_gpu
-        request = BuildRequest(source.contract, requested, names, outputs, *digests, options, one_line(ready["tensorrt"]), gpu)
+        graph, computation = describe_origin(source.file, options)
+        tensorrt = one_line(ready["tensorrt"])
+        request = BuildRequest(source.contract, requested, names, outputs, *digests, options, tensorrt, gpu, graph, computation)
         Engine.from_json(Engine(request, "", 0).to_json())  # a record that could not be read again is refused before the build
         path = target or locate_in_cache(Path(cache or ""), source.file.path, request)
         progress(f"looking for {path}")
@@ -155,6 +157,15 @@ def find_built(path: Path, request: BuildRequest, progress: Progress = silent) -
         return None
 
 
+def describe_origin(file: OnnxFile, options: BuildOptions) -> tuple[str, str]:
+    """Return the digest of a file's graph, and of what the model computes that it is of, by which an engine is refitted."""
+    if not options.refittable:
+        return "", ""
+    graph = digest_graph(file.proto)
+    is_unchanged = file.metadata.get(GRAPH_KEY) == graph  # no other tool rewrote it
+    return graph, one_line(file.metadata.get(COMPUTATION_KEY, "")) if is_unchanged else ""
+
+
 def _refuse_options(options: BuildOptions) -> None:
     if options.target == "rtx" and options.version_compatible:
         raise ShapecheckError("--version-compatible is for --target trt: TensorRT for RTX comes without the library it needs")
@@ -208,16 +219,17 @@ def _make_profiles(contract: Contract, requested: Profile | Range | Sequence[Pro
     return tuple(profile_of(contract, sizes) if isinstance(sizes, Range) else sizes for sizes in several)
 
 
-def _wait_until_ready(process: EngineProcess, options: BuildOptions) -> Mapping[str, Any]:
+def wait_until_ready(process: EngineProcess, options: BuildOptions, action: str = "build") -> Mapping[str, Any]:
     """Return TensorRT's release and GPU. Raises ShapecheckError with what to do if there is no TensorRT."""
     process.progress("loading TensorRT")
     try:
         return process.receive("ready")
     except EngineError as error:
         backend = doctor.backend(options.target)
-        lines = [f"cannot build with --target {options.target}{':' if not backend.runs else f': {error}'}"]
+        lines = [f"cannot {action} with --target {options.target}{':' if not backend.runs else f': {error}'}"]
         lines += [f"  {gap.problem}: {gap.fix}" for gap in backend.gaps if not backend.runs]
-        lines += ["  or --target rtx: TensorRT for RTX builds without a GPU"] if options.target == "trt" else []
+        if (options.target, action) == ("trt", "build"):
+            lines.append("  or --target rtx: TensorRT for RTX builds without a GPU")
         raise ShapecheckError("\n".join(lines)) from error
 
 

@@ -14,11 +14,11 @@ from shapecheck.tensorrt.profiles import range_of
 from shapecheck.tensorrt.record import BuildRequest, Built, record_of
 
 
-def render_text(built: Built) -> str:
+def render_text(built: Built, verdict: str = "") -> str:
     """Return the report for a person."""
     engine = built.engine
     facts = [*list_request_facts(engine.request), ("size", f"{engine.size / 1e6:.1f} MB"), ("digest", engine.digest)]
-    result = "FOUND: unchanged since it was built" if built.found else f"BUILT: in {built.seconds:.0f} s"
+    result = verdict or ("FOUND: unchanged since it was built" if built.found else f"BUILT: in {built.seconds:.0f} s")
     return Document(str(built.path), [Facts(facts), Points(built.notes, "note: "), Paragraph(result)]).render("human")
 
 

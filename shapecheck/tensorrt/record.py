@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from shapecheck.contract.contract import Contract
 from shapecheck.contract.errors import ShapecheckError
 from shapecheck.contract.geometry import Geometry
-from shapecheck.contract.json_codec import TextFormat, decode, decode_record, encode, refuse_unprintable
+from shapecheck.contract.json_codec import OPTIONAL, TextFormat, decode, decode_record, encode, refuse_unprintable
 from shapecheck.contract.records import Mismatch
 from shapecheck.files import read_text, report_unreadable, require_regular
 from shapecheck.tensorrt.profile_formats import refuse_count
@@ -38,6 +38,7 @@ class BuildOptions:
     workspace: int | None = None
     """Bytes of scratch memory that a layer may use; None for all there are."""
     refittable: bool = False
+    """Weights can be exchanged in the engine, by `refit`."""
     version_compatible: bool = False
     tf32: bool = True
     """Let float32 products be computed in TF32, as TensorRT does by default."""
@@ -66,6 +67,9 @@ class BuildRequest:
     tensorrt: str
     gpu: str
     """The GPU it was built on, or those it was built for."""
+    graph: str = field(default="", metadata=OPTIONAL)
+    computation: str = field(default="", metadata=OPTIONAL)
+    """Digests by which it is refitted: of the ONNX file's graph, and of what the model computes that it was exported from."""
 
     @property
     def key(self) -> str:

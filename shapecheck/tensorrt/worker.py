@@ -2,8 +2,8 @@
 
 Run as `python -m shapecheck.tensorrt.worker trt|rtx`. It writes events to stdout, one JSON object a line: first `ready`, with
 the release and the GPU. Then it reads a job from stdin. For a build it writes `parsed`, waits for a line to go on, and writes
-`built`; for an engine to read it writes `read`. In between come `progress` and `message`, and instead of any of them `failed`.
-When stdin ends, the requesting process is gone, and so is this one.
+`built`; for an engine to read it writes `read`, for one to refit `refitted`. In between come `progress` and `message`, and
+instead of any of them `failed`. When stdin ends, the requesting process is gone, and so is this one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from shapecheck.contract.json_codec import encode
 from shapecheck.tensorrt.engine_tensors import describe_engine
 from shapecheck.tensorrt.record import MODULES
+from shapecheck.tensorrt.refitting import exchange_weights
 
 
 class EventWriter(logging.Handler):
@@ -71,6 +72,8 @@ def main(target: str) -> None:
     job = _read_line()
     if job and "read" in job:
         _read_engine(trt, job, write)
+    elif job and "refit" in job:
+        _refit_engine(trt, job, write)
     elif job:
         _build_engine(trt, target, job, write)
 
@@ -78,18 +81,53 @@ def main(target: str) -> None:
 def _read_engine(trt: Any, job: Mapping[str, Any], write: EventWriter) -> None:
     """Write what an engine says of itself. Needs the driver, and the GPU it was built for."""
     try:
-        from polygraphy.backend.trt import get_trt_logger
-
-        runtime = trt.Runtime(get_trt_logger())
-        if job["host_code"]:
-            runtime.engine_host_code_allowed = True
-        engine = runtime.deserialize_cuda_engine(Path(job["read"]).read_bytes())
+        engine = _load_engine(trt, Path(job["read"]), host_code=job["host_code"])
         if engine is None:
             write("failed", stage="refused", text="TensorRT cannot load it here")
         else:
             write("read", **encode(describe_engine(trt, engine)))
     except Exception as error:  # whatever TensorRT raises is reported
         write.fail("read", error)
+
+
+def _refit_engine(trt: Any, job: Mapping[str, Any], write: EventWriter) -> None:
+    """Write an engine with other weights. Needs the driver, and the GPU it was built for."""
+    threading.Thread(target=_end_with_requester, args=(Path(job["output"]),), daemon=True).start()
+    try:
+        from polygraphy.backend.trt import get_trt_logger
+
+        start = time.monotonic()
+        engine = _load_engine(trt, Path(job["refit"]), host_code=job["host_code"])
+        if engine is None:
+            write("failed", stage="refused", text="TensorRT cannot load it here")
+            return
+        if refusal := exchange_weights(trt, engine, get_trt_logger(), job["weights"]):
+            write("failed", stage="refit", text=refusal)
+            return
+        settings = engine.create_serialization_config()
+        # By default an engine that is saved again can be refitted no more.
+        if (stays := getattr(trt.SerializationFlag, "INCLUDE_REFIT", None)) is not None:
+            settings.set_flag(stays)
+        plan = memoryview(engine.serialize_with_config(settings))
+        try:
+            with Path(job["output"]).open("wb") as file:
+                file.write(plan)
+        except OSError as error:
+            write("failed", stage="write", text=f"{error.strerror}; it needs {plan.nbytes / 1e9:.2f} GB")
+            return
+        write("refitted", seconds=time.monotonic() - start)
+    except Exception as error:  # whatever TensorRT raises is reported
+        write.fail("refit", error)
+
+
+def _load_engine(trt: Any, path: Path, *, host_code: bool) -> Any:
+    """Return the engine in a file, or None if TensorRT refuses it."""
+    from polygraphy.backend.trt import get_trt_logger
+
+    runtime = trt.Runtime(get_trt_logger())
+    if host_code:
+        runtime.engine_host_code_allowed = True
+    return runtime.deserialize_cuda_engine(path.read_bytes())
 
 
 def _build_engine(trt: Any, target: str, job: Mapping[str, Any], write: EventWriter) -> None:

@@ -239,6 +239,8 @@ def make_engine(of: Contract = SD15, options: BuildOptions | None = None) -> Eng
     request = BuildRequest(
         of, make_profiles(), names, ("out_sample",), *digests, options or BuildOptions(), "10.13.3", "NVIDIA L4"
     )
+    if options is not None:
+        request = replace(request, graph="sha256:d", computation="sha256:e")
     return Engine(request, "sha256:c", 4096)
 
 
@@ -319,6 +321,8 @@ OUTPUTS = {
     "profile-ort": lambda: [run_json(*SERVED, "--for", "ort")],
     "profile-polygraphy": lambda: [run_json(*SERVED, "--for", "polygraphy")],
     "profile-trtexec": lambda: [run_json(*SERVED, "--for", "trtexec")],
+    "rebind": make_exports,
+    "refit": make_builds,
 }
 """By command, and after a dash by what of it: JSON texts that together have every key there can be."""
 

@@ -402,10 +402,9 @@ def test_what_cannot_be_exchanged_says_why(pipe, unet, folder, tmp_path, monkeyp
         shapecheck.accelerate(SimpleNamespace(unet=torch.nn.Identity()), folder)
     with shapecheck.accelerate(pipe, folder, "ort"), pytest.raises(ShapecheckError, match="exchanged already"):
         shapecheck.accelerate(pipe, folder, "ort")
-    for name, advice in {"_hf_hook": "remove_all_hooks", "peft_config": "fuse_lora"}.items():
-        with monkeypatch.context() as patched, pytest.raises(ShapecheckError, match=advice):
-            patched.setattr(unet, name, {"default": 1}, raising=False)
-            shapecheck.accelerate(pipe, folder)
+    monkeypatch.setattr(unet, "_hf_hook", object(), raising=False)
+    with pytest.raises(ShapecheckError, match="remove_all_hooks"):
+        shapecheck.accelerate(pipe, folder)
 
 
 def test_a_backend_that_fails_leaves_the_pipeline_as_it_was(pipe, unet, folder, monkeypatch):

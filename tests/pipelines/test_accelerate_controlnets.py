@@ -87,9 +87,9 @@ def test_a_stream_and_its_pipeline_change_together_with_a_list_of_them(unet, fol
 
 
 def test_one_that_cannot_be_exchanged_stays_in_pytorch_and_is_named(unet, folder, monkeypatch, caplog):
-    net, hooked, adapted = (small.controlnet(unet, seed=seed) for seed in (1, 2, 3))
+    net, hooked, quantized = (small.controlnet(unet, seed=seed) for seed in (1, 2, 3))
     monkeypatch.setattr(hooked, "_hf_hook", object(), raising=False)
-    monkeypatch.setattr(adapted, "peft_config", {"default": 1}, raising=False)
+    quantized.register_buffer("scale", torch.zeros(1, dtype=torch.int8))
     pipe = SimpleNamespace(unet=unet, controlnet=MultiControlNetModel([hooked, net]))
     with shapecheck.accelerate(pipe, folder, "ort", **SIZES) as done:
         stays, runs = done.controlnets
@@ -98,11 +98,11 @@ def test_one_that_cannot_be_exchanged_stays_in_pytorch_and_is_named(unet, folder
         assert "remove_all_hooks" in stays.reason
         assert f"a ControlNet stays in PyTorch: {stays.reason}" in caplog.messages
         assert str(done).splitlines()[0] == "UNet: ort; ControlNets: torch, ort"
-    pipe.controlnet = [hooked, adapted]
+    pipe.controlnet = [hooked, quantized]
     shapecheck.accelerate(pipe, folder, "ort", **SIZES)()
-    assert "fuse_lora" in caplog.text, "all of them are told, and not the first alone"
+    assert "is quantized" in caplog.text, "all of them are told, and not the first alone"
     with pytest.raises(
-        AccelerationError, match=r"a ControlNet stays in PyTorch\n  ort: .*remove_all_hooks.*\n  ort: .*fuse_lora"
+        AccelerationError, match=r"a ControlNet stays in PyTorch\n  ort: .*remove_all_hooks.*\n  ort: .*is quantized"
     ):
         shapecheck.accelerate(pipe, folder, "ort", **SIZES, fallback="error")
     assert pipe.unet is unet

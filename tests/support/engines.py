@@ -143,6 +143,8 @@ class _ScriptedProcess:
         if event == "ready":
             return {"tensorrt": "1.7.1", "gpu": ""}
         job, failure = self.script.jobs[-1], self.script.failure
+        if event == "refitted":
+            return self._refit(job, failure)
         if failure is not None and (failure.stage == "parse") == (event == "parsed"):
             raise failure
         if event == "parsed":
@@ -156,6 +158,18 @@ class _ScriptedProcess:
         digest = hashlib.sha256(Path(job["onnx"]).read_bytes() + asked).hexdigest()
         Path(job["output"]).write_text(f"{job['name']} {digest}", encoding="utf-8")
         return {"seconds": 0.5}
+
+    def _refit(self, job: dict[str, Any], failure: EngineError | None) -> dict[str, Any]:
+        """Write what was in the engine before its weights, and a digest of the bytes that it is told to take now."""
+        if failure is not None:
+            raise failure
+        digest = hashlib.sha256()
+        for name, (file, offset, shape, dtype) in sorted(job["weights"].items()):
+            nbytes = math.prod(shape) * {"float32": 4, "float16": 2}[dtype]
+            digest.update(f"{name} {shape} {dtype}".encode() + Path(file).read_bytes()[offset : offset + nbytes])
+        kept = Path(job["refit"]).read_text(encoding="utf-8").partition(" refitted ")[0]
+        Path(job["output"]).write_text(f"{kept} refitted {digest.hexdigest()}", encoding="utf-8")
+        return {"seconds": 0.25}
 
     def finish(self) -> None:
         pass

@@ -8,13 +8,15 @@ from __future__ import annotations
 import warnings
 
 import engines
+import exports
 import onnx
 import onnx_files
 import pytest
 import small
 import torch
+from loras import add_lora
 
-from shapecheck import BuildOptions, EngineSession, Geometry, ShapecheckError
+from shapecheck import BuildOptions, EngineSession, Geometry, ShapecheckError, rebind, refit
 from shapecheck.contract.size_request import SizeRequest
 from shapecheck.runtime.binding import CallError
 from shapecheck.runtime.load import load
@@ -185,3 +187,38 @@ def test_a_file_that_is_no_engine_is_refused_in_tensorrts_words(tmp_path, built)
         EngineSession.open(path, contract=built.engine.request.contract)
     with pytest.raises(ShapecheckError, match="TensorRT refuses it"):
         check_engine(path, None, built.engine.request.contract)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_an_engine_is_refitted_with_other_loras_from_a_file_and_from_a_model(tensorrt, tmp_path, precision):
+    plain = small.unet(**exports.LEAST)
+    file = exports.exported_once(plain, dtype=precision).path
+    options = BuildOptions(refittable=True, tf32=False)
+    engine = build_engine(file, tmp_path / "unet.plan", profiles=[engines.SIZES], options=options)
+    unet = small.unet(**exports.LEAST)
+    add_lora(unet, "one", seed=1)
+    add_lora(unet, "two", ("to_q", "conv1"), seed=2)
+    allowed = 1e-4 if precision == "float32" else 5e-3
+
+    def measure(path, model):
+        contract = engine.engine.request.contract
+        given = inputs_at(contract, Geometry(2, 17, 25))
+        expected = with_torch(model.cuda().float(), contract, given)
+        with EngineSession.open(path) as session:
+            dtypes = {name: getattr(torch, dtype) for name, dtype in contract.input_dtypes.items()}
+            (found,) = session({name: value.to(dtypes[name]) for name, value in given.items()}).values()
+            return difference(found.float(), expected)
+
+    assert measure(engine.path, plain) <= allowed
+    for names, scales in ((["one"], [1.0]), (["two"], [0.5]), (["one", "two"], [0.5, 1.5])):
+        unet.set_adapters(names, scales)
+        by_model = refit(engine.path, unet, tmp_path / "model.plan")
+        rebind(file, unet, tmp_path / "rebound.onnx")
+        by_file = refit(by_model.path, tmp_path / "rebound.onnx", tmp_path / "file.plan")
+        for refitted in (by_model, by_file):  # the second was refitted already, and can be again
+            assert measure(refitted.path, unet) <= allowed
+            assert compare_engine(refitted.engine.request, read_back(refitted.path, refitted.engine)) == ()
+        assert by_model.engine.request.weights == by_file.engine.request.weights != engine.engine.request.weights
+        assert measure(engine.path, unet) > 5 * allowed, "the engine that they were made of stays"
+        again = build_engine(tmp_path / "rebound.onnx", by_file.path, profiles=[engines.SIZES], options=options)
+        assert again.found
