@@ -234,7 +234,7 @@ def images(pipe: DiffusionPipeline, **options) -> np.ndarray:
     for name, value in {"controlnet_conditioning_scale": 1.0, "strength": 0.8}.items():  # left out, it depends on the pipeline
         if name in inspect.signature(type(pipe).__call__).parameters:
             settings.setdefault(name, value)
-    prompts = 1 if isinstance(settings["prompt"], str) else len(settings["prompt"])
+    prompts = len(settings["prompt"]) if isinstance(settings["prompt"], list) else 1  # none: embeddings are given
     for name, picture in pictures(pipe, settings["height"], settings["width"]).items():
         settings.setdefault(name, np.repeat(picture, prompts, axis=0))
     with quiet():
