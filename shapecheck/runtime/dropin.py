@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 _BEFORE = "apply it to the PyTorch UNet, then export that"
 UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(
-        ("add_adapter", "set_adapter", "set_adapters", "fuse_lora", "unfuse_lora", "unload_lora", "delete_adapters",
+        ("add_adapter", "set_adapter", "set_adapters", "fuse_lora", "unfuse_lora", "delete_adapters",
          "disable_lora", "enable_lora", "disable_adapters", "enable_adapters", "active_adapters", "enable_lora_hotswap",
          "load_lora_adapter", "save_lora_adapter", "load_attn_procs", "save_attn_procs"),
         "a LoRA cannot be put into an exported model: load it into the PyTorch UNet, or fuse it there with "
