@@ -1,6 +1,6 @@
 """Arguments and methods of diffusers' pipelines, with PyTorch's UNet and with a session in its place.
 
-Listed is what diffusers' own tests of these pipelines give and call. Each acts, and draws PyTorch's picture, or is refused by its
+Here is what diffusers' own tests of these pipelines give and call. Each acts and draws PyTorch's picture, or is refused by its
 name. By default several arguments at once; each by itself is `full`, and at the depth of SD1.5 and SDXL `nightly`.
 """
 

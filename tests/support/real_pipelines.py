@@ -106,8 +106,8 @@ SDXL = {
 """SDXL's topology, small."""
 
 
-def build(class_, parts: Parts, *, unet=None, controlnet=None, scheduler=None) -> DiffusionPipeline:
-    """The pipeline of these parts; a UNet, ControlNet or scheduler given takes the place of theirs."""
+def build(class_, parts: Parts, *, unet=None, controlnet=None, scheduler=None, **others) -> DiffusionPipeline:
+    """The pipeline of these parts; a UNet, ControlNet or scheduler given takes the place of theirs, and others are added."""
     offered = {
         "vae": parts.vae,
         "unet": unet or parts.unet,
@@ -121,6 +121,7 @@ def build(class_, parts: Parts, *, unet=None, controlnet=None, scheduler=None) -
         "feature_extractor": None,
         "requires_safety_checker": False,
         "add_watermarker": False,
+        **others,
     }
     wanted = inspect.signature(class_).parameters.keys()
     pipe = class_(**{name: value for name, value in offered.items() if name in wanted})
@@ -237,5 +238,9 @@ def images(pipe: DiffusionPipeline, **options) -> np.ndarray:
     prompts = len(settings["prompt"]) if isinstance(settings["prompt"], list) else 1  # none: embeddings are given
     for name, picture in pictures(pipe, settings["height"], settings["width"]).items():
         settings.setdefault(name, np.repeat(picture, prompts, axis=0))
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    for name in ("negative_prompt", "height", "width"):  # some take these from the image, or have guidance as an embedding
+        if name not in accepted:
+            settings.pop(name)
     with quiet():
         return pipe(**settings).images
