@@ -32,8 +32,13 @@ _SIGMA_MAX = 14.6146
 """The width of latents as Euler-type schedulers of Stable Diffusion begin with them, before they are scaled."""
 _OUTLIERS = 33.0, -28.0
 """Of two channels of the first token of each 77: CLIP ViT-L/14's, whatever the prompt."""
-_SCALE, _OTHER_SCALE = 0.8, 0.5
-"""A ControlNet's conditioning_scale, and its perturbation: neither is 1, so that one that is baked is seen."""
+_OTHER_SCALE = 0.5
+"""A ControlNet's conditioning_scale when it is perturbed."""
+_VARIED_SCALES = (0.8, 1.9, 0.1, 1.3, 1.0)
+"""The conditioning_scale of each call of varied rows, and first of usual calls: not 1, so that one that is baked is seen.
+People turn control up beyond 1, and far down."""
+_GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, their whole part left out, are spread evenly from 0 to 1 however many there are."""
 _LOUD, _LOUD_TEXT = 16.0, 4.0
 """The usual width of a perturbation in a half precision: less would drown in rounding, and louder text has no smooth effect."""
 OTHER_TIMES = (4.0, 1 / 4, 1 / 16)
@@ -175,9 +180,11 @@ class InputGenerator:
         if spec.name == "timestep":
             return torch.tensor([row.timestep for row in rows], dtype=torch.float64).reshape(shape).to(dtype)
         if spec.name == "conditioning_scale":
-            return torch.full(shape, _SCALE, dtype=dtype)
+            return torch.full(shape, _VARIED_SCALES[case.varied or 0], dtype=dtype)
         if not dtype.is_floating_point:
-            return (torch.arange(shape[0]) % self._labels).reshape(shape).to(dtype)
+            numbers = torch.arange(shape[0], dtype=torch.float64) + shape[0] * (case.varied or 0)
+            # the last label first, which tables that are too short lack
+            return (self._labels - 1 - (numbers * _GOLDEN % 1 * self._labels).long()).reshape(shape).to(dtype)
         noise = self._draw_noise(f"{spec.name} {_label(case)}", shape)
         for number, row in enumerate(rows):
             if spec.name == "encoder_hidden_states" and row.has_outliers:

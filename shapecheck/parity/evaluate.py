@@ -16,7 +16,7 @@ from shapecheck.parity import hypotheses
 from shapecheck.parity.cases import ForwardCase, InputGenerator, list_rows, residual_slots
 from shapecheck.parity.contrast import JudgedRow, describe_contrast
 from shapecheck.parity.hypotheses import Compute, Hypothesis
-from shapecheck.parity.metrics import compare, compare_effects, measure_row_errors, widen
+from shapecheck.parity.metrics import compare, compare_effects, compute_strength, measure_row_errors, widen
 from shapecheck.parity.plan import PlannedCheck
 from shapecheck.parity.reference import ReferenceOutputs
 from shapecheck.parity.results import Effect, Result, Rounding, Status, Verdict
@@ -77,6 +77,11 @@ class Evaluator:
     def _blurred(self) -> float:
         return _BLURRED_FP8 if self.in_fp8 else _BLURRED
 
+    def is_right(self, case: ForwardCase) -> bool:
+        """Return whether the output of a call is as near to PyTorch's as is allowed."""
+        actual = self.actual[case]
+        return isinstance(actual, Tensor) and self._compare(case, actual).passes
+
     def _allow(self, case: ForwardCase) -> float:
         """Return the largest absolute difference that passes."""
         return self.tolerance_factor * self.reference.torch_error(case)
@@ -115,7 +120,7 @@ class Evaluator:
         if verdict.passes:
             reason = f"fp8 costs too much: the {self._noun} has {verdict.psnr:.1f} dB PSNR, {least:g} are needed"
             return Result(plan.check, "failed", reason, case.geometry, verdict)
-        why = "" if _is_bad(actual) else self._explain(case, actual)
+        why = self._contrast() if _is_bad(actual) else self._explain(case, actual)
         return Result(plan.check, "failed", _describe(verdict, actual, why), case.geometry, verdict)
 
     def _evaluate_rounding(self, plan: PlannedCheck) -> Result:
@@ -240,8 +245,9 @@ class Evaluator:
         spread = max(_FULL, self.tolerance_factor * self.reference.blur(case))
         is_clear = case in self.reference.rounded and spread <= self._blurred
         is_telling = effect.size * self.reference.scale(base) >= _TELLING * allowed or is_clear
-        # Less than a fiftieth of PyTorch's effect is none.
-        if abs(effect.strength) <= 0.02 and is_telling:
+        # Less than a fiftieth of PyTorch's effect is none; one in another direction is no lesser effect.
+        length = float((widen(actual) - widen(before)).norm())
+        if length <= 0.02 * float(self.reference.effect(case).norm()) and is_telling:
             return "failed", self._explain_no_effect(name, base, before)
         is_sound = self._compare(base, before).passes
         if is_sound and verdict.passes and not is_telling:
@@ -253,6 +259,10 @@ class Evaluator:
             return "failed", f"{name} {why}"
         strength = f"strength {effect.strength:.3f}, cosine {effect.cosine:.4f}"
         if not is_sound:
+            if plan.check.kind == "input" and self.compute is not None:
+                inputs = self.generate(base)
+                if why := hypotheses.find_distortion(inputs, name, self.compute, widen(before), self._allow(base)):
+                    return "failed", f"{name} {why}"
             return "not run", f"not judged: the {self._noun} is wrong even without it; its effect has {strength}"
         if math.isnan(effect.strength):
             return "failed", f"{name} changes the {self._noun}, which it does not in PyTorch: {verdict}"
@@ -300,6 +310,8 @@ class Evaluator:
             expected = sibling.reference[case]
             if expected.shape == actual.shape and self._compare(case, actual, expected).passes:
                 return f"it holds what belongs in {name}"
+        if self.siblings and (why := self._explain_by_scale(case, actual)):
+            return why
         contrast = self._contrast()
         if case.varied is not None and contrast:
             rows = [row for row in range(len(actual)) if not self._compare_row(case, row, actual).passes]
@@ -310,14 +322,35 @@ class Evaluator:
             return contrast  # the checks of a ControlNet's inputs tell what is baked, once and not for each residual
         return self._find_equal(hypotheses.suppose_of_output(self.contract, self.generate, case), case, actual) or contrast
 
+    def _explain_by_scale(self, case: ForwardCase, actual: Tensor) -> str:
+        """Say that an output is PyTorch's times a number; empty if it is not."""
+        expected = widen(self.reference.reference[case])
+        if not actual.any():
+            return "it is zero everywhere"
+        share = compute_strength(actual, expected)
+        if not self._compare(case, share * expected, widen(actual)).passes:
+            return ""
+        return "its sign is reversed" if abs(share + 1) <= _FULL else f"it is {share:.3f} times PyTorch's"
+
     def _contrast(self) -> str:
         """Say what the wrong rows of all calls have in common; empty if that is not known."""
         rows = []
         for call, actual in self.actual.items():
             expected = self.reference.reference[call]
             if not call.perturbed and not call.half and isinstance(actual, Tensor) and actual.shape == expected.shape:
-                rows += [JudgedRow(call, row, self._compare_row(call, row, actual).passes) for row in range(len(actual))]
+                numbers = self._list_numbers(call)
+                rows += [
+                    JudgedRow(call, row, self._compare_row(call, row, actual).passes, numbers[row])
+                    for row in range(len(actual))
+                ]
         return describe_contrast(rows)
+
+    def _list_numbers(self, case: ForwardCase) -> list[dict[str, float]]:
+        """Return for each row of a call the strength and the label that it is given."""
+        names = [spec.name for spec in self.contract.inputs if spec.name in ("conditioning_scale", "class_labels")]
+        inputs, batch = self.generate(case) if names else {}, case.geometry.batch
+        columns = {name: inputs[name].flatten().expand(batch).tolist() for name in names if inputs[name].numel() in (1, batch)}
+        return [{name: float(column[row]) for name, column in columns.items()} for row in range(batch)]
 
     def _find_equal(self, suppositions: Iterator[Hypothesis], case: ForwardCase, actual: Tensor) -> str:
         if self.compute is None:
@@ -348,6 +381,20 @@ def combine_results(results: Iterator[tuple[str, Result]]) -> Result:
     return max(passed, key=lambda result: result.effect.size if result.effect else 0.0, default=others[0])
 
 
+def evaluate_outputs(plan: PlannedCheck, evaluators: Mapping[str, Evaluator], names: Container[str]) -> Result:
+    """Return the combined result of a check of all outputs.
+
+    An output that is wrong already says nothing of an input that acts in another as it should: the output is at fault.
+    """
+    base = plan.cases[0]
+    right = [name for name, judge in evaluators.items() if plan.check.kind == "input" and judge.is_right(base)]
+    if right:
+        result = combine_results((name, evaluators[name].evaluate(plan, names)) for name in right)
+        if result.status != "not run":
+            return result
+    return combine_results((name, judge.evaluate(plan, names)) for name, judge in evaluators.items())
+
+
 def square_of(case: ForwardCase) -> ForwardCase | None:
     """Return the same call at a square size; None if its size is square."""
     at = case.geometry
@@ -371,5 +418,6 @@ def _describe(verdict: Verdict, actual: Tensor, why: str = "") -> str:
     if verdict.nan or verdict.inf:
         channels = torch.nonzero((~torch.isfinite(actual)).transpose(0, 1).flatten(1).any(1)).flatten().tolist()
         where = f"in channel {channels[0]}" if len(channels) == 1 else f"in {len(channels)} of {actual.shape[1]} channels"
-        return f"{verdict.nan} NaN and {verdict.inf} Inf among {verdict.count} values, {where}"
+        what = f"{verdict.nan} NaN and {verdict.inf} Inf among {verdict.count} values, {where}"
+        return f"{what}; {why}" if why else what
     return f"{why}; {verdict}" if why else str(verdict)

@@ -24,6 +24,12 @@ _UNEXPLAINED = 0.4
 """A bound explains a change if no more of it than this share is left: where sums are cut off, inputs are not quite."""
 
 
+_UNLIKE, _LEFT = 0.3, 0.05
+"""What is left unexplained of a wrong output may be up to the first share in a half precision, the second in float32."""
+_AKIN, _LARGEST_SHARE = 0.5, 8.0
+"""A trial whose change has a lesser cosine leads nowhere, nor does a larger share of an input."""
+
+
 class Hypothesis(NamedTuple):
     """Inputs that would explain a faulty output, and the fault in words, to follow the input's name."""
 
@@ -40,6 +46,7 @@ def suppose_of_slot(contract: Contract, generate: InputGenerator, case: ForwardC
         if slot.name != name and off[slot.name].shape == residual.shape:
             yield Hypothesis(f"acts where {slot.name} belongs ({slot.producer})", off | {slot.name: residual})
     yield Hypothesis("acts with height and width exchanged", off | {name: transpose(residual)})
+    yield Hypothesis("acts with its sign reversed", off | {name: -residual})
 
 
 def suppose_of_rows(
@@ -140,6 +147,54 @@ def find_cut(generate: InputGenerator, case: ForwardCase, compute: Compute, chan
         low, high = (bound, high) if compute_strength(found, whole) < strength else (low, bound)
     explains = float((found - change).norm()) <= _UNEXPLAINED * float((whole - change).norm())
     return bound if bound < most and explains else None
+
+
+def find_distortion(inputs: Mapping[str, Tensor], name: str, compute: Compute, actual: Tensor, allowed: float) -> str:
+    """Say what seems to happen to an input, with which PyTorch computes a faulty output; empty if nothing tried explains it.
+
+    Tried are whole numbers in place of fractions, a share of the input, and a bound at which it is cut off.
+    """
+    value = inputs[name]
+    if not value.is_floating_point():
+        return ""
+    base = widen(compute(inputs))
+    change = actual - base
+    size = float(change.norm())
+    # What rounding adds is far below what is allowed of its worst value.
+    most = min(_UNLIKE * size, max(_LEFT * size, math.sqrt(change.numel()) * allowed / 4))
+
+    def compute_change(other: Tensor) -> Tensor:
+        return widen(compute(inputs | {name: other.to(value.dtype)})) - base
+
+    def explains(found: Tensor) -> bool:
+        return float((found - change).norm()) <= most
+
+    if not torch.equal(value.floor(), value) and explains(compute_change(value.floor())):
+        return "acts as if it were cut to whole numbers"
+
+    before, share, last = 1.0, 0.95, 0.0
+    for _ in range(_TRIALS):
+        found = compute_change(value * share)
+        if explains(found):
+            return f"acts as if {share:.3f} of it were given"
+        along = compute_strength(found, change)
+        if not abs(compute_cosine(found, change)) > _AKIN or along == last:
+            break
+        # the secant through the last two trials
+        before, share, last = share, share + (1 - along) * (share - before) / (along - last), along
+        if not abs(share) <= _LARGEST_SHARE:
+            break
+
+    low, high = 0.0, float(value.abs().max())
+    for trial in range(2 * _TRIALS):
+        bound = (low + high) / 2
+        found = compute_change(value.clamp(-bound, bound))
+        if explains(found):
+            return f"acts as if it were cut off at ±{bound:.2g}"
+        if trial > 3 and not compute_cosine(found, change) > _AKIN:  # the first bounds may be far from it
+            break
+        low, high = (bound, high) if float(found.norm()) > size else (low, bound)
+    return ""
 
 
 def find_tokens(generate: InputGenerator, case: ForwardCase, compute: Compute, change: Tensor) -> str:
