@@ -266,6 +266,12 @@ class Evaluator:
             return "not run", f"not judged: the {self._noun} is wrong even without it; its effect has {strength}"
         if math.isnan(effect.strength):
             return "failed", f"{name} changes the {self._noun}, which it does not in PyTorch: {verdict}"
+        why = self._explain_effect(case, actual, before, effect)
+        return "failed", why or f"{name} acts otherwise than in PyTorch: {strength}"
+
+    def _explain_effect(self, case: ForwardCase, actual: Tensor, before: Tensor, effect: Effect) -> str:
+        """Say how much of what is perturbed seems to act; empty if that is not known."""
+        name = case.perturbed
         if (
             effect.cosine < 0.99
             and self.compute is not None
@@ -273,12 +279,12 @@ class Evaluator:
                 bound := hypotheses.find_cut(self.generate, case, self.compute, widen(actual) - widen(before), effect.strength)
             )
         ):
-            return "failed", f"{name} acts as if it were cut off at ±{bound:.2g}"
+            return f"{name} acts as if it were cut off at ±{bound:.2g}"
         if effect.cosine >= 0.9 and self.compute is not None:
-            share = hypotheses.find_share(self.generate, case, self.compute, widen(actual), effect.strength, allowed)
+            share = hypotheses.find_share(self.generate, case, self.compute, widen(actual), effect.strength, self._allow(case))
             if share is not None:
-                return "failed", f"{name} acts as if {share:.3f} of it were given"
-        return "failed", f"{name} acts otherwise than in PyTorch: {strength}"
+                return f"{name} acts as if {share:.3f} of it were given"
+        return ""
 
     def _explain_by_place(self, plan: PlannedCheck, actual: Tensor, before: Tensor, effect: Effect) -> str:
         """Say where a slot acts, or how much of a text, that does not act as itself; empty if that is not known."""
@@ -310,8 +316,6 @@ class Evaluator:
             expected = sibling.reference[case]
             if expected.shape == actual.shape and self._compare(case, actual, expected).passes:
                 return f"it holds what belongs in {name}"
-        if self.siblings and (why := self._explain_by_scale(case, actual)):
-            return why
         contrast = self._contrast()
         if case.varied is not None and contrast:
             rows = [row for row in range(len(actual)) if not self._compare_row(case, row, actual).passes]
@@ -319,7 +323,9 @@ class Evaluator:
             why = self._find_equal(suppositions, case, actual) if any(list_rows(case)[row].frames for row in rows) else ""
             return "; ".join(filter(None, (contrast, why)))
         if self.siblings:
-            return contrast  # the checks of a ControlNet's inputs tell what is baked, once and not for each residual
+            return contrast or self._explain_by_scale(
+                case, actual
+            )  # the checks of a ControlNet's inputs tell what is baked, once and not for each residual
         return self._find_equal(hypotheses.suppose_of_output(self.contract, self.generate, case), case, actual) or contrast
 
     def _explain_by_scale(self, case: ForwardCase, actual: Tensor) -> str:

@@ -26,8 +26,9 @@ _UNEXPLAINED = 0.4
 
 _UNLIKE, _LEFT = 0.3, 0.05
 """What is left unexplained of a wrong output may be up to the first share in a half precision, the second in float32."""
-_AKIN, _LARGEST_SHARE = 0.5, 8.0
-"""A trial whose change has a lesser cosine leads nowhere, nor does a larger share of an input."""
+_AKIN, _FIRST_SHARE, _LARGEST_SHARE, _FAR = 0.5, 0.95, 8.0, 4
+"""A trial whose change has a lesser cosine leads nowhere, nor does a larger share of an input; of the bounds, which are sought
+by halves, the first few may be far from the right one."""
 
 
 class Hypothesis(NamedTuple):
@@ -159,42 +160,50 @@ def find_distortion(inputs: Mapping[str, Tensor], name: str, compute: Compute, a
         return ""
     base = widen(compute(inputs))
     change = actual - base
-    size = float(change.norm())
     # What rounding adds is far below what is allowed of its worst value.
-    most = min(_UNLIKE * size, max(_LEFT * size, math.sqrt(change.numel()) * allowed / 4))
+    most = min(_UNLIKE * float(change.norm()), max(_LEFT * float(change.norm()), math.sqrt(change.numel()) * allowed / 4))
 
     def compute_change(other: Tensor) -> Tensor:
         return widen(compute(inputs | {name: other.to(value.dtype)})) - base
 
-    def explains(found: Tensor) -> bool:
-        return float((found - change).norm()) <= most
-
-    if not torch.equal(value.floor(), value) and explains(compute_change(value.floor())):
+    whole = value.floor()
+    if not torch.equal(whole, value) and float((compute_change(whole) - change).norm()) <= most:
         return "acts as if it were cut to whole numbers"
+    if (share := _find_own_share(value, compute_change, change, most)) is not None:
+        return f"acts as if {share:.2f} of it were given"
+    bound = _find_own_cut(value, compute_change, change, most)
+    return "" if bound is None else f"acts as if it were cut off at ±{bound:.2g}"
 
-    before, share, last = 1.0, 0.95, 0.0
+
+def _find_own_share(value: Tensor, compute_change: Callable[[Tensor], Tensor], change: Tensor, most: float) -> float | None:
+    """Return the share of a value that changes the output as `change` does, but for `most` in length; None if none is found."""
+    before, share, last = 1.0, _FIRST_SHARE, 0.0
     for _ in range(_TRIALS):
         found = compute_change(value * share)
-        if explains(found):
-            return f"acts as if {share:.3f} of it were given"
+        if float((found - change).norm()) <= most:
+            return share
         along = compute_strength(found, change)
         if not abs(compute_cosine(found, change)) > _AKIN or along == last:
-            break
+            return None
         # the secant through the last two trials
         before, share, last = share, share + (1 - along) * (share - before) / (along - last), along
         if not abs(share) <= _LARGEST_SHARE:
-            break
+            return None
+    return None
 
+
+def _find_own_cut(value: Tensor, compute_change: Callable[[Tensor], Tensor], change: Tensor, most: float) -> float | None:
+    """Return the bound to both sides of a value with which the output changes likewise; None if none is found."""
     low, high = 0.0, float(value.abs().max())
     for trial in range(2 * _TRIALS):
         bound = (low + high) / 2
         found = compute_change(value.clamp(-bound, bound))
-        if explains(found):
-            return f"acts as if it were cut off at ±{bound:.2g}"
-        if trial > 3 and not compute_cosine(found, change) > _AKIN:  # the first bounds may be far from it
-            break
-        low, high = (bound, high) if float(found.norm()) > size else (low, bound)
-    return ""
+        if float((found - change).norm()) <= most:
+            return bound
+        if trial >= _FAR and not compute_cosine(found, change) > _AKIN:
+            return None
+        low, high = (bound, high) if float(found.norm()) > float(change.norm()) else (low, bound)
+    return None
 
 
 def find_tokens(generate: InputGenerator, case: ForwardCase, compute: Compute, change: Tensor) -> str:
