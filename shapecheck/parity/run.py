@@ -19,7 +19,8 @@ from shapecheck.doctor.environment import check_known
 from shapecheck.observe.subject import TorchModel
 from shapecheck.parity.artefacts import ParityFile, evaluate_file, read_files
 from shapecheck.parity.cases import EmitResiduals, ForwardCase, InputGenerator
-from shapecheck.parity.evaluate import FP8_PSNR, Evaluator, evaluate_outputs, square_of
+from shapecheck.parity.evaluate import FP8_PSNR, Evaluator, evaluate_outputs
+from shapecheck.parity.explain import square_of
 from shapecheck.parity.metrics import reference_device
 from shapecheck.parity.plan import FILE_KINDS, PlannedCheck, list_cases, plan_checks
 from shapecheck.parity.reference import LazyReference, Outputs, ReferenceOutputs, choose_call, compute_reference

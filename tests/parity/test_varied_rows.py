@@ -9,7 +9,7 @@ import torch
 
 from shapecheck import Geometry, presets
 from shapecheck.contract import Input
-from shapecheck.contract.dims import constant, symbol
+from shapecheck.contract.dims import BATCH, constant
 from shapecheck.parity.cases import BOTH, ForwardCase, InputGenerator, count_varied, list_rows
 from shapecheck.parity.contrast import JudgedRow, describe_contrast
 from shapecheck.parity.plan import choose_geometries, list_cases, plan_checks
@@ -42,7 +42,7 @@ def test_every_timestep_and_every_combination_of_controlnets_is_in_some_row(batc
 def test_strengths_are_below_and_above_1_and_labels_the_last_and_many_others(batch):
     size = Geometry(batch, 8, 14)
     calls = [ForwardCase(size), *(ForwardCase(size, varied=number) for number in range(count_varied(batch)))]
-    number = Input("class_labels", (symbol("batch"),), "int64", "class_labels")
+    number = Input("class_labels", (BATCH,), "int64", "class_labels")
     strength = Input("conditioning_scale", (constant(1),), "float32", "conditioning_scale")
     generate = InputGenerator(replace(CONTRACT, inputs=(number, strength), slots=()), 0)
     given = [generate(call) for call in calls]
