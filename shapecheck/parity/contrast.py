@@ -72,8 +72,8 @@ def _list_common(wrong: Sequence[JudgedRow], rows: Sequence[JudgedRow]) -> Itera
         ),
     ]
     for name in wrong[0].numbers:
-        words = f"with {name} {{:g}} and above, not {{:g}} and below", f"with {name} {{:g}} and below, not {{:g}} and above"
-        numbers.append((partial(_read_number, name), *words))
+        above = f"with {name} {{:g}} and above, not {{:g}} and below"
+        numbers.append((partial(_read_number, name), above, f"with {name} {{:g}} and below, not {{:g}} and above"))
     for value, above, below in numbers:
         least, most = min(map(value, wrong)), max(map(value, wrong))
         if less := [value(row) for row in rows if value(row) < least]:

@@ -164,7 +164,7 @@ def find_distortion(inputs: Mapping[str, Tensor], name: str, compute: Compute, a
     most = min(_UNLIKE * float(change.norm()), max(_LEFT * float(change.norm()), math.sqrt(change.numel()) * allowed / 4))
 
     def compute_change(other: Tensor) -> Tensor:
-        return widen(compute(inputs | {name: other.to(value.dtype)})) - base
+        return widen(compute({**inputs, name: other.to(value.dtype)})) - base
 
     whole = value.floor()
     if not torch.equal(whole, value) and float((compute_change(whole) - change).norm()) <= most:
