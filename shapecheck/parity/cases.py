@@ -33,9 +33,13 @@ _SIGMA_MAX = 14.6146
 """The width of latents as Euler-type schedulers of Stable Diffusion begin with them, before they are scaled."""
 _OUTLIERS = 33.0, -28.0
 """Of two channels of the first token of each 77: CLIP ViT-L/14's, whatever the prompt."""
-_SCALE, _OTHER_SCALE, _LARGE_SCALE = 0.8, 0.5, 1.3
-"""A ControlNet's conditioning_scale, its perturbation, and that of every second varied call: none is 1, so that one that is
-baked is seen, and one is more, so that one that is cut there is."""
+_OTHER_SCALE = 0.5
+"""A ControlNet's conditioning_scale when it is perturbed."""
+_VARIED_SCALES = (0.8, 1.9, 0.1, 1.3, 1.0)
+"""The conditioning_scale of each call of varied rows, and first of usual calls: not 1, so that one that is baked is seen.
+People turn control up beyond 1, and far down."""
+_GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, their whole part left out, are spread evenly from 0 to 1 however many there are."""
 _LOUD, _LOUD_TEXT = 16.0, 4.0
 """The usual width of a perturbation in a half precision: less would drown in rounding, and louder text has no smooth effect."""
 OTHER_TIMES = (4.0, 1 / 4, 1 / 16)
@@ -185,9 +189,11 @@ class InputGenerator:
             steps = [row.timestep for row in rows] if len(rows) == math.prod(shape) else [rows[0].timestep]  # one for all
             return torch.tensor(steps, dtype=torch.float64).reshape(shape).to(dtype)
         if spec.name == "conditioning_scale":
-            return torch.full(shape, _SCALE if case.varied is None or case.varied % 2 else _LARGE_SCALE, dtype=dtype)
+            return torch.full(shape, _VARIED_SCALES[case.varied or 0], dtype=dtype)
         if not dtype.is_floating_point:
-            return torch.tensor(self._spread_labels(case, shape[0])).reshape(shape).to(dtype)
+            numbers = torch.arange(shape[0], dtype=torch.float64) + shape[0] * (case.varied or 0)
+            # the last label first, which tables that are too short lack
+            return (self._labels - 1 - (numbers * _GOLDEN % 1 * self._labels).long()).reshape(shape).to(dtype)
         noise = self._draw_noise(f"{spec.name} {_label(case)}", shape)
         for number, row in enumerate(rows):
             if spec.name == "encoder_hidden_states" and row.has_outliers:
@@ -196,12 +202,6 @@ class InputGenerator:
             elif spec.name == "sample" and row.is_noisy:
                 noise[number] *= _SIGMA_MAX
         return (64 * (1 + noise.abs()).mul(4).floor() if spec.name == "time_ids" else noise).to(dtype)
-
-    def _spread_labels(self, case: ForwardCase, count: int) -> list[int]:
-        """Return labels from the first to the last that the model has, one for each row, or for each call of one row."""
-        alone = 0.0 if case.varied is None else (case.varied + 1) / count_varied(1)
-        shares = [row / (count - 1) for row in range(count)] if count > 1 else [alone]
-        return [round(share * (self._labels - 1)) for share in shares]
 
     def _draw_residuals(self, base: Mapping[str, Tensor], case: ForwardCase) -> dict[str, Tensor]:
         rows = list_rows(case)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from shapecheck.parity.cases import ForwardCase, Row, list_rows
@@ -21,6 +21,8 @@ class JudgedRow:
     case: ForwardCase
     number: int
     passes: bool
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """The inputs that are one number a row, by name: strength and label."""
 
     @property
     def given(self) -> Row:
@@ -69,6 +71,9 @@ def _list_common(wrong: Sequence[JudgedRow], rows: Sequence[JudgedRow]) -> Itera
             "at timestep {:g} and below, not at {:g} and above",
         ),
     ]
+    for name in wrong[0].numbers:
+        above = f"with {name} {{:g}} and above, not {{:g}} and below"
+        numbers.append((partial(_read_number, name), above, f"with {name} {{:g}} and below, not {{:g}} and above"))
     for value, above, below in numbers:
         least, most = min(map(value, wrong)), max(map(value, wrong))
         if less := [value(row) for row in rows if value(row) < least]:
@@ -91,6 +96,10 @@ def _list_common(wrong: Sequence[JudgedRow], rows: Sequence[JudgedRow]) -> Itera
     for holds, words in kinds:
         if all(map(holds, wrong)) and not all(map(holds, rows)):
             yield holds, words
+
+
+def _read_number(name: str, row: JudgedRow) -> float:
+    return row.numbers[name]
 
 
 def _is_within(value: Callable[[JudgedRow], float], least: float, most: float, row: JudgedRow) -> bool:

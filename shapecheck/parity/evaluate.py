@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from shapecheck.contract import Contract, Role
-from shapecheck.contract.naming import is_feature
+from shapecheck.contract import Role
 from shapecheck.parity import hypotheses
-from shapecheck.parity.cases import ForwardCase, InputGenerator, list_rows, residual_slots
-from shapecheck.parity.contrast import JudgedRow, describe_contrast
-from shapecheck.parity.hypotheses import Compute, Hypothesis
-from shapecheck.parity.metrics import compare, compare_effects, measure_row_errors, widen
+from shapecheck.parity.cases import ForwardCase
+from shapecheck.parity.explain import ComparedOutput
+from shapecheck.parity.metrics import compare_effects, measure_row_errors, widen
 from shapecheck.parity.plan import PlannedCheck
-from shapecheck.parity.reference import ReferenceOutputs
 from shapecheck.parity.results import Effect, Result, Rounding, Status, Verdict
 
 _TELLING = 2.5
@@ -38,25 +35,8 @@ _TOO_SMALL = "not judged: the effect of the residuals in PyTorch is too small be
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluator:
+class Evaluator(ComparedOutput):
     """The judge of one output of a backend: the image of a UNet, or one residual of a ControlNet."""
-
-    contract: Contract
-    generate: InputGenerator
-    reference: ReferenceOutputs
-    tolerance_factor: float
-    compute: Compute | None
-    """PyTorch in the file's precision, for what has to be explained; None if nothing has to be."""
-    actual: Mapping[ForwardCase, Tensor | str]
-    """The backend's outputs, or why a call could not be run."""
-    switched: Sequence[Tensor | str] = ()
-    """Its outputs for the calls of the `switch` check, in one session, before any other."""
-    siblings: Mapping[str, ReferenceOutputs] = field(default_factory=dict)
-    """PyTorch's other outputs, whose place this one may have taken."""
-    in_fp8: bool = False
-    """Layers of the file are in fp8, and so they are where PyTorch's own error was measured."""
-    room: float = 1.0
-    """How many times the usual tolerance this backend has; an effect's strength is known as well as elsewhere."""
 
     def evaluate(self, plan: PlannedCheck, names: Container[str]) -> Result:
         """Return the result of a check, for a file that has the inputs of these names."""
@@ -72,26 +52,8 @@ class Evaluator:
         return self._evaluate_switch(plan) if kind == "switch" else self._evaluate_case(plan)
 
     @property
-    def _noun(self) -> str:
-        return "image" if self.contract.role == "unet" else "residual"
-
-    @property
     def _blurred(self) -> float:
         return _BLURRED_FP8 if self.in_fp8 else _BLURRED
-
-    def _allow(self, case: ForwardCase) -> float:
-        """Return the largest absolute difference that passes."""
-        return self.room * self.tolerance_factor * self.reference.torch_error(case)
-
-    def _compare(self, case: ForwardCase, actual: Tensor, expected: Tensor | None = None, times: int = 1) -> Verdict:
-        """Compare an output with the reference, or with another output of that call."""
-        expected = self.reference.reference[case] if expected is None else expected
-        return compare(actual, expected, allowed=times * self._allow(case), own=self.reference.torch_error(case))
-
-    def _compare_row(self, case: ForwardCase, row: int, actual: Tensor) -> Verdict:
-        own, expected = self.reference.row_error(case, row), self.reference.reference[case]
-        rows = slice(row, row + 1)
-        return compare(actual[rows], expected[rows], allowed=self.room * self.tolerance_factor * own, own=own)
 
     def _compare_worst_row(self, case: ForwardCase, actual: Tensor) -> Verdict:
         """Compare a call row by row, each with its own error, and return the worst: a loud row hides nothing of a quiet one."""
@@ -117,7 +79,7 @@ class Evaluator:
         if verdict.passes:
             reason = f"fp8 costs too much: the {self._noun} has {verdict.psnr:.1f} dB PSNR, {least:g} are needed"
             return Result(plan.check, "failed", reason, case.geometry, verdict)
-        why = "" if _is_bad(actual) else self._explain(case, actual)
+        why = self._contrast() if _is_bad(actual) else self._explain(case, actual)
         return Result(plan.check, "failed", _describe(verdict, actual, why), case.geometry, verdict)
 
     def _evaluate_rounding(self, plan: PlannedCheck) -> Result:
@@ -243,8 +205,9 @@ class Evaluator:
         spread = max(_FULL, self.tolerance_factor * self.reference.blur(case))
         is_clear = case in self.reference.rounded and spread <= self._blurred
         is_telling = effect.size * self.reference.scale(base) >= _TELLING * allowed or is_clear
-        # Less than a fiftieth of PyTorch's effect is none.
-        if abs(effect.strength) <= 0.02 and is_telling:
+        # Less than a fiftieth of PyTorch's effect is none; one in another direction is no lesser effect.
+        length = float((widen(actual) - widen(before)).norm())
+        if length <= 0.02 * float(self.reference.effect(case).norm()) and is_telling:
             return "failed", self._explain_no_effect(name, base, before)
         is_sound = self._compare(base, before).passes
         if is_sound and verdict.passes and not is_telling:
@@ -256,88 +219,15 @@ class Evaluator:
             return "failed", f"{name} {why}"
         strength = f"strength {effect.strength:.3f}, cosine {effect.cosine:.4f}"
         if not is_sound:
+            if plan.check.kind == "input" and self.compute is not None:
+                inputs = self.generate(base)
+                if why := hypotheses.find_distortion(inputs, name, self.compute, widen(before), self._allow(base)):
+                    return "failed", f"{name} {why}"
             return "not run", f"not judged: the {self._noun} is wrong even without it; its effect has {strength}"
         if math.isnan(effect.strength):
             return "failed", f"{name} changes the {self._noun}, which it does not in PyTorch: {verdict}"
-        if (
-            effect.cosine < 0.99
-            and self.compute is not None
-            and (
-                bound := hypotheses.find_cut(self.generate, case, self.compute, widen(actual) - widen(before), effect.strength)
-            )
-        ):
-            return "failed", f"{name} acts as if it were cut off at ±{bound:.2g}"
-        if effect.cosine >= 0.9 and self.compute is not None:
-            share = hypotheses.find_share(self.generate, case, self.compute, widen(actual), effect.strength, allowed)
-            if share is not None:
-                return "failed", f"{name} acts as if {share:.3f} of it were given"
-        return "failed", f"{name} acts otherwise than in PyTorch: {strength}"
-
-    def _explain_by_place(self, plan: PlannedCheck, actual: Tensor, before: Tensor, effect: Effect) -> str:
-        """Say where a slot acts, or how much of a text, that does not act as itself; empty if that is not known."""
-        if effect.cosine >= 0.99 or self.compute is None:
-            return ""
-        base, case = plan.cases
-        if plan.check.kind == "slot":
-            off = self.compute(self.generate(base))
-            suppositions = hypotheses.suppose_of_slot(self.contract, self.generate, case)
-            return hypotheses.find_alike(suppositions, self.compute, widen(actual), widen(off), widen(before))
-        if case.perturbed == "encoder_hidden_states":
-            return hypotheses.find_tokens(self.generate, case, self.compute, widen(actual) - widen(before))
-        return ""
-
-    def _explain_no_effect(self, name: str, base: ForwardCase, before: Tensor) -> str:
-        if name in {slot.name for slot in residual_slots(self.contract)}:
-            giver = "T2I-Adapter" if is_feature(name) else "ControlNet"
-            return f"{name} changes nothing: what the {giver} gives there is lost"
-        inputs = self.generate(base)
-        zeros = iter([Hypothesis(" as zeros", inputs | {name: torch.zeros_like(inputs[name])})])
-        # loud residuals hide what an input does: that it shows without them says nothing of the input
-        if (contrast := self._contrast()) and "control" not in contrast:
-            return f"{name} changes nothing in this call; the {self._noun} {contrast}"
-        return f"{name} changes nothing: it is baked into the file{self._find_equal(zeros, base, before)}"
-
-    def _explain(self, case: ForwardCase, actual: Tensor) -> str:
-        """Say why the output of a call is wrong; empty if no hypothesis explains it."""
-        for name, sibling in self.siblings.items():
-            expected = sibling.reference[case]
-            if expected.shape == actual.shape and self._compare(case, actual, expected).passes:
-                return f"it holds what belongs in {name}"
-        contrast = self._contrast()
-        if case.varied is not None and contrast:
-            rows = [row for row in range(len(actual)) if not self._compare_row(case, row, actual).passes]
-            suppositions = hypotheses.suppose_of_rows(self.contract, self.generate, case, rows)
-            why = self._find_equal(suppositions, case, actual) if any(list_rows(case)[row].frames for row in rows) else ""
-            return "; ".join(filter(None, (contrast, why)))
-        if self.siblings:
-            return contrast  # the checks of a ControlNet's inputs tell what is baked, once and not for each residual
-        return self._find_equal(hypotheses.suppose_of_output(self.contract, self.generate, case), case, actual) or contrast
-
-    def _contrast(self) -> str:
-        """Say what the wrong rows of all calls have in common; empty if that is not known."""
-        rows = []
-        for call, actual in self.actual.items():
-            expected = self.reference.reference[call]
-            if not call.perturbed and not call.half and isinstance(actual, Tensor) and actual.shape == expected.shape:
-                rows += [JudgedRow(call, row, self._compare_row(call, row, actual).passes) for row in range(len(actual))]
-        return describe_contrast(rows)
-
-    def _find_equal(self, suppositions: Iterator[Hypothesis], case: ForwardCase, actual: Tensor) -> str:
-        if self.compute is None:
-            return ""
-        expected = self.reference.reference[case]
-        return hypotheses.find_equal(suppositions, self.compute, widen(actual), widen(expected), self._allow(case))
-
-    def _explain_by_square(self, case: ForwardCase) -> str:
-        """Say why a call cannot be run if height and width differ; empty if that is not known."""
-        slots, square = residual_slots(self.contract), square_of(replace(case, frame=0, half=False, perturbed=""))
-        actual = self.actual.get(square) if square else None
-        if square is None or not isinstance(actual, Tensor) or not slots or self.compute is None:
-            return ""
-        inputs = self.generate(square)
-        exchanged = {slot.name: hypotheses.transpose(inputs[slot.name]) for slot in slots}
-        is_near = self._compare(square, actual, self.compute(inputs | exchanged)).passes
-        return "height and width of the residuals are exchanged, as a square size shows; " if is_near else ""
+        why = self._explain_effect(case, actual, before, effect)
+        return "failed", why or f"{name} acts otherwise than in PyTorch: {strength}"
 
 
 def combine_results(results: Iterator[tuple[str, Result]]) -> Result:
@@ -351,10 +241,18 @@ def combine_results(results: Iterator[tuple[str, Result]]) -> Result:
     return max(passed, key=lambda result: result.effect.size if result.effect else 0.0, default=others[0])
 
 
-def square_of(case: ForwardCase) -> ForwardCase | None:
-    """Return the same call at a square size; None if its size is square."""
-    at = case.geometry
-    return None if at.height == at.width else replace(case, geometry=replace(at, width=at.height))
+def evaluate_outputs(plan: PlannedCheck, evaluators: Mapping[str, Evaluator], names: Container[str]) -> Result:
+    """Return the combined result of a check of all outputs.
+
+    An output that is wrong already says nothing of an input that acts in another as it should: the output is at fault.
+    """
+    base = plan.cases[0]
+    right = [name for name, judge in evaluators.items() if plan.check.kind == "input" and judge.is_right(base)]
+    if right:
+        result = combine_results((name, evaluators[name].evaluate(plan, names)) for name in right)
+        if result.status != "not run":
+            return result
+    return combine_results((name, judge.evaluate(plan, names)) for name, judge in evaluators.items())
 
 
 def _measure_distance(one: Tensor, other: Tensor) -> float:
@@ -374,5 +272,6 @@ def _describe(verdict: Verdict, actual: Tensor, why: str = "") -> str:
     if verdict.nan or verdict.inf:
         channels = torch.nonzero((~torch.isfinite(actual)).transpose(0, 1).flatten(1).any(1)).flatten().tolist()
         where = f"in channel {channels[0]}" if len(channels) == 1 else f"in {len(channels)} of {actual.shape[1]} channels"
-        return f"{verdict.nan} NaN and {verdict.inf} Inf among {verdict.count} values, {where}"
+        what = f"{verdict.nan} NaN and {verdict.inf} Inf among {verdict.count} values, {where}"
+        return f"{what}; {why}" if why else what
     return f"{why}; {verdict}" if why else str(verdict)

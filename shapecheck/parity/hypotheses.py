@@ -24,6 +24,13 @@ _UNEXPLAINED = 0.4
 """A bound explains a change if no more of it than this share is left: where sums are cut off, inputs are not quite."""
 
 
+_UNLIKE, _LEFT = 0.3, 0.05
+"""What is left unexplained of a wrong output may be up to the first share in a half precision, the second in float32."""
+_AKIN, _FIRST_SHARE, _LARGEST_SHARE, _FAR = 0.5, 0.95, 8.0, 4
+"""A trial whose change has a lesser cosine leads nowhere, nor does a larger share of an input; of the bounds, which are sought
+by halves, the first few may be far from the right one."""
+
+
 class Hypothesis(NamedTuple):
     """Inputs that would explain a faulty output, and the fault in words, to follow the input's name."""
 
@@ -40,6 +47,7 @@ def suppose_of_slot(contract: Contract, generate: InputGenerator, case: ForwardC
         if slot.name != name and off[slot.name].shape == residual.shape:
             yield Hypothesis(f"acts where {slot.name} belongs ({slot.producer})", off | {slot.name: residual})
     yield Hypothesis("acts with height and width exchanged", off | {name: transpose(residual)})
+    yield Hypothesis("acts with its sign reversed", off | {name: -residual})
 
 
 def suppose_of_rows(
@@ -140,6 +148,62 @@ def find_cut(generate: InputGenerator, case: ForwardCase, compute: Compute, chan
         low, high = (bound, high) if compute_strength(found, whole) < strength else (low, bound)
     explains = float((found - change).norm()) <= _UNEXPLAINED * float((whole - change).norm())
     return bound if bound < most and explains else None
+
+
+def find_distortion(inputs: Mapping[str, Tensor], name: str, compute: Compute, actual: Tensor, allowed: float) -> str:
+    """Say what seems to happen to an input, with which PyTorch computes a faulty output; empty if nothing tried explains it.
+
+    Tried are whole numbers in place of fractions, a share of the input, and a bound at which it is cut off.
+    """
+    value = inputs[name]
+    if not value.is_floating_point():
+        return ""
+    base = widen(compute(inputs))
+    change = actual - base
+    # What rounding adds is far below what is allowed of its worst value.
+    most = min(_UNLIKE * float(change.norm()), max(_LEFT * float(change.norm()), math.sqrt(change.numel()) * allowed / 4))
+
+    def compute_change(other: Tensor) -> Tensor:
+        return widen(compute({**inputs, name: other.to(value.dtype)})) - base
+
+    whole = value.floor()
+    if not torch.equal(whole, value) and float((compute_change(whole) - change).norm()) <= most:
+        return "acts as if it were cut to whole numbers"
+    if (share := _find_own_share(value, compute_change, change, most)) is not None:
+        return f"acts as if {share:.2f} of it were given"
+    bound = _find_own_cut(value, compute_change, change, most)
+    return "" if bound is None else f"acts as if it were cut off at ±{bound:.2g}"
+
+
+def _find_own_share(value: Tensor, compute_change: Callable[[Tensor], Tensor], change: Tensor, most: float) -> float | None:
+    """Return the share of a value that changes the output as `change` does, but for `most` in length; None if none is found."""
+    before, share, last = 1.0, _FIRST_SHARE, 0.0
+    for _ in range(_TRIALS):
+        found = compute_change(value * share)
+        if float((found - change).norm()) <= most:
+            return share
+        along = compute_strength(found, change)
+        if not abs(compute_cosine(found, change)) > _AKIN or along == last:
+            return None
+        # the secant through the last two trials
+        before, share, last = share, share + (1 - along) * (share - before) / (along - last), along
+        if not abs(share) <= _LARGEST_SHARE:
+            return None
+    return None
+
+
+def _find_own_cut(value: Tensor, compute_change: Callable[[Tensor], Tensor], change: Tensor, most: float) -> float | None:
+    """Return the bound to both sides of a value with which the output changes likewise; None if none is found."""
+    low, high = 0.0, float(value.abs().max())
+    for trial in range(2 * _TRIALS):
+        bound = (low + high) / 2
+        found = compute_change(value.clamp(-bound, bound))
+        if float((found - change).norm()) <= most:
+            return bound
+        if trial >= _FAR and not compute_cosine(found, change) > _AKIN:
+            return None
+        low, high = (bound, high) if float(found.norm()) > float(change.norm()) else (low, bound)
+    return None
 
 
 def find_tokens(generate: InputGenerator, case: ForwardCase, compute: Compute, change: Tensor) -> str:

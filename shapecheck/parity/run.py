@@ -19,7 +19,8 @@ from shapecheck.doctor.environment import check_known
 from shapecheck.observe.subject import TorchModel
 from shapecheck.parity.artefacts import ParityFile, evaluate_file, read_files
 from shapecheck.parity.cases import EmitResiduals, ForwardCase, InputGenerator
-from shapecheck.parity.evaluate import FP8_PSNR, Evaluator, combine_results, square_of
+from shapecheck.parity.evaluate import FP8_PSNR, Evaluator, evaluate_outputs
+from shapecheck.parity.explain import square_of
 from shapecheck.parity.metrics import find_room, reference_device
 from shapecheck.parity.plan import FILE_KINDS, PlannedCheck, list_cases, plan_checks
 from shapecheck.parity.reference import LazyReference, Outputs, ReferenceOutputs, choose_call, compute_reference
@@ -259,7 +260,7 @@ class ParityRun:
         if plan.output or len(evaluators) == 1:
             result = evaluators[plan.output or next(iter(evaluators))].evaluate(plan, file.names)
         else:
-            result = combine_results((name, judge.evaluate(plan, file.names)) for name, judge in evaluators.items())
+            result = evaluate_outputs(plan, evaluators, file.names)
         return replace(result, seconds=sum(seconds[case] for case in plan.cases[-1:]))
 
     def _search(

@@ -166,9 +166,8 @@ def test_a_slot_that_acts_as_no_share_of_it_would():
     results = judge(lambda given: given | {NAMES[4]: given[NAMES[4]] + 0.2 * given[NAMES[4]].roll(1, -1)})
     told = failed(results)[f"slot[{NAMES[4]}]"]
     assert told.startswith(f"{NAMES[4]} acts otherwise than in PyTorch: strength 0.9")
-    assert judge(scaled(-1, NAMES[4]))[f"slot[{NAMES[4]}]"].reason.startswith(
-        f"{NAMES[4]} acts otherwise than in PyTorch: strength -1.000, cosine -"
-    )
+    reversed_sign = judge(scaled(-1, NAMES[4]))[f"slot[{NAMES[4]}]"].reason
+    assert reversed_sign.startswith(f"{NAMES[4]} acts with its sign reversed")
 
 
 def test_no_residual_has_any_effect():

@@ -22,18 +22,13 @@ SAMPLE = {
     "sample halved above 1,000 cells": "float32",
 }
 """Each shows in one way of ordinary use alone."""
+MISSED: set[str] = set()
 UNNAMED = {
-    *("clipped class_labels", "strength at most 1"),
-    *(f"scaled {name}" for name in ("sample", "encoder_hidden_states", "text_embeds", "time_ids")),
-    *(f"ControlNet's {name} scaled" for name in ("sample", "encoder_hidden_states", "controlnet_cond", "conditioning_scale")),
-    *("sample clipped at 3", "clipped text_embeds", "clipped time_ids", "ControlNet's image clipped at 0.5"),
-    "timestep of whole numbers",
-    *("rows after the third not a number", "ControlNet's later rows not a number", "text of later rows lost in deep"),
-    "text of later rows lost in attention",
-    *(fault for fault in FAULTS if fault.startswith(("negated ", "output lost ", "outputs exchanged "))),
+    *("scaled time_ids", "clipped time_ids", "ControlNet's image clipped at 0.5"),
+    *("text of later rows lost in deep", "text of later rows lost in attention"),
 }
-"""Caught, but the verdict does not say which input is at fault, says that what is negated is lost, or accuses a ControlNet's
-inputs where an output is at fault."""
+"""Caught, but not named: the sines of a size are too far from linear for the trials of a share or a bound; in float16 the wrong
+rows stand out too little from rounding, and of the loud perturbation of a ControlNet's image nothing is left."""
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from shapecheck import Geometry, presets
+from shapecheck.contract import Input
+from shapecheck.contract.dims import BATCH, constant
 from shapecheck.parity.cases import BOTH, ForwardCase, InputGenerator, count_varied, list_rows
 from shapecheck.parity.contrast import JudgedRow, describe_contrast
 from shapecheck.parity.plan import choose_geometries, list_cases, plan_checks
@@ -32,6 +36,22 @@ def test_every_timestep_and_every_combination_of_controlnets_is_in_some_row(batc
     assert {row.frames for row in rows} == {(), (0,), (1,), (0, 1)}
     assert all(any(getattr(row, name) for row in rows) for name in ("is_strong", "has_outliers", "is_noisy"))
     assert all(len(list_rows(call)) == batch for call in calls)
+
+
+@pytest.mark.parametrize("batch", (1, 2, 3, 6))
+def test_strengths_are_below_and_above_1_and_labels_the_last_and_many_others(batch):
+    size = Geometry(batch, 8, 14)
+    calls = [ForwardCase(size), *(ForwardCase(size, varied=number) for number in range(count_varied(batch)))]
+    number = Input("class_labels", (BATCH,), "int64", "class_labels")
+    strength = Input("conditioning_scale", (constant(1),), "float32", "conditioning_scale")
+    generate = InputGenerator(replace(CONTRACT, inputs=(number, strength), slots=()), 0)
+    given = [generate(call) for call in calls]
+    strengths = [float(values["conditioning_scale"]) for values in given]
+    assert min(strengths) < 1 < max(strengths)
+    labels = {label for values in given for label in values["class_labels"].tolist()}
+    assert max(labels) == 999
+    assert min(labels) < 500
+    assert len(labels) >= 4
 
 
 def test_what_a_run_computes_by_itself_is_what_pictures_are_made_of():
