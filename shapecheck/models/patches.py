@@ -49,12 +49,12 @@ def _find_patches(model: nn.Module) -> Iterator[str]:
 
 
 def _is_block(name: str) -> bool:
-    """Return whether this is a whole model or one of its parts that caches and tilings replace; no single norm or product is."""
+    """Return whether this is a whole model or one of its parts that caches and tilings replace, not a single layer."""
     *above, last = name.split(".")
     return not name or last in ("mid_block", "attn1", "attn2") or (last.isdigit() and above[-1] in _LISTS)
 
 
 def _has_other_forward(module: nn.Module) -> bool:
-    """Return whether a forward was put into this very object; those of Accelerate's hooks and of torch.compile compute the same."""
+    """Return whether a forward was put into this very object; Accelerate and torch.compile change no number."""
     forward: Callable[..., Any] | None = vars(module).get("forward")
     return forward is not None and not hasattr(module, "_hf_hook") and not hasattr(forward, "_torchdynamo_orig_callable")
