@@ -16,6 +16,7 @@ from shapecheck.contract.errors import one_line
 from shapecheck.models import diffusers_models, lookup
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.models.inputs import adapter_input, controlnet_inputs, unet_inputs
+from shapecheck.models.patches import refuse_patches
 
 ControlNetChoice = str | nn.Module | Sequence[str | nn.Module] | None
 AdapterChoice = str | nn.Module | Literal[True] | None
@@ -55,6 +56,7 @@ def take_unet(model: str | nn.Module, offline: bool) -> tuple[Model, Header, tup
         header = Header(source=source.origin, vae_factor=source.vae_factor, notes=_collect_notes(source))
     else:
         module, beside = unwrap_compiled(model), ()
+        refuse_patches(module)
         name = type(module).__name__
         header = Header(source=f"live {name}")
     config = _config_of(module)
@@ -146,6 +148,7 @@ def _take_controlnet(choice: str | nn.Module, offline: bool) -> tuple[list[Model
     """Return a ControlNet with those saved beside it, and notes on them."""
     if not isinstance(choice, str):
         module = unwrap_compiled(choice)
+        refuse_patches(module)
         return [_make_controlnet(module, type(module).__name__)], ()
     source = lookup.find(choice, "controlnet", offline=offline)
     sources = (source, *source.controlnets)

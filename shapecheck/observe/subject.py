@@ -20,6 +20,7 @@ from shapecheck.models.adapters import LiveTensor, is_adapted, read_state, remov
 from shapecheck.models.calibration_record import Calibration
 from shapecheck.models.forward_call import unwrap_compiled
 from shapecheck.models.fp8_simulation import simulate_fp8
+from shapecheck.models.patches import refuse_patches
 from shapecheck.models.safetensors import TensorLocation, checkpoint_files, read_table
 from shapecheck.models.weights import find_differing, match_tensors, require_linkable
 from shapecheck.observe.probe import probe, probe_controlnet
@@ -160,6 +161,7 @@ def _wrap_live(module: nn.Module, variant: str | None) -> Subject:
         raise ShapecheckError(_UNION)
     if not (diffusers_models.is_unet(module) or diffusers_models.is_controlnet(module)):
         raise ShapecheckError(f"class {name} is not exported yet: expected a UNet2DConditionModel or a ControlNetModel")
+    refuse_patches(module)
     role: Role = "controlnet" if diffusers_models.is_controlnet(module) else "unet"
     live: dict[str, LiveTensor] | None = read_state(module)
     stored, absent = None, f"the live {name} was not loaded from a folder"

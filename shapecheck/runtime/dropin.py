@@ -34,7 +34,7 @@ UNSUPPORTED: Mapping[str, str] = {
     **dict.fromkeys(
         ("_load_ip_adapter_weights", "_load_ip_adapter_loras", "attn_processors", "set_attn_processor",
          "set_default_attn_processor"),
-        "an IP-Adapter or another attention processor cannot be put into an exported model: use the PyTorch UNet with it",
+        "an IP-Adapter, PAG or another attention processor cannot be put into an exported model: use the PyTorch UNet with it",
     ),
     **dict.fromkeys(
         ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_norm_out", "conv_act", "conv_out", "time_proj",
@@ -55,7 +55,7 @@ UNSUPPORTED: Mapping[str, str] = {
         ("load_state_dict", "enable_layerwise_casting", "enable_parallelism", "dequantize"),
         "an exported model has no weights in PyTorch to change: change those of the PyTorch model, then export that",
     ),
-    "enable_freeu": f"FreeU cannot be switched on in an exported model: {_BEFORE}",
+    "enable_freeu": "FreeU cannot be switched on in an exported model, nor be exported: use the PyTorch UNet with it",
     "fuse_qkv_projections": f"projections cannot be fused in an exported model: {_BEFORE}",
     "unfuse_qkv_projections": f"projections cannot be unfused in an exported model: {_BEFORE}",
     "enable_gradient_checkpointing": "an exported model cannot be trained",

@@ -161,7 +161,7 @@ def test_another_file_is_made_where_weights_or_settings_change(unet, tmp_path, m
     with torch.no_grad():
         unet.mid_block.resnets[0].norm1.weight[5] += 0.5
     found.append(take_file())
-    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)  # no part of weights or config
+    unet.mid_block.resnets[0].output_scale_factor = 2.0  # no part of weights or config
     found.append(take_file())
     unet.set_attn_processor(AttnProcessor())
     found.append(take_file())

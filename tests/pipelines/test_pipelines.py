@@ -222,7 +222,7 @@ def test_an_exported_controlnet_takes_a_controlnets_place(tmp_path):
 def test_what_a_session_cannot_do_is_said_by_pipelines_too(monkeypatch):
     unet = real_pipelines.open_session("shallow")
     pipe = real_pipelines.PIPELINES["controlnet"](real_pipelines.take_parts("sd15"), unet=unet)
-    with pytest.raises(UnsupportedError, match=r"enable_freeu: .* then export that"):
+    with pytest.raises(UnsupportedError, match=r"enable_freeu: .* use the PyTorch UNet with it"):
         pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     for module in ("utils", "loaders.lora_pipeline"):  # diffusers looks it up in one or the other
         monkeypatch.setattr(f"diffusers.{module}.USE_PEFT_BACKEND", True, raising=False)
