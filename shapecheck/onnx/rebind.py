@@ -104,7 +104,7 @@ def require_same_computation(subject: Subject, contract: Contract, expected: str
     if f"sha256:{computation.digest}" != expected:
         raise ShapecheckError(
             f"{subject.name} is not the model that {name} was made of, with other weights: its configuration, classes, "
-            "settings (attention processors, FreeU), torch or diffusers are others; export it again"
+            "settings (attention processors), torch or diffusers are others; export it again"
         )
 
 

@@ -49,7 +49,7 @@ class BackgroundBuild:
     def __init__(self, maker: CandidateMaker, models: Sequence[nn.Module], on_failure: Callable[[str], object]) -> None:
         """Start it. Weights of what is not exported yet are saved into the folder first.
 
-        Raises ShapecheckError if a model cannot be made again from its config, which holds no FreeU nor attention processors,
+        Raises ShapecheckError if a model cannot be made again from its config, which holds no attention processors,
         or the process does not start.
         """
         entries: list[dict[str, Any]] = []
@@ -139,7 +139,7 @@ def _save_model(cache: ExportCache, module: Any) -> Path:
     again = diffusers_models.build(ModelSource(name, "its config", name, dict(module.config)))
     ours, theirs = describe_computation(module), describe_computation(again)
     if ours.unseen or ours.settings != theirs.settings:
-        raise ShapecheckError(f"the {name} has settings that its config does not hold, such as FreeU or attention processors")
+        raise ShapecheckError(f"the {name} has settings that its config does not hold, such as attention processors")
     folder = cache.path.absolute().with_suffix(f".{os.getpid()}.saved")
     for leftover in folder.parent.glob("*.saved"):  # of processes that were killed; no build takes three days
         with suppress(OSError):

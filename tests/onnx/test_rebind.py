@@ -134,8 +134,12 @@ def test_what_is_another_graph_is_refused_and_nothing_changes(plain, unet, tmp_p
         assert list_files(tmp_path) == before
 
     unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-    refuses(unet, r"is not the model that .*unet.onnx was made of.*FreeU")
+    refuses(unet, "FreeU is on")
     unet.disable_freeu()
+    block = unet.mid_block.resnets[0]
+    factor, block.output_scale_factor = block.output_scale_factor, 2.0
+    refuses(unet, r"is not the model that .*unet.onnx was made of.*attention processors")
+    block.output_scale_factor = factor
     unet.register_forward_hook(lambda *_: None)
     refuses(unet, "may compute something else")
     refuses(small.unet(**exports.LEAST | {"block_out_channels": (16,)}), "is not the model that")

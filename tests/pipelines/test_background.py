@@ -77,8 +77,8 @@ def test_what_is_not_exported_is_saved_and_handed_over_with_its_profiles(unet, m
 
 
 def test_one_with_settings_beside_its_config_is_not_built_from_its_config(unet, maker):
-    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-    with pytest.raises(ShapecheckError, match="settings that its config does not hold, such as FreeU"):
+    unet.mid_block.resnets[0].output_scale_factor = 2.0
+    with pytest.raises(ShapecheckError, match="settings that its config does not hold, such as attention processors"):
         background.BackgroundBuild(maker, (small.controlnet(unet), unet), print)
     assert not list(maker.folder.glob("*.saved")), "what was saved of the other model"
 

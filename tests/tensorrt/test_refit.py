@@ -104,7 +104,7 @@ def test_what_cannot_be_refitted_is_refused_and_the_engine_stays(scripted, plain
     onnx.save(other, plain.with_name("other.onnx"))
     with pytest.raises(ShapecheckError, match=r"other.onnx is not the graph that the engine was built from"):
         refit(engine, plain.with_name("other.onnx"))
-    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    unet.mid_block.resnets[0].output_scale_factor = 2.0
     with pytest.raises(ShapecheckError, match="is not the model that the engine was made of"):
         refit(engine, unet)
     with pytest.raises(ShapecheckError, match="the name of an engine ends in"):
