@@ -95,7 +95,7 @@ def _count_time_ids(config: Mapping[str, Any]) -> int:
     in SDXL, or what the UNet attends to: all of it with one text encoder, as in the refiner and in Kolors, half with two.
     """
     total, width = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
-    attended, pooled = config.get("encoder_hid_dim") or config.get("cross_attention_dim"), {_SDXL_POOLED}
+    attended, pooled = config.get("encoder_hid_dim") or config.get("cross_attention_dim"), set[float]((_SDXL_POOLED,))
     if isinstance(attended, int):
         pooled |= {attended, attended / 2}
     return next((count for count in _TIME_IDS if total - count * width in pooled), _TIME_IDS[0])

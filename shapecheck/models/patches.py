@@ -24,9 +24,14 @@ _PROCESSORS = {
 
 def refuse_patches(model: nn.Module) -> None:
     """Raise ShapecheckError that names every patch of a live UNet or ControlNet at once; do nothing if there is none."""
-    found = list(dict.fromkeys(_find_patches(model)))
-    if found:
-        raise ShapecheckError(f"{type(model).__name__} cannot be observed or exported as it is: {'; '.join(found)}")
+    if found := describe_patches(model):
+        raise ShapecheckError(found)
+
+
+def describe_patches(model: nn.Module) -> str:
+    """Return the words for all patches of a live UNet or ControlNet; nothing if there is none."""
+    found = "; ".join(dict.fromkeys(_find_patches(model)))
+    return f"{type(model).__name__} cannot be observed or exported as it is: {found}" if found else ""
 
 
 def _find_patches(model: nn.Module) -> Iterator[str]:

@@ -13,6 +13,8 @@ from torch import nn
 
 from shapecheck.contract import Geometry, ShapecheckError
 from shapecheck.files import make_folder
+from shapecheck.models.forward_call import unwrap_compiled
+from shapecheck.models.patches import describe_patches
 from shapecheck.pipelines.candidates import (
     SHARES_WEIGHTS,
     Candidate,
@@ -188,6 +190,12 @@ def accelerate(
         owners.refuse_repeated_controlnets()
     if vae:
         find_decoder(owners.vae)
+    options = {"graphs": graphs, "finite": finite, "own_outputs": own_outputs}
+    models = map(unwrap_compiled, (owners.unet, *owners.controlnets))
+    if fallback == "log" and (patches := "; ".join(filter(None, map(describe_patches, models)))):
+        _log.warning("UNet and ControlNets stay in PyTorch: %s", patches)
+        choice = Choice(keep_in_torch(owners.unet, owners.controlnets), ((backend, patches),))
+        return Accelerated(owners, CandidateMaker(folder, (), options, progress, contracts={}, strict=False), choice)
     contract = find_joint_contract(folder, owners.unet, owners.controlnets, progress)
     (width, height), usual_batch = contract.header.usual_px, "1:2:2"
     if owners.frame is not None:
@@ -197,7 +205,6 @@ def accelerate(
     ranges = parse_ranges(sizes or [f"{width}x{height}"], batch or [usual_batch], vae_factor=factor)
     geometry = ranges[0].opt
 
-    options = {"graphs": graphs, "finite": finite, "own_outputs": own_outputs}
     contracts, strict = {owners.unet: contract}, fallback == "error"
     maker = CandidateMaker(folder, ranges, options, progress, contracts=contracts, strict=strict, refittable=refittable)
     maker.make_profiles(owners.unet)  # a size that the model refuses is told before anything is made

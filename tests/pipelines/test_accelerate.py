@@ -101,6 +101,18 @@ def say_what_runs(monkeypatch, *names):
     monkeypatch.setattr(doctor, "backend", lambda name: Backend(name, name in names, "", () if name in names else NO_GPU))
 
 
+def test_a_patched_unet_stays_in_pytorch_unless_that_is_an_error(pipe, folder, no_gpu):
+    unet, net = pipe.unet, pipe.controlnet
+    unet.set_attention_slice(1)
+    done = shapecheck.accelerate(pipe, folder, "ort")
+    words = r"attention slicing is on: pipe\.disable_attention_slicing\(\)"
+    assert (done.backend, pipe.unet, pipe.controlnet) == ("torch", unet, net)
+    assert re.search(words, no_gpu.messages[-1]) and re.search(words, dict(done.refusals)["ort"])
+    done()
+    with pytest.raises(ShapecheckError, match=words):
+        shapecheck.accelerate(pipe, folder, "ort", fallback="error")
+
+
 def test_a_pipeline_gives_the_same_images_and_gets_its_unet_back(folder, no_gpu):
     parts = real_pipelines.take_parts("shallow")
     pipe = real_pipelines.PIPELINES["controlnet"](parts)
