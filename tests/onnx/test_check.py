@@ -202,6 +202,7 @@ def test_a_file_traced_at_an_even_size_is_fine_with_its_limit(even):
         assert "fails at 17×63: Concat /model/up_blocks.1/Concat: sizes 17 and 18 meet on axis 2" in " ".join(text.split())
 
 
+@pytest.mark.full
 def test_it_is_broken_where_more_was_requested(even):
     path, contract = even
     for multiple, kinds in ((1, ["sizes"]), (2, []), (4, [])):

@@ -435,6 +435,7 @@ def compile_quickly(monkeypatch):
     monkeypatch.setattr("shapecheck.runtime.load.CompiledSession", partial(CompiledSession, compiler="eager"))
 
 
+@pytest.mark.full
 def test_a_pipeline_with_both_compiled_draws_pytorchs_pictures(compile_quickly, compiled, tmp_path):
     """Guidance, the strength live; the second time what the first compiled is found."""
     unet = small.unet(**small.TINY)
