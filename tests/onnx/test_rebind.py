@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import exports
@@ -14,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from loras import add_lora, count_changed
 
+import shapecheck
 from shapecheck import Geometry, ShapecheckError, export, rebind
 from shapecheck.cli import main
 from shapecheck.models import weights
@@ -32,10 +32,9 @@ def build_unet():
 
 @pytest.fixture
 def plain(tmp_path):
-    """A file of the UNet without LoRAs, exported once a run, its checkpoint beside it: a copy."""
-    done = exports.exported_once(build_unet())
-    shutil.copytree(done.path.parent, tmp_path / "model")
-    return tmp_path / "model" / done.path.name
+    """A file of the UNet without LoRAs, its checkpoint beside it, of this very process."""
+    build_unet().save_pretrained(tmp_path / "model" / "unet")
+    return shapecheck.export(str(tmp_path / "model"), tmp_path / "model" / "unet.onnx").path
 
 
 @pytest.fixture
