@@ -26,8 +26,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "hugging
 """Packages whose code is known by their versions."""
 _DISTRIBUTIONS = {"shapecheck": "shapecheck-controlnet"}
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
-_BEFORE_CALLS = frozenset(("__init__", "__setstate__"))
-"""Methods that no call of a model comes to; PyTorch's compiler replaces them."""
+_BEFORE_CALLS = frozenset(("__init__", "__setstate__", "smart_apply"))
+"""Methods that no call of a model comes to. PyTorch's compiler replaces them; transformers puts the last one on all modules."""
 _SIMPLE = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType)
 _TENSORS = frozenset((Tensor, nn.Parameter, nn.Buffer, nn.UninitializedParameter))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
+import transformers
 from diffusers.models import activations, attention, embeddings, resnet
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import nn
@@ -193,6 +194,17 @@ def test_another_process_says_the_same(plain):
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
     assert said.split()[-1] == plain.digest
+
+
+def test_a_text_encoder_in_the_process_changes_nothing(monkeypatch):
+    """transformers gives `nn.Module` a method of its own when it makes a model."""
+    monkeypatch.delattr(nn.Module, "smart_apply", raising=False)
+    unet = small.unet(**small.TINY)
+    before = describe_computation(unet)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=9, **sizes))
+    assert hasattr(nn.Module, "smart_apply"), "nothing was put there"
+    assert describe_computation(unet) == before
 
 
 @pytest.mark.full
